@@ -1,8 +1,8 @@
 """The bundled corpus: the source of the Python standard library.
 
-Every Python installation carries these files, so nothing has to be downloaded or shipped. Modules are divided
-into a training and a held-out part by a hash of their name alone: the same module falls on the same side in
-every Python version, on every machine.
+Every Python installation carries these files, so nothing has to be downloaded or shipped. Modules
+are divided into a training and a held-out part by a hash of their name alone: the same module falls
+on the same side in every Python version, on every machine.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ HELD_PERCENT = 12
 """About this share of the modules is held out."""
 
 SALT = "eckart-1"
-"""Hashed with every name: the first salt that held out as large a share of the text as of the modules."""
+"""Hashed with every name: the first salt that held out about as much of the text as of the modules."""
 
 MAX_BYTES = 400_000
 """Longer files are tables written by a program, not prose or code."""
@@ -39,8 +39,8 @@ SKIPPED_FOLDERS = frozenset(
 def family(module: str) -> str:
     """Return the name that decides on which side of the split a module falls.
 
-    It is the first component, less the marks of a private or pure-Python twin, so that a package stays whole and
-    `_pydecimal` goes where `decimal` goes.
+    It is the first component, less the marks of a private or pure-Python twin, so that a package
+    stays whole and `_pydecimal` goes where `decimal` goes.
 
     Args:
         module: A dotted module name.
@@ -112,7 +112,7 @@ def documents(split: str) -> list[tuple[str, str]]:
         DataError: If the split is unknown, or this Python comes without the source of its library.
     """
     if split not in ("train", "calibration", "held"):
-        raise DataError(f"unknown split {split!r} of the bundled corpus: use 'train', 'calibration' or 'held'")
+        raise DataError(f"the bundled corpus has no split {split!r}: ask for 'train', 'calibration' or 'held'")
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
     for path in root.rglob("*.py"):

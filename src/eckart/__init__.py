@@ -1,0 +1,36 @@
+"""eckart makes pretrained transformers smaller and faster by factoring their weight matrices.
+
+Importing it registers the checkpoint format with transformers, so that `from_pretrained` loads what
+:func:`compress` saved.
+"""
+
+from eckart.checkpoint.load import load
+from eckart.checkpoint.plugin import register as _register
+from eckart.checkpoint.plugin import unmark as _unmark
+from eckart.errors import EckartError
+from eckart.model import to_dense_modules as _to_dense_modules
+from eckart.recipe import Recipe
+from eckart.run import Result, compress
+
+__version__ = "0.1.0"
+__all__ = ["EckartError", "Recipe", "Result", "compress", "densify", "load"]
+
+_register()
+
+
+def densify(model):  # type: ignore[no-untyped-def]
+    """Replace every factored weight by the ordinary dense one that it stands for, in place.
+
+    Args:
+        model: a model that :func:`compress` made or `from_pretrained` loaded.
+
+    Returns:
+        The same model with plain Linear and Conv1D modules; `save_pretrained` then writes an ordinary
+        checkpoint that needs no eckart.
+
+    Raises:
+        EckartError: if the model holds no factored weight.
+    """
+    _to_dense_modules(model)
+    _unmark(model)
+    return model

@@ -1,0 +1,135 @@
+"""The plan: which form and rank every site gets. A JSON file that a person can read and edit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eckart.errors import UsageError
+from eckart.forms import FORMS, form_named
+
+FORMAT_VERSION = 1
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one site is stored.
+
+    Attributes:
+        form: a form's name, or "dense".
+        rank: k; 0 for dense.
+    """
+
+    form: str
+    rank: int = 0
+
+    def stored(self, out_features: int, in_features: int) -> int:
+        """Stored elements, indices included, the bias left out."""
+        if self.form == DENSE:
+            return out_features * in_features
+        return FORMS[self.form].size(out_features, in_features, self.rank).parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Site name -> choice, and the model that it was made for.
+
+    Attributes:
+        choices: one entry a site.
+        model: fingerprint of the model, "" when unknown.
+        predicted: site -> predicted loss change, where the allocator knew it.
+    """
+
+    choices: dict[str, Choice]
+    model: str = ""
+    predicted: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written to `plan.json`."""
+        sites: dict[str, dict[str, Any]] = {}
+        for name, choice in self.choices.items():
+            sites[name] = {"form": choice.form} if choice.form == DENSE else vars(choice).copy()
+            if name in self.predicted:
+                sites[name]["predicted_loss"] = self.predicted[name]
+        return {"format_version": FORMAT_VERSION, "model": self.model, "sites": sites}
+
+    @classmethod
+    def from_json(cls, content: Any, where: str, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+        """Check and read a plan.
+
+        Args:
+            content: the parsed JSON.
+            where: the file, for messages.
+            shapes: site -> (out, in) of the model it is to be used on.
+
+        Raises:
+            UsageError: naming the file, the site and the field at fault.
+        """
+        if not isinstance(content, dict) or not isinstance(content.get("sites"), dict):
+            raise UsageError(f"{where}: not a plan; it needs an object 'sites' of site -> {{form, rank}}.")
+        version = content.get("format_version")
+        if version != FORMAT_VERSION:
+            raise UsageError(
+                f"{where}: format_version is {version!r}, this eckart reads {FORMAT_VERSION}; "
+                "make the plan again or update eckart."
+            )
+        unknown = sorted(set(content["sites"]) - set(shapes))
+        if unknown:
+            raise UsageError(
+                f"{where}: site {unknown[0]!r} is not one of this model's {len(shapes)} sites "
+                f"({len(unknown)} such). Use the plan with the model it was made for, or remove the entry."
+            )
+        choices = {
+            name: _choice(entry, f"{where}: site {name}", shapes[name]) for name, entry in content["sites"].items()
+        }
+        for name in shapes:  # a site that the plan does not name is left as it is
+            choices.setdefault(name, Choice(DENSE))
+        return cls(choices, str(content.get("model", "")))
+
+
+def read_plan(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+    """Read `plan.json`.
+
+    Raises:
+        UsageError: if the file cannot be read or is not a plan for these sites.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--plan {path}: cannot be read ({error}); give the path of a plan.json.") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--plan {path}: not JSON at line {error.lineno}: {error.msg}; mend that line.") from None
+    return Plan.from_json(content, str(path), shapes)
+
+
+def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
+    if not isinstance(entry, dict) or "form" not in entry:
+        raise UsageError(f"{where}: needs an object with 'form' and 'rank', not {entry!r}.")
+    if entry["form"] == DENSE:
+        return Choice(DENSE)
+    try:
+        form_named(entry["form"])
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    rank = entry.get("rank")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape):
+        raise UsageError(
+            f"{where}: rank {rank!r} must be a whole number in 1..{min(shape)} for a weight of {shape[0]} x {shape[1]}."
+        )
+    return Choice(entry["form"], rank)
+
+
+def stored_elements(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Elements that the plan stores in the matrices of its sites."""
+    return sum(choice.stored(*shapes[name]) for name, choice in choices.items())
+
+
+def rank_steps(largest: int, multiple: int) -> Sequence[int]:
+    """Ranks to choose from: multiples of `multiple`, or every rank where a weight is that small."""
+    if largest < multiple:
+        return range(1, largest + 1)
+    return range(multiple, largest + 1, multiple)

@@ -1,0 +1,153 @@
+"""Run a model over calibration data and gather what the metrics ask for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.data import Batch, CalibrationData, Pooling, kind_of
+from eckart.data.inference import device_of, evaluating, forward, progress
+from eckart.errors import NumericalError
+from eckart.moments import Moments, gather, labelled_loss, sampled_loss, shared_inputs
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Calibration:
+    """What the data said about the sites.
+
+    Attributes:
+        groups: leader -> members: sites that share an input, in order of the forward pass.
+        moments: site -> statistics; sites that no token reached are absent.
+        unreached: sites that no token reached, or whose output the loss does not depend on -> why.
+        curvature: "sampled", "labels" or "none".
+        notes: fallbacks taken.
+    """
+
+    groups: dict[str, tuple[str, ...]]
+    moments: dict[str, Moments]
+    unreached: dict[str, str]
+    curvature: str
+    notes: list[str] = field(default_factory=list)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    names: Sequence[str],
+    data: CalibrationData,
+    *,
+    needs: frozenset[str],
+    curvature: str = "auto",
+    seed: int = 0,
+    pooling: Pooling | None = None,
+) -> Calibration:
+    """Gather moments of the named modules.
+
+    Args:
+        model: the model.
+        names: sites.
+        data: batches.
+        needs: statistics the metric reads, see :class:`eckart.methods.Method`.
+        curvature: "auto" (own labels where the data has them, else draws), "sampled" or "labels".
+        seed: of the draws.
+        pooling: how sentence embeddings are made, for embedding models.
+
+    Returns:
+        The statistics and what was not reached.
+
+    Raises:
+        NumericalError: on values that are not finite, naming site and batch.
+        RuntimeError: if the model cannot run backward; callers may fall back to needs without gradients.
+    """
+    backward = bool(needs & {"gradients", "fisher"})
+    labelled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
+    step = _labelled_step(model) if labelled else _sampled_step(model, seed, pooling) if backward else _plain(model)
+    with evaluating(model):
+        first = data.batches[0].rows(0, 1)
+        groups = shared_inputs(model, names, lambda: forward(model, first.inputs))
+        batches = progress(data.batches, what="calibrating", total=len(data))
+        moments = gather(model, groups, batches, step, needs=needs)
+    unreached = {name: "no token of the calibration data reached it" for name in names if name not in moments}
+    for name, entry in list(moments.items()):
+        if entry.inputs.count == 0:
+            unreached[name] = "no token of the calibration data reached it"
+        elif backward and _without_gradient(entry):
+            unreached[name] = "the model's output does not depend on it"
+        else:
+            continue
+        del moments[name]
+    return Calibration(groups, moments, unreached, _curvature_name(backward, labelled))
+
+
+def _curvature_name(backward: bool, labelled: bool) -> str:
+    return "none" if not backward else "labels" if labelled else "sampled"
+
+
+def _without_gradient(entry: Moments) -> bool:
+    if entry.gradients is not None:
+        return entry.gradients.gram is None or not bool(entry.gradients.gram.any())
+    fisher = entry.fisher
+    return fisher is not None and (fisher.rows is None or not bool(fisher.rows.any()))
+
+
+def _plain(model: PreTrainedModel):  # type: ignore[no-untyped-def]
+    def step(batch: Batch) -> Tensor | None:
+        forward(model, batch.inputs)
+        return None
+
+    return step
+
+
+def _sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None):  # type: ignore[no-untyped-def]
+    problem = _problem(model)
+    device = device_of(model)
+
+    def step(batch: Batch) -> Tensor | None:
+        outputs = forward(model, batch.inputs)
+        mask = batch.inputs.get("attention_mask")
+        masks = {length: mask.to(device) for length, mask in batch.masks().items()}
+        loss = sampled_loss(outputs, masks, batch.examples, seed, pooling=pooling, attention_mask=mask, problem=problem)
+        return _finite(loss, batch)
+
+    return step
+
+
+def _labelled_step(model: PreTrainedModel):  # type: ignore[no-untyped-def]
+    shifted = kind_of(model.config, model) == "causal"
+
+    def step(batch: Batch) -> Tensor | None:
+        labels = batch.inputs.get("labels")
+        if labels is None:  # a language model's labels are its own text; causal models shift by themselves
+            labels = batch.inputs["input_ids"].clone()
+            mask = batch.inputs.get("attention_mask")
+            if mask is not None:
+                labels[~mask.bool()] = -100
+        labels = labels.to(device_of(model))
+        return _finite(labelled_loss(forward(model, batch.inputs, labels=labels), labels, shifted=shifted), batch)
+
+    return step
+
+
+def _finite(loss: Tensor, batch: Batch) -> Tensor:
+    if not bool(torch.isfinite(loss)):
+        raise NumericalError(
+            f"calibration examples {batch.examples[0]} to {batch.examples[-1]}: the loss is {float(loss)}. "
+            "Load the model in float32 or bfloat16, or look at this text."
+        )
+    return loss
+
+
+def _problem(model: PreTrainedModel) -> str | None:
+    """ "regression" or "multi_label_classification" where the head is one."""
+    config = model.config
+    if "ForSequenceClassification" not in type(model).__name__:
+        return None
+    if getattr(config, "problem_type", None) is not None:
+        return config.problem_type if config.problem_type != "single_label_classification" else None
+    return "regression" if getattr(config, "num_labels", 2) == 1 else None

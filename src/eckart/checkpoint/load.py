@@ -1,0 +1,91 @@
+"""Load a checkpoint, and accept nothing less than all of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from eckart.checkpoint import plugin  # noqa: F401  (registers the format)
+from eckart.checkpoint.layout import model_folder, read_json
+from eckart.checkpoint.shards import read_weights
+from eckart.checkpoint.source import resolve
+from eckart.errors import CheckpointError, UsageError
+
+
+def load(
+    folder: str | Path,
+    *,
+    auto_class: type | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load a model, factored or dense, in the class it was saved with.
+
+    ``from_pretrained`` warns of weights that are missing and draws them at random; here that is an error.
+
+    Args:
+        folder: a folder, or a name on the hub.
+        auto_class: another class, such as ``AutoModel`` or ``"AutoModel"``.
+        dtype: as in ``from_pretrained``; the default is that of the checkpoint.
+        device_map: as in ``from_pretrained``.
+        revision: on the hub.
+
+    Returns:
+        The model in eval mode.
+
+    Raises:
+        CheckpointError: the folder is damaged, or does not hold exactly the model's weights.
+        UsageError: the class is unknown to transformers.
+    """
+    home = model_folder(resolve(str(folder), revision))
+    config = read_json(home / "config.json")
+    read_weights(home, config.get("transformers_weights"))
+    architectures = config.get("architectures") or []
+    chosen = _class(auto_class, architectures, home)
+    model, info = chosen.from_pretrained(
+        home,
+        dtype=dtype or "auto",
+        device_map=device_map,
+        trust_remote_code=False,  # instead of a question on the terminal
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
+    )
+    wrong = {
+        "are missing": sorted(info["missing_keys"]),
+        # Another class than the one that was saved leaves out the other's head.
+        "have no place": sorted(info["unexpected_keys"]) if type(model).__name__ in architectures else [],
+        "have another shape": [
+            f"{key} {tuple(found)} instead of {tuple(expected)}"
+            for key, found, expected in sorted(info["mismatched_keys"])
+        ],
+    }
+    if any(wrong.values()):
+        parts = [f"{len(keys)} tensors {what}: {', '.join(keys)}" for what, keys in wrong.items() if keys]
+        raise CheckpointError(
+            f"{home} does not hold exactly the weights of {type(model).__name__}. {'; '.join(parts)}. Load "
+            f"it as {' or '.join(architectures) or 'the class it was saved with'}, or download it again."
+        )
+    return model.eval()
+
+
+def _class(auto_class: type | str | None, architectures: list[str], home: Path) -> Any:
+    """The class to load with: the one asked for, or the architecture that the config names."""
+    if isinstance(auto_class, type):
+        return auto_class
+    if auto_class is None and not architectures:
+        raise CheckpointError(f"{home / 'config.json'} names no architectures. Give the class: auto_class='AutoModel'.")
+    name = auto_class or architectures[0]
+    found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        where = "auto_class" if auto_class else f"architectures in {home / 'config.json'}"
+        kind = UsageError if auto_class else CheckpointError
+        raise kind(
+            f"transformers {transformers.__version__} has no model class {name!r} ({where}). Give a class "
+            "that it has: auto_class='AutoModelForCausalLM', or upgrade transformers."
+        )
+    return found

@@ -1,0 +1,245 @@
+"""The checkpoint format inside transformers: importing this module registers it.
+
+``config.json`` says ``quantization_config: {quant_method: "eckart", format_version, modules}``; transformers
+asks the quantizer registered under that name to put the forms in place before it loads the weights.
+Nothing is quantised, and the loaded model is left an ordinary one that can be cast, trained and saved.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eckart.errors import CheckpointError, ModelError, UsageError
+from eckart.forms import FactoredLinear, build
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+METHOD = "eckart"
+FORMAT_VERSION = 1
+
+
+class EckartConfig(QuantizationConfigMixin):
+    """What ``config.json`` says about the factored modules.
+
+    Args:
+        modules: module name -> spec, as :func:`eckart.forms.build` takes it.
+        format_version: version of this description.
+        quant_method: always ``"eckart"``.
+        unknown: fields that this version does not know, which is an error.
+    """
+
+    quant_method: str  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if type(format_version) is not int or format_version < 1:
+            raise CheckpointError(
+                f"quantization_config.format_version in config.json is {format_version!r}, not a version "
+                "number. Download config.json again."
+            )
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config.format_version in config.json is {format_version}, this eckart reads "
+                f"up to {FORMAT_VERSION}. Install an eckart that reads format {format_version}: pip install "
+                "-U eckart"
+            )
+        if unknown or quant_method != METHOD or not isinstance(modules or {}, dict):
+            what = ", ".join(unknown) or ("modules" if quant_method == METHOD else f"quant_method {quant_method!r}")
+            raise CheckpointError(
+                f"quantization_config in config.json is not in eckart's format {format_version}: {what}. "
+                "Download config.json again, or save the model again with eckart."
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.modules = dict(modules or {})
+
+
+class EckartQuantizer(HfQuantizer):
+    """Builds the forms on the empty model, and takes itself off the loaded one."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._handles: list[RemovableHandle] = []
+        self._pattern: str | None = None
+
+    def is_serializable(self) -> bool:
+        """Saving is always possible."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Training is always possible."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+        assert isinstance(self.quantization_config, EckartConfig)
+        factored = {}
+        for name, spec in self.quantization_config.modules.items():
+            place = _locate(model, name)
+            if place is not None:
+                factored[place] = _form(name, spec, model.get_submodule(place))
+        tied = model.all_tied_weights_keys
+        for place, form in factored.items():
+            if f"{place}.weight" in tied or f"{place}.weight" in tied.values():
+                raise CheckpointError(
+                    f"Module {place} is factored, but the config ties its weight (tie_word_embeddings). Set "
+                    "tie_word_embeddings to false in config.json."
+                )
+            # Otherwise the loader would expect the guard, the empty tensor under the dense weight's name.
+            self._handles.append(form.register_state_dict_post_hook(_without_guard))
+            model.set_submodule(place, form)
+        if factored:
+            prefix = re.escape(model.base_model_prefix)
+            names = "|".join(re.escape(place.removeprefix(f"{model.base_model_prefix}.")) for place in factored)
+            self._pattern = rf"^(?:{prefix}\.)?(?:{names})\.weight$"
+            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = ignored | {self._pattern}
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for handle in self._handles:
+            handle.remove()
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored - {self._pattern}
+        lost = [
+            f"{name}.{key}"
+            for name, form in factored_modules(model).items()
+            for key, tensor in (*form.named_parameters(), *form.named_buffers())
+            # transformers marks what it has filled; on the meta device it stands for a file on disk.
+            if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
+        ]
+        if lost:
+            raise CheckpointError(
+                f"{len(lost)} tensors of factored modules are missing from the weights of "
+                f"{model.config.name_or_path}: {', '.join(lost)}. Without them the model would be filled "
+                "with random numbers. Download the folder again."
+            )
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.__dict__.pop("_is_quantized", None)
+                for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
+                    module.__dict__.pop(attribute, None)
+        mark(model)
+        return model
+
+
+def factored_modules(model: nn.Module) -> dict[str, FactoredLinear]:
+    """The forms in a model.
+
+    Args:
+        model: any module.
+
+    Returns:
+        The forms by module name.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Make ``model.save_pretrained`` describe the model's forms in ``config.json``.
+
+    To be called again after modules have been replaced.
+
+    Args:
+        model: a model with forms in place.
+
+    Raises:
+        ModelError: the model has no forms, or the config ties the weight of one.
+    """
+    forms = factored_modules(model)
+    if not forms:
+        raise ModelError(f"{type(model).__name__} holds no factored module; there is nothing to describe: use unmark.")
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in forms:
+        if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
+            raise ModelError(
+                f"Module {name} is factored, but the model still ties its weight. Untie it first: set "
+                "config.tie_word_embeddings = False and take it out of all_tied_weights_keys."
+            )
+    model.config.quantization_config = EckartConfig({name: form.spec() for name, form in forms.items()})
+
+
+def unmark(model: PreTrainedModel) -> None:
+    """Undo :func:`mark` on a model whose forms have been replaced by dense modules.
+
+    Args:
+        model: a model without forms.
+
+    Raises:
+        ModelError: forms are left.
+    """
+    if forms := factored_modules(model):
+        raise ModelError(
+            f"{len(forms)} modules are still factored ({', '.join(list(forms)[:3])}, ...). Replace them by "
+            "dense ones first: eckart.densify(model)."
+        )
+    if isinstance(getattr(model.config, "quantization_config", None), EckartConfig):
+        del model.config.quantization_config
+
+
+def register() -> None:
+    """Tell transformers of the format; calling it again, or reloading the module, does no harm."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    auto.register_quantization_config(METHOD)(EckartConfig)
+    auto.register_quantizer(METHOD)(EckartQuantizer)
+
+
+def _locate(model: PreTrainedModel, name: str) -> str | None:
+    """Where a module of the checkpoint is in this model class; None if it belongs to another head."""
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    for place in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(place)
+        except AttributeError:
+            continue
+        return place
+    first = name.removeprefix(prefix).partition(".")[0]
+    own = type(model).__name__ in (model.config.architectures or ())
+    if own or hasattr(model, first) or hasattr(model.base_model, first):
+        raise CheckpointError(
+            f"quantization_config.modules in config.json names {name}, which {type(model).__name__} does "
+            "not have. Load the model with the class in config.architectures, or download config.json "
+            "again."
+        )
+    return None
+
+
+def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> FactoredLinear:
+    try:
+        form = build(spec)
+    except UsageError as error:
+        raise CheckpointError(
+            f"Module {name} in quantization_config of config.json cannot be built: {error} A newer eckart "
+            "may know it: pip install -U eckart"
+        ) from error
+    weight = getattr(dense, "weight", None)
+    shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else None
+    if shape is None or sorted(shape) != sorted((form.out_features, form.in_features)):
+        raise CheckpointError(
+            f"Module {name} in quantization_config of config.json is {form.out_features} x "
+            f"{form.in_features}, but {type(dense).__name__} there has the shape {shape}. Load the model "
+            "with the config it was saved with."
+        )
+    return form
+
+
+def _without_guard(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    state.pop(prefix + "weight", None)
+
+
+register()

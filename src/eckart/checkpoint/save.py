@@ -1,0 +1,199 @@
+"""The whole published folder: model, tokenizer, what the source had beside its weights, report and card."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
+from eckart.checkpoint.lock import OutputLock, output_path
+from eckart.checkpoint.plugin import METHOD, factored_modules, mark, unmark
+from eckart.checkpoint.publish import publish
+from eckart.checkpoint.shards import read_weights
+from eckart.errors import CheckpointError, UsageError
+
+# Carried over by suffix, so that no weight, pickle or program comes along under any name.
+CARRIED = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab"}
+CARRIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "LICENSE.txt"}
+STALE = {"config.json", "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json",
+         "eval_results.json", "quantize_config.json"}  # fmt: skip
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}
+
+
+def save(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    source_folder: str | Path | None = None,
+    recipe_yaml: str | None = None,
+    plan: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
+    report_html: str | None = None,
+    card: str | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "50GB",
+    lock: OutputLock | None = None,
+) -> Path:
+    """Publish a model, factored or dense, as one folder; on any error nothing is published.
+
+    Args:
+        model: the model; its forms are described in ``config.json``.
+        output_dir: the folder to be published.
+        tokenizer: saved with it; without one the source's files are carried over.
+        processor: saved with it, likewise.
+        source_folder: where the model came from; what lies beside its weights is carried over.
+        recipe_yaml: ``eckart/recipe.yaml``.
+        plan: ``eckart/plan.json``.
+        report: ``eckart/report.json``; numbers that are not finite are written as strings.
+        report_html: ``eckart/report.html``.
+        card: ``README.md``, see :func:`eckart.checkpoint.card.model_card`.
+        overwrite: replace a model folder that is already there.
+        max_shard_size: as in ``save_pretrained``.
+        lock: the lock on ``output_dir`` if the caller holds it.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: the folder cannot be published, or what was written is not the model.
+        UsageError: the model is no ``PreTrainedModel``, or has adapters.
+    """
+    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+        raise UsageError(
+            f"{type(model).__name__} cannot be published as a checkpoint of its own. Give the transformers "
+            "model; merge adapters first: model.merge_and_unload()."
+        )
+    (mark if factored_modules(model) else unmark)(model)
+    source = Path(source_folder) if source_folder is not None else None
+    inner = model_folder(source).relative_to(source) if source is not None else Path()
+    if source is not None:
+        _refuse_pickled_modules(source)
+    size = sum(tensor.numel() * tensor.element_size() for _, tensor in _state(model))
+    with publish(output_dir, overwrite=overwrite, source=source, needed_bytes=size + size // 20, lock=lock) as staging:
+        home = staging / inner
+        home.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(home, max_shard_size=max_shard_size)
+        for part in (tokenizer, processor):
+            if part is not None:
+                part.save_pretrained(home)
+        if source is not None:
+            _carry(source, staging, inner, () if tokenizer is None else _tokenizer_files(tokenizer))
+        _verify(model, home)
+        _write_records(staging, recipe_yaml, plan, report, report_html)
+        if card is not None:
+            (staging / "README.md").write_text(card, encoding="utf-8")
+    return output_path(output_dir)
+
+
+def _write_records(
+    folder: Path,
+    recipe_yaml: str | None,
+    plan: Mapping[str, Any] | None,
+    report: Mapping[str, Any] | None,
+    report_html: str | None,
+) -> None:
+    files = {"recipe.yaml": recipe_yaml, "report.html": report_html}
+    for name, content in (("plan.json", plan), ("report.json", report)):
+        if content is not None:
+            files[name] = json.dumps(_finite(content), indent=2, allow_nan=False, default=str) + "\n"
+    for name, text in files.items():
+        if text is not None:
+            (folder / "eckart").mkdir(exist_ok=True)
+            (folder / "eckart" / name).write_text(text, encoding="utf-8")
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no NaN and no infinity: they become strings, so that they stay visible."""
+    if isinstance(content, float) and not math.isfinite(content):
+        return str(content)
+    if isinstance(content, Mapping):
+        return {str(key): _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return content
+
+
+def _state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that a checkpoint of the model holds, tied ones once."""
+    state = model.state_dict()
+    tied = {key for key, origin in model.all_tied_weights_keys.items() if key in state and origin in state}
+    seen = set()
+    for name, tensor in state.items():
+        if name in tied or name in (model._keys_to_ignore_on_save or ()):
+            continue
+        if not tensor.is_meta and tensor.numel():
+            place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+            if place in seen:
+                continue
+            seen.add(place)
+        yield name, tensor
+
+
+def _verify(model: PreTrainedModel, folder: Path) -> None:
+    """Hold what was written against the model in memory."""
+    written = read_weights(folder).tensors
+    expected = dict(_state(model))
+    there = sum(math.prod(entry.shape) for entry in written.values())
+    here = sum(tensor.numel() for tensor in expected.values())
+    if there != here:
+        raise CheckpointError(
+            f"{there:,} numbers were written to {folder}, but the model holds {here:,}; nothing was "
+            "published. Please report this with the model's name and the output of `pip list`."
+        )
+    lost, new = set(expected) - set(written), set(written) - set(expected)
+    guards = sum(0 in entry.shape for entry in written.values())
+    # Some models have other names in their checkpoints than in their modules: then both sets are filled.
+    if (lost and not new) or guards < len(factored_modules(model)):
+        raise CheckpointError(
+            f"Tensors are missing from what was written to {folder}: {', '.join(sorted(lost)[:8])}; nothing "
+            "was published. Please report this with the model's name."
+        )
+    described = (read_json(folder / "config.json").get("quantization_config") or {}).get("modules", {})
+    if described != {name: form.spec() for name, form in factored_modules(model).items()}:
+        raise CheckpointError(
+            f"quantization_config in {folder / 'config.json'} does not describe the factored modules "
+            f"({METHOD}); nothing was published. Please report this with the model's name."
+        )
+
+
+def _carry(source: Path, staging: Path, inner: Path, replaced: tuple[str, ...]) -> None:
+    """Copy what lies beside the weights and is not written already: the top, and the modules' own folders."""
+    modules = {Path(name) for name in sentence_modules(source) or ()} - {Path()}
+    folders = {Path(), inner, *modules, Path("additional_chat_templates")}
+    for folder in sorted(folders):
+        own = folder in modules and folder != inner  # pooling, dense layers: theirs, weights included
+        for path in sorted((source / folder).iterdir()) if (source / folder).is_dir() else ():
+            name = folder / path.name
+            wanted = path.suffix in CARRIED or path.name in CARRIED_NAMES
+            stale = path.name in STALE or path.name.endswith(".index.json") or path.name in replaced
+            wanted = path.suffix in {".json", ".txt", ".safetensors"} if own else wanted and not stale
+            hidden = path.name.startswith(".")
+            inside = path.is_file() and stays_inside(path, source)
+            if wanted and inside and not hidden and not (staging / name).exists():
+                (staging / folder).mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, staging / name)
+
+
+def _tokenizer_files(tokenizer: Any) -> tuple[str, ...]:
+    """What a tokenizer writes: the source's versions must not be mixed with a changed tokenizer."""
+    return (*TOKENIZER, *getattr(tokenizer, "vocab_files_names", {}).values())
+
+
+def _refuse_pickled_modules(source: Path) -> None:
+    """A sentence-transformers module with pickled weights cannot be carried over."""
+    for name in sentence_modules(source) or ():
+        pickled, safe = source / name / "pytorch_model.bin", source / name / "model.safetensors"
+        if name and safe.parent != model_folder(source) and pickled.is_file() and not safe.is_file():
+            raise CheckpointError(
+                f"{pickled} is pickled, and eckart publishes no pickles. Convert the source first: "
+                f"SentenceTransformer('{source}').save('{source.name}-safetensors')"
+            )

@@ -1,0 +1,112 @@
+"""One batch of model-ready data, and a list of them with a note of where they came from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs that a model takes as they are, on the CPU.
+
+    Attributes:
+        inputs: Keyword arguments of the model's forward. `labels` is among them only where the task has labels of
+            its own.
+        examples: For each row, its place in the data: random draws are keyed by (seed, example), so that cutting
+            a batch in two changes nothing.
+    """
+
+    inputs: dict[str, Tensor]
+    examples: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def masks(self) -> dict[int, Tensor]:
+        """Return the masks of real tokens by sequence length.
+
+        A layer tells by the length of what it is given on which side of an encoder-decoder it stands: `load` sees
+        to it that the two sides of a batch never have equal lengths.
+
+        Returns:
+            Sequence length T -> bool (B, T), True for a real token. Empty for inputs without tokens (images).
+        """
+        masks = {}
+        for ids, mask in SIDES:
+            real = _real_tokens(self.inputs, ids, mask)
+            if real is not None:
+                masks[real.shape[1]] = real
+        return masks
+
+    @property
+    def num_tokens(self) -> int:
+        """The real tokens of both sides; 0 for inputs without tokens."""
+        return sum(int(mask.sum()) for mask in self.masks().values())
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Return the rows from `start` up to `stop` as a batch of their own: what halving needs.
+
+        Args:
+            start: First row.
+            stop: Row after the last.
+
+        Returns:
+            The part, with its rows' examples; tensors without a row per example are shared whole.
+        """
+        size = len(self)
+        parts = {k: v[start:stop] if v.dim() and v.shape[0] == size else v for k, v in self.inputs.items()}
+        return Batch(parts, self.examples[start:stop])
+
+
+SIDES = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))
+"""The token ids and the mask of each side of a model."""
+
+
+def _real_tokens(inputs: dict[str, Tensor], ids: str, mask: str) -> Tensor | None:
+    given = inputs.get(mask)
+    if given is not None and given.dim() == 2:
+        return given.bool()  # (B, T)
+    tokens = inputs.get(ids)
+    if tokens is None or tokens.dim() != 2:
+        return None
+    return torch.ones_like(tokens, dtype=torch.bool)  # (B, T)
+
+
+@dataclass
+class CalibrationData:
+    """Batches that can be gone through again and again, and what they were made from.
+
+    Attributes:
+        batches: The batches, in order.
+        description: Plain JSON for reports and resume keys: source, revision, column, samples, tokens, seed and
+            the SHA-256 of the text used.
+    """
+
+    batches: list[Batch]
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def num_examples(self) -> int:
+        """Rows in all batches."""
+        return sum(len(batch) for batch in self.batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens in all batches, padding left out."""
+        return sum(batch.num_tokens for batch in self.batches)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether every batch brings labels of its own."""
+        return bool(self.batches) and all("labels" in batch.inputs for batch in self.batches)

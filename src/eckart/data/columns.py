@@ -1,0 +1,214 @@
+"""Which column holds what is asked for, and what it holds in a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+from eckart.data.rows import Row, is_number
+from eckart.errors import DataError
+
+TEXT_NAMES = ("text", "sentence", "content")
+"""A column of one of these names is the text, where no column is named."""
+
+LABEL_NAMES = ("label", "labels", "score")
+"""A column of one of these names is the label, where no column is named."""
+
+PEEK = 100
+"""Rows that are looked at to choose a column."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text to tokenise.
+
+    Attributes:
+        text: The text.
+        where: File and line, for messages.
+        index: The row's place in the data.
+        chat: Whether a chat template wrote it, special tokens included.
+        pair: The second text of the row, where there is one.
+    """
+
+    text: str
+    where: str
+    index: int
+    chat: bool = False
+    pair: str | None = None
+
+
+def peek(rows: Iterator[Row], source: str) -> tuple[list[Row], Iterator[Row]]:
+    """Look at the first rows without losing them.
+
+    Args:
+        rows: The rows.
+        source: What they come from, for the message.
+
+    Returns:
+        The first rows, and all rows again.
+
+    Raises:
+        DataError: If there is no row.
+    """
+    first = list(islice(rows, PEEK))
+    if not first:
+        raise DataError(f"{source}: no rows: pass data that holds text")
+    return first, chain(first, rows)
+
+
+def text_column(first: Sequence[Row], source: str, *, asked: str | None, taken: Sequence[str | None] = ()) -> str:
+    """Settle the column that holds the text.
+
+    Args:
+        first: Some rows to judge by.
+        source: What they come from, for the message.
+        asked: The column asked for.
+        taken: Columns that hold something else.
+
+    Returns:
+        The column asked for; else the one called text, sentence or content; else the only textual one.
+
+    Raises:
+        DataError: If that leaves none or several; the message lists the columns.
+    """
+    columns = _columns(first)
+    if asked is not None:
+        return _existing(asked, columns, source)
+    free = [name for name in columns if name not in taken]
+    named = [name for name in free if name.lower() in TEXT_NAMES]
+    textual = [name for name in free if _is_textual(first, name)]
+    for choice in (named, textual):
+        if len(choice) == 1:
+            return choice[0]
+    raise DataError(f"{source}: which column holds the text? There are {_listed(columns)}: name one with --data-column")
+
+
+def label_column(first: Sequence[Row], source: str, *, asked: str | None, taken: Sequence[str | None] = ()) -> str:
+    """Settle the column that holds the label.
+
+    Args:
+        first: Some rows to judge by.
+        source: What they come from, for the message.
+        asked: The column asked for.
+        taken: Columns that hold something else.
+
+    Returns:
+        The column asked for; else the one called label, labels or score; else the only one of numbers.
+
+    Raises:
+        DataError: If that leaves none or several; the message lists the columns.
+    """
+    columns = _columns(first)
+    if asked is not None:
+        return _existing(asked, columns, source)
+    free = [name for name in columns if name not in taken]
+    named = [name for name in free if name.lower() in LABEL_NAMES]
+    numeric = [name for name in free if all(is_number(row.values.get(name)) for row in first)]
+    for choice in (named, numeric):
+        if len(choice) == 1:
+            return choice[0]
+    raise DataError(f"{source}: which column holds the label? There are {_listed(columns)}: name it (label_column)")
+
+
+def required(column: str, first: Sequence[Row], source: str) -> str:
+    """Check that a column exists.
+
+    Args:
+        column: The column asked for.
+        first: Some rows to judge by.
+        source: What they come from, for the message.
+
+    Returns:
+        The column.
+
+    Raises:
+        DataError: If it does not exist; the message lists the columns.
+    """
+    return _existing(column, _columns(first), source)
+
+
+def cell(row: Row, column: str) -> Any:
+    """Return what a row holds in a column.
+
+    Args:
+        row: The row.
+        column: The column.
+
+    Returns:
+        Its value.
+
+    Raises:
+        DataError: If the row lacks it; the message names file and line.
+    """
+    value = row.values.get(column)
+    if value is None:
+        raise DataError(
+            f"{row.where}: no value in column {column!r} (there: {_listed(list(row.values))}): fill or remove the row"
+        )
+    return value
+
+
+def text_of(row: Row, column: str, tokenizer: Any = None) -> tuple[str, bool]:
+    """Return the text of a row; chat messages are written out by the tokenizer's template.
+
+    Args:
+        row: The row.
+        column: The column that holds text or a list of `{role, content}` messages.
+        tokenizer: The tokenizer whose chat template is used.
+
+    Returns:
+        The text, and whether a chat template wrote it.
+
+    Raises:
+        DataError: If the cell holds something else, or there is no chat template.
+    """
+    value = cell(row, column)
+    if isinstance(value, str):
+        return value, False
+    if not _is_chat(value):
+        raise DataError(
+            f"{row.where}: column {column!r} holds a {type(value).__name__}, not text nor a list of "
+            "{role, content} messages: name a column of text"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{row.where}: column {column!r} holds chat messages, but the tokenizer has no chat template: "
+            "set tokenizer.chat_template, or name a column of plain text"
+        )
+    try:
+        return tokenizer.apply_chat_template(value, tokenize=False), True
+    except Exception as error:  # templates raise whatever their author wrote
+        raise DataError(
+            f"{row.where}: the chat template cannot write column {column!r} ({error}): mend or remove the row"
+        ) from error
+
+
+def _columns(first: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in first for name in row.values))
+
+
+def _existing(column: str, columns: list[str], source: str) -> str:
+    if column in columns:
+        return column
+    raise DataError(f"{source}: no column {column!r}: name one of {_listed(columns)}")
+
+
+def _listed(columns: list[str]) -> str:
+    return ", ".join(repr(name) for name in columns) or "none"
+
+
+def _is_textual(first: Sequence[Row], column: str) -> bool:
+    values = [value for row in first if (value := row.values.get(column)) is not None]
+    textual = [value for value in values if isinstance(value, str) or _is_chat(value)]
+    # Every cell of a .csv is a string: a column of numbers is no text.
+    return bool(values) and len(textual) == len(values) and not all(is_number(value) for value in values)
+
+
+def _is_chat(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(message, dict) and "role" in message and "content" in message for message in value)
+    )

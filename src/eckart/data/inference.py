@@ -1,0 +1,86 @@
+"""How models are run when nothing is learnt: evaluation mode, their own device, a progress bar."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub.utils.tqdm import tqdm
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode without gradients, and every module back as it was.
+
+    Args:
+        models: The models.
+
+    Yields:
+        Nothing; the modes are restored on leaving, errors included.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device that a model takes its inputs on.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The device of its first parameter that has numbers; the CPU where there is none.
+    """
+    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
+
+
+def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
+    """Run a model on its own device, without a key-value cache.
+
+    Args:
+        model: The model.
+        inputs: Its keyword arguments; labels are left out, floating-point inputs get the model's dtype.
+        more: Further keyword arguments.
+
+    Returns:
+        What the model returns.
+    """
+    device = device_of(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    moved = {
+        name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+        for name, value in inputs.items()
+        if name != "labels"
+    }
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        more.setdefault("use_cache", False)
+    return model(**moved, **more)
+
+
+def progress(items: Iterable[T], *, what: str, total: int | None = None, disable: bool | None = None) -> Iterable[T]:
+    """Show a bar over a loop.
+
+    Args:
+        items: What the loop goes through.
+        what: The bar's caption.
+        total: Number of items, where `items` has no length.
+        disable: True for no bar, None for none where nobody looks (no terminal). The switch of
+            `huggingface_hub.utils.disable_progress_bars` is honoured in any case.
+
+    Returns:
+        The items.
+    """
+    return tqdm(items, desc=what, total=total, disable=disable, leave=False, name="eckart")

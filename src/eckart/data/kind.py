@@ -1,0 +1,138 @@
+"""What a model reads: a running text, separate texts, or a source and a target."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+Kind = Literal["causal", "encoder", "encoder-decoder"]
+"""`causal` reads packed windows of text, `encoder` separate padded texts, `encoder-decoder` pairs of them."""
+
+HEADS_ON_SEPARATE_TEXTS = (
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForQuestionAnswering",
+    "ForMultipleChoice",
+)
+"""Class name endings of models that read one text (or pair) a row, whatever their backbone."""
+
+UNLIMITED = 1_000_000
+"""Tokenizers that know no limit say 1e30: anything above this is no limit."""
+
+logger = logging.getLogger(__name__)
+
+
+def kind_of(config: PretrainedConfig, model: nn.Module | None = None) -> Kind:
+    """Tell what a model reads.
+
+    Args:
+        config: The model's configuration.
+        model: The model itself, where there is one: its class settles the cases that a configuration leaves open.
+
+    Returns:
+        The kind of data it is calibrated on.
+    """
+    names = [type(model).__name__] if model is not None else list(config.architectures or [])
+    if any(name.endswith(HEADS_ON_SEPARATE_TEXTS) for name in names):
+        return "encoder"
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    text = config.get_text_config(decoder=True)
+    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) or getattr(text, "is_decoder", False):
+        return "causal"
+    reads_on = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    fills_in = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # bert and its kin are in both
+    return "causal" if reads_on and not fills_in else "encoder"
+
+
+def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
+    """Return how many tokens a model has positions for.
+
+    RoBERTa and its kin number their positions from `padding_idx + 1`, so that a table of 514 serves 512 tokens.
+    They are recognised by a position table that has a padding row; without a model at hand the class is built on
+    the meta device to look.
+
+    Args:
+        config: The model's configuration.
+        model: The model itself, where there is one.
+
+    Returns:
+        The largest length, or None where there is none (relative positions, state-space models).
+    """
+    table = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(table, int) or table < 1:
+        return None
+    if model is None and kind_of(config) == "encoder":
+        model = _skeleton(config)
+    for name, module in model.named_modules() if model is not None else ():
+        if not isinstance(module, nn.Embedding) or "position" not in name or module.num_embeddings != table:
+            continue
+        if module.padding_idx is not None:
+            return table - module.padding_idx - 1
+    return table
+
+
+def sequence_length(
+    asked: int | None,
+    default: int,
+    *,
+    tokenizer: Any,
+    config: PretrainedConfig | None,
+    model: nn.Module | None = None,
+) -> int:
+    """Settle the length that texts are cut to.
+
+    Args:
+        asked: The length asked for, in tokens; None for the default.
+        default: What None means, lowered to what the tokenizer and the model name as their limits.
+        tokenizer: The tokenizer; only its `model_max_length` is read.
+        config: The model's configuration, if known.
+        model: The model, if there is one.
+
+    Returns:
+        A length that the model has positions for; one asked for above that is lowered with a warning.
+    """
+    limit = max_positions(config, model) if config is not None else None
+    if asked is None:
+        named = getattr(tokenizer, "model_max_length", None) or UNLIMITED
+        asked = min(default, named if named < UNLIMITED else default)
+        return min(asked, limit or asked)
+    if limit is not None and asked > limit:
+        logger.warning("max_seq_length %d is lowered to %d: the model has no more positions", asked, limit)
+        return limit
+    return asked
+
+
+def pad_token(tokenizer: Any, config: PretrainedConfig | None) -> int:
+    """Return the id that fills up short rows: the model's own before the tokenizer's.
+
+    Args:
+        tokenizer: The tokenizer, or None.
+        config: The model's configuration, or None.
+
+    Returns:
+        A token id; 0 where neither names one (padding is always masked).
+    """
+    text = config.get_text_config() if config is not None else None
+    for holder, name in ((text, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
+        value = getattr(holder, name, None)
+        if isinstance(value, int) and value >= 0:
+            return value
+    return 0
+
+
+def _skeleton(config: PretrainedConfig) -> nn.Module | None:
+    """Build the model's class without its numbers, or return None where transformers cannot."""
+    try:
+        with torch.device("meta"):
+            return AutoModel.from_config(config)
+    except (ValueError, KeyError, RuntimeError, NotImplementedError):
+        return None

@@ -1,0 +1,179 @@
+"""What `--data` may be, turned into rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+
+from eckart.data import hub, stdlib
+from eckart.data.rows import SUFFIXES, Row, read_path
+from eckart.errors import DataError, UsageError
+
+SHUFFLE_ABOVE = 100_000
+"""A data set in memory of more rows than this is read in random order and only as far as needed."""
+
+SHUFFLE_BUFFER = 1_000
+"""Rows among which a streamed data set is shuffled."""
+
+
+@dataclass
+class Source:
+    """Rows, and what is known about them.
+
+    Attributes:
+        rows: The rows, once.
+        name: What messages call the data.
+        description: Source, config, split and revision, as JSON.
+        columns: Columns that are settled by what the data are, or None.
+        sampled: The rows come in random order (or none better can be had) and may be too many to read.
+        running: The rows are pieces of one text, to be joined without marks between them.
+    """
+
+    rows: Iterator[Row]
+    name: str
+    description: dict[str, Any]
+    column: str | None = None
+    sampled: bool = False
+    running: bool = False
+
+
+def open_source(
+    data: Any,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    asked: tuple[str, ...] = (),
+    whole_text: bool = False,
+    seed: int = 0,
+) -> Source:
+    """Turn what the user named into rows.
+
+    Args:
+        data: None (WikiText-2), "stdlib", a file, a folder, a hub identifier, a `datasets` object, or an iterable
+            of strings, rows (dictionaries) or chats.
+        config: The hub data set's configuration.
+        split: The hub data set's split.
+        revision: The hub data set's revision.
+        asked: Columns that will be asked for; they decide whether a table has a header.
+        whole_text: Give a .txt file as one row.
+        seed: For the order of data that are too many to read.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: If nothing can be had under that name.
+        UsageError: If `data` is of a type that holds no rows.
+    """
+    if data is None:
+        identifier, default_config, column = hub.DEFAULT
+        source = _from_hub(identifier, config or default_config, split, revision, seed)
+        source.column = column
+        return source
+    if isinstance(data, str | os.PathLike):
+        return _from_name(os.fspath(data), config, split, revision, asked, whole_text, seed)
+    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+        if split not in data:
+            raise DataError(f"data: no split {split!r}: name one of {', '.join(map(str, data))}")
+        data = data[split]
+    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+        note = {"source": f"datasets.{type(data).__name__}", "split": str(data.split) if data.split else None}
+        return _from_dataset(data, "data set", note, seed)
+    if isinstance(data, Mapping) or not isinstance(data, Iterable):
+        raise UsageError(
+            f"data: a {type(data).__name__} holds no rows: pass a file, a hub identifier, a list of strings, "
+            "or a list of model-ready batches"
+        )
+    rows = (_as_row(item, index) for index, item in enumerate(data))
+    return Source(rows, "data", {"source": type(data).__name__})
+
+
+def _from_name(
+    name: str,
+    config: str | None,
+    split: str,
+    revision: str | None,
+    asked: tuple[str, ...],
+    whole_text: bool,
+    seed: int,
+) -> Source:
+    if name == "stdlib":
+        part = split if split in ("calibration", "held") else "calibration"
+        pairs = stdlib.documents(part)
+        modules = (Row({"text": text}, f"stdlib module {module}", i) for i, (module, text) in enumerate(pairs))
+        return Source(modules, "stdlib", {"source": "stdlib", "split": part}, column="text")
+    path = Path(name).expanduser()
+    if path.exists():
+        rows = read_path(path, asked=asked, whole_text=whole_text)
+        return Source(rows, name, {"source": str(path.resolve())})
+    if path.suffix.lower() in SUFFIXES or name.startswith((".", "~", os.sep)):
+        raise DataError(f"{name}: no such file or folder: check the path (read from {Path.cwd()})")
+    return _from_hub(name, config, split, revision, seed)
+
+
+def _from_hub(identifier: str, config: str | None, split: str, revision: str | None, seed: int) -> Source:
+    data, note = hub.open_hub(identifier, config=config, split=split, revision=revision)
+    return _from_dataset(data, identifier, note, seed, running=identifier in hub.RUNNING_TEXT)
+
+
+def _from_dataset(
+    data: datasets.Dataset | datasets.IterableDataset,
+    name: str,
+    note: dict[str, Any],
+    seed: int,
+    running: bool = False,
+) -> Source:
+    sampled = True
+    indexed: Iterable[tuple[int, Any]]
+    if isinstance(data, datasets.IterableDataset):
+        # A row's index is its place in the shuffled stream, which the seed settles.
+        indexed = enumerate(data if running else data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
+    elif len(data) > SHUFFLE_ABOVE and not running:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+        indexed = ((index, data[index]) for index in order)
+    else:
+        sampled = running
+        indexed = enumerate(data)
+    rows = (Row(dict(values), f"{name}, row {index}", index) for index, values in indexed)
+    return Source(rows, name, note, sampled=sampled, running=running)
+
+
+def _as_row(item: Any, index: int) -> Row:
+    where = f"data, item {index}"
+    if isinstance(item, str):
+        return Row({"text": item}, where, index)
+    if isinstance(item, Mapping):
+        return Row(dict(item), where, index)
+    if isinstance(item, list) and item and isinstance(item[0], Mapping):
+        return Row({"messages": item}, where, index)
+    raise DataError(
+        f"{where}: a {type(item).__name__} is neither text, a row nor a batch: pass strings, dictionaries of columns, "
+        "or dictionaries of tensors"
+    )
+
+
+def first_item(data: Any) -> tuple[Any, Any]:
+    """Look at the first item of an iterable without losing it.
+
+    Args:
+        data: What the user passed.
+
+    Returns:
+        The first item (None where `data` is no plain iterable or is empty), and the data again.
+    """
+    named = data is None or isinstance(data, str | os.PathLike | Mapping)
+    if named or isinstance(data, datasets.Dataset | datasets.IterableDataset) or not isinstance(data, Iterable):
+        return None, data
+    if isinstance(data, list | tuple):
+        return (data[0] if data else None), data
+    items = iter(data)
+    first = next(items, None)
+    return first, (chain([first], items) if first is not None else [])

@@ -1,0 +1,170 @@
+"""Labelled rows: what classifiers and sentence embeddings are scored on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from eckart.data.columns import Text, cell, label_column, peek, required, text_column, text_of
+from eckart.data.rows import Row, is_number
+from eckart.data.source import open_source
+from eckart.errors import DataError
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One labelled text, or pair of texts.
+
+    Attributes:
+        text: The text, with the second one as its pair.
+        label: A class number, or a score.
+    """
+
+    text: Text
+    label: int | float
+
+
+@dataclass
+class TaskData:
+    """The rows of a task.
+
+    Attributes:
+        rows: The rows, in the order of the data.
+        description: Source, columns and number of rows, as JSON.
+    """
+
+    rows: list[TaskRow]
+    description: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[TaskRow]:
+        return iter(self.rows)
+
+    @property
+    def texts(self) -> list[Text]:
+        """The texts of all rows."""
+        return [row.text for row in self.rows]
+
+    @property
+    def labels(self) -> list[int | float]:
+        """The labels of all rows."""
+        return [row.label for row in self.rows]
+
+
+def load_task(
+    data: Any,
+    *,
+    column: str | None = None,
+    pair_column: str | None = None,
+    label: str | None = None,
+    label2id: Mapping[str, int] | None = None,
+    regression: bool | None = None,
+    config: str | None = None,
+    split: str = "validation",
+    revision: str | None = None,
+    num_samples: int | None = None,
+) -> TaskData:
+    """Read labelled rows.
+
+    Args:
+        data: A .tsv, .csv or .jsonl file, a folder of such files, a hub identifier, a `datasets.Dataset` or a list
+            of dictionaries. Tables without a header have their columns by number: "0", "1".
+        column: The text; None for the column called text, sentence or content, or the only textual one.
+        pair_column: The second text, where there is one.
+        label: The label; None for the column called label, labels or score, or the only one of numbers.
+        label2id: Maps labels that are words: the model's `config.label2id`.
+        regression: True for scores, False for classes, None to tell by the labels (scores if one has a fraction
+            or a decimal point).
+        config: The hub data set's configuration.
+        split: The hub data set's split.
+        revision: The hub data set's revision.
+        num_samples: The first so many rows only; None for all.
+
+    Returns:
+        The rows.
+
+    Raises:
+        DataError: If a column cannot be settled or a row is bad.
+    """
+    asked = tuple(name for name in (column, pair_column, label) if name is not None)
+    source = open_source(data, config=config, split=split, revision=revision, asked=asked)
+    first, rows = peek(source.rows, source.name)
+    column = text_column(first, source.name, asked=column, taken=(pair_column, label))
+    label = label_column(first, source.name, asked=label, taken=(column, pair_column))
+    if pair_column is not None:
+        required(pair_column, first, source.name)
+    chosen: list[Row] = []
+    for row in rows:
+        if num_samples is not None and len(chosen) >= num_samples:
+            break
+        chosen.append(row)
+    chosen.sort(key=lambda row: row.index)
+    labels = labels_of(chosen, label, label2id=label2id, regression=regression)
+    found = [
+        TaskRow(
+            Text(text_of(row, column)[0], row.where, row.index, pair=_pair(row, pair_column)),
+            value,
+        )
+        for row, value in zip(chosen, labels, strict=True)
+    ]
+    columns = {"column": column, "pair_column": pair_column, "label_column": label}
+    return TaskData(found, {**source.description, **columns, "rows": len(found)})
+
+
+def labels_of(
+    rows: Sequence[Row], column: str, *, label2id: Mapping[str, int] | None, regression: bool | None
+) -> list[int | float]:
+    """Read the labels of rows.
+
+    Args:
+        rows: The rows.
+        column: Their label column.
+        label2id: Maps labels that are words.
+        regression: True for scores, False for classes, None to tell by the labels.
+
+    Returns:
+        A number a row: whole ones for classes.
+
+    Raises:
+        DataError: If a label is no number and is not in `label2id`, or is no class where classes are wanted.
+    """
+    values = [cell(row, column) for row in rows]
+    if regression is None:
+        regression = any(
+            isinstance(value, float) or (isinstance(value, str) and is_number(value) and not _is_whole(value))
+            for value in values
+        )
+    return [_label(value, row, column, label2id, regression) for value, row in zip(values, rows, strict=True)]
+
+
+def _label(value: Any, row: Row, column: str, label2id: Mapping[str, int] | None, regression: bool) -> int | float:
+    where = f"{row.where}: label {value!r} in column {column!r}"
+    if isinstance(value, str) and label2id and value in label2id:
+        return int(label2id[value])
+    if not is_number(value):
+        known = ", ".join(map(repr, label2id or ())) or "none"
+        raise DataError(
+            f"{where} is no number and not in label2id (known: {known}): correct it, or set config.label2id"
+        )
+    number = float(value)
+    if regression:
+        if not math.isfinite(number):
+            raise DataError(f"{where} is not finite: correct or remove the row")
+        return number
+    if not math.isfinite(number) or number != int(number) or number < 0:
+        raise DataError(
+            f"{where} is no class (0, 1, ...): correct it; test splits without labels (-1) cannot be scored"
+        )
+    return int(number)
+
+
+def _is_whole(value: str) -> bool:
+    return value.strip().lstrip("+-").isdigit()
+
+
+def _pair(row: Row, column: str | None) -> str | None:
+    return text_of(row, column)[0] if column is not None else None

@@ -1,0 +1,184 @@
+"""What every stored form of a weight shares: an `nn.Module` that stands where a Linear stood."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from eckart.errors import UsageError
+from eckart.forms.lazy import LazyWeight
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a stored weight costs. The bias is counted apart: it is there before and after.
+
+    Attributes:
+        parameters: stored elements, integer indices included.
+        multiply_adds: per token.
+        index_elements: how many of `parameters` are integers (4 bytes each, whatever the dtype).
+    """
+
+    parameters: int
+    multiply_adds: int
+    index_elements: int = 0
+
+    def bytes(self, dtype: torch.dtype) -> int:
+        """Stored bytes when the floating-point numbers are of `dtype`."""
+        return (self.parameters - self.index_elements) * dtype.itemsize + 4 * self.index_elements
+
+
+class FactoredLinear(nn.Module):
+    """`y = x W'^T + b` with W' (out, in) in a stored form.
+
+    A subclass sets `form`, builds its leaves in `__init__` (plain `nn.Linear`, so that adapters and
+    quantisers find them), and defines `size`, `store`, `to_dense`, `dense_bias` and `forward`.
+
+    Attributes:
+        in_features: n.
+        out_features: m.
+        rank: k.
+        source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
+    """
+
+    form: ClassVar[str]
+
+    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, source: str) -> None:
+        super().__init__()
+        if not 1 <= rank <= min(in_features, out_features):
+            raise UsageError(
+                f"form {self.form}: rank {rank} is outside 1..{min(in_features, out_features)} "
+                f"for a weight of {out_features} x {in_features}; choose a rank inside."
+            )
+        if source not in ("linear", "conv1d"):
+            raise UsageError(f"form {self.form}: source {source!r} is unknown; use 'linear' or 'conv1d'.")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.has_bias = bias
+        self.source = source
+        # A checkpoint of ours, opened by transformers without eckart, must fail instead of filling the
+        # missing dense weight with random numbers: an empty tensor sits under the dense weight's key.
+        self.register_state_dict_post_hook(_write_guard)
+        self.register_load_state_dict_pre_hook(_drop_guard)
+
+    # -- what a form must say ------------------------------------------------------------------------
+
+    @classmethod
+    def size(cls, out_features: int, in_features: int, rank: int) -> Size:
+        """What the form stores and computes at a rank, the bias left out."""
+        raise NotImplementedError
+
+    @classmethod
+    def max_rank(cls, out_features: int, in_features: int) -> int:
+        """The largest rank that still stores fewer numbers than the dense weight; 0 if none does."""
+        dense = out_features * in_features
+        low, high = 0, min(out_features, in_features)
+        while low < high:  # size grows with the rank
+            middle = (low + high + 1) // 2
+            if cls.size(out_features, in_features, middle).parameters < dense:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
+        """Fill the module with `W' = left @ right` and the bias.
+
+        Args:
+            left: B, (out, rank).
+            right: A, (rank, in).
+            bias: (out,) or None.
+
+        Returns:
+            None, or why the form cannot hold this matrix within its numerical bound; then nothing
+            has been written and the caller falls back to another form and records the reason.
+        """
+        raise NotImplementedError
+
+    def to_dense(self) -> Tensor:
+        """W', (out, in), in the module's dtype, computed in float32 at least."""
+        raise NotImplementedError
+
+    def dense_bias(self) -> Tensor | None:
+        """b, (out,), as the dense layer had it."""
+        raise NotImplementedError
+
+    # -- what is the same for all --------------------------------------------------------------------
+
+    def spec(self) -> dict[str, Any]:
+        """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
+        return {
+            "form": self.form,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "rank": self.rank,
+            "bias": self.has_bias,
+            "source": self.source,
+        }
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds per token."""
+        return self.size(self.out_features, self.in_features, self.rank).multiply_adds
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, computed when something reads its values; dtype and shape are free.
+
+        Models that bypass `forward`, or ask for `layer.weight.dtype` at every step, keep working.
+        It is in the orientation of the module that was replaced: (in, out) for a Conv1D.
+        """
+        leaf = next(self.parameters())
+        shape = (self.out_features, self.in_features)
+        flip = self.source == "conv1d"
+
+        def dense() -> Tensor:
+            return self.to_dense().mT if flip else self.to_dense()
+
+        return LazyWeight.of(dense, shape[::-1] if flip else shape, leaf)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The dense bias, for models that read it."""
+        return self.dense_bias()
+
+    def extra_repr(self) -> str:
+        """Shape and rank, as `print(model)` shows them."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
+
+
+def _write_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:
+    leaf = next(module.parameters())
+    state[prefix + "weight"] = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+
+
+def _drop_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    guard = state.get(prefix + "weight")
+    if guard is not None and guard.numel() == 0:
+        del state[prefix + "weight"]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which two stored factors are multiplied: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def copy_into(target: Tensor, value: Tensor, where: str) -> None:
+    """Round `value` into a stored tensor, and refuse a cast that overflows.
+
+    Raises:
+        UsageError: if a finite value is out of the range of the target's dtype.
+    """
+    value = value.detach()
+    largest = float(value.abs().amax()) if value.numel() else 0.0
+    if largest > torch.finfo(target.dtype).max:
+        raise UsageError(
+            f"{where}: a factor of magnitude {largest:.3g} does not fit {target.dtype}; "
+            "store in bfloat16 or float32 with --dtype."
+        )
+    with torch.no_grad():
+        target.copy_(value)

@@ -1,0 +1,163 @@
+"""Pivoted: the same rank-k matrix in k (m + n - k) numbers, and a forward that keeps the gain."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eckart.forms.base import FactoredLinear, Size, compute_dtype, copy_into
+from eckart.linalg import pivoted_factors
+
+# The largest |C| that is accepted: each of C's products amplifies the rounding of a pivot output by at
+# most this much. Row exchanges normally bring it below 1.2; above the bound W' lacks full rank.
+BOUND = 4.0
+
+# Above this many numbers per output feature, k^2 / m, the extra products of the expanded readout cost
+# more than putting the outputs in order. Measured on CPUs, see `benchmarks/forward_speed.py`.
+EXPAND_BELOW = {torch.float32: 64.0, torch.bfloat16: 256.0, torch.float16: 256.0}
+
+
+class Pivoted(FactoredLinear):
+    """`h = P x + b_p`, `y = concat(h, C h + b_r)` put back in row order.
+
+    P (k, n), `first`, holds k rows of W' as they are; C (m - k, k), `second`, combines them into the
+    others. The dense bias b folds in exactly: `b_p = b[pivots]`, `b_r = b[rest] - C b_p`.
+
+    Putting m outputs in order costs as much as a product in half precision, so narrow layers run, when no
+    gradient is asked for, on an expanded readout `[I; C]` with its rows already in order: k^2 / m more
+    products per output, no reordering. It is working memory, made at the first call and never stored.
+    """
+
+    form: ClassVar[str] = "pivoted"
+    order: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool = True, source: str = "linear"
+    ) -> None:
+        super().__init__(in_features, out_features, rank, bias, source)
+        self.first = nn.Linear(in_features, rank, bias=bias)
+        self.second = nn.Linear(rank, out_features - rank, bias=bias)
+        self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32))
+        self._prepared: tuple[tuple[object, ...], Tensor, Tensor | None] | None = None
+
+    @classmethod
+    def size(cls, out_features: int, in_features: int, rank: int) -> Size:
+        """k (m + n - k) numbers and multiply-adds, and the m row numbers of the order."""
+        numbers = rank * (out_features + in_features - rank)
+        return Size(numbers + out_features, numbers, out_features)
+
+    def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
+        """Choose pivot rows and fill; refused when no choice keeps C within the bound."""
+        factors = pivoted_factors(left, right)
+        if not factors.bound <= BOUND:
+            return f"max|C| = {factors.bound:.3g} of the pivoted form is above its bound {BOUND:g}"
+        copy_into(self.first.weight, factors.pivots, "pivot rows")
+        copy_into(self.second.weight, factors.rest, "pivoted coefficients")
+        with torch.no_grad():
+            self.order.copy_(factors.order)
+        if bias is not None:
+            pivot_bias = bias.double()[factors.order[: self.rank]]
+            copy_into(self.first.bias, pivot_bias, "bias")
+            # b_r is computed from what is stored of C and b_p, so that the folded bias is as exact as b.
+            stored = self.second.weight.double() @ self.first.bias.double()
+            copy_into(self.second.bias, bias.double()[factors.order[self.rank :]] - stored, "bias")
+        self._prepared = None
+        return None
+
+    def to_dense(self) -> Tensor:
+        """`[P; C P]` in row order."""
+        dtype = compute_dtype(self.first.weight.dtype)
+        pivots = self.first.weight.to(dtype)
+        rows = torch.cat([pivots, self.second.weight.to(dtype) @ pivots])
+        return rows[self._inverse()].to(self.first.weight.dtype)
+
+    def dense_bias(self) -> Tensor | None:
+        """`[b_p; b_r + C b_p]` in row order."""
+        if self.first.bias is None:
+            return None
+        dtype = compute_dtype(self.first.weight.dtype)
+        pivots = self.first.bias.to(dtype)
+        both = torch.cat([pivots, self.second.bias.to(dtype) + self.second.weight.to(dtype) @ pivots])
+        return both[self._inverse()].to(self.first.bias.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to x (..., n), giving (..., m)."""
+        if self._plain(x):
+            hidden = self.first(x)
+            both = torch.cat([hidden, self.second(hidden)], dim=-1)
+            return both.index_select(-1, self._inverse())
+        key, tensor, bias = self._prepare()
+        if key[0] == "expanded":
+            return functional.linear(functional.linear(x, self.first.weight), tensor, bias)
+        return self._gathered(x, tensor)
+
+    # -- the forward without gradients ---------------------------------------------------------------
+
+    def _inverse(self) -> Tensor:
+        """(m,) where each output row stands among `concat(pivots, rest)`."""
+        return torch.argsort(self.order)
+
+    def _plain(self, x: Tensor) -> bool:
+        """Whether the leaves must be called as modules: gradients, tracing, autocast, adapters, offloading."""
+        leaves = (self.first, self.second)
+        return (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+            or torch.is_autocast_enabled(x.device.type)
+            or any(_changed(leaf) for leaf in leaves)
+            or self.first.weight.dtype not in EXPAND_BELOW
+        )
+
+    def _prepare(self) -> tuple[tuple[object, ...], Tensor, Tensor | None]:
+        """The expanded readout, or the gather index; remade when a stored tensor has changed."""
+        weight, rest = self.first.weight, self.second.weight
+        expanded = self.rank**2 < EXPAND_BELOW[weight.dtype] * self.out_features
+        tensors = (weight, rest, self.order, self.first.bias, self.second.bias)
+        key = (
+            "expanded" if expanded else "gathered",
+            *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors if t is not None),
+        )
+        if self._prepared is not None and self._prepared[0] == key:
+            return self._prepared
+        inverse = self._inverse()
+        if expanded:
+            eye = torch.eye(self.rank, dtype=rest.dtype, device=rest.device)
+            prepared = torch.cat([eye, rest])[inverse].contiguous()
+            self._prepared = (key, prepared, self.dense_bias())
+        else:
+            self._prepared = (key, inverse, None)
+        return self._prepared
+
+    def _gathered(self, x: Tensor, inverse: Tensor) -> Tensor:
+        """Both products written into one buffer, then one gather: no concatenation."""
+        flat = x.reshape(-1, self.in_features)
+        both = flat.new_empty(flat.shape[0], self.out_features)
+        head, tail = both[:, : self.rank], both[:, self.rank :]
+        for leaf, source, out in ((self.first, flat, head), (self.second, head, tail)):
+            if leaf.bias is None:
+                torch.mm(source, leaf.weight.mT, out=out)
+            else:
+                torch.addmm(leaf.bias, source, leaf.weight.mT, out=out)
+        # `gather` beats `index_select` on the last axis several times over.
+        return both.gather(1, inverse.expand(flat.shape[0], -1)).view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        self._prepared = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_prepared": None}
+
+
+def _changed(leaf: nn.Module) -> bool:
+    """Whether something else than `nn.Linear.forward` runs when the leaf is called: an adapter, an offloader."""
+    return (
+        type(leaf) is not nn.Linear
+        or "forward" in vars(leaf)
+        or bool(leaf._forward_hooks)
+        or bool(leaf._forward_pre_hooks)
+    )

@@ -1,0 +1,20 @@
+"""The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
+
+from eckart.linalg.decompose import checked_eigh, checked_svd, require_finite
+from eckart.linalg.metric import Metric, weighted_error
+from eckart.linalg.pivot import PivotedFactors, pivoted_factors
+from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
+
+__all__ = [
+    "Factorisation",
+    "Metric",
+    "PivotedFactors",
+    "Problem",
+    "checked_eigh",
+    "checked_svd",
+    "curve_under",
+    "factorise",
+    "pivoted_factors",
+    "require_finite",
+    "weighted_error",
+]

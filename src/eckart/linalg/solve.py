@@ -1,0 +1,205 @@
+"""The one solver behind every low-rank method here.
+
+    minimise over W' of rank k:   || L (T - W') R ||_F^2,    H = L^T L,  G = R R^T
+
+With `L = I` the optimum is the projection `W' = U U^T T`, U the leading eigenvectors of `T G T^T`
+(Eckart & Young 1936 under a metric): nothing is inverted, so it stays optimal for a singular G, fewer
+tokens than features included. With both sides weighted, only the root of the SMALLER side is taken and
+inverted; the larger metric is multiplied by, never decomposed.
+
+One decomposition yields all ranks: factors of rank k are the first k columns and rows, and the squared
+error at rank k is the tail of the squared singular values of `L T R`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eckart.linalg.decompose import checked_eigh, checked_svd, require_finite
+from eckart.linalg.metric import Metric, root_of, weighted_error
+
+# When both metrics are singular the smaller one is shrunk this much, and the report says so.
+LAST_RESORT_SHRINKAGE = 1e-8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A target and the metric its error is measured in.
+
+    Attributes:
+        target: T, (m, n), usually the weight itself.
+        left: metric of the outputs, (m, m).
+        right: metric of the inputs, (n, n).
+    """
+
+    target: Tensor
+    left: Metric = Metric()
+    right: Metric = Metric()
+
+    @property
+    def mirrored(self) -> Problem:
+        """The same problem, transposed."""
+        return Problem(self.target.mT, self.right, self.left)
+
+
+@dataclass(frozen=True)
+class Factorisation:
+    """Optimal factors of every rank at once.
+
+    Attributes:
+        left: B, (m, r), r = min(m, n); its first k columns belong to rank k.
+        right: A, (r, n); its first k rows belong to rank k.
+        squared: (r,) squared singular values of `L T R`, descending, float64.
+        notes: fallbacks taken on the way, for the report.
+    """
+
+    left: Tensor
+    right: Tensor
+    squared: Tensor
+    notes: tuple[str, ...] = ()
+
+    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+        """The optimal factors `B (m, rank)` and `A (rank, n)` with `W' = B A`."""
+        return self.left[:, :rank], self.right[:rank]
+
+    @property
+    def curve(self) -> Tensor:
+        """(r + 1,) squared weighted error at rank 0, 1, ..., r; the last entry is 0."""
+        tail = self.squared.flip(0).cumsum(0).flip(0)
+        return torch.cat([tail, tail.new_zeros(1)])
+
+    @property
+    def effective_rank(self) -> float:
+        """`exp(entropy)` of the normalised squared singular values (Roy & Vetterli 2007)."""
+        share = self.squared / self.squared.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+
+    @property
+    def mirrored(self) -> Factorisation:
+        """The factorisation of the transposed problem."""
+        return Factorisation(self.right.mT, self.left.mT, self.squared, self.notes)
+
+
+def factorise(problem: Problem, what: str = "weight") -> Factorisation:
+    """Solve the weighted low-rank problem for every rank.
+
+    Args:
+        problem: target and metrics. Products run in the target's precision (float32 at least),
+            decompositions in float64.
+        what: the site's name, used in errors and notes.
+
+    Returns:
+        The optimal factors and the squared singular values of `L T R`.
+
+    Raises:
+        NumericalError: if the target or a metric is not finite, or nothing converges.
+    """
+    require_finite(problem.target, what)
+    target = problem.target.to(torch.promote_types(problem.target.dtype, torch.float32))
+    problem = Problem(target, problem.left, problem.right)
+    if problem.left.is_identity:
+        return _project(problem.target, problem.right, what)
+    if problem.right.is_identity:
+        return _project(problem.target.mT, problem.left, what).mirrored
+    if problem.left.diagonal is not None:
+        return _rescaled(problem, what)
+    if problem.right.diagonal is not None:
+        return _rescaled(problem.mirrored, what).mirrored
+    if target.shape[0] < target.shape[1]:
+        return _two_sided(problem.mirrored, what).mirrored
+    return _two_sided(problem, what)
+
+
+def _project(target: Tensor, right: Metric, what: str) -> Factorisation:
+    """`L = I`: orthonormal B, `A = B^T T`."""
+    m, n = target.shape
+    if m <= n:
+        squared, basis, notes = checked_eigh(target @ right.times(target.mT), what)
+        basis = basis.to(target.dtype)
+    else:
+        root = root_of(right, f"{what}: input metric")
+        image = root.right_of(target)  # (m, n), T C
+        squared, directions, notes = checked_eigh(image.mT @ image, what)
+        basis = torch.linalg.qr(image @ directions.to(image.dtype)).Q
+        notes = root.notes + notes
+    basis = _complete(basis, squared, target, what)
+    return Factorisation(basis, basis.mT @ target, squared, notes)
+
+
+def _complete(basis: Tensor, squared: Tensor, target: Tensor, what: str) -> Tensor:
+    """Replace the directions that the metric does not see by the plain SVD of what is left of T.
+
+    Without this, a tall T under a singular G would lose up to half of itself at full size.
+    """
+    floor = 4 * torch.finfo(target.dtype).eps
+    seen = int((squared > floor * squared[0]).sum())
+    missing = basis.shape[1] - seen
+    if missing == 0:
+        return basis
+    kept = basis[:, :seen]
+    rest, *_ = checked_svd(target - kept @ (kept.mT @ target), what)
+    # QR, because singular vectors of a zero singular value need not be orthogonal to `kept`.
+    return torch.linalg.qr(torch.cat([kept, rest[:, :missing].to(kept.dtype)], dim=1)).Q
+
+
+def _rescaled(problem: Problem, what: str) -> Factorisation:
+    """A diagonal left metric: scale the rows, solve with `L = I`, scale back."""
+    assert problem.left.diagonal is not None
+    root = root_of(problem.left, f"{what}: output metric")
+    if not root.invertible:
+        full = Problem(problem.target, Metric(full=torch.diag(problem.left.diagonal)), _dense(problem))
+        return factorise(full, what)
+    assert root.values is not None
+    scale = root.values.to(problem.target.dtype)[:, None]
+    solved = _project(scale * problem.target, problem.right, what)
+    return Factorisation(solved.left / scale, solved.right, solved.squared, root.notes + solved.notes)
+
+
+def _dense(problem: Problem) -> Metric:
+    right = problem.right
+    return right if right.diagonal is None else Metric(full=torch.diag(right.diagonal))
+
+
+def _two_sided(problem: Problem, what: str) -> Factorisation:
+    """Both sides weighted, m >= n: `W' = T C V V^T C^-1`, `C C^T = G`, V of `C^T T^T H T C`."""
+    target, left, right = problem.target, problem.left, problem.right
+    notes: tuple[str, ...] = ()
+    root = root_of(right, f"{what}: input metric")
+    if not root.invertible:
+        right = right.shrunk(LAST_RESORT_SHRINKAGE)
+        root = root_of(right, f"{what}: input metric")
+        notes = (f"{what}: a singular metric was shrunk by {LAST_RESORT_SHRINKAGE:g} to be inverted",)
+    if not root.invertible:  # a zero metric: nothing is worth more than anything else
+        return _project(target.mT, left, what).mirrored
+    image = root.right_of(target)  # (m, n), T C
+    squared, directions, more = checked_eigh(image.mT @ left.times(image), what)
+    directions = directions.to(target.dtype)
+    return Factorisation(image @ directions, root.solve_right(directions.mT), squared, root.notes + notes + more)
+
+
+def curve_under(solved: Factorisation, problem: Problem) -> Tensor:
+    """Squared error of each truncation of `solved`, measured in another problem's metric.
+
+    Makes the errors of any method comparable across sites: solve in its own metric, measure in one that has
+    the unit of the loss.
+
+    Args:
+        solved: factors B (m, r) and A (r, n).
+        problem: target and the metrics H, G to measure in.
+
+    Returns:
+        (r + 1,) `tr(H E_k G E_k^T)`, `E_k = T - B_k A_k`, for k = 0 .. r, float64, clamped at 0.
+    """
+    dtype = torch.promote_types(problem.target.dtype, solved.left.dtype)
+    target, left, right = problem.target.to(dtype), solved.left.to(dtype), solved.right.to(dtype)
+    weighted_left = problem.left.times(left)  # (m, r), H B
+    weighted_right = problem.right.times(right.mT)  # (n, r), G A^T
+    cross = (weighted_left * (target @ weighted_right)).sum(0).double()  # diag(B^T H T G A^T)
+    pairs = (left.mT @ weighted_left).double() * (right @ weighted_right).double()  # (r, r)
+    leading = pairs.cumsum(0).cumsum(1).diagonal()
+    total = weighted_error(target, problem.left, problem.right).double()
+    curve = total - 2 * cross.cumsum(0) + leading
+    return torch.cat([total[None], curve]).clamp_min(0)

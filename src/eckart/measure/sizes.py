@@ -1,0 +1,117 @@
+"""What a model stores and computes: numbers, bytes and multiply-adds, three columns never mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from eckart.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Size:
+    """Three costs.
+
+    Attributes:
+        elements: Stored numbers, integers included; what is tied counts once.
+        bytes: The same in bytes.
+        multiply_adds: Per token, of linear layers alone.
+    """
+
+    elements: int = 0
+    bytes: int = 0
+    multiply_adds: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the three numbers for a report."""
+        return {"elements": self.elements, "bytes": self.bytes, "multiply_adds": self.multiply_adds}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Costs of a model and of some of its modules.
+
+    Attributes:
+        model: The whole model.
+        named: The named modules together: what they tie among each other counts once.
+        modules: Each of them, by name.
+    """
+
+    model: Size
+    named: Size = field(default_factory=Size)
+    modules: dict[str, Size] = field(default_factory=dict)
+
+
+def sizes(model: nn.Module, names: Iterable[str] = ()) -> Sizes:
+    """Count what a model stores and computes.
+
+    Stored is what its state dict holds: parameters and persistent buffers, each tensor once however many names it
+    has. Multiply-adds are per token: in x out for every Linear and Conv1D (a tied head included), what a factored
+    module says of itself, 0 for embeddings and for everything else: attention scores, norms, convolutions, experts
+    that are stored as one 3-D parameter. In an encoder-decoder a token passes one of the two sides; both are
+    counted.
+
+    Args:
+        model: The model.
+        names: Modules to count apart.
+
+    Returns:
+        The sizes.
+
+    Raises:
+        UsageError: If there is no module of a name.
+    """
+    known = dict(model.named_modules())
+    parts = {}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"module {name!r} is not in the model: pass names from model.named_modules()")
+        parts[name] = known[name]
+    return Sizes(_size([model]), _size(parts.values()), {name: _size([module]) for name, module in parts.items()})
+
+
+def _size(modules: Iterable[nn.Module]) -> Size:
+    stored: dict[Any, Tensor] = {}
+    computing: dict[int, nn.Module] = {}
+    for module in modules:
+        for value in module.state_dict(keep_vars=True).values():
+            if isinstance(value, Tensor) and value.numel():
+                stored.setdefault(_identity(value), value)
+        computing |= {id(part): part for part in _computing(module)}
+    return Size(
+        elements=sum(value.numel() for value in stored.values()),
+        bytes=sum(value.numel() * value.element_size() for value in stored.values()),
+        multiply_adds=sum(_multiply_adds(part) for part in computing.values()),
+    )
+
+
+def _identity(value: Tensor) -> Any:
+    """Return what tells a tensor from its copies but not from its other names."""
+    if value.device.type == "meta":
+        return id(value)
+    return value.device, value.data_ptr(), tuple(value.shape), value.stride(), value.dtype
+
+
+def _computing(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that say or show what they compute; the leaves of one that says so belong to it."""
+    if _says_so(module) or isinstance(module, nn.Linear | Conv1D):
+        yield module
+        return
+    for child in module.children():
+        yield from _computing(child)
+
+
+def _says_so(module: nn.Module) -> bool:
+    return callable(getattr(type(module), "multiply_adds", None))
+
+
+def _multiply_adds(module: nn.Module) -> int:
+    if _says_so(module):
+        own: Any = module
+        return int(own.multiply_adds())
+    weight = module.weight
+    return weight.numel() if isinstance(weight, Tensor) else 0

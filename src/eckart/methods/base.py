@@ -1,0 +1,53 @@
+"""What a method is: a metric from a paper, and the paper's settings for everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from eckart.linalg import Problem
+from eckart.moments import Moments
+
+# (weight (out, in), moments) -> problem. Moments hold what the method's `needs` ask for.
+MetricFunction = Callable[[Tensor, Moments], Problem]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A paper's whole procedure under its name.
+
+    Attributes:
+        name: as `--method` takes it.
+        title: one line for tables.
+        paper: authors, venue, year, identifier.
+        metric: makes the weighted problem of a site.
+        needs: statistics the metric reads: "gram", "absolute", "gradients", "fisher"; empty: no data.
+        exact_for: what error the factors are optimal for, in words.
+        form: the stored form of the paper.
+        allocation: "uniform" or "loss".
+        centred: whether means are folded into the bias of sites that have one, and the metric is centred.
+        refit: whether each group of sites is fitted again on the compressed model's own inputs.
+    """
+
+    name: str
+    title: str
+    paper: str
+    metric: MetricFunction
+    exact_for: str
+    needs: frozenset[str] = field(default_factory=frozenset)
+    form: str = "lowrank"
+    allocation: str = "uniform"
+    centred: bool = False
+    refit: bool = False
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether calibration text is needed at all."""
+        return bool(self.needs) or self.allocation == "loss" or self.refit
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether backward passes are needed."""
+        return bool(self.needs & {"gradients", "fisher"}) or self.allocation == "loss"

@@ -1,0 +1,22 @@
+"""DRONE: data-aware low-rank approximation."""
+
+from torch import Tensor
+
+from eckart.linalg import Metric, Problem
+from eckart.methods.base import Method
+from eckart.moments import Moments
+
+
+def metric(weight: Tensor, moments: Moments) -> Problem:
+    """`E || W x - W' x ||^2 = || (W - W') G^(1/2) ||_F^2`, `G = E[x x^T]`."""
+    return Problem(weight, right=Metric(full=moments.inputs.mean_gram))
+
+
+METHOD = Method(
+    name="drone",
+    title="DRONE",
+    paper="Chen et al., DRONE: Data-aware Low-rank Compression for Large NLP Models, NeurIPS 2021",
+    metric=metric,
+    needs=frozenset({"gram"}),
+    exact_for="the mean squared error of the layer's output on the calibration text",
+)

@@ -1,0 +1,16 @@
+"""eckart: the default, what the benchmarks of this repository show to be best."""
+
+from eckart.methods.base import Method
+from eckart.methods.kfac import metric
+
+METHOD = Method(
+    name="eckart",
+    title="eckart (KFAC metric, pivoted, allocated by loss)",
+    paper="this library: the metric of KFAC-SVD, the pivoted form of Zhao et al. (ICML 2025, "
+    "arXiv 2501.19090), ranks from one budget by the predicted loss",
+    metric=metric,
+    needs=frozenset({"gram", "gradients"}),
+    exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix",
+    form="pivoted",
+    allocation="loss",
+)

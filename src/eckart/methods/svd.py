@@ -1,0 +1,21 @@
+"""Truncated SVD."""
+
+from torch import Tensor
+
+from eckart.linalg import Problem
+from eckart.methods.base import Method
+from eckart.moments import Moments
+
+
+def metric(weight: Tensor, moments: Moments) -> Problem:
+    """`|| W - W' ||_F^2`: every weight counts the same, no data is asked."""
+    return Problem(weight)
+
+
+METHOD = Method(
+    name="svd",
+    title="truncated SVD",
+    paper="Eckart & Young, Psychometrika 1936",
+    metric=metric,
+    exact_for="the error of the weights themselves",
+)

@@ -1,0 +1,17 @@
+"""The rooms that know transformers' module types: find sites, replace them."""
+
+from eckart.model.clone import shared_clone
+from eckart.model.replace import factored_modules, replace, store, to_dense_modules
+from eckart.model.sites import Site, Sites, dense_weight, find_sites
+
+__all__ = [
+    "Site",
+    "Sites",
+    "dense_weight",
+    "factored_modules",
+    "find_sites",
+    "replace",
+    "shared_clone",
+    "store",
+    "to_dense_modules",
+]

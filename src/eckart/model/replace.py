@@ -1,0 +1,90 @@
+"""Put stored forms where dense modules stand, and ordinary dense modules back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from eckart.errors import ModelError
+from eckart.forms import FORMS, FactoredLinear
+from eckart.model.sites import Site
+
+
+def store(
+    site: Site,
+    form: str,
+    rank: int,
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[FactoredLinear, str | None]:
+    """A module holding `W' = left @ right` in the form; low-rank where the form cannot hold it.
+
+    Args:
+        site: what is replaced.
+        form: name of the form.
+        rank: k.
+        left: B, (out, k).
+        right: A, (k, in).
+        bias: (out,) or None.
+        dtype: of the stored numbers.
+
+    Returns:
+        The module, and the reason of a fallback or None. The fallback keeps to the form's size: it is
+        low-rank at the largest rank that stores no more numbers.
+    """
+    with torch.device(left.device):
+        module = FORMS[form](site.in_features, site.out_features, rank, bias is not None, site.source)
+    module = module.to(dtype=dtype)
+    reason = module.store(left, right, bias)
+    if reason is None:
+        return module.eval(), None
+    stored = FORMS[form].size(site.out_features, site.in_features, rank).parameters
+    smaller = min(rank, max(1, stored // (site.out_features + site.in_features)))
+    with torch.device(left.device):
+        fallback = FORMS["lowrank"](site.in_features, site.out_features, smaller, bias is not None, site.source).to(
+            dtype=dtype
+        )
+    fallback.store(left[:, :smaller], right[:smaller], bias)
+    return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at `name`, and at every other name under which the old module is known."""
+    old = model.get_submodule(name)
+    names = [other for other, child in model.named_modules(remove_duplicate=False) if child is old]
+    module.train(old.training)
+    for other in names:
+        model.set_submodule(other, module)
+
+
+def factored_modules(model: nn.Module) -> dict[str, FactoredLinear]:
+    """Name -> module of everything that is stored in a form."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+
+
+def to_dense_modules(model: nn.Module) -> nn.Module:
+    """Replace every stored form by the Linear or Conv1D that it stands for, in place.
+
+    Raises:
+        ModelError: if the model holds no stored form.
+    """
+    factored = factored_modules(model)
+    if not factored:
+        raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
+    for name, module in factored.items():
+        weight, bias = module.to_dense().detach(), module.dense_bias()
+        dense: nn.Module
+        if module.source == "conv1d":
+            dense = Conv1D(module.out_features, module.in_features)
+            dense.weight = nn.Parameter(weight.mT.contiguous())
+            dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().clone())
+        else:
+            dense = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+            dense.weight = nn.Parameter(weight)
+            if bias is not None:
+                dense.bias = nn.Parameter(bias.detach().clone())
+        replace(model, name, dense)
+    return model

@@ -1,0 +1,262 @@
+"""Find the weights that may be replaced, by asking the model for its modules."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from eckart.errors import ModelError, UsageError
+from eckart.forms import FactoredLinear
+
+# Configuration keys under which models keep their number of experts: a Linear of that many outputs is
+# a router.
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A weight that eckart may replace.
+
+    Attributes:
+        name: dotted module name.
+        source: "linear" (weight (out, in)) or "conv1d" (weight (in, out)).
+        out_features: m.
+        in_features: n.
+        has_bias: whether the module adds one.
+    """
+
+    name: str
+    source: str
+    out_features: int
+    in_features: int
+    has_bias: bool
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the matrix."""
+        return self.out_features * self.in_features
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.out_features, self.in_features
+
+    @property
+    def kind(self) -> str:
+        """The name without its layer number: what sites of the same role share."""
+        return re.sub(r"\.\d+(?=\.|$)", ".*", self.name)
+
+
+@dataclass(frozen=True)
+class Sites:
+    """What was found.
+
+    Attributes:
+        chosen: sites in the order of the model's modules.
+        skipped: every other module that holds a matrix -> why it is left alone.
+    """
+
+    chosen: tuple[Site, ...]
+    skipped: dict[str, str]
+
+
+def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] | None = None) -> Sites:
+    """Every Linear (subclasses too) and Conv1D inside the model's body, and why the rest is left alone.
+
+    Args:
+        model: a transformers model, or any module.
+        targets: names, globs or regular expressions; only what one of them matches is chosen. A
+            pattern matches a whole dotted name or its end at a dot ("q_proj" is every q_proj).
+        ignore: the same; what one of them matches is left alone.
+
+    Returns:
+        The sites and the skipped modules.
+
+    Raises:
+        UsageError: for a pattern that matches nothing, with near misses.
+        ModelError: if nothing is left to factor, or the model is already factored.
+    """
+    _refuse_factored(model)
+    found: dict[str, Site] = {}
+    skipped: dict[str, str] = {}
+    heads = _head_modules(model)
+    uses = _uses(model)
+    experts = {
+        value for key in EXPERT_COUNTS if isinstance(value := getattr(getattr(model, "config", None), key, None), int)
+    }
+    inside_attention = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
+    for name, module in model.named_modules():
+        if not _own_matrix(module):
+            continue
+        reason = _reason(name, module, heads, uses, experts, inside_attention)
+        if reason is None:
+            found[name] = _site(name, module)
+        else:
+            skipped[name] = reason
+    names = [*found, *skipped]
+    kept = dict(found)
+    if targets:
+        wanted = _matching(targets, names, "--targets")
+        refused = [name for name in skipped if name in wanted and "head" not in skipped[name]]
+        if refused and not any(name in found for name in wanted):
+            raise UsageError(
+                f"--targets: {refused[0]} cannot be factored: {skipped[refused[0]]}. "
+                "Choose other modules; `eckart inspect` lists them."
+            )
+        for name in found:
+            if name not in wanted:
+                skipped[name] = "not among --targets"
+                kept.pop(name)
+    if ignore:
+        for name in _matching(ignore, names, "--ignore"):
+            if kept.pop(name, None) is not None:
+                skipped[name] = "named by --ignore"
+    if not kept:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ModelError(
+            f"{type(model).__name__}: no weight is left to factor ({listed or 'it has no Linear or Conv1D'}). "
+            "Look at `eckart inspect`, and widen --targets or narrow --ignore."
+        )
+    return Sites(tuple(kept.values()), skipped)
+
+
+def dense_weight(module: nn.Module) -> Tensor:
+    """The weight as (out, in), whatever the module's orientation; shares memory with the module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().mT if isinstance(module, Conv1D) else weight.detach()
+
+
+def _site(name: str, module: nn.Module) -> Site:
+    rows, columns = dense_weight(module).shape
+    source = "conv1d" if isinstance(module, Conv1D) else "linear"
+    return Site(name, source, rows, columns, getattr(module, "bias", None) is not None)
+
+
+def _own_matrix(module: nn.Module) -> bool:
+    return any(p.dim() >= 2 for p in module.parameters(recurse=False))
+
+
+def _reason(
+    name: str,
+    module: nn.Module,
+    heads: set[int],
+    uses: dict[int, int],
+    experts: set[int],
+    inside_attention: set[int],
+) -> str | None:
+    """Why a module that holds a matrix is left alone; None if it is a site."""
+    if isinstance(module, nn.Embedding):
+        return "embedding, left alone"
+    if id(module) in inside_attention:
+        return "inside nn.MultiheadAttention, which bypasses its projections' forward"
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        shapes = [tuple(p.shape) for p in module.parameters(recurse=False) if p.dim() >= 2]
+        if any(len(shape) == 3 for shape in shapes) and "expert" in type(module).__name__.lower():
+            return f"fused experts {shapes[0]}, not a single weight"
+        return f"{type(module).__name__}, neither Linear nor Conv1D"
+    if id(module) in heads:
+        return "output head, left alone"
+    if uses[id(module.weight)] > 1:
+        return "its weight is tied to another module's"
+    rows, columns = dense_weight(module).shape
+    if rows in experts:
+        return "router of a mixture of experts"
+    if not module.weight.is_floating_point():
+        return f"stored as {module.weight.dtype}, not as floating-point numbers"
+    if min(rows, columns) < 2 or rows * columns <= rows + columns:
+        return f"too small ({rows} x {columns}): no factors would be smaller"
+    if type(module).forward not in (nn.Linear.forward, Conv1D.forward) and not _is_affine(module):
+        return f"{type(module).__name__} computes something else than x W^T + b"
+    return None
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether a Linear subclass with its own forward still computes `x W^T + b`."""
+    if module.weight.is_meta:
+        return False
+    weight = dense_weight(module)
+    stream = torch.Generator().manual_seed(0)
+    x = torch.randn(3, weight.shape[1], generator=stream).to(weight)
+    bias = getattr(module, "bias", None)
+    try:
+        with torch.no_grad():
+            return torch.allclose(module(x), functional.linear(x, weight, bias), rtol=1e-2, atol=1e-4)
+    except Exception:  # any failure means: not a plain linear layer
+        return False
+
+
+def _head_modules(model: nn.Module) -> set[int]:
+    """Modules that turn the body's output into the task's: everything outside `base_model`, and the head."""
+    heads: set[int] = set()
+    body = getattr(model, "base_model", model)
+    if body is not model:
+        inside = {id(module) for module in body.modules()}
+        heads |= {id(module) for module in model.modules() if id(module) not in inside}
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    if head is not None:
+        heads.add(id(head))
+    return heads
+
+
+def _uses(model: nn.Module) -> dict[int, int]:
+    """Parameter -> in how many distinct modules it stands."""
+    uses: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    return uses
+
+
+def _refuse_factored(model: nn.Module) -> None:
+    factored = next((n for n, m in model.named_modules() if isinstance(m, FactoredLinear)), None)
+    if factored is not None:
+        raise ModelError(
+            f"{factored} is already factored. Compress the original model, "
+            "or turn this one into ordinary weights first with eckart.densify(model)."
+        )
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ModelError(
+            f"{type(model).__name__} is quantised: its weights are not floating-point matrices. "
+            "Compress the original model, and quantise the result if you wish."
+        )
+
+
+def _matching(patterns: Sequence[str], names: Sequence[str], option: str) -> set[str]:
+    matched: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if _matches(pattern, name)}
+        if not hits:
+            ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+            near = difflib.get_close_matches(pattern, [*names, *ends], 3, 0.4) or ends[:5]
+            raise UsageError(
+                f"{option}: {pattern!r} matches no module with a weight matrix. "
+                f"Near misses: {', '.join(near)}. `eckart inspect` lists all names."
+            )
+        matched |= hits
+    return matched
+
+
+def _matches(pattern: str, name: str) -> bool:
+    if name == pattern or name.endswith("." + pattern):
+        return True
+    if fnmatch.fnmatchcase(name, pattern):
+        return True
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error:
+        return False

@@ -1,0 +1,160 @@
+"""The recipe: everything that a run was asked to do, in one object that is saved with the model."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from eckart.errors import UsageError
+from eckart.forms import form_named
+from eckart.methods import method_named
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Recipe(BaseModel):
+    """What a run is asked to do. Options that are None take the method's setting or a default.
+
+    The same names are the command line's flags (`--max-seq-length`), the keys of `--config run.yaml`
+    and the keyword arguments of :func:`eckart.compress`.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=False, frozen=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="Hub name or folder of the model to compress.")
+    revision: str | None = Field(None, description="Revision of the model on the hub.")
+    method: str = Field("eckart", description="A method by name; `eckart methods` lists them.")
+    metric: str | None = Field(None, description="Another method's metric in place of this method's own.")
+    form: str | None = Field(None, description="Stored form: pivoted or lowrank. Default: the method's.")
+    allocation: Literal["uniform", "loss"] | None = Field(
+        None, description="How ranks are chosen: the same fraction everywhere, or by predicted loss."
+    )
+    refit: bool | None = Field(
+        None, description="Fit every site again on the compressed model's own inputs. Default: the method's."
+    )
+    keep: float = Field(0.7, gt=0, le=1, description="Fraction of the numbers that is stored afterwards.")
+    keep_of: Literal["sites", "model"] = Field(
+        "sites", description="What `keep` is a fraction of: the eligible weights, or the whole model."
+    )
+    rank_multiple: int | None = Field(None, ge=1, description="Ranks are multiples of this.")
+    plan: str | None = Field(None, description="A plan.json to replay instead of allocating.")
+    targets: tuple[str, ...] | None = Field(None, description="Only these modules: names, globs or regexes.")
+    ignore: tuple[str, ...] | None = Field(None, description="Leave these modules alone.")
+    data: str | None = Field(
+        None, description="Calibration text: a file, a folder, a hub data set, 'stdlib', or 'self'."
+    )
+    data_config: str | None = Field(None, description="Configuration of the hub data set.")
+    data_split: str = Field("train", description="Split of the hub data set.")
+    data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")
+    data_target_column: str | None = Field(
+        None, description="Second column: of a sentence pair, or the target of an encoder-decoder."
+    )
+    data_label_column: str | None = Field(None, description="Column that holds the task's own labels.")
+    data_revision: str | None = Field(None, description="Revision of the hub data set.")
+    num_samples: int | None = Field(None, ge=1, description="Windows or sentences to calibrate on.")
+    max_seq_length: int | None = Field(None, ge=2, description="Tokens of a window or sentence.")
+    batch_size: int | None = Field(None, ge=1, description="Sequences run at a time.")
+    curvature: Literal["auto", "sampled", "labels"] = Field(
+        "auto", description="Where output gradients come from: the model's own draws, or the task's labels."
+    )
+    seed: int = Field(0, ge=0, description="Seed of every random draw.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="Type of the stored numbers. Default: the model's."
+    )
+    device: str | None = Field(None, description="Device to compute on, such as cpu or cuda.")
+    trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
+
+    @field_validator("keep", "rank_multiple", "num_samples", "max_seq_length", "batch_size", "seed", mode="before")
+    @classmethod
+    def _no_booleans(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must be a number, not a boolean")
+        return value
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value or None
+
+    @field_validator("method", "metric")
+    @classmethod
+    def _known_method(cls, value: str | None) -> str | None:
+        return value if value is None else method_named(value).name
+
+    @field_validator("form")
+    @classmethod
+    def _known_form(cls, value: str | None) -> str | None:
+        return value if value is None else form_named(value).form
+
+    def to_yaml(self) -> str:
+        """As it is saved with the model: only what was set or differs from None."""
+        content = {key: value for key, value in self.model_dump(mode="json").items() if value is not None}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def make_recipe(options: dict[str, Any], where: str = "options") -> Recipe:
+    """A checked recipe.
+
+    Args:
+        options: field -> value.
+        where: what the options come from, for messages.
+
+    Raises:
+        UsageError: naming the field, what is wrong with it, and the nearest spelling of an unknown one.
+    """
+    unknown = [key for key in options if key not in Recipe.model_fields]
+    if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), Recipe.model_fields, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(Recipe.model_fields)}."
+        raise UsageError(f"{where}: {unknown[0]!r} is not an option; {hint}")
+    try:
+        return Recipe(**options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        help_text = Recipe.model_fields[field.split(".")[0]].description
+        raise UsageError(f"{where}: {field} = {first['input']!r}: {message} ({help_text})") from None
+
+
+class _OneKeyLoader(yaml.SafeLoader):
+    """YAML's safe loader, which refuses a key written twice."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        if key in seen:
+            raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_OneKeyLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The options of a `--config` YAML file.
+
+    Raises:
+        UsageError: naming the file and line; tags, duplicate keys and anything but a mapping are refused.
+    """
+    try:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OneKeyLoader)  # noqa: S506
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({error}); give the path of a YAML file.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or error
+        raise UsageError(f"--config {path}{line}: {problem}. Only plain YAML keys and values are read.") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"--config {path}: holds a {type(content).__name__}, not `option: value` lines.")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}

@@ -1,0 +1,83 @@
+"""The report: what was asked, done and measured, as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from eckart.allocate import DENSE, Plan
+from eckart.measure import Sizes
+from eckart.methods import Method
+from eckart.model import Sites
+
+FORMAT_VERSION = 1
+
+
+def make(
+    *,
+    recipe: Mapping[str, Any],
+    method: Method,
+    form: str,
+    allocation: str,
+    model: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    before: Sizes,
+    after: Sizes,
+    unreached: Mapping[str, str],
+    curvature: str,
+    data: Mapping[str, Any] | None,
+    quality: Mapping[str, Any] | None,
+    notes: list[str],
+    seconds: Mapping[str, float],
+    effective_ranks: Mapping[str, float],
+) -> dict[str, Any]:
+    """Put a run's facts together. Sizes are counted from what is stored, never from what was planned."""
+    rows = []
+    for site in sites.chosen:
+        choice = plan.choices[site.name]
+        rows.append(
+            {
+                "site": site.name,
+                "kind": site.kind,
+                "shape": list(site.shape),
+                "form": choice.form,
+                "rank": choice.rank if choice.form != DENSE else min(site.shape),
+                "before": before.modules[site.name].as_dict(),
+                "after": after.modules[site.name].as_dict(),
+                **({"left_dense": unreached[site.name]} if site.name in unreached else {}),
+                **({"effective_rank": round(effective_ranks[site.name], 2)} if site.name in effective_ranks else {}),
+                **({"predicted_loss": plan.predicted[site.name]} if site.name in plan.predicted else {}),
+            }
+        )
+    matrices = sum(site.elements for site in sites.chosen)
+    stored = sum(plan.choices[site.name].stored(*site.shape) for site in sites.chosen)
+    return {
+        "format_version": FORMAT_VERSION,
+        "model": type(model).__name__,
+        "recipe": dict(recipe),
+        "method": method.name,
+        "paper": method.paper,
+        "exact_for": method.exact_for,
+        "form": form,
+        "allocation": allocation,
+        "curvature": curvature,
+        "data": dict(data) if data is not None else None,
+        "kept": {
+            "of_sites": stored / matrices,
+            "of_model": after.model.elements / before.model.elements,
+            "matrix_elements_before": matrices,
+            "matrix_elements_after": stored,
+        },
+        "sizes": {
+            "sites": {"before": before.named.as_dict(), "after": after.named.as_dict()},
+            "model": {"before": before.model.as_dict(), "after": after.model.as_dict()},
+        },
+        "sites": rows,
+        "skipped": dict(sites.skipped),
+        "quality": dict(quality) if quality is not None else None,
+        "notes": list(notes),
+        "seconds": dict(seconds),
+    }

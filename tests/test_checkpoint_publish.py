@@ -1,0 +1,274 @@
+"""Publishing: a whole folder or nothing, whatever goes wrong in between."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eckart.checkpoint import publish as publishing
+from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.publish import check_output, publish
+from eckart.errors import CheckpointError
+
+
+class BodyError(Exception):
+    """Raised by a body that fails."""
+
+
+def fill(folder: Path, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text)
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "weights").write_text(text)
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def refused(*words: str):
+    return pytest.raises(CheckpointError, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request, monkeypatch):
+    """Replace in one step where the system can, and as everywhere else."""
+    if request.param == "two renames":
+        monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
+
+
+def test_published_whole_and_nothing_beside_it(tmp_path):
+    with publish(tmp_path / "deep" / "out") as staging:
+        assert staging.parent == tmp_path / "deep"
+        assert not (tmp_path / "deep" / "out").exists()
+        fill(staging, "new")
+    assert contents(tmp_path / "deep") == {"out"}
+    assert (tmp_path / "deep" / "out" / "sub" / "weights").read_text() == "new"
+
+
+def test_files_are_as_readable_as_the_folder(tmp_path):
+    with publish(tmp_path / "out") as staging:
+        fill(staging, "new")
+        (staging / "config.json").chmod(0o600)
+    mode = (tmp_path / "out").stat().st_mode & 0o666
+    assert (tmp_path / "out" / "config.json").stat().st_mode & 0o777 == mode
+
+
+@pytest.mark.parametrize("error", [BodyError, KeyboardInterrupt, SystemExit])
+def test_body_that_raises_publishes_nothing(error, tmp_path):
+    fill(tmp_path / "out", "old")
+    with pytest.raises(error), publish(tmp_path / "out", overwrite=True) as staging:  # noqa: PT012
+        fill(staging, "new")
+        raise error
+    assert contents(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_existing_output_is_refused(tmp_path):
+    fill(tmp_path / "out", "old")
+    with refused("out", "--overwrite", "--output-dir"), publish(tmp_path / "out"):
+        pytest.fail("the body ran")
+    assert contents(tmp_path) == {"out"}
+
+
+def test_overwrite_replaces_the_whole_folder(way, tmp_path):
+    fill(tmp_path / "out", "old")
+    (tmp_path / "out" / "stale.safetensors").touch()
+    with publish(tmp_path / "out", overwrite=True) as staging:
+        fill(staging, "new")
+        assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert contents(tmp_path) == {"out"}
+    assert contents(tmp_path / "out") == {"config.json", "sub"}
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_overwrite_replaces_model_folders_only(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").touch()
+    with refused("thesis.tex", "--overwrite", "--output-dir"):
+        check_output(tmp_path / "out", overwrite=True)
+    (tmp_path / "file").touch()
+    with refused("no folder", "--output-dir"):
+        check_output(tmp_path / "file", overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    with refused("symbolic link", str(tmp_path / "out")):
+        check_output(tmp_path / "link", overwrite=True)
+
+
+def test_output_and_source_are_apart(tmp_path, monkeypatch):
+    fill(tmp_path / "source", "old")
+    source = tmp_path / "source"
+    for output in (source, source / "out", tmp_path):
+        with refused(str(source), "--output-dir"):
+            check_output(output, overwrite=True, source=source)
+    monkeypatch.chdir(source)
+    with refused("the current folder", "--output-dir"):
+        check_output(".", overwrite=True)
+    assert check_output("out") == source / "out"
+    assert check_output(tmp_path / "source-2", source=source)
+    assert check_output(tmp_path / "source-2", source="org/name-on-the-hub")
+
+
+def test_place_without_room_or_leave(tmp_path, monkeypatch):
+    with refused("bytes", "--output-dir"):
+        check_output(tmp_path / "out", needed_bytes=2**62)
+    (tmp_path / "file").touch()
+    with refused(str(tmp_path / "file"), "cannot be written to", "--output-dir"):
+        check_output(tmp_path / "file" / "out")
+
+    def denied(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    with refused(str(tmp_path), "Permission denied", "--output-dir"):
+        check_output(tmp_path / "out")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), "safetensors"])
+def test_full_disk_clears_the_staging_folder(error, tmp_path):
+    if error == "safetensors":
+        from safetensors import SafetensorError
+
+        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with refused("full", "nothing was published", "--output-dir"), publish(tmp_path / "out") as staging:
+        fill(staging, "new")
+        raise error
+    assert contents(tmp_path) == set()
+
+
+def test_rename_that_fails_gives_the_old_output_back(tmp_path, monkeypatch):
+    fill(tmp_path / "out", "old")
+    monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
+    rename = Path.rename
+
+    def fails(self, target):
+        if ".partial-" in self.name:
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with refused("out", "Input/output error", "nothing was published", "--output-dir"):  # noqa: SIM117
+        with publish(tmp_path / "out", overwrite=True) as staging:
+            fill(staging, "new")
+    assert contents(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+
+
+def test_output_that_appears_meanwhile_is_left_alone(tmp_path):
+    with refused("out", "--overwrite"), publish(tmp_path / "out") as staging:
+        fill(staging, "new")
+        fill(tmp_path / "out", "somebody else's")
+    assert contents(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "config.json").read_text() == "somebody else's"
+
+
+def test_lock_of_the_whole_run_is_shared_with_publish(tmp_path):
+    with OutputLock(tmp_path / "out") as lock:
+        assert lock.held
+        with refused(f"pid {os.getpid()}", "--output-dir"), OutputLock(tmp_path / "out"):
+            pytest.fail("two runs on one output")
+        with refused(f"pid {os.getpid()}"), publish(tmp_path / "out"):
+            pytest.fail("two runs on one output")
+        with publish(tmp_path / "out", lock=lock) as staging:
+            fill(staging, "new")
+        assert lock.held
+    assert not lock.held
+    assert contents(tmp_path) == {"out"}
+
+
+CHILD = """
+import sys, time
+from eckart.checkpoint.publish import publish
+with publish(sys.argv[1], overwrite=True) as staging:
+    (staging / "config.json").write_text("half")
+    print(staging, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_second_process_is_refused_and_a_killed_one_does_not_block(tmp_path):
+    source = str(Path(publishing.__file__).parents[2])
+    fill(tmp_path / "out", "old")
+    child = subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        left = Path(child.stdout.readline().strip())
+        with refused(f"pid {child.pid}", "out", "--output-dir"), publish(tmp_path / "out", overwrite=True):
+            pytest.fail("two runs on one output")
+    finally:
+        child.kill()
+        child.communicate()
+    assert left.is_dir()
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    with publish(tmp_path / "out", overwrite=True) as staging:
+        assert not left.exists()
+        fill(staging, "new")
+    assert contents(tmp_path) == {"out"}
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+
+
+def test_killed_between_two_renames_the_old_output_is_put_back(tmp_path):
+    fill(tmp_path / "out.old-0123abcd", "old")
+    fill(tmp_path / "out.partial-0123abcd", "new")
+    record = {"pid": 2**30, "aside": "out.old-0123abcd", "staging": "out.partial-0123abcd"}
+    (tmp_path / ".out.lock").write_text(json.dumps(record))
+    with OutputLock(tmp_path / "out"):
+        assert (tmp_path / "out" / "config.json").read_text() == "old"
+    assert contents(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("name", ["precious", "../precious", "out.partial-0123abcd/../precious", 3, None])
+def test_forged_lock_removes_nothing_else(name, tmp_path):
+    fill(tmp_path / "precious", "mine")
+    (tmp_path / ".out.lock").write_text(json.dumps({"staging": name, "aside": name}))
+    with OutputLock(tmp_path / "out"):
+        pass
+    assert contents(tmp_path) == {"precious"}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff", b"[1]", b'{"pid": '])
+def test_garbled_lock_does_not_block(content, tmp_path):
+    (tmp_path / ".out.lock").write_bytes(content)
+    with publish(tmp_path / "out") as staging:
+        fill(staging, "new")
+    assert contents(tmp_path) == {"out"}
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    from eckart.checkpoint import lock
+
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "flock", unsupported)
+    with publish(tmp_path / "out") as staging:
+        fill(staging, "new")
+    assert "do not start a second run" in caplog.text
+    monkeypatch.setattr(lock, "fcntl", None)
+    with publish(tmp_path / "out", overwrite=True) as staging:
+        fill(staging, "newer")
+    assert contents(tmp_path) == {"out"}
+
+
+def test_old_output_that_cannot_be_removed_is_named(way, tmp_path, monkeypatch, caplog):
+    fill(tmp_path / "out", "old")
+    with publish(tmp_path / "out", overwrite=True) as staging:
+        fill(staging, "new")
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert "cannot be removed" in caplog.text
+
+
+def test_lock_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with refused("file", "cannot be written", "--output-dir"), OutputLock(tmp_path / "file" / "out"):
+        pytest.fail("locked")

@@ -10,10 +10,11 @@ from eckart.checkpoint.plugin import unmark as _unmark
 from eckart.errors import EckartError
 from eckart.model import to_dense_modules as _to_dense_modules
 from eckart.recipe import Recipe
-from eckart.run import Result, compress
+from eckart.result import Result
+from eckart.run import compare, compress
 
 __version__ = "0.1.0"
-__all__ = ["EckartError", "Recipe", "Result", "compress", "densify", "load"]
+__all__ = ["EckartError", "Recipe", "Result", "compare", "compress", "densify", "load"]
 
 _register()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from eckart.data import Batch, CalibrationData, Pooling, kind_of
 from eckart.data.inference import device_of, evaluating, forward, progress
-from eckart.errors import NumericalError
-from eckart.moments import Moments, gather, labelled_loss, sampled_loss, shared_inputs
+from eckart.errors import EckartError, ModelError, NumericalError
+from eckart.moments import Moments, Step, gather, labelled_loss, sampled_loss, shared_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class Calibration:
         moments: site -> statistics; sites that no token reached are absent.
         unreached: sites that no token reached, or whose output the loss does not depend on -> why.
         curvature: "sampled", "labels" or "none".
+        backward_failed: why no backward pass ran, or None.
         notes: fallbacks taken.
     """
 
@@ -34,6 +35,7 @@ class Calibration:
     moments: dict[str, Moments]
     unreached: dict[str, str]
     curvature: str
+    backward_failed: str | None = None
     notes: list[str] = field(default_factory=list)
 
 
@@ -46,6 +48,7 @@ def calibrate(
     curvature: str = "auto",
     seed: int = 0,
     pooling: Pooling | None = None,
+    may_fall_back: bool = False,
 ) -> Calibration:
     """Gather moments of the named modules.
 
@@ -57,21 +60,32 @@ def calibrate(
         curvature: "auto" (own labels where the data has them, else draws), "sampled" or "labels".
         seed: of the draws.
         pooling: how sentence embeddings are made, for embedding models.
+        may_fall_back: gather input Grams alone, with a note, where no backward pass runs.
 
     Returns:
         The statistics and what was not reached.
 
     Raises:
         NumericalError: on values that are not finite, naming site and batch.
-        RuntimeError: if the model cannot run backward; callers may fall back to needs without gradients.
+        ModelError: if a backward pass is needed, cannot run, and nothing may replace it.
     """
     backward = bool(needs & {"gradients", "fisher"})
     labelled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
     step = _labelled_step(model) if labelled else _sampled_step(model, seed, pooling) if backward else _plain(model)
+    failed: str | None = None
     with evaluating(model):
         first = data.batches[0].rows(0, 1)
         groups = shared_inputs(model, names, lambda: forward(model, first.inputs))
-        batches = progress(data.batches, what="calibrating", total=len(data))
+        if backward:
+            failed = _why_no_backward(model, groups, first, step, needs)
+        if failed is not None:
+            if not may_fall_back:
+                raise ModelError(
+                    f"{type(model).__name__}: no backward pass runs through it ({failed}). "
+                    "Use a method that needs none: --method drone --allocation uniform."
+                )
+            backward, labelled, step, needs = False, False, _plain(model), frozenset({"gram"})
+        batches: Iterable[Batch] = progress(data.batches, what="calibrating", total=len(data))
         moments = gather(model, groups, batches, step, needs=needs)
     unreached = {name: "no token of the calibration data reached it" for name in names if name not in moments}
     for name, entry in list(moments.items()):
@@ -82,7 +96,51 @@ def calibrate(
         else:
             continue
         del moments[name]
-    return Calibration(groups, moments, unreached, _curvature_name(backward, labelled))
+    notes = []
+    if failed is not None:
+        notes.append(
+            f"no backward pass runs through {type(model).__name__} ({failed}): "
+            "the drone metric and uniform ranks took the place of kfac and allocation by loss"
+        )
+        logger.warning(notes[0])
+    return Calibration(groups, moments, unreached, _curvature_name(backward, labelled), failed, notes)
+
+
+def hold_out(loaded: CalibrationData, count: int) -> tuple[CalibrationData, CalibrationData | None]:
+    """Take `count` batches, evenly spaced, away from the calibration data, to measure on.
+
+    Args:
+        loaded: all batches.
+        count: how many to hold out; 0 for none.
+
+    Returns:
+        The batches to calibrate on and the others, each with its description.
+    """
+    if count == 0:
+        return loaded, None
+    step = len(loaded) / count
+    chosen = {int(step * (i + 0.5)) for i in range(count)}
+    parts = [[batch for i, batch in enumerate(loaded.batches) if (i in chosen) == held] for held in (False, True)]
+    description = {
+        **loaded.description,
+        "calibration_examples": sum(len(batch) for batch in parts[0]),
+        "calibration_tokens": sum(batch.num_tokens for batch in parts[0]),
+        "held_out_examples": sum(len(batch) for batch in parts[1]),
+    }
+    return CalibrationData(parts[0], description), CalibrationData(parts[1], description)
+
+
+def _why_no_backward(
+    model: PreTrainedModel, groups: Mapping[str, Sequence[str]], batch: Batch, step: Step, needs: frozenset[str]
+) -> str | None:
+    """Try one example; what stopped it, or None. Errors about numbers or data are raised as they are."""
+    try:
+        gather(model, groups, [batch], step, needs=needs)
+    except EckartError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _curvature_name(backward: bool, labelled: bool) -> str:
@@ -96,7 +154,7 @@ def _without_gradient(entry: Moments) -> bool:
     return fisher is not None and (fisher.rows is None or not bool(fisher.rows.any()))
 
 
-def _plain(model: PreTrainedModel):  # type: ignore[no-untyped-def]
+def _plain(model: PreTrainedModel) -> Step:
     def step(batch: Batch) -> Tensor | None:
         forward(model, batch.inputs)
         return None
@@ -104,7 +162,7 @@ def _plain(model: PreTrainedModel):  # type: ignore[no-untyped-def]
     return step
 
 
-def _sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None):  # type: ignore[no-untyped-def]
+def _sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None) -> Step:
     problem = _problem(model)
     device = device_of(model)
 
@@ -118,7 +176,7 @@ def _sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None):  
     return step
 
 
-def _labelled_step(model: PreTrainedModel):  # type: ignore[no-untyped-def]
+def _labelled_step(model: PreTrainedModel) -> Step:
     shifted = kind_of(model.config, model) == "causal"
 
     def step(batch: Batch) -> Tensor | None:
@@ -144,7 +202,7 @@ def _finite(loss: Tensor, batch: Batch) -> Tensor:
 
 
 def _problem(model: PreTrainedModel) -> str | None:
-    """ "regression" or "multi_label_classification" where the head is one."""
+    """Return "regression" or "multi_label_classification" where the head is one."""
     config = model.config
     if "ForSequenceClassification" not in type(model).__name__:
         return None

@@ -128,7 +128,7 @@ class _OneKeyLoader(yaml.SafeLoader):
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
         seen.add(key)
@@ -145,7 +145,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         UsageError: naming the file and line; tags, duplicate keys and anything but a mapping are refused.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OneKeyLoader)  # noqa: S506
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_OneKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error}); give the path of a YAML file.") from None
     except yaml.YAMLError as error:

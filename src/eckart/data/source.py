@@ -58,7 +58,7 @@ def open_source(
 
     Args:
         data: None (WikiText-2), "stdlib", a file, a folder, a hub identifier, a `datasets` object, or an iterable
-            of strings, rows (dictionaries) or chats.
+            of strings, rows (dictionaries) or chats; one without a length is read only as far as needed.
         config: The hub data set's configuration.
         split: The hub data set's split.
         revision: The hub data set's revision.
@@ -93,7 +93,7 @@ def open_source(
             "or a list of model-ready batches"
         )
     rows = (_as_row(item, index) for index, item in enumerate(data))
-    return Source(rows, "data", {"source": type(data).__name__})
+    return Source(rows, "data", {"source": type(data).__name__}, sampled=not hasattr(data, "__len__"))
 
 
 def _from_name(
@@ -176,4 +176,19 @@ def first_item(data: Any) -> tuple[Any, Any]:
         return (data[0] if data else None), data
     items = iter(data)
     first = next(items, None)
-    return first, (chain([first], items) if first is not None else [])
+    rest = chain([first], items) if first is not None else iter(())
+    return first, _Sized(rest, len(data)) if hasattr(data, "__len__") else rest
+
+
+@dataclass
+class _Sized:
+    """An iterator whose number of items is known."""
+
+    items: Iterator[Any]
+    length: int
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.items
+
+    def __len__(self) -> int:
+        return self.length

@@ -153,7 +153,8 @@ class FactoredLinear(nn.Module):
 
 def _write_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:
     leaf = next(module.parameters())
-    state[prefix + "weight"] = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+    # On the CPU always: an offloaded leaf is on meta, and a meta tensor cannot be saved.
+    state[prefix + "weight"] = torch.empty(0, dtype=leaf.dtype)
 
 
 def _drop_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -9,7 +9,7 @@ from eckart.moments import Moments
 
 def metric(weight: Tensor, moments: Moments) -> Problem:
     """`E || W x - W' x ||^2 = || (W - W') G^(1/2) ||_F^2`, `G = E[x x^T]`."""
-    return Problem(weight, right=Metric(full=moments.inputs.mean_gram))
+    return Problem(weight, right=Metric(full=moments.input_gram))
 
 
 METHOD = Method(

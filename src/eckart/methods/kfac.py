@@ -21,7 +21,7 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     return Problem(
         weight,
         left=Metric(full=moments.gradients.mean_gram).shrunk(GRADIENT_SHRINKAGE),
-        right=Metric(full=moments.inputs.mean_gram).shrunk(INPUT_SHRINKAGE),
+        right=Metric(full=moments.input_gram).shrunk(INPUT_SHRINKAGE),
     )
 
 

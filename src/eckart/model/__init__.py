@@ -1,8 +1,8 @@
 """The rooms that know transformers' module types: find sites, replace them."""
 
 from eckart.model.clone import shared_clone
-from eckart.model.replace import factored_modules, replace, store, to_dense_modules
-from eckart.model.sites import Site, Sites, dense_weight, find_sites
+from eckart.model.replace import factored_modules, replace, set_dense, store, to_dense_modules
+from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 
 __all__ = [
     "Site",
@@ -10,7 +10,9 @@ __all__ = [
     "dense_weight",
     "factored_modules",
     "find_sites",
+    "has_head",
     "replace",
+    "set_dense",
     "shared_clone",
     "store",
     "to_dense_modules",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -58,6 +60,28 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     module.train(old.training)
     for other in names:
         model.set_submodule(other, module)
+
+
+def set_dense(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
+    """Give a Linear or Conv1D other numbers: a new module, so that a model that shares its tensors keeps its own.
+
+    Args:
+        model: the model to change.
+        name: the module.
+        weight: (out, in).
+        bias: (out,) or None.
+    """
+    old = model.get_submodule(name)
+    dtype = old.weight.dtype
+    assert isinstance(dtype, torch.dtype)
+    trains = bool(old.weight.requires_grad)
+    new = copy.copy(old)
+    new._parameters = dict(old._parameters)
+    oriented = weight.mT.contiguous() if isinstance(old, Conv1D) else weight
+    new.weight = nn.Parameter(oriented.to(dtype), requires_grad=trains)
+    if bias is not None:
+        new.bias = nn.Parameter(bias.to(dtype), requires_grad=trains)
+    replace(model, name, new)
 
 
 def factored_modules(model: nn.Module) -> dict[str, FactoredLinear]:

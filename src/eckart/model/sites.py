@@ -133,6 +133,11 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     return Sites(tuple(kept.values()), skipped)
 
 
+def has_head(model: nn.Module) -> bool:
+    """Whether the model turns hidden states into logits; a model without a head puts out features."""
+    return bool(_head_modules(model))
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The weight as (out, in), whatever the module's orientation; shares memory with the module."""
     weight = module.weight

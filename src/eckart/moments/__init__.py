@@ -2,16 +2,18 @@
 
 from eckart.moments.accumulate import Fisher, Moments, SecondMoment
 from eckart.moments.curvature import generator, labelled_loss, sampled_loss
-from eckart.moments.hooks import BatchLike, gather, shared_inputs
+from eckart.moments.hooks import BatchLike, Step, gather, real_rows, shared_inputs
 
 __all__ = [
     "BatchLike",
     "Fisher",
     "Moments",
     "SecondMoment",
+    "Step",
     "gather",
     "generator",
     "labelled_loss",
+    "real_rows",
     "sampled_loss",
     "shared_inputs",
 ]

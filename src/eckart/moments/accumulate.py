@@ -6,7 +6,7 @@ both. Sums are kept in float32 and merged in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -152,13 +152,23 @@ class Moments:
         gradients: of the loss's gradient at the site's output, one row a token; None when not gathered.
         fisher: row and column sums of the squared weight gradients; None when not gathered.
         sequences: how many sequences the run saw; with `inputs.count`, tokens per sequence.
+        centred: whether the bias absorbs the means, so that the error is measured by the covariance.
     """
 
     inputs: SecondMoment
     gradients: SecondMoment | None = None
     fisher: Fisher | None = None
     sequences: int = 0
-    notes: list[str] = field(default_factory=list)
+    centred: bool = False
+
+    @property
+    def input_gram(self) -> Tensor:
+        """`E[x x^T]`, or the covariance of x where the bias absorbs the means; (n, n)."""
+        gram = self.inputs.mean_gram
+        if not self.centred:
+            return gram
+        mean = self.inputs.mean.to(gram)
+        return gram - torch.outer(mean, mean)
 
     def merge(self, other: Moments) -> None:
         """Add what another run saw of the same site; groups share inputs, so merge those once."""

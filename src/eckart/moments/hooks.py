@@ -15,8 +15,15 @@ from eckart.moments.accumulate import Fisher, Moments, SecondMoment
 class BatchLike(Protocol):
     """What a batch must offer: model-ready inputs, example numbers, masks of real tokens by length."""
 
-    inputs: dict[str, Tensor]
-    examples: tuple[int, ...]
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward."""
+        ...
+
+    @property
+    def examples(self) -> tuple[int, ...]:
+        """For each row, its place in the data."""
+        ...
 
     def masks(self) -> dict[int, Tensor]:
         """Sequence length -> (B, T) mask of real tokens."""
@@ -24,7 +31,7 @@ class BatchLike(Protocol):
 
 
 # Runs the model on a batch and returns the loss to differentiate; None: a forward pass is enough.
-Step = Callable[[BatchLike], Tensor | None]
+Step = Callable[[Any], Tensor | None]
 
 
 def shared_inputs(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> dict[str, tuple[str, ...]]:
@@ -116,6 +123,13 @@ def gather(
     return moments
 
 
+def real_rows(x: Tensor, batch: BatchLike) -> Tensor:
+    """(tokens, n): the real tokens of what a module of the model is given on a batch, padding removed."""
+    current = _Current()
+    current.begin(batch, 0)
+    return current.rows(x)
+
+
 class _Current:
     """The batch that is running, for the hooks."""
 
@@ -193,7 +207,7 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a Linear, or of a Conv1D, whose weight is (in, out)."""
     if hasattr(module, "in_features"):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    rows, columns = module.weight.shape  # type: ignore[misc]
     return int(rows), int(columns)
 
 

@@ -62,7 +62,7 @@ def _asked(report: Mapping[str, Any]) -> str:
 
 def _sites(report: Mapping[str, Any]) -> Table:
     table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("kind of site")
+    table.add_column("kind of site", overflow="fold")
     for name in ("sites", "dense", "rank", "of", "parameters", "kept", "bytes", "kept", "mult-adds", "kept"):
         table.add_column(name, justify="right")
     kinds: dict[str, list[Mapping[str, Any]]] = {}

@@ -1,0 +1,180 @@
+"""From solved sites and a budget to a plan: curves in units of loss, uniform ranks, or a plan that was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as with_changes
+from pathlib import Path
+
+from torch import nn
+
+from eckart.allocate import DENSE, Choice, Curve, Plan, allocate, rank_steps, read_plan, uniform
+from eckart.calibrate import Calibration
+from eckart.errors import UsageError
+from eckart.forms import form_named
+from eckart.linalg import Factorisation, Problem, curve_under
+from eckart.measure import sizes
+from eckart.methods import METHODS, Method
+from eckart.model import Site, Sites
+from eckart.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe's choices with the method's own filled in.
+
+    Attributes:
+        method: with the metric that is used.
+        form: name of the stored form.
+        allocation: "uniform" or "loss".
+        refit: whether sites are solved again on the compressed model's own inputs.
+    """
+
+    method: Method
+    form: str
+    allocation: str
+    refit: bool
+
+    @classmethod
+    def of(cls, method: Method, recipe: Recipe) -> Settings:
+        """What the recipe says, and the method where it says nothing.
+
+        Raises:
+            UsageError: if a refit is asked of a metric that knows no input Gram.
+        """
+        if recipe.metric is not None:
+            other = METHODS[recipe.metric]
+            method = with_changes(
+                method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centred=other.centred
+            )
+        refit = method.refit if recipe.refit is None else recipe.refit
+        if "gram" not in method.needs and refit:
+            if recipe.refit:
+                raise UsageError(
+                    f"--refit: the metric of {recipe.metric or method.name} does not look at inputs, so there is "
+                    "nothing to fit again; use --metric drone or kfac, or leave --refit out."
+                )
+            refit = False
+        return cls(method, recipe.form or method.form, recipe.allocation or method.allocation, refit)
+
+    def needs(self, *, planned: bool = False) -> frozenset[str]:
+        """Statistics to gather; `planned`: ranks are given, so no curve in units of loss is needed."""
+        needs = self.method.needs
+        if self.allocation == "loss" and not planned:
+            needs = needs | METHODS["kfac"].needs
+        return needs | (frozenset({"gram"}) if self.refit else frozenset())
+
+
+def element_budget(model: nn.Module, sites: Sites, recipe: Recipe) -> int:
+    """Elements that the sites' matrices may store."""
+    inside = sum(site.elements for site in sites.chosen)
+    if recipe.keep_of == "sites":
+        return int(recipe.keep * inside)
+    whole = sizes(model).model.elements
+    budget = int(recipe.keep * whole) - (whole - inside)
+    if budget <= 0:
+        raise UsageError(
+            f"--keep {recipe.keep:g} --keep-of model: {whole - inside} of the model's {whole} numbers are not in "
+            f"eligible weights, so at least {(whole - inside) / whole:.4f} stays. Raise --keep, or use --keep-of sites."
+        )
+    return budget
+
+
+def make_plan(
+    sites: Sites,
+    settings: Settings,
+    recipe: Recipe,
+    calibration: Calibration,
+    problems: Mapping[str, Problem],
+    solved: Mapping[str, Factorisation],
+    budget: int,
+    mark: str,
+) -> Plan:
+    """Which form and rank every site gets.
+
+    Args:
+        sites: what was found.
+        settings: method, form and allocation.
+        recipe: keep, plan file, rank multiple.
+        calibration: statistics, and the sites that no data reached: they stay dense.
+        problems: site -> problem.
+        solved: site -> factors of every rank.
+        budget: stored elements over all sites.
+        mark: fingerprint of the model, written into the plan.
+
+    Raises:
+        UsageError: if the budget cannot be met or a plan file does not fit, naming file and site.
+    """
+    shapes = {site.name: site.shape for site in sites.chosen}
+    if recipe.plan is not None:
+        plan = read_plan(Path(recipe.plan), shapes)
+        if plan.model and plan.model != mark:
+            raise UsageError(
+                f"--plan {recipe.plan}: it was made for another model ({plan.model[:12]}, this one is {mark[:12]}). "
+                "Make a plan for this model, or remove the entry 'model' to use it all the same."
+            )
+        missing = [n for n, c in plan.choices.items() if c.form != DENSE and n not in solved]
+        if missing:
+            raise UsageError(
+                f"--plan {recipe.plan}: site {missing[0]} cannot be factored: "
+                f'{calibration.unreached.get(missing[0], "no statistics")}. Set its form to "dense".'
+            )
+        return with_changes(plan, model=mark)
+    reached = {name: shape for name, shape in shapes.items() if name in solved}
+    fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
+    if settings.allocation == "uniform":
+        inside = sum(rows * columns for rows, columns in reached.values())
+        keep = recipe.keep if recipe.keep_of == "sites" else (budget - fixed) / inside
+        choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1)
+        predicted: dict[str, float] = {}
+    else:
+        curves = {
+            site.name: _curve(site, settings, recipe, calibration, problems[site.name], solved[site.name])
+            for site in sites.chosen
+            if site.name in reached
+        }
+        choices = allocate(curves, budget - fixed)
+        predicted = {name: curve.losses[list(curve.choices).index(choices[name])] for name, curve in curves.items()}
+    for name in shapes:
+        choices.setdefault(name, Choice(DENSE))
+    choices = {name: choices[name] for name in shapes}
+    return Plan(choices, mark, predicted)
+
+
+def _curve(
+    site: Site,
+    settings: Settings,
+    recipe: Recipe,
+    calibration: Calibration,
+    problem: Problem,
+    solved: Factorisation,
+) -> Curve:
+    """What the site can be and the loss that each option is predicted to cost, per sequence.
+
+    `1/2 (n_site / n_sequences) || H^(1/2) D G^(1/2) ||^2`, n_site the tokens that reached the site, D the change
+    of the weight: the second-order change of the loss under the Kronecker-factored Fisher matrix.
+    """
+    moments = calibration.moments[site.name]
+    kfac = METHODS["kfac"]
+    if {"gram", "gradients"} <= settings.method.needs:
+        errors = solved.curve
+    else:
+        errors = curve_under(solved, kfac.metric(problem.target, moments))
+    scale = 0.5 * moments.inputs.count / max(moments.sequences, 1)
+    form = form_named(settings.form)
+    rows, columns = site.shape
+    multiple = recipe.rank_multiple or default_multiple(site.shape)
+    ranks = rank_steps(form.max_rank(rows, columns), multiple)
+    choices = [Choice(settings.form, rank) for rank in ranks] + [Choice(DENSE)]
+    stored = [choice.stored(rows, columns) for choice in choices]
+    losses = [float(scale * errors[rank]) for rank in ranks] + [0.0]
+    return Curve(choices, stored, losses)
+
+
+def default_multiple(shape: tuple[int, int]) -> int:
+    """Ranks in multiples of 8 for hardware's sake, finer where a weight is small."""
+    multiple = 8
+    while multiple > 1 and min(shape) < 64 * multiple:
+        multiple //= 2
+    return multiple

@@ -1,0 +1,96 @@
+"""What a run made, and how it is published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eckart import report as reporting
+from eckart.allocate import Plan
+from eckart.checkpoint.card import model_card
+from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.save import save
+from eckart.recipe import Recipe
+
+# Class name ending -> the Auto class that loads it, for the code example of the model card.
+AUTO_CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+
+
+@dataclass
+class Result:
+    """What a run made. `print(result)` shows the tables.
+
+    Attributes:
+        model: the compressed model; the one that was passed in is as it was.
+        plan: site -> form and rank.
+        report: everything that was asked, done and measured, as JSON values.
+        recipe: what was asked.
+        tokenizer: saved with the model.
+        source_folder: where the model came from; what lies beside its weights is saved with it.
+    """
+
+    model: PreTrainedModel
+    plan: Plan
+    report: dict[str, Any]
+    recipe: Recipe
+    tokenizer: Any = None
+    source_folder: Path | None = None
+
+    def __str__(self) -> str:
+        return reporting.as_text(self.report)
+
+    def save_pretrained(
+        self, output_dir: str | Path, *, overwrite: bool = False, lock: OutputLock | None = None
+    ) -> Path:
+        """Publish the whole folder at once: weights, tokenizer, card, recipe, plan and report.
+
+        Args:
+            output_dir: a folder that is not there yet.
+            overwrite: replace a model folder that is.
+            lock: the lock on the folder, if the caller holds it.
+
+        Returns:
+            The published folder.
+
+        Raises:
+            CheckpointError: if it cannot be published; then nothing is.
+        """
+        sentence = self.source_folder is not None and (self.source_folder / "modules.json").exists()
+        original = self.recipe.model or getattr(self.model.config, "_name_or_path", None)
+        card = model_card(
+            Path(output_dir).name,
+            base_model=original or None,
+            auto_class=_auto_class(type(self.model).__name__),
+            library_name="sentence-transformers" if sentence else "transformers",
+            method=self.report["method"],
+            form=self.report["form"],
+            measured=reporting.card_rows(self.report),
+        )
+        return save(
+            self.model,
+            output_dir,
+            tokenizer=self.tokenizer,
+            source_folder=self.source_folder,
+            recipe_yaml=self.recipe.to_yaml(),
+            plan=self.plan.to_json(),
+            report=self.report,
+            card=card,
+            overwrite=overwrite,
+            lock=lock,
+        )
+
+
+def _auto_class(name: str) -> str:
+    return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModel")

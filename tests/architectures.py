@@ -191,6 +191,14 @@ ZOO: tuple[Architecture, ...] = (
     _encoder("albert", "Albert", "ForMaskedLM", _MASKED, **_BERT, embedding_size=16),
     _encoder("electra", "Electra", "ForSequenceClassification", _CLASSES, **_BERT, embedding_size=16),
     Architecture(
+        "xlnet",
+        "XLNetForSequenceClassification",
+        "XLNetConfig",
+        {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "num_labels": 3, **_TOKENS},
+        _CLASSES,
+        "text",
+    ),
+    Architecture(
         "gpt2",
         "GPT2LMHeadModel",
         "GPT2Config",

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings, strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.forms import FORMS, FactoredLinear
 from eckart.linalg import Problem, factorise, weighted_error
-from eckart.methods import Method, method_named
+from eckart.methods import METHODS, Method, method_named
 from eckart.moments import Fisher, Moments, SecondMoment
 
 # Derandomised: the same examples on every run.
@@ -36,6 +37,7 @@ def with_spectrum(rows: int, columns: int, values: Tensor, seed: int = 0) -> Ten
 
 def close(value: Tensor, expected: Tensor, tolerance: float) -> None:
     """`value` equals `expected` up to a fraction of the largest expected entry."""
+    value, expected = value.detach(), expected.detach()
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     torch.testing.assert_close(value.to(expected.dtype), expected, rtol=0, atol=tolerance * max(largest, 1e-300))
 
@@ -63,9 +65,9 @@ class Layer:
         squared = (self.gradients.mT @ self.inputs).square()  # (sequences, m, n)
         return Fisher(squared.sum((0, 2)), squared.sum((0, 1)), len(squared))
 
-    def problem_of(self, method: Method | str) -> Problem:
-        """The method's problem for this layer."""
-        return method_named(method).metric(self.weight, self.moments)
+    def problem_of(self, method: Method | str, centred: bool = False) -> Problem:
+        """The method's problem for this layer; centred: the bias takes the means."""
+        return method_named(method).metric(self.weight, replace(self.moments, centred=centred))
 
     def take(self, outputs: Tensor, inputs: Tensor) -> Layer:
         """The layer with its outputs and inputs in another order."""
@@ -134,11 +136,19 @@ LAYERS: dict[str, Layer] = {
     "dead-tall": _dead(layer(20, 12)),
     "dead-wide": _dead(layer(12, 20)),
     "zero-weight": layer(12, 9).with_weight(torch.zeros(12, 9, dtype=torch.float64)),
-    "tiny-weight": layer(12, 9).with_weight(1e-30 * layer(12, 9).weight),
+    "tiny-weight": layer(12, 9).with_weight(1e-12 * layer(12, 9).weight),
 }
 # Enough tokens and a full spectrum: the optimum is unique.
 REGULAR = ("tall", "wide", "square")
 
+# A method, and whether the means go into the bias where there is one.
+VARIANTS = {
+    method.name + ("-centred" if centred else ""): (method, centred)
+    for method in METHODS.values()
+    for centred in sorted({False, method.centred})
+}
+
+every_method = pytest.mark.parametrize(("method", "centred"), VARIANTS.values(), ids=VARIANTS)
 every_layer = pytest.mark.parametrize("found", LAYERS.values(), ids=LAYERS)
 every_regular_layer = pytest.mark.parametrize("found", [LAYERS[name] for name in REGULAR], ids=REGULAR)
 every_form = pytest.mark.parametrize("form", FORMS)

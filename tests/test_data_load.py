@@ -376,6 +376,13 @@ def test_source_and_target(make):
             assert torch.allclose(both, model(**plain).logits[decoder], atol=1e-5)
 
 
+@pytest.mark.parametrize("make", [t5, bart], ids=["t5", "bart"])
+def test_the_configuration_alone_gives_the_same(make):
+    rows = [{"source": text, "target": goal} for text, goal in zip(sentences(12), sentences(12, 1), strict=True)]
+    settings = {"tokenizer": target_tokenizer(), "column": "source", "target_column": "target"}
+    same(load(rows, **settings, model=make()), load(rows, **settings, model_config=make().config))
+
+
 def test_equal_lengths_are_told_apart():
     rows = [{"s": "the cat sat", "t": "a dog ran"}]
     batch = load(rows, tokenizer=target_tokenizer(), model=t5(), column="s", target_column="t").batches[0]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from eckart.data import Batch, CalibrationData, Pooling, kind_of
 from eckart.data.inference import device_of, evaluating, forward, progress
 from eckart.errors import EckartError, ModelError, NumericalError
-from eckart.moments import Moments, Step, gather, labelled_loss, sampled_loss, shared_inputs
+from eckart.moments import Moments, Step, common_calls, gather, labelled_loss, sampled_loss, shared_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def calibrate(
     with evaluating(model):
         first = data.batches[0].rows(0, 1)
         groups = shared_inputs(model, names, lambda: forward(model, first.inputs))
+        common = _common_calls(model, names, first)
         if backward:
             failed = _why_no_backward(model, groups, first, step, needs)
         if failed is not None:
@@ -85,8 +86,9 @@ def calibrate(
                     "Use a method that needs none: --method drone --allocation uniform."
                 )
             backward, labelled, step, needs = False, False, _plain(model), frozenset({"gram"})
-        batches: Iterable[Batch] = progress(data.batches, what="calibrating", total=len(data))
-        moments = gather(model, groups, batches, step, needs=needs)
+        runs = data.batches if not common else [b.rows(i, i + 1) for b in data.batches for i in range(len(b))]
+        batches: Iterable[Batch] = progress(runs, what="calibrating", total=len(runs))
+        moments = gather(model, groups, batches, step, needs=needs, common=common)
     unreached = {name: "no token of the calibration data reached it" for name in names if name not in moments}
     for name, entry in list(moments.items()):
         if entry.inputs.count == 0:
@@ -128,6 +130,12 @@ def hold_out(loaded: CalibrationData, count: int) -> tuple[CalibrationData, Cali
         "held_out_examples": sum(len(batch) for batch in parts[1]),
     }
     return CalibrationData(parts[0], description), CalibrationData(parts[1], description)
+
+
+def _common_calls(model: PreTrainedModel, names: Sequence[str], first: Batch) -> dict[str, frozenset[int]]:
+    """Calls on what the examples of a batch have in common, found by running one example and the same one twice."""
+    twice = {k: torch.cat([v, v]) if v.dim() and len(v) == len(first) else v for k, v in first.inputs.items()}
+    return common_calls(model, names, lambda: forward(model, first.inputs), lambda: forward(model, twice))
 
 
 def _why_no_backward(

@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eckart.allocate.plan import Choice
+from eckart.allocate.plan import Choice, smallest_keep
 from eckart.errors import UsageError
 
 
@@ -63,7 +63,8 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, Choice]:
         dense = sum(curve.stored[-1] for curve in curves.values())
         raise UsageError(
             f"a budget of {budget} elements is below the {spent} that the smallest options need; "
-            f"the smallest keep of these sites is {spent / dense:.4f}. Raise --keep or name more --targets."
+            f"the smallest keep of these sites is {smallest_keep(spent, dense):.4f}. "
+            "Raise --keep or name more --targets."
         )
     queue: list[tuple[float, str, int]] = []
 

@@ -128,6 +128,14 @@ def stored_elements(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[in
     return sum(choice.stored(*shapes[name]) for name, choice in choices.items())
 
 
+def smallest_keep(needed: int, dense: int) -> float:
+    """The least keep of four digits whose budget, `keep * dense`, reaches `needed` elements; at most 1."""
+    steps = -(-needed * 10_000 // dense)
+    while steps < 10_000 and steps / 10_000 * dense < needed:  # the product of two floats may fall just short
+        steps += 1
+    return min(steps / 10_000, 1.0)
+
+
 def rank_steps(largest: int, multiple: int) -> Sequence[int]:
     """Ranks to choose from: multiples of `multiple`, or every rank where a weight is that small."""
     if largest < multiple:

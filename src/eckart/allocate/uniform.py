@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from eckart.allocate.plan import DENSE, Choice, rank_steps
+from eckart.allocate.plan import DENSE, Choice, rank_steps, smallest_keep
 from eckart.errors import UsageError
 from eckart.forms import FactoredLinear, form_named
 
@@ -39,7 +39,7 @@ def uniform(shapes: Mapping[str, tuple[int, int]], keep: float, form: str, *, mu
         # A site too small for a multiple that fits falls back to the largest rank that does.
         rank = fitting[-1] if fitting else _largest(kind, rows, columns, budget)
         if rank == 0:
-            smallest = kind.size(rows, columns, 1).parameters / (rows * columns)
+            smallest = smallest_keep(kind.size(rows, columns, 1).parameters, rows * columns)
             if smallest > least:
                 least, tightest = smallest, name
         choices[name] = Choice(form, max(rank, 1))

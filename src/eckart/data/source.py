@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -93,7 +93,7 @@ def open_source(
             "or a list of model-ready batches"
         )
     rows = (_as_row(item, index) for index, item in enumerate(data))
-    return Source(rows, "data", {"source": type(data).__name__}, sampled=not hasattr(data, "__len__"))
+    return Source(rows, "data", {"source": type(data).__name__}, sampled=not isinstance(data, Sized))
 
 
 def _from_name(
@@ -177,7 +177,7 @@ def first_item(data: Any) -> tuple[Any, Any]:
     items = iter(data)
     first = next(items, None)
     rest = chain([first], items) if first is not None else iter(())
-    return first, _Sized(rest, len(data)) if hasattr(data, "__len__") else rest
+    return first, _Sized(rest, len(data)) if isinstance(data, Sized) else rest
 
 
 @dataclass

@@ -20,10 +20,9 @@ def form_named(name: str) -> type[FactoredLinear]:
     Raises:
         UsageError: naming the forms there are.
     """
-    try:
-        return FORMS[name]
-    except KeyError:
-        raise UsageError(f"form {name!r} is unknown to this version of eckart; it knows {', '.join(FORMS)}.") from None
+    if not isinstance(name, str) or name not in FORMS:  # read from JSON: anything may stand there
+        raise UsageError(f"form {name!r} is unknown to this version of eckart; it knows {', '.join(FORMS)}.")
+    return FORMS[name]
 
 
 def build(spec: dict[str, Any]) -> FactoredLinear:

@@ -100,6 +100,11 @@ class Pivoted(FactoredLinear):
         """(m,) where each output row stands among `concat(pivots, rest)`."""
         return torch.argsort(self.order)
 
+    def _stored(self) -> list[Tensor]:
+        """Every tensor of the checkpoint."""
+        tensors = (self.first.weight, self.second.weight, self.order, self.first.bias, self.second.bias)
+        return [tensor for tensor in tensors if tensor is not None]
+
     def _plain(self, x: Tensor) -> bool:
         """Whether the leaves must be called as modules: gradients, tracing, autocast, adapters, offloading."""
         leaves = (self.first, self.second)
@@ -109,6 +114,8 @@ class Pivoted(FactoredLinear):
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled(x.device.type)
             or any(_changed(leaf) for leaf in leaves)
+            # Made in inference mode: changes leave no mark that the working memory could go by.
+            or any(tensor.is_inference() for tensor in self._stored())
             or self.first.weight.dtype not in EXPAND_BELOW
         )
 
@@ -116,10 +123,9 @@ class Pivoted(FactoredLinear):
         """The expanded readout, or the gather index; remade when a stored tensor has changed."""
         weight, rest = self.first.weight, self.second.weight
         expanded = self.rank**2 < EXPAND_BELOW[weight.dtype] * self.out_features
-        tensors = (weight, rest, self.order, self.first.bias, self.second.bias)
         key = (
             "expanded" if expanded else "gathered",
-            *((t.data_ptr(), t._version, t.dtype, t.device) for t in tensors if t is not None),
+            *((t.data_ptr(), t._version, t.dtype, t.device) for t in self._stored()),
         )
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared
@@ -144,6 +150,11 @@ class Pivoted(FactoredLinear):
                 torch.addmm(leaf.bias, source, leaf.weight.mT, out=out)
         # `gather` beats `index_select` on the last axis several times over.
         return both.gather(1, inverse.expand(flat.shape[0], -1)).view(*x.shape[:-1], self.out_features)
+
+    def train(self, mode: bool = True) -> Pivoted:
+        """Also forgets the working memory: some optimisers write to `.data`, which no version counts."""
+        self._prepared = None
+        return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         self._prepared = None

@@ -172,8 +172,10 @@ def _two_sided(problem: Problem, what: str) -> Factorisation:
         right = right.shrunk(LAST_RESORT_SHRINKAGE)
         root = root_of(right, f"{what}: input metric")
         notes = (f"{what}: a singular metric was shrunk by {LAST_RESORT_SHRINKAGE:g} to be inverted",)
-    if not root.invertible:  # a zero metric: nothing is worth more than anything else
-        return _project(target.mT, left, what).mirrored
+    if not root.invertible:  # a zero metric: no error counts, so the other metric alone chooses the factors
+        solved = _project(target.mT, left, what).mirrored
+        note = f"{what}: its metric is zero, so every rank has the predicted error 0"
+        return Factorisation(solved.left, solved.right, torch.zeros_like(solved.squared), (note, *solved.notes))
     image = root.right_of(target)  # (m, n), T C
     squared, directions, more = checked_eigh(image.mT @ left.times(image), what)
     directions = directions.to(target.dtype)

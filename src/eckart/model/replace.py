@@ -37,20 +37,24 @@ def store(
         The module, and the reason of a fallback or None. The fallback keeps to the form's size: it is
         low-rank at the largest rank that stores no more numbers.
     """
-    with torch.device(left.device):
-        module = FORMS[form](site.in_features, site.out_features, rank, bias is not None, site.source)
-    module = module.to(dtype=dtype)
+    module = _empty(site, form, rank, bias is not None, left.device, dtype)
     reason = module.store(left, right, bias)
     if reason is None:
         return module.eval(), None
     stored = FORMS[form].size(site.out_features, site.in_features, rank).parameters
     smaller = min(rank, max(1, stored // (site.out_features + site.in_features)))
-    with torch.device(left.device):
-        fallback = FORMS["lowrank"](site.in_features, site.out_features, smaller, bias is not None, site.source).to(
-            dtype=dtype
-        )
+    fallback = _empty(site, "lowrank", smaller, bias is not None, left.device, dtype)
     fallback.store(left[:, :smaller], right[:smaller], bias)
     return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
+
+
+def _empty(
+    site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype
+) -> FactoredLinear:
+    """A module without numbers: none are drawn, so that the global random state stays as it is."""
+    with torch.device("meta"):
+        module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source)
+    return module.to(dtype=dtype).to_empty(device=device)
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -102,7 +106,8 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
         weight, bias = module.to_dense().detach(), module.dense_bias()
         dense: nn.Module
         if module.source == "conv1d":
-            dense = Conv1D(module.out_features, module.in_features)
+            with torch.device("meta"):
+                dense = Conv1D(module.out_features, module.in_features)
             dense.weight = nn.Parameter(weight.mT.contiguous())
             dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().clone())
         else:

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FactoredLinear
 
-# Configuration keys under which models keep their number of experts: a Linear of that many outputs is
-# a router.
+# Configuration keys under which models keep their number of experts: a Linear of that many outputs beside
+# the experts is a router.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -98,10 +98,16 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
         if isinstance(module, nn.MultiheadAttention)
         for child in module.modules()
     }
+    near_experts = {
+        id(child)
+        for module in model.modules()
+        if any("expert" in part for part, _ in module.named_children())
+        for child in (*module.children(), *(inner for outer in module.children() for inner in outer.children()))
+    }
     for name, module in model.named_modules():
         if not _own_matrix(module):
             continue
-        reason = _reason(name, module, heads, uses, experts, inside_attention)
+        reason = _reason(name, module, heads, uses, experts, inside_attention, near_experts)
         if reason is None:
             found[name] = _site(name, module)
         else:
@@ -110,7 +116,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     kept = dict(found)
     if targets:
         wanted = _matching(targets, names, "--targets")
-        refused = [name for name in skipped if name in wanted and "head" not in skipped[name]]
+        refused = [name for name in skipped if name in wanted]
         if refused and not any(name in found for name in wanted):
             raise UsageError(
                 f"--targets: {refused[0]} cannot be factored: {skipped[refused[0]]}. "
@@ -162,6 +168,7 @@ def _reason(
     uses: dict[int, int],
     experts: set[int],
     inside_attention: set[int],
+    near_experts: set[int],
 ) -> str | None:
     """Why a module that holds a matrix is left alone; None if it is a site."""
     if isinstance(module, nn.Embedding):
@@ -178,7 +185,7 @@ def _reason(
     if uses[id(module.weight)] > 1:
         return "its weight is tied to another module's"
     rows, columns = dense_weight(module).shape
-    if rows in experts:
+    if rows in experts and id(module) in near_experts:
         return "router of a mixture of experts"
     if not module.weight.is_floating_point():
         return f"stored as {module.weight.dtype}, not as floating-point numbers"

@@ -2,7 +2,7 @@
 
 from eckart.moments.accumulate import Fisher, Moments, SecondMoment
 from eckart.moments.curvature import generator, labelled_loss, sampled_loss
-from eckart.moments.hooks import BatchLike, Step, gather, real_rows, shared_inputs
+from eckart.moments.hooks import BatchLike, Step, common_calls, gather, real_rows, shared_inputs
 
 __all__ = [
     "BatchLike",
@@ -10,6 +10,7 @@ __all__ = [
     "Moments",
     "SecondMoment",
     "Step",
+    "common_calls",
     "gather",
     "generator",
     "labelled_loss",

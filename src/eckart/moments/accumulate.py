@@ -180,6 +180,8 @@ class Moments:
 
 
 def _merged(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    if first is None or second is None:
-        return second if first is None else first
+    if second is None:
+        return first
+    if first is None:
+        return second.clone()  # sums are added to in place, and the other accumulator keeps its own
     return (first.double() + second.double()).to(torch.promote_types(first.dtype, second.dtype))

@@ -1,0 +1,90 @@
+"""What compressing costs: the linear algebra against one plain SVD, gathering Grams against plain forward passes.
+
+    python benchmarks/compression_speed.py --model FOLDER --text sentences.csv
+
+Ratios, measured side by side in one run. Without arguments: all-MiniLM-L6-v2 and STS-B from the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from common import interleaved, show
+from transformers import AutoModel, AutoTokenizer
+
+from eckart.calibrate import calibrate
+from eckart.checkpoint.source import resolve
+from eckart.data import load
+from eckart.data.inference import forward
+from eckart.linalg import factorise
+from eckart.methods import METHODS
+from eckart.model import dense_weight, find_sites
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--text", default="sentence-transformers/stsb")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    folder = resolve(options.model)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    column = "0" if Path(options.text).exists() else "sentence1"
+    data = load(
+        options.text, tokenizer=tokenizer, model=model, column=column, num_samples=options.samples, batch_size=32
+    )
+    sites = find_sites(model).chosen
+    names = [site.name for site in sites]
+    weights = {name: dense_weight(model.get_submodule(name)) for name in names}
+    needs = METHODS["kfac"].needs
+    moments = calibrate(model, names, data, needs=needs).moments
+    weights = {name: weight for name, weight in weights.items() if name in moments}
+
+    def plain_svd() -> None:
+        for weight in weights.values():
+            torch.linalg.svd(weight, full_matrices=False)
+
+    def solve(method: str):
+        def run() -> None:
+            for name, weight in weights.items():
+                factorise(METHODS[method].metric(weight, moments[name]), name)
+
+        return run
+
+    solving = interleaved(
+        {"svd": plain_svd, **{name: solve(name) for name in ("drone", "kfac", "asvd")}}, options.repeats
+    )
+
+    @torch.no_grad()
+    def plain_forward() -> None:
+        for batch in data:
+            forward(model, batch.inputs)
+
+    def grams() -> None:
+        calibrate(model, names, data, needs=frozenset({"gram"}))
+
+    def gradients() -> None:
+        calibrate(model, names, data, needs=needs)
+
+    gathering = interleaved({"forward": plain_forward, "gram": grams, "gradients": gradients}, options.repeats)
+    rows: list[list[object]] = [
+        [f"{len(weights)} weights, torch.linalg.svd (float32)", solving["svd"], 1.0],
+        *([f"all ranks of {name}", solving[name], solving[name] / solving["svd"]] for name in ("drone", "kfac", "asvd")),
+        [f"plain forward, {data.num_tokens} tokens", gathering["forward"], 1.0],
+        ["gathering input Grams, forward included", gathering["gram"], gathering["gram"] / gathering["forward"]],
+        [
+            "gathering input and gradient Grams, backward included",
+            gathering["gradients"],
+            gathering["gradients"] / gathering["forward"],
+        ],
+    ]
+    show("compression speed", ["step", "seconds", "ratio"], rows, options.output)
+
+
+if __name__ == "__main__":
+    main()

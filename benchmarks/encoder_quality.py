@@ -1,0 +1,99 @@
+"""A sentence encoder after every method: distance to its own embeddings, and Spearman on STS-B.
+
+    python benchmarks/encoder_quality.py --model FOLDER --calibration train.csv --task dev.csv
+
+The files have columns sentence1, sentence2, score and no header. Without arguments: all-MiniLM-L6-v2 and STS-B from
+the hub.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import show
+from transformers import AutoModel, AutoTokenizer
+
+import eckart
+from eckart.data import Pooling, load, load_task
+from eckart.measure import embedding_cosine, quantised_baseline, similarity
+from eckart.methods import METHODS
+from eckart.model import find_sites
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a sentence-transformers folder")
+    parser.add_argument("--calibration", default="sentence-transformers/stsb")
+    parser.add_argument("--task", default="sentence-transformers/stsb")
+    parser.add_argument("--keeps", default="0.8,0.6,0.4")
+    parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="also write the table as JSON")
+    options = parser.parse_args()
+
+    from eckart.checkpoint.source import resolve
+
+    folder = resolve(options.model or "sentence-transformers/all-MiniLM-L6-v2")
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pooling = Pooling.from_folder(folder) or Pooling()
+    local = Path(options.task).exists()
+    first, second, score = ("0", "1", "2") if local else ("sentence1", "sentence2", "score")
+    task = load_task(
+        options.task, split="validation", column=first, pair_column=second, label=score
+    )
+    held = load(
+        options.task, tokenizer=tokenizer, model=model, split="validation", column=first, num_samples=1500,
+        batch_size=32,
+    )  # fmt: skip
+
+    def measured(candidate: torch.nn.Module) -> tuple[float, float]:
+        distance = embedding_cosine(candidate, model, held, pooling)["cosine_distance"]
+        return distance, similarity(candidate, tokenizer, task, pooling)["spearman"]
+
+    default = METHODS["eckart"]
+    methods = [*(m for m in METHODS.values() if m.name != "eckart"),
+               replace(METHODS["kfac"], name="kfac, allocated", allocation="loss"),
+               replace(default, name="eckart without refit", refit=False), default]  # fmt: skip
+    table: list[list[object]] = [["dense", 1.0, 1.0, *measured(model), "-"]]
+    names = [site.name for site in find_sites(model).chosen]
+    elements = sum(site.elements for site in find_sites(model).chosen)
+    for bits in (8, 4):
+        quantised = quantised_baseline(model, names, bits)
+        share = quantised.named_bytes / (4 * elements)
+        table.append([f"round to nearest, int{bits} ({share:.3f} of the bytes)", "-", "-",
+                      *measured(quantised.model), "-"])  # fmt: skip
+    found = {}
+    keeps = [float(keep) for keep in options.keeps.split(",")]
+    for name, keep, result in eckart.compare(
+        model,
+        tokenizer,
+        methods=methods,
+        keeps=keeps,
+        data=options.calibration,
+        data_column=first,
+        num_samples=options.samples,
+        batch_size=32,
+        seed=options.seed,
+        source_folder=folder,
+    ):
+        found[name, keep] = (result.report["kept"]["of_sites"], *measured(result.model))
+        print(f"{name} at {keep}: {found[name, keep]}", flush=True)
+    for keep in keeps:
+        reference = found["drone", keep][1]
+        for method in methods:
+            stored, distance, spearman = found[method.name, keep]
+            table.append([method.name, keep, stored, distance, spearman, f"{distance / reference:.3f}"])
+    show(
+        "sentence encoder, STS-B dev",
+        ["method", "keep", "stored parameters", "1 - cosine", "Spearman", "1 - cosine / drone"],
+        table,
+        options.output,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -42,7 +42,7 @@ def main() -> None:
     names = [site.name for site in sites]
     weights = {name: dense_weight(model.get_submodule(name)) for name in names}
     needs = METHODS["kfac"].needs
-    moments = calibrate(model, names, data, needs=needs).moments
+    moments = calibrate(model, names, data, needs=needs | {"absolute"}).moments
     weights = {name: weight for name, weight in weights.items() if name in moments}
 
     def plain_svd() -> None:
@@ -74,7 +74,10 @@ def main() -> None:
     gathering = interleaved({"forward": plain_forward, "gram": grams, "gradients": gradients}, options.repeats)
     rows: list[list[object]] = [
         [f"{len(weights)} weights, torch.linalg.svd (float32)", solving["svd"], 1.0],
-        *([f"all ranks of {name}", solving[name], solving[name] / solving["svd"]] for name in ("drone", "kfac", "asvd")),
+        *(
+            [f"all ranks of {name}", solving[name], solving[name] / solving["svd"]]
+            for name in ("drone", "kfac", "asvd")
+        ),
         [f"plain forward, {data.num_tokens} tokens", gathering["forward"], 1.0],
         ["gathering input Grams, forward included", gathering["gram"], gathering["gram"] / gathering["forward"]],
         [

@@ -42,9 +42,7 @@ def main() -> None:
     pooling = Pooling.from_folder(folder) or Pooling()
     local = Path(options.task).exists()
     first, second, score = ("0", "1", "2") if local else ("sentence1", "sentence2", "score")
-    task = load_task(
-        options.task, split="validation", column=first, pair_column=second, label=score
-    )
+    task = load_task(options.task, split="validation", column=first, pair_column=second, label=score)
     held = load(
         options.task, tokenizer=tokenizer, model=model, split="validation", column=first, num_samples=1500,
         batch_size=32,

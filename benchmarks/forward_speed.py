@@ -45,7 +45,9 @@ def main() -> None:
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--widths", default="384,768,1024,2048,4096")
     parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--multiple", type=int, default=32, help="ranks are multiples of this")
+    parser.add_argument(
+        "--multiple", type=int, default=64, help="ranks are multiples of this, of a quarter below width 1024"
+    )
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -67,10 +69,12 @@ def main() -> None:
         for width in map(int, options.widths.split(",")):
             linear = nn.Linear(width, width).to(dtype)
             x = torch.randn(TOKENS, width).to(dtype)
-            multiple = options.multiple if width >= 1024 else min(options.multiple, 16)
+            multiple = options.multiple if width >= 1024 else options.multiple // 4
             modules = {"dense": linear, **{f: factored(linear, f, options.keep, multiple) for f in FORMS}}
-            runs = {name: (lambda module=module: module(x)) for name, module in modules.items()}
-            measure(f"{width} x {width}", dtype, runs, options.repeats if width < 4096 else max(5, options.repeats // 3))
+            runs = {name: (lambda module=module, x=x: module(x)) for name, module in modules.items()}
+            measure(
+                f"{width} x {width}", dtype, runs, options.repeats if width < 4096 else max(5, options.repeats // 3)
+            )
         from eckart.checkpoint.source import resolve
 
         encoder = AutoModel.from_pretrained(resolve(options.model), dtype=dtype).eval()
@@ -82,7 +86,7 @@ def main() -> None:
                 old = encoder.get_submodule(site.name)
                 assert isinstance(old, nn.Linear)
                 replace(models[form], site.name, factored(old, form, options.keep, 8))
-        runs = {name: (lambda model=model: model(tokens)) for name, model in models.items()}
+        runs = {name: (lambda model=model, tokens=tokens: model(tokens)) for name, model in models.items()}
         measure("whole encoder", dtype, runs, options.repeats)
     rows.append(["geometric mean", "", "", "", "", geometric_mean(ratios)])
     rows.append(["smallest", "", "", "", "", min(ratios)])

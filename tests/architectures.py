@@ -197,6 +197,7 @@ ZOO: tuple[Architecture, ...] = (
         {"vocab_size": VOCABULARY, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48, "num_labels": 3, **_TOKENS},
         _CLASSES,
         "text",
+        "left",  # its head reads the last token
     ),
     Architecture(
         "gpt2",
@@ -211,6 +212,7 @@ ZOO: tuple[Architecture, ...] = (
         "OPTConfig",
         {**_BODY, **_TOKENS, "ffn_dim": 48, "max_position_embeddings": 40, "word_embed_proj_dim": 16},
         _CAUSAL,
+        "text",
     ),
     Architecture(
         "gpt-neox",
@@ -233,9 +235,7 @@ ZOO: tuple[Architecture, ...] = (
     Architecture("mistral", "MistralForCausalLM", "MistralConfig", _LLAMA, _CAUSAL, "text", "left"),
     Architecture("qwen3", "Qwen3ForCausalLM", "Qwen3Config", _LLAMA, _CAUSAL),
     Architecture("phi3", "Phi3ForCausalLM", "Phi3Config", {**_LLAMA, "original_max_position_embeddings": 64}, _CAUSAL),
-    Architecture(
-        "gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "query_pre_attn_scalar": 8}, _CAUSAL
-    ),
+    Architecture("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**_LLAMA, "query_pre_attn_scalar": 8}, _CAUSAL),
     Architecture(
         "t5",
         "T5ForConditionalGeneration",

@@ -194,7 +194,7 @@ def predicted_curve(found, method: str, form: str, multiple: int | None) -> tupl
 def test_predicted_loss_is_the_second_order_change_of_that_choice(method, form, multiple):
     """`1/2 (tokens / sequences) || H^(1/2) (W - W'_k) G^(1/2) ||^2` of the very factors that are stored."""
     found = layer(20, 16)
-    made, problem, solved = predicted_curve(found, method, form, multiple)
+    made, _, solved = predicted_curve(found, method, form, multiple)
     kfac = found.problem_of("kfac")
     tokens, sequences = 96, 8
     for choice, stored, loss in zip(made.choices, made.stored, made.losses, strict=True):

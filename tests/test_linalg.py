@@ -98,7 +98,7 @@ def test_nothing_converges(monkeypatch):
     for name in ("eigh", "svd"):
         monkeypatch.setattr(torch.linalg, name, failing(99, None))
     for decompose in (checked_eigh, checked_svd):
-        with pytest.raises(NumericalError, match="site: neither eigh nor svd converged.*--ignore"):
+        with pytest.raises(NumericalError, match=r"site: neither eigh nor svd converged.*--ignore"):
             decompose(torch.eye(3), "site")
 
 
@@ -148,9 +148,8 @@ def test_shrinkage_is_the_published_one_and_leaves_the_metric_alone():
 
 def test_weighted_error_is_the_trace():
     error, left, right = normal(3, 4), gram(3, 3), gram(4, 4)
-    close(
-        weighted_error(error, Metric(full=left), Metric(full=right)), (left @ error @ right @ error.mT).trace(), 1e-13
-    )
+    trace = (left @ error @ right @ error.mT).trace()
+    close(weighted_error(error, Metric(full=left), Metric(full=right)), trace, 1e-13)
 
 
 # -- the solver --------------------------------------------------------------------------------------

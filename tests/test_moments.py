@@ -46,17 +46,19 @@ def second_moment(rows: Tensor, parts: int = 1) -> SecondMoment:
 def same(first: SecondMoment, second: SecondMoment, tolerance: float = 1e-6) -> None:
     assert first.count == second.count
     close(first.mean_gram, second.mean_gram, tolerance)
-    close(first.mean, second.mean, tolerance)
+    scale = float(first.mean_absolute.max())
+    assert float((first.mean - second.mean).abs().max()) <= tolerance * scale
     close(first.mean_absolute, second.mean_absolute, tolerance)
 
 
 @few_examples
 @given(tokens=st.integers(2, 40), width=st.integers(1, 12), parts=st.integers(1, 9), seed=st.integers(0, 99))
 def test_batches_do_not_matter(tokens, width, parts, seed):
-    rows = normal(tokens, width, seed=seed)
+    rows = normal(tokens, width, seed=seed).float().double()  # exact in what is summed
     whole = second_moment(rows)
     close(whole.mean_gram.double(), rows.mT @ rows / tokens, 1e-6)
-    close(whole.mean, rows.mean(0), 1e-6)
+    # A mean may cancel to almost nothing: its rounding is relative to the summed magnitudes.
+    assert float((whole.mean - rows.mean(0)).abs().max()) <= 1e-6 * float(rows.abs().mean(0).max())
     close(whole.mean_absolute, rows.abs().mean(0), 1e-6)
     same(second_moment(rows, parts), whole)
     first, second = rows[: tokens // 2], rows[tokens // 2 :]
@@ -167,7 +169,7 @@ def test_labelled_loss_of_a_regression_counts_examples():
 
 
 def test_no_loss_for_labels_is_refused():
-    with pytest.raises(DataError, match="labels: the model returned no loss.*curvature='sampled'"):
+    with pytest.raises(DataError, match=r"labels: the model returned no loss.*curvature='sampled'"):
         labelled_loss(SimpleNamespace(logits=normal(2, 3)), torch.zeros(2), shifted=False)
 
 

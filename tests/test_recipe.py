@@ -55,15 +55,14 @@ def test_bad_value_names_place_field_value_and_meaning(field, value, problem):
     [
         ("keeep", "did you mean 'keep'?"),
         ("max_seq_len", "did you mean 'max_seq_length'?"),
-        ("zzz", "known are: model, "),
+        ("zzz", f"known are: {', '.join(Recipe.model_fields)}."),
+        (3, f"known are: {', '.join(Recipe.model_fields)}."),
     ],
 )
 def test_unknown_key_gets_the_nearest_spelling(key, hint):
     with pytest.raises(UsageError) as refusal:
         make_recipe({key: 1}, "eckart.compress")
-    assert str(refusal.value) == f"eckart.compress: {key!r} is not an option; " + hint + (
-        ", ".join(Recipe.model_fields).removeprefix("model, ") + "." if key == "zzz" else ""
-    )
+    assert str(refusal.value) == f"eckart.compress: {key!r} is not an option; {hint}"
 
 
 def test_good_values():
@@ -140,5 +139,5 @@ def test_missing_config(tmp_path):
 
 @pytest.mark.parametrize("text", ["keep: .nan\n", "keep: yes\n", "keep: -.inf\n", "seed: 1e400\n"])
 def test_numbers_that_yaml_makes_of_words(text, tmp_path):
-    with pytest.raises(UsageError, match="^run: (keep|seed) = "):
+    with pytest.raises(UsageError, match=r"^run: (keep|seed) = "):
         make_recipe(read_config(config(tmp_path, text)), "run")

@@ -125,7 +125,8 @@ def make_plan(
     fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
     if settings.allocation == "uniform":
         inside = sum(rows * columns for rows, columns in reached.values())
-        keep = recipe.keep if recipe.keep_of == "sites" else (budget - fixed) / inside
+        # What stays dense counts too, so the others keep a little less than was asked for.
+        keep = (budget - fixed) / inside
         choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1)
         predicted: dict[str, float] = {}
     else:

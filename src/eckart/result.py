@@ -92,5 +92,15 @@ class Result:
         )
 
 
+def load_lines(result: Result, folder: Path) -> str:
+    """The three lines of Python that load what was published."""
+    if result.source_folder is not None and (result.source_folder / "modules.json").exists():
+        library, name, call = "sentence_transformers", "SentenceTransformer", f"SentenceTransformer({str(folder)!r})"
+    else:
+        library, name = "transformers", _auto_class(type(result.model).__name__)
+        call = f"{name}.from_pretrained({str(folder)!r})"
+    return f"import eckart  # registers the checkpoint format\nfrom {library} import {name}\nmodel = {call}"
+
+
 def _auto_class(name: str) -> str:
     return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModel")

@@ -22,14 +22,15 @@ from eckart.allocate import DENSE, Choice, Plan
 from eckart.calibrate import Calibration, calibrate, hold_out
 from eckart.checkpoint.fingerprint import fingerprint
 from eckart.checkpoint.plugin import mark
+from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
 from eckart.data.inference import progress
 from eckart.errors import ModelError
 from eckart.linalg import Factorisation, Problem, factorise, require_finite
-from eckart.measure import quality, sizes
+from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
-from eckart.model import Sites, dense_weight, find_sites, has_head, replace, shared_clone, store
+from eckart.model import Sites, cast, dense_weight, find_sites, has_head, replace, shared_clone, store
 from eckart.planning import Settings, element_budget, make_plan
 from eckart.recipe import Recipe, make_recipe
 from eckart.recover import refit
@@ -123,6 +124,7 @@ class _Work:
     pooling: Pooling | None
     source_folder: Path | None
     mark: str
+    stored_dtype: torch.dtype | None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -167,7 +169,8 @@ def _prepare(
     folder = Path(source_folder) if source_folder is not None else None
     pooling = Pooling.from_folder(folder) if folder is not None and not has_head(model) else None
     unread = Calibration({name: (name,) for name in names}, {}, {}, "none")
-    work = _Work(model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model))
+    stored = stored_dtype(stored_tensors(folder)) if folder is not None else None
+    work = _Work(model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model), stored)
     if recipe.device is not None:
         model.to(recipe.device)  # type: ignore[arg-type]
     needs = frozenset().union(*(row.needs(planned=recipe.plan is not None) for row in rows))
@@ -258,16 +261,7 @@ def _finish(
         compressed = _put(work, plan, solved, recipe, notes)
     if settings.refit and work.data is not None:
         with work.clock("refit"):
-            notes += refit(
-                model,
-                compressed,
-                sites.chosen,
-                plan.choices,
-                calibration.groups,
-                calibration.moments,
-                settings.method,
-                work.data.batches,
-            )
+            compressed = _refitted(work, settings, plan, compressed, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites))
     if any(choice.form != DENSE for choice in plan.choices.values()):
         mark(compressed)
@@ -282,7 +276,7 @@ def _finish(
         model=model,
         sites=sites,
         plan=plan,
-        before=sizes(model, names),
+        before=sizes(model, names, work.stored_dtype),
         after=sizes(compressed, names),
         unreached=calibration.unreached,
         curvature=calibration.curvature,
@@ -302,7 +296,7 @@ def _put(
     compressed = shared_clone(work.model)
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     if dtype is not None:
-        compressed.to(dtype)
+        cast(compressed, dtype)
     for site in work.sites.chosen:
         choice = plan.choices[site.name]
         if choice.form == DENSE:
@@ -321,6 +315,33 @@ def _put(
             notes.append(fallback)
         replace(compressed, site.name, module)
     return compressed
+
+
+def _refitted(
+    work: _Work, settings: Settings, plan: Plan, compressed: PreTrainedModel, notes: list[str]
+) -> PreTrainedModel:
+    """The model solved again on its own inputs, unless held-out text says that it was better before."""
+    assert work.data is not None
+    fitted = shared_clone(compressed)
+    found = refit(
+        work.model,
+        fitted,
+        work.sites.chosen,
+        plan.choices,
+        work.calibration.groups,
+        work.calibration.moments,
+        settings.method,
+        work.data.batches,
+    )
+    if work.held is not None:
+        before, after = (distance(quality(m, work.model, work.held, work.pooling)) for m in (compressed, fitted))
+        if after > before:
+            notes.append(
+                f"the refit was left out: held-out distance to the original {before:.4g} before, {after:.4g} after"
+            )
+            return compressed
+    notes += found
+    return fitted
 
 
 def _as_stored(compressed: PreTrainedModel, sites: Sites) -> dict[str, Choice]:

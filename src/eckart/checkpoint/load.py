@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from eckart.checkpoint import plugin  # noqa: F401  (registers the format)
+from eckart.checkpoint import plugin  # registers the format
 from eckart.checkpoint.layout import model_folder, read_json
 from eckart.checkpoint.shards import read_weights
 from eckart.checkpoint.source import resolve
 from eckart.errors import CheckpointError, UsageError
+
+logger = logging.getLogger(__name__)
 
 
 def load(
@@ -23,10 +26,12 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """Load a model, factored or dense, in the class it was saved with.
 
-    ``from_pretrained`` warns of weights that are missing and draws them at random; here that is an error.
+    ``from_pretrained`` warns of weights that are missing and draws them at random; here that is an error. Tensors
+    that an ordinary checkpoint holds and its own class does not use (an old head, say) are warned of.
 
     Args:
         folder: a folder, or a name on the hub.
@@ -34,6 +39,7 @@ def load(
         dtype: as in ``from_pretrained``; the default is that of the checkpoint.
         device_map: as in ``from_pretrained``.
         revision: on the hub.
+        trust_remote_code: allow the model's own Python code to run.
 
     Returns:
         The model in eval mode.
@@ -42,23 +48,29 @@ def load(
         CheckpointError: the folder is damaged, or does not hold exactly the model's weights.
         UsageError: the class is unknown to transformers.
     """
-    home = model_folder(resolve(str(folder), revision))
+    home = model_folder(resolve(str(folder), revision, trust_remote_code=trust_remote_code))
     config = read_json(home / "config.json")
     read_weights(home, config.get("transformers_weights"))
     architectures = config.get("architectures") or []
-    chosen = _class(auto_class, architectures, home)
+    remote = _remote_class(config, architectures) if trust_remote_code and auto_class is None else None
+    chosen = remote or _class(auto_class, architectures, home)
     model, info = chosen.from_pretrained(
         home,
         dtype=dtype or "auto",
         device_map=device_map,
-        trust_remote_code=False,  # instead of a question on the terminal
+        trust_remote_code=trust_remote_code,  # False instead of a question on the terminal
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
     )
+    # Another class than the one that was saved leaves out the other's head.
+    left_out = sorted(info["unexpected_keys"]) if type(model).__name__ in architectures else []
+    if left_out and not _is_factored(config):
+        listed = f"{', '.join(left_out[:4])}{', ...' if len(left_out) > 4 else ''}"
+        logger.warning("%s: %s does not use %d tensors: %s", home, type(model).__name__, len(left_out), listed)
+        left_out = []
     wrong = {
         "are missing": sorted(info["missing_keys"]),
-        # Another class than the one that was saved leaves out the other's head.
-        "have no place": sorted(info["unexpected_keys"]) if type(model).__name__ in architectures else [],
+        "have no place": left_out,
         "have another shape": [
             f"{key} {tuple(found)} instead of {tuple(expected)}"
             for key, found, expected in sorted(info["mismatched_keys"])
@@ -71,6 +83,18 @@ def load(
             f"it as {' or '.join(architectures) or 'the class it was saved with'}, or download it again."
         )
     return model.eval()
+
+
+def _is_factored(config: dict[str, Any]) -> bool:
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == plugin.METHOD
+
+
+def _remote_class(config: dict[str, Any], architectures: list[str]) -> Any:
+    """The Auto class under which a config names its own code; None where it names none."""
+    named = {key: entry for key, entry in (config.get("auto_map") or {}).items() if key.startswith("AutoModel")}
+    own = [key for key, entry in named.items() if str(entry).rpartition(".")[2] in architectures]
+    return getattr(transformers, next(iter([*own, *named])), None) if named else None
 
 
 def _class(auto_class: type | str | None, architectures: list[str], home: Path) -> Any:

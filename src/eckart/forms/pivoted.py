@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -15,9 +16,9 @@ from eckart.linalg import pivoted_factors
 # most this much. Row exchanges normally bring it below 1.2; above the bound W' lacks full rank.
 BOUND = 4.0
 
-# Above this many numbers per output feature, k^2 / m, the extra products of the expanded readout cost
-# more than putting the outputs in order. Measured on CPUs, see `benchmarks/forward_speed.py`.
-EXPAND_BELOW = {torch.float32: 64.0, torch.bfloat16: 256.0, torch.float16: 256.0}
+# On a CPU, above this many additional products per output, k^2 / m, an expanded readout costs more than putting the
+# outputs in order; in half precision a gather never pays. Measured: `benchmarks/forward_speed.py`.
+EXPAND_BELOW = {torch.float32: 100.0, torch.bfloat16: math.inf, torch.float16: math.inf}
 
 
 class Pivoted(FactoredLinear):
@@ -26,9 +27,9 @@ class Pivoted(FactoredLinear):
     P (k, n), `first`, holds k rows of W' as they are; C (m - k, k), `second`, combines them into the
     others. The dense bias b folds in exactly: `b_p = b[pivots]`, `b_r = b[rest] - C b_p`.
 
-    Putting m outputs in order costs as much as a product in half precision, so narrow layers run, when no
-    gradient is asked for, on an expanded readout `[I; C]` with its rows already in order: k^2 / m more
-    products per output, no reordering. It is working memory, made at the first call and never stored.
+    Putting m outputs in order costs a CPU as much as a product in half precision, so there, when no gradient is asked
+    for, layers run on an expanded readout `[I; C]` with its rows already in order: k^2 / m more products per output
+    and no reordering. It is working memory of m k numbers, made at the first call and never stored.
     """
 
     form: ClassVar[str] = "pivoted"
@@ -122,7 +123,7 @@ class Pivoted(FactoredLinear):
     def _prepare(self) -> tuple[tuple[object, ...], Tensor, Tensor | None]:
         """The expanded readout, or the gather index; remade when a stored tensor has changed."""
         weight, rest = self.first.weight, self.second.weight
-        expanded = self.rank**2 < EXPAND_BELOW[weight.dtype] * self.out_features
+        expanded = weight.device.type == "cpu" and self.rank**2 < EXPAND_BELOW[weight.dtype] * self.out_features
         key = (
             "expanded" if expanded else "gathered",
             *((t.data_ptr(), t._version, t.dtype, t.device) for t in self._stored()),

@@ -2,7 +2,7 @@
 
 from eckart.measure.agreement import agreement, embed, embedding_cosine
 from eckart.measure.perplexity import perplexity
-from eckart.measure.quality import quality
+from eckart.measure.quality import distance, quality
 from eckart.measure.quantised import Quantised, quantised_baseline
 from eckart.measure.sizes import Size, Sizes, sizes
 from eckart.measure.tasks import classification, regression, similarity
@@ -13,6 +13,7 @@ __all__ = [
     "Sizes",
     "agreement",
     "classification",
+    "distance",
     "embed",
     "embedding_cosine",
     "perplexity",

@@ -38,3 +38,10 @@ def quality(model: nn.Module, original: nn.Module, held: CalibrationData, poolin
             "published. Store in float32 with --dtype float32, raise --keep, or leave out layers with --ignore."
         )
     return {name: values, "examples": held.num_examples, "tokens": held.num_tokens}
+
+
+def distance(measured: dict[str, Any]) -> float:
+    """One number of :func:`quality`: KL in nats a token, or 1 - cosine; 0 for the original itself."""
+    if "agreement" in measured:
+        return float(measured["agreement"]["kl"])
+    return float(measured["embedding"]["cosine_distance"])

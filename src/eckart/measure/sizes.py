@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -46,7 +47,7 @@ class Sizes:
     modules: dict[str, Size] = field(default_factory=dict)
 
 
-def sizes(model: nn.Module, names: Iterable[str] = ()) -> Sizes:
+def sizes(model: nn.Module, names: Iterable[str] = (), dtype: torch.dtype | None = None) -> Sizes:
     """Count what a model stores and computes.
 
     Stored is what its state dict holds: parameters and persistent buffers, each tensor once however many names it
@@ -58,6 +59,8 @@ def sizes(model: nn.Module, names: Iterable[str] = ()) -> Sizes:
     Args:
         model: The model.
         names: Modules to count apart.
+        dtype: Count floating-point numbers as if stored in this type: that of the checkpoint, where the model is
+            held in another one for computing. None for the type they are held in.
 
     Returns:
         The sizes.
@@ -71,10 +74,14 @@ def sizes(model: nn.Module, names: Iterable[str] = ()) -> Sizes:
         if name not in known:
             raise UsageError(f"module {name!r} is not in the model: pass names from model.named_modules()")
         parts[name] = known[name]
-    return Sizes(_size([model]), _size(parts.values()), {name: _size([module]) for name, module in parts.items()})
+    return Sizes(
+        _size([model], dtype),
+        _size(parts.values(), dtype),
+        {name: _size([module], dtype) for name, module in parts.items()},
+    )
 
 
-def _size(modules: Iterable[nn.Module]) -> Size:
+def _size(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Size:
     stored: dict[Any, Tensor] = {}
     computing: dict[int, nn.Module] = {}
     for module in modules:
@@ -84,9 +91,13 @@ def _size(modules: Iterable[nn.Module]) -> Size:
         computing |= {id(part): part for part in _computing(module)}
     return Size(
         elements=sum(value.numel() for value in stored.values()),
-        bytes=sum(value.numel() * value.element_size() for value in stored.values()),
+        bytes=sum(value.numel() * _element_size(value, dtype) for value in stored.values()),
         multiply_adds=sum(_multiply_adds(part) for part in computing.values()),
     )
+
+
+def _element_size(value: Tensor, dtype: torch.dtype | None) -> int:
+    return dtype.itemsize if dtype is not None and value.is_floating_point() else value.element_size()
 
 
 def _identity(value: Tensor) -> Any:

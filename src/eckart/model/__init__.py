@@ -1,12 +1,13 @@
 """The rooms that know transformers' module types: find sites, replace them."""
 
-from eckart.model.clone import shared_clone
+from eckart.model.clone import cast, shared_clone
 from eckart.model.replace import factored_modules, replace, set_dense, store, to_dense_modules
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 
 __all__ = [
     "Site",
     "Sites",
+    "cast",
     "dense_weight",
     "factored_modules",
     "find_sites",

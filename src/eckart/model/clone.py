@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,3 +24,25 @@ def shared_clone(model: M) -> M:
     for buffer in model.buffers():
         memo[id(buffer)] = buffer.detach()
     return copy.deepcopy(model, memo)
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Bring a model's stored floating-point numbers to a type, in place, as ``from_pretrained(dtype=...)`` would.
+
+    Buffers that are not stored (the frequencies of rotary embeddings) keep theirs, and so do the modules that the
+    model's class keeps in float32: ``model.to(dtype)`` rounds both, and computes something else than the saved model.
+    """
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    if dtype == torch.float16:
+        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept))) if kept else None
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.is_floating_point() and not (pattern and pattern.search(name)):
+                parameter.data = parameter.data.to(dtype)
+        for name, buffer in module._buffers.items():
+            stored = (
+                buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set
+            )
+            if stored and buffer is not None and not (pattern and pattern.search(f"{prefix}.{name}")):
+                module._buffers[name] = buffer.to(dtype)

@@ -48,9 +48,7 @@ def store(
     return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
 
 
-def _empty(
-    site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype
-) -> FactoredLinear:
+def _empty(site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype) -> FactoredLinear:
     """A module without numbers: none are drawn, so that the global random state stays as it is."""
     with torch.device("meta"):
         module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source)

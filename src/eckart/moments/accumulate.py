@@ -69,7 +69,7 @@ class SecondMoment:
             NumericalError: on NaN or infinity; nothing is added then.
         """
         rows = rows.detach().float()
-        sums = rows.sum(0, dtype=torch.float64)
+        sums = rows.sum(0).double()  # float32 within a batch, float64 over batches: a second pass in float64 is slow
         if not bool(torch.isfinite(sums).all()):
             bad = int((~torch.isfinite(rows)).sum())
             raise NumericalError(
@@ -83,7 +83,7 @@ class SecondMoment:
                 self.gram = rows.new_zeros(self.width, self.width)
             add_gram(self.gram, rows)
         if self.with_absolute:
-            absolute = rows.abs().sum(0, dtype=torch.float64)
+            absolute = rows.abs().sum(0).double()
             self.absolute = absolute if self.absolute is None else self.absolute + absolute
 
     def merge(self, other: SecondMoment) -> None:

@@ -1,36 +1,36 @@
-"""The report as people read it: a rich table, plain text, and the rows of a model card."""
+"""The report of a run as people read it: tables, plain text, and the rows of a model card."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from eckart.report.words import as_plain_text, between, columns, count, plain_table, share
+
+NOTES = 8
+"""So many notes are shown; all of them are in report.json."""
+
 
 def as_rich(report: Mapping[str, Any]) -> Group:
-    """Per kind of site, the whole model, quality and time."""
-    parts: list[Any] = [Text(_asked(report), style="bold"), _sites(report)]
-    parts.extend(Text(line) for line in _quality(report))
-    notes = report["notes"]
-    if notes:
-        parts.append(Text(f"{len(notes)} note{'s' * (len(notes) > 1)}:", style="yellow"))
-        parts.extend(Text(f"  {note}") for note in notes[:8])
-        if len(notes) > 8:
-            parts.append(Text(f"  and {len(notes) - 8} more in report.json"))
+    """What was asked, the kinds of sites and the whole model before and after, quality, notes, time."""
+    parts: list[Any] = [Text(line, style="bold" if i == 0 else "") for i, line in enumerate(_asked(report))]
+    parts += [Text(), _sites(report), Text()]
+    parts += [Text(line) for line in _quality(report)]
+    parts += _notes(report["notes"])
     seconds = report["seconds"]
-    parts.append(Text("seconds: " + ", ".join(f"{step} {value:.1f}" for step, value in seconds.items()), style="dim"))
+    if seconds:
+        steps = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
+        parts.append(Text(f"time: {sum(seconds.values()):.1f} s ({steps})", style="dim"))
     return Group(*parts)
 
 
 def as_text(report: Mapping[str, Any], width: int = 110) -> str:
     """The same without colours."""
-    stream = io.StringIO()
-    Console(file=stream, width=width, no_color=True, highlight=False).print(as_rich(report))
-    return stream.getvalue().rstrip()
+    return as_plain_text(as_rich(report), width)
 
 
 def card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,45 +51,66 @@ def card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _asked(report: Mapping[str, Any]) -> str:
-    recipe = report["recipe"]
-    return (
-        f"{report['model']}: method {report['method']}, form {report['form']}, allocation {report['allocation']}, "
-        f"keep {recipe['keep']:g} of {recipe['keep_of']} -> {report['kept']['of_sites']:.4f} of the sites' numbers, "
-        f"{report['kept']['of_model']:.4f} of the model's"
-    )
+def quality_cells(report: Mapping[str, Any]) -> dict[str, float]:
+    """Name -> number of what was measured on held-out text; empty where nothing was."""
+    quality = report["quality"] or {}
+    if "agreement" in quality:
+        return {"KL to the original": quality["agreement"]["kl"], "same most likely": quality["agreement"]["top1"]}
+    if "embedding" in quality:
+        return {"1 - cosine to the original": quality["embedding"]["cosine_distance"]}
+    return {}
+
+
+def _asked(report: Mapping[str, Any]) -> list[str]:
+    recipe, data = report["recipe"], report["data"]
+    of = "the sites' numbers" if recipe["keep_of"] == "sites" else "the whole model's numbers"
+    budget = f"keep {recipe['keep']:g} of {of}" if report["allocation"] != "plan" else f"the plan {recipe['plan']}"
+    lines = [
+        f"{report['model']} by {report['method']}: {budget}",
+        f"form {report['form']}, allocation {report['allocation']}; best for {report['exact_for']}",
+    ]
+    if data is not None:
+        unit = f"{data['calibration_tokens']:,} tokens" if "calibration_tokens" in data else "data"
+        curvature = "" if report["curvature"] == "none" else f"; gradients from {_CURVATURE[report['curvature']]}"
+        lines.append(f"calibrated on {unit} of {data.get('source', 'the data given')}{curvature}")
+    kept = report["kept"]
+    lines.append(f"kept: {kept['of_sites']:.4f} of the sites' numbers, {kept['of_model']:.4f} of the whole model's")
+    return lines
+
+
+_CURVATURE = {"sampled": "draws of the model itself", "labels": "the labels"}
 
 
 def _sites(report: Mapping[str, Any]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("kind of site", overflow="fold")
-    for name in ("sites", "dense", "rank", "of", "parameters", "kept", "bytes", "kept", "mult-adds", "kept"):
-        table.add_column(name, justify="right")
+    names = ("sites", "dense", "rank", "of", "parameters", "kept", "bytes", "kept", "mult-adds", "kept")
+    table = columns(plain_table(), "kind of site", names)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["sites"]:
         kinds.setdefault(row["kind"], []).append(row)
     for kind, rows in kinds.items():
         factored = [row["rank"] for row in rows if row["form"] != "dense"]
-        ranks = "-" if not factored else _range(min(factored), max(factored))
-        full = _range(min(min(r["shape"]) for r in rows), max(min(r["shape"]) for r in rows))
+        ranks = "-" if not factored else between(min(factored), max(factored))
+        full = between(min(min(r["shape"]) for r in rows), max(min(r["shape"]) for r in rows))
         totals = {
             side: {key: sum(row[side][key] for row in rows) for key in ("elements", "bytes", "multiply_adds")}
             for side in ("before", "after")
         }
         table.add_row(kind, str(len(rows)), str(len(rows) - len(factored)), ranks, full, *_costs(totals))
     table.add_section()
-    count = len(report["sites"])
+    sites = len(report["sites"])
     dense = sum(row["form"] == "dense" for row in report["sites"])
-    table.add_row("all sites", str(count), str(dense), "", "", *_costs(report["sizes"]["sites"]), style="bold")
+    table.add_row("all sites", str(sites), str(dense), "", "", *_costs(report["sizes"]["sites"]), style="bold")
+    before = report["sizes"]["model"]["before"]
+    was = [cell for key in ("elements", "bytes", "multiply_adds") for cell in (count(before[key]), "")]
     table.add_row("whole model", "", "", "", "", *_costs(report["sizes"]["model"]), style="bold")
+    table.add_row("  before", "", "", "", "", *was, style="dim")
     return table
 
 
 def _costs(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
     cells = []
     for key in ("elements", "bytes", "multiply_adds"):
-        before, after = sizes["before"][key], sizes["after"][key]
-        cells += [_count(after), f"{after / before:.1%}" if before else "-"]
+        cells += [count(sizes["after"][key]), share(sizes["after"][key], sizes["before"][key])]
     return cells
 
 
@@ -110,12 +131,11 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _range(low: int, high: int) -> str:
-    return str(low) if low == high else f"{low}-{high}"
-
-
-def _count(value: float) -> str:
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return str(int(value))
+def _notes(notes: list[str]) -> list[Text]:
+    if not notes:
+        return []
+    lines = [Text(f"{len(notes)} note{'s' * (len(notes) > 1)}:", style="yellow")]
+    lines += [Text(f"  {note}") for note in notes[:NOTES]]
+    if len(notes) > NOTES:
+        lines.append(Text(f"  and {len(notes) - NOTES} more in report.json"))
+    return lines

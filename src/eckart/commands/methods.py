@@ -1,0 +1,19 @@
+"""`eckart methods`: what there is to choose from."""
+
+from __future__ import annotations
+
+from eckart.commands.console import guarded, show
+from eckart.methods import METHODS
+from eckart.recipe import Recipe
+from eckart.report import methods_table
+
+
+@guarded
+def methods() -> None:
+    """List every method with its paper, what it needs, and what it is exact for; then the forms.
+
+    `--method` takes a paper's whole procedure; `--metric`, `--form` and `--allocation` replace parts of it.
+
+    Example: eckart compress MODEL --method drone --form pivoted --output-dir DIR
+    """
+    show(methods_table(METHODS.values(), str(Recipe.model_fields["method"].default)))

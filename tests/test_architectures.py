@@ -688,3 +688,14 @@ def test_densify_gives_ordinary_modules_back(name, which, tmp_path):
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     assert torch.equal(output(loaded, it.batches[0]), output(dense, it.batches[0]))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_the_weight_of_a_factored_module_has_the_orientation_of_the_one_it_replaced(name):
+    it = made(name)
+    for site, module in {**forms(it.plain.model), **forms(it.best.model)}.items():
+        original = it.model.get_submodule(site)
+        assert module.weight.shape == original.weight.shape, site
+        x = torch.randn(5, module.in_features, generator=torch.Generator().manual_seed(0))
+        matrix = module.weight if isinstance(original, Conv1D) else module.weight.mT
+        close(module(x).detach(), (x @ matrix + module.bias).detach())

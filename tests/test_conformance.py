@@ -215,6 +215,12 @@ def test_fisher_weighs_the_stated_axis(name, side):
     assert getattr(problem, "right" if side == "left" else "left").is_identity
 
 
+def test_dead_outputs_keep_a_floor_of_the_mean_row():
+    weights = LAYERS["dead-tall"].problem_of("fwsvd").left.diagonal
+    assert weights[::4].tolist() == [1e-6] * 5
+    assert weights.mean() == pytest.approx(1, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", ["fwsvd", "fwsvd-columns"])
 def test_fisher_of_nothing_is_refused(name):
     moments = LAYERS["tall"].moments

@@ -322,9 +322,7 @@ def train(
     return seen
 
 
-def evaluate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held: torch.Tensor
-) -> dict[str, float]:
+def evaluate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, held: torch.Tensor) -> dict[str, float]:
     """Measure a model on the whole held-out split.
 
     Args:
@@ -348,9 +346,7 @@ def evaluate(
     }
 
 
-def card(
-    corpus: Corpus, seen: int, minutes: float, threads: int, parameters: int, score: dict[str, float]
-) -> str:
+def card(corpus: Corpus, seen: int, minutes: float, threads: int, parameters: int, score: dict[str, float]) -> str:
     """Write the model card.
 
     Args:
@@ -393,8 +389,8 @@ that looks like Python, and no more.
 
 The held-out modules are those `eckart.data.stdlib.documents("held")` returns: chosen by a hash of
 their name, with packages kept whole. The measure is taken on the weights as stored (bfloat16), over
-windows that do not overlap. The model was trained on windows of {WINDOW} tokens and gets worse beyond
-them, though its configuration admits 1024.
+windows that do not overlap. The model was trained on windows of {WINDOW} tokens and falls apart soon
+beyond them, though its configuration admits 1024: measure and use it within {WINDOW} tokens.
 
 `tools/train_demo.py` in the eckart repository makes this folder.
 
@@ -439,6 +435,9 @@ def save(
     parameters = sum(p.numel() for p in model.parameters())
     text = card(corpus, seen, options.minutes, options.threads, parameters, score)
     (folder / "README.md").write_text(text, encoding="utf-8")
+    for path in folder.iterdir():
+        # The weights come out readable by their owner alone, and would be packaged so.
+        path.chmod(0o644)
     size = sum(path.stat().st_size for path in folder.iterdir())
     if size > MAX_FOLDER_BYTES:
         raise AssertionError(f"the model folder holds {size:,} bytes; at most {MAX_FOLDER_BYTES:,} may ship")

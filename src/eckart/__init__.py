@@ -8,13 +8,25 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.plugin import register as _register
 from eckart.checkpoint.plugin import unmark as _unmark
 from eckart.errors import EckartError
+from eckart.evaluation import evaluate
+from eckart.job import compress_checkpoint
 from eckart.model import to_dense_modules as _to_dense_modules
 from eckart.recipe import Recipe
 from eckart.result import Result
 from eckart.run import compare, compress
 
 __version__ = "0.1.0"
-__all__ = ["EckartError", "Recipe", "Result", "compare", "compress", "densify", "load"]
+__all__ = [
+    "EckartError",
+    "Recipe",
+    "Result",
+    "compare",
+    "compress",
+    "compress_checkpoint",
+    "densify",
+    "evaluate",
+    "load",
+]
 
 _register()
 

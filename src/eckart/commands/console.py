@@ -67,9 +67,8 @@ def quieten(verbose: bool) -> None:
     import transformers
 
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
-    warnings.filterwarnings(
-        "default" if verbose else "ignore", module=r"(torch|transformers|datasets|huggingface_hub)\b"
-    )
+    others = r"(torch|transformers|datasets|huggingface_hub)\b"
+    warnings.filterwarnings("default" if verbose else "ignore", module=others)
     logger = logging.getLogger("eckart")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not logger.handlers:

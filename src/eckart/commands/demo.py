@@ -77,9 +77,7 @@ def _ranking(dense: float, rows: Sequence[Row], shown: Demo) -> Group:
     found = {(row.method, row.keep): row for row in rows}
     keeps = list(shown.keeps)
     heads = [head for keep in keeps for head in (f"keep {keep:g}", "change")]
-    table = columns(
-        plain_table(title="perplexity on held-out modules (lower is better)"), "method", [*heads, "seconds"]
-    )
+    table = columns(plain_table(title="perplexity on held-out modules"), "method", [*heads, "seconds"])
     table.add_row("original", *(cell for _ in keeps for cell in (number(dense), "")), "", style="dim")
     for name in sorted(shown.methods, key=lambda name: found[name, keeps[0]].perplexity):
         cells = []
@@ -90,7 +88,7 @@ def _ranking(dense: float, rows: Sequence[Row], shown: Demo) -> Group:
         label = f"{name} (default)" if name == DEFAULT else name
         table.add_row(label, *cells, f"{seconds:.1f}", style="bold green" if name == DEFAULT else "")
     caption = (
-        f"{shown.windows} windows of {shown.window} tokens to calibrate on, {shown.held_tokens:,} tokens to measure on; "
+        f"{shown.windows} windows of {shown.window} tokens to calibrate on, {shown.held_tokens:,} others to measure; "
         "keep: the fraction of the sites' numbers that is stored"
     )
     return Group(table, Text(caption, style="dim"))

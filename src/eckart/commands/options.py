@@ -60,7 +60,7 @@ def recipe_options(*names: str) -> Callable[[F], F]:
             given = {name: values.pop(name) for name in names}
             return function(**values, **{name: value for name, value in given.items() if value not in (None, [])})
 
-        del command.__wrapped__  # type: ignore[attr-defined]  # typer would read its signature
+        del command.__wrapped__  # typer would read its signature
         command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
         return command  # type: ignore[return-value]

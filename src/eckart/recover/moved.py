@@ -9,8 +9,10 @@ from torch import Tensor
 
 from eckart.moments import SecondMoment
 
-# lambda, relative to the mean of the diagonal of E[x~ x~^T].
-RIDGE = 1e-3
+# lambda, relative to the mean of the diagonal of E[x~ x~^T], for as many tokens as features. The regression of x on x~
+# has n coefficients an output to learn from N tokens: its noise, and the ridge that it needs, go with n / N.
+RIDGE = 3.0
+LEAST_RIDGE = 1e-3
 
 
 @dataclass
@@ -67,7 +69,8 @@ class MovedInputs:
             mean, moved = self.means()
             gram = gram - torch.outer(moved, moved)
             cross = cross - torch.outer(mean - moved, moved)
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
+        ridge = max(LEAST_RIDGE, RIDGE * len(gram) / self.count)
+        gram.diagonal().add_(ridge * gram.diagonal().mean())
         lower = torch.linalg.cholesky(gram)
         shift = torch.cholesky_solve(cross.mT, lower).mT  # (n, n), cross gram^-1
         return weight + (weight.double() @ shift).to(weight)

@@ -44,7 +44,7 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
             *(str(row["break_even"][form]) for form in forms),
         )
     note = Text(
-        "effective rank: exp(entropy of the squared singular values); 90% of energy: the rank that holds it; "
+        "eff. rank: exp(entropy of the squared singular values); 90% of energy: the rank that holds it; "
         "max FORM: the largest rank that is smaller than the dense weight",
         style="dim",
     )

@@ -31,7 +31,7 @@ def scores_table(found: Mapping[str, Any]) -> Group:
         table.add_row(SIZES[key], *(count(row[n]) for n in shown), *change, *(count(row[n]) for n in rounded))
     data = found["data"]
     where = " ".join(str(data[key]) for key in ("source", "config", "split") if data.get(key) is not None)
-    lines = [Text(f"{found['task']} on {where}", style="bold"), Text(found["protocol"]), Text(), table]
+    lines: list[Any] = [Text(f"{found['task']} on {where}", style="bold"), Text(found["protocol"]), Text(), table]
     if rounded:
         lines.append(Text("int8, int4: the original's same weights rounded to nearest, no calibration", style="dim"))
     return Group(*lines, *(Text(f"note: {note}", style="yellow") for note in found["notes"]))

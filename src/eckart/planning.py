@@ -9,7 +9,18 @@ from pathlib import Path
 
 from torch import nn
 
-from eckart.allocate import DENSE, Choice, Curve, Plan, allocate, rank_steps, read_plan, uniform
+from eckart.allocate import (
+    DENSE,
+    Choice,
+    Curve,
+    OverBudgetError,
+    Plan,
+    allocate,
+    rank_steps,
+    read_plan,
+    smallest_keep,
+    uniform,
+)
 from eckart.calibrate import Calibration
 from eckart.errors import UsageError
 from eckart.forms import form_named
@@ -66,19 +77,39 @@ class Settings:
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
 
 
-def element_budget(model: nn.Module, sites: Sites, recipe: Recipe) -> int:
-    """Elements that the sites' matrices may store."""
-    inside = sum(site.elements for site in sites.chosen)
-    if recipe.keep_of == "sites":
-        return int(recipe.keep * inside)
-    whole = sizes(model).model.elements
-    budget = int(recipe.keep * whole) - (whole - inside)
-    if budget <= 0:
-        raise UsageError(
-            f"--keep {recipe.keep:g} --keep-of model: {whole - inside} of the model's {whole} numbers are not in "
-            f"eligible weights, so at least {(whole - inside) / whole:.4f} stays. Raise --keep, or use --keep-of sites."
+@dataclass(frozen=True)
+class Budget:
+    """Elements that may be stored, and what they are a fraction of.
+
+    Attributes:
+        elements: of the matrices of all sites.
+        outside: elements of the model that are counted but in no site; 0 where `keep` is of the sites.
+        dense: what `keep` is a fraction of.
+        keep: as it was asked for.
+        of: "sites" or "model".
+    """
+
+    elements: int
+    outside: int
+    dense: int
+    keep: float
+    of: str
+
+    @classmethod
+    def of_recipe(cls, model: nn.Module, sites: Sites, recipe: Recipe) -> Budget:
+        """The budget of a recipe's keep."""
+        inside = sum(site.elements for site in sites.chosen)
+        whole = inside if recipe.keep_of == "sites" else sizes(model).model.elements
+        elements = int(round(recipe.keep * whole, 6)) - (whole - inside)
+        return cls(elements, whole - inside, whole, recipe.keep, recipe.keep_of)
+
+    def refusal(self, needed: int, why: str) -> UsageError:
+        """The error of a budget that is too small: `needed` elements of the sites would do."""
+        least = smallest_keep(needed + self.outside, self.dense)
+        return UsageError(
+            f"--keep {self.keep:g} --keep-of {self.of}: {why}. The smallest keep that can be reached is {least:.4f}: "
+            "raise --keep, name more --targets, or try --allocation loss."
         )
-    return budget
 
 
 def make_plan(
@@ -88,7 +119,7 @@ def make_plan(
     calibration: Calibration,
     problems: Mapping[str, Problem],
     solved: Mapping[str, Factorisation],
-    budget: int,
+    budget: Budget,
     mark: str,
 ) -> Plan:
     """Which form and rank every site gets.
@@ -100,7 +131,7 @@ def make_plan(
         calibration: statistics, and the sites that no data reached: they stay dense.
         problems: site -> problem.
         solved: site -> factors of every rank.
-        budget: stored elements over all sites.
+        budget: what all sites together may store.
         mark: fingerprint of the model, written into the plan.
 
     Raises:
@@ -123,20 +154,23 @@ def make_plan(
         return with_changes(plan, model=mark)
     reached = {name: shape for name, shape in shapes.items() if name in solved}
     fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
-    if settings.allocation == "uniform":
-        inside = sum(rows * columns for rows, columns in reached.values())
-        # What stays dense counts too, so the others keep a little less than was asked for.
-        keep = (budget - fixed) / inside
-        choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1)
-        predicted: dict[str, float] = {}
-    else:
-        curves = {
-            site.name: _curve(site, settings, recipe, calibration, problems[site.name], solved[site.name])
-            for site in sites.chosen
-            if site.name in reached
-        }
-        choices = allocate(curves, budget - fixed)
-        predicted = {name: curve.losses[list(curve.choices).index(choices[name])] for name, curve in curves.items()}
+    predicted: dict[str, float] = {}
+    try:
+        if settings.allocation == "uniform":
+            inside = sum(rows * columns for rows, columns in reached.values())
+            # What stays dense counts too, so the others keep a little less than was asked for.
+            keep = (budget.elements - fixed) / inside
+            choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1)
+        else:
+            curves = {
+                site.name: _curve(site, settings, recipe, calibration, problems[site.name], solved[site.name])
+                for site in sites.chosen
+                if site.name in reached
+            }
+            choices = allocate(curves, budget.elements - fixed)
+            predicted = {name: curve.losses[list(curve.choices).index(choices[name])] for name, curve in curves.items()}
+    except OverBudgetError as error:
+        raise budget.refusal(error.needed + fixed, "the smallest factors of the eligible weights store more") from error
     for name in shapes:
         choices.setdefault(name, Choice(DENSE))
     choices = {name: choices[name] for name in shapes}
@@ -158,7 +192,7 @@ def _curve(
     """
     moments = calibration.moments[site.name]
     kfac = METHODS["kfac"]
-    if {"gram", "gradients"} <= settings.method.needs:
+    if settings.method.metric is kfac.metric:
         errors = solved.curve
     else:
         errors = curve_under(solved, kfac.metric(problem.target, moments))

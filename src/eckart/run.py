@@ -31,7 +31,7 @@ from eckart.linalg import Factorisation, Problem, factorise, require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
 from eckart.model import Sites, cast, dense_weight, find_sites, has_head, replace, shared_clone, store
-from eckart.planning import Settings, element_budget, make_plan
+from eckart.planning import Budget, Settings, make_plan
 from eckart.recipe import Recipe, make_recipe
 from eckart.recover import refit
 from eckart.result import Result
@@ -255,7 +255,7 @@ def _finish(
     notes = list(calibration.notes)
     notes += [f"{name}: left dense, {reason}" for name, reason in calibration.unreached.items()]
     notes += [note for factors in solved.values() for note in factors.notes]
-    budget = element_budget(model, sites, recipe)
+    budget = Budget.of_recipe(model, sites, recipe)
     plan = make_plan(sites, settings, recipe, calibration, problems, solved, budget, work.mark)
     with work.clock("replacement"):
         compressed = _put(work, plan, solved, recipe, notes)

@@ -12,8 +12,7 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eckart.allocate.plan import Choice, smallest_keep
-from eckart.errors import UsageError
+from eckart.allocate.plan import Choice, OverBudgetError, smallest_keep
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,18 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, Choice]:
         Site -> choice. No single step to a larger option of lower loss fits any more.
 
     Raises:
-        UsageError: if the smallest options together exceed the budget, naming the smallest keep.
+        OverBudgetError: if the smallest options together exceed the budget, naming the smallest keep.
     """
     hulls = {name: lower_hull(curve.stored, curve.losses) for name, curve in curves.items()}
     position = {name: hull[0] for name, hull in hulls.items()}
     spent = sum(curves[name].stored[i] for name, i in position.items())
     if spent > budget:
         dense = sum(curve.stored[-1] for curve in curves.values())
-        raise UsageError(
+        raise OverBudgetError(
             f"a budget of {budget} elements is below the {spent} that the smallest options need; "
             f"the smallest keep of these sites is {smallest_keep(spent, dense):.4f}. "
-            "Raise --keep or name more --targets."
+            "Raise --keep or name more --targets.",
+            spent,
         )
     queue: list[tuple[float, str, int]] = []
 

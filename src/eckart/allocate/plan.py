@@ -128,6 +128,18 @@ def stored_elements(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[in
     return sum(choice.stored(*shapes[name]) for name, choice in choices.items())
 
 
+class OverBudgetError(UsageError):
+    """A budget that no choice of sizes meets.
+
+    Attributes:
+        needed: stored elements, over the sites that were to be allocated, that would be enough.
+    """
+
+    def __init__(self, message: str, needed: int) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 def smallest_keep(needed: int, dense: int) -> float:
     """The least keep of four digits whose budget, `keep * dense`, reaches `needed` elements; at most 1."""
     steps = -(-needed * 10_000 // dense)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
-from eckart.allocate.plan import DENSE, Choice, rank_steps, smallest_keep
-from eckart.errors import UsageError
+from eckart.allocate.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
 from eckart.forms import FactoredLinear, form_named
 
 
@@ -22,7 +22,7 @@ def uniform(shapes: Mapping[str, tuple[int, int]], keep: float, form: str, *, mu
         Site -> choice.
 
     Raises:
-        UsageError: if some site cannot be that small, naming it and the smallest keep that can.
+        OverBudgetError: if some site cannot be that small, naming it and the smallest keep that can.
     """
     if keep >= 1:
         return {name: Choice(DENSE) for name in shapes}
@@ -44,9 +44,10 @@ def uniform(shapes: Mapping[str, tuple[int, int]], keep: float, form: str, *, mu
                 least, tightest = smallest, name
         choices[name] = Choice(form, max(rank, 1))
     if tightest:
-        raise UsageError(
+        raise OverBudgetError(
             f"--keep {keep:g}: {tightest} cannot be stored that small in form {form}; the smallest keep that "
-            f"every site can reach is {least:.4f}. Raise --keep, use --allocation loss, or --ignore the site."
+            f"every site can reach is {least:.4f}. Raise --keep, use --allocation loss, or --ignore the site.",
+            math.ceil(least * sum(rows * columns for rows, columns in shapes.values())),
         )
     return choices
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,8 +29,8 @@ def demo(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
     keep: Annotated[float, typer.Option(help="Size of the model that is published.", min=0.05, max=1)] = 0.7,
-    windows: Annotated[int, typer.Option(hidden=True, min=2)] = 48,
-    held_tokens: Annotated[int, typer.Option(hidden=True, min=512)] = 16_384,
+    windows: Annotated[int, typer.Option(hidden=True, min=2)] = 32,
+    held_tokens: Annotated[int, typer.Option(hidden=True, min=512)] = 8_192,
     methods: Annotated[str, typer.Option(hidden=True)] = ",".join(METHODS),
 ) -> None:
     """Compare all methods on a small bundled model, publish one, and load it in a fresh process. No network.
@@ -47,7 +48,12 @@ def demo(
     source = shown.source
     say(f"The bundled model: {source.elements:,} parameters, {source.bytes / 1e6:.1f} MB. Comparing methods ...")
     dense = shown.measure(source.model)
-    show(_ranking(dense, list(shown.rows()), shown), "")
+    rows = []
+    for row in shown.rows():
+        rows.append(row)
+        if not sys.stderr.isatty():  # where no bar is shown
+            say(f"  {row.method} at --keep {row.keep:g}: perplexity {row.perplexity:.2f}", "dim")
+    show(_ranking(dense, rows, shown), "")
 
     say(f"Compressing it by the default, {DEFAULT}, at --keep {keep:g} ...")
     with tempfile.TemporaryDirectory(prefix="eckart-demo-") as temporary:

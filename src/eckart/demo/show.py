@@ -64,8 +64,8 @@ class Demo:
         keeps: to compare at.
     """
 
-    windows: int = 48
-    held_tokens: int = 16_384
+    windows: int = 32
+    held_tokens: int = 8_192
     window: int = 256
     methods: Sequence[str] = tuple(METHODS)
     keeps: Sequence[float] = (0.7, 0.4)

@@ -159,7 +159,7 @@ def gather(
         for number, batch in enumerate(batches):
             current.begin(batch, number)
             loss = step(batch)
-            if backward and loss is not None and loss.requires_grad:
+            if backward and loss is not None:
                 loss.backward()
             current.finish(moments)
             sequences += len(batch.examples)

@@ -1,0 +1,189 @@
+"""A whole run in memory: what is promised of every result, and the real demo model compressed by the default."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import Architecture
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import eckart
+from eckart import run
+from eckart.data.stdlib import documents
+from eckart.errors import DataError, ModelError, UsageError
+from eckart.linalg import Metric, Problem
+from eckart.measure import distance
+from eckart.methods import METHODS
+
+DEMO = Path(eckart.__file__).parent / "demo" / "model"
+SMALL = Architecture(
+    "llama",
+    "LlamaForCausalLM",
+    "LlamaConfig",
+    {
+        "vocab_size": 96, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+    },
+    "AutoModelForCausalLM",
+)  # fmt: skip
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return SMALL.model()
+
+
+@pytest.fixture
+def batches() -> list[dict[str, torch.Tensor]]:
+    return SMALL.batches(rows=8, count=4)
+
+
+def same(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("keep_of", ["sites", "model"])
+@pytest.mark.parametrize("method", ["eckart", "drone"])
+def test_budget_is_kept_and_the_original_untouched(model, batches, method, keep_of):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = eckart.compress(model, data=batches, method=method, keep=0.75, keep_of=keep_of)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert result.report["kept"]["of_" + keep_of] <= 0.75
+    assert result.report["kept"]["of_" + keep_of] > 0.65  # and most of it is spent
+    stored = sum(p.numel() for p in result.model.state_dict().values())
+    assert stored == result.report["sizes"]["model"]["after"]["elements"]
+
+
+def test_same_seed_gives_the_same_bits_and_another_seed_another_model(model, batches):
+    first, second, other = (eckart.compress(model, data=batches, keep=0.5, seed=seed).model for seed in (0, 0, 1))
+    assert same(first, second)
+    assert not same(first, other)
+
+
+def test_global_random_state_is_left_alone(model, batches):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    eckart.compress(model, data=batches, keep=0.5)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_plan_is_replayed_to_the_bit(model, batches, tmp_path):
+    made = eckart.compress(model, data=batches, keep=0.5)
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(made.plan.to_json()))
+    again = eckart.compress(model, data=batches, keep=0.5, plan=str(file))
+    assert again.plan.choices == made.plan.choices
+    assert same(made.model, again.model)
+
+
+def test_plan_of_another_model_is_refused(model, batches, tmp_path):
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(eckart.compress(model, method="svd", keep=0.5).plan.to_json()))
+    other = SMALL.model()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.neg_()
+    with pytest.raises(UsageError, match=r"plan\.json: it was made for another model .* Make a plan for this model"):
+        eckart.compress(other, method="svd", plan=str(file))
+
+
+def test_method_object_of_ones_own(model, batches):
+    def metric(weight, moments):
+        return Problem(weight, right=Metric(diagonal=moments.inputs.mean_absolute))
+
+    own = replace(METHODS["asvd"], name="mine", metric=metric)
+    result = eckart.compress(model, data=batches, method=own, keep=0.5)
+    assert result.report["method"] == "mine"
+    assert all(row["form"] == "lowrank" for row in result.report["sites"])
+
+
+def test_impossible_keep_names_the_least_and_that_one_works(model, batches):
+    with pytest.raises(UsageError, match=r"--keep 0.01 .* smallest keep that can be reached is ([\d.]+)") as caught:
+        eckart.compress(model, data=batches, keep=0.01)
+    least = float(str(caught.value).split("reached is ")[1].split(":")[0])
+    assert eckart.compress(model, data=batches, keep=least).report["kept"]["of_sites"] <= least
+
+
+def test_keep_of_model_names_the_least_of_the_model(model):
+    with pytest.raises(
+        UsageError, match=r"--keep-of model: .* smallest keep that can be reached is ([\d.]+)"
+    ) as caught:
+        eckart.compress(model, method="svd", keep=0.2, keep_of="model")
+    least = float(str(caught.value).split("reached is ")[1].split(":")[0])
+    assert eckart.compress(model, method="svd", keep=least, keep_of="model").report["kept"]["of_model"] <= least
+
+
+def test_without_data_the_error_names_the_ways_out(model):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    with pytest.raises(DataError, match=r"self") as caught:
+        eckart.compress(model, tokenizer, keep=0.5)
+    assert "--data FILE" in str(caught.value)
+
+
+class NoBackward(torch.autograd.Function):
+    """Stands for a kernel without a backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise NotImplementedError("this kernel has no backward pass")
+
+
+def test_default_falls_back_where_no_backward_pass_runs(model, batches):
+    model.model.norm.register_forward_hook(lambda module, args, output: NoBackward.apply(output))
+    result = eckart.compress(model, data=batches, keep=0.5)
+    assert result.report["allocation"] == "uniform"
+    assert any("no backward pass" in note and "drone" in note for note in result.report["notes"])
+    with pytest.raises(ModelError, match=r"no backward pass .* --method drone"):
+        eckart.compress(model, data=batches, keep=0.5, method="kfac")
+
+
+def test_refit_that_makes_it_worse_is_left_out(model, batches, monkeypatch):
+    plain = eckart.compress(model, data=batches, keep=0.5, refit=False)
+
+    def harm(original, compressed, *rest):
+        torch.nn.init.normal_(compressed.model.norm.weight)
+        compressed.model.norm.weight = torch.nn.Parameter(torch.randn(48))
+        return []
+
+    monkeypatch.setattr(run, "refit", harm)
+    result = eckart.compress(model, data=batches, keep=0.5)
+    assert any("refit was left out" in note for note in result.report["notes"])
+    assert torch.equal(result.model(batches[0]["input_ids"]).logits, plain.model(batches[0]["input_ids"]).logits)
+
+
+def test_refit_of_a_metric_without_inputs_is_refused(model, batches):
+    with pytest.raises(UsageError, match=r"--refit: .* --metric drone"):
+        eckart.compress(model, data=batches, method="svd", refit=True)
+
+
+def test_stored_dtype(model, batches):
+    result = eckart.compress(model, data=batches, keep=0.5, dtype="bfloat16")
+    assert {value.dtype for value in result.model.state_dict().values()} == {torch.bfloat16, torch.int32}
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def demo_results():
+    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    text = [body for _, body in documents("calibration")][:60]
+    rows = [replace(METHODS["eckart"], name="eckart without refit", refit=False), "eckart", "svd", "svd-llm", "kfac"]
+    results = eckart.compare(model, tokenizer, methods=rows, keeps=[0.5], data=text, num_samples=48, max_seq_length=128)
+    return {name: distance(result.report["quality"]) for name, _, result in results}
+
+
+def test_on_a_real_model_methods_come_in_the_order_that_their_papers_claim(demo_results):
+    """KL to the original on held-out text, keep .5: each step of the default is worth something."""
+    order = ["eckart", "eckart without refit", "svd-llm", "svd"]
+    assert sorted(order, key=demo_results.__getitem__) == order
+    assert demo_results["kfac"] < demo_results["svd"]
+    assert demo_results["eckart"] < 0.5 * demo_results["svd-llm"]

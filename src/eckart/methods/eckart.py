@@ -5,9 +5,10 @@ from eckart.methods.kfac import metric
 
 METHOD = Method(
     name="eckart",
-    title="eckart (KFAC metric, pivoted, allocated by loss)",
+    title="eckart (KFAC metric, pivoted, allocated by loss, refitted)",
     paper="this library: the metric of KFAC-SVD, the pivoted form of Zhao et al. (ICML 2025, "
-    "arXiv 2501.19090), ranks from one budget by the predicted loss",
+    "arXiv 2501.19090), ranks from one budget by the predicted loss, and a closed-form refit of every weight on the "
+    "inputs that the compressed model gives it",
     metric=metric,
     needs=frozenset({"gram", "gradients"}),
     exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix",

@@ -103,10 +103,14 @@ def compare(
     asked = _recipe(recipe, data, None, options)
     rows = [Settings.of(method_named(method), asked) for method in methods]
     work = _prepare(model, tokenizer, data, asked, rows, source_folder)
+    shared = dict(work.seconds)
     for row in rows:
         settings = work.possible(row)
+        work.seconds = dict(shared)
         problems, solved = _solve(work, settings)
+        own = dict(work.seconds)
         for keep in keeps:
+            work.seconds = dict(own)
             changed = asked.model_copy(update={"keep": keep, "method": settings.method.name})
             yield settings.method.name, keep, _finish(work, settings, changed, problems, solved)
 

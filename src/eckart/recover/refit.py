@@ -8,24 +8,22 @@ A site that the plan leaves dense is moved too: its target is stored as it is.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace as with_changes
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from eckart.allocate import DENSE, Choice
 from eckart.data import Batch
-from eckart.data.inference import evaluating, forward, progress
+from eckart.data.inference import device_of, evaluating, forward, progress
 from eckart.linalg import factorise
 from eckart.methods import Method
 from eckart.model import Site, dense_weight, replace, set_dense, store
 from eckart.moments import Moments, real_rows
 from eckart.recover.moved import MovedInputs
-from eckart.recover.walk import Call, advance, block_of, chains, input_of, record
-
-logger = logging.getLogger(__name__)
+from eckart.recover.walk import Walker, block_of, chains
 
 
 def refit(
@@ -55,75 +53,39 @@ def refit(
     """
     notes: list[str] = []
     by_name = {site.name: site for site in sites}
-
-    def solve(leader: str, members: Sequence[str], pairs: Any) -> None:
-        width = by_name[leader].in_features
-        moved = MovedInputs.empty(width, next(compressed.parameters()).device)
-        for before, now in pairs:
-            moved.update(before, now)
-        for name in members:
-            if name in moments:
-                notes.extend(_resolve(original, compressed, by_name[name], choices[name], moments[name], method, moved))
-
+    runs = {model: [partial(forward, model, batch.inputs) for batch in batches] for model in (original, compressed)}
+    walked: set[str] = set()
     with evaluating(original, compressed):
-        done: set[str] = set()
         for blocks in chains(list(groups), original):
-            inside = {leader: members for leader, members in groups.items() if block_of(leader, original) in blocks}
-            if _walk(original, compressed, blocks, inside, batches, solve):
-                done |= set(inside)
-            else:
-                notes.append(f"{blocks[0].rsplit('.', 1)[0]}: its blocks are not one chain; not refitted")
-                done |= set(inside)
-        outside = [leader for leader in groups if leader not in done]
-        if outside:
-            notes.append(f"not refitted, outside the blocks: {', '.join(outside[:5])}")
+            mine = {leader: members for leader, members in groups.items() if block_of(leader, original) in blocks}
+            walked |= set(mine)
+            before = Walker.start(original, blocks, runs[original])
+            now = Walker.start(compressed, blocks, runs[compressed]) if before is not None else None
+            if before is None or now is None:
+                notes.append(f"{blocks[0].rpartition('.')[0]}: its blocks do not form one chain; not refitted")
+                continue
+            for index, block in enumerate(progress(blocks, what="refitting", total=len(blocks))):
+                for leader, members in mine.items():
+                    if block_of(leader, original) != block:
+                        continue
+                    moved = MovedInputs.empty(by_name[leader].in_features, device_of(compressed))
+                    for batch, x, y in zip(
+                        batches, before.inputs(index, leader), now.inputs(index, leader), strict=True
+                    ):
+                        moved.update(real_rows(x, batch), real_rows(y, batch))
+                    for name in members:
+                        if name in moments:
+                            site, choice = by_name[name], choices[name]
+                            notes += _solve(original, compressed, site, choice, moments[name], method, moved)
+                before.advance(index)
+                now.advance(index)
+    outside = [leader for leader in groups if leader not in walked]
+    if outside:
+        notes.append(f"not refitted, outside the blocks: {', '.join(outside[:5])}")
     return notes
 
 
-def _walk(
-    original: nn.Module,
-    compressed: nn.Module,
-    blocks: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-    batches: Sequence[Batch],
-    solve: Callable[[str, Sequence[str], Any], None],
-) -> bool:
-    """Visit the blocks of one chain; False if they are none, before anything is changed."""
-    calls: dict[str, list[list[Call]]] = {"before": [], "now": []}
-    streams: dict[str, list[Tensor]] = {"before": [], "now": []}
-    for side, model in (("before", original), ("now", compressed)):
-        for batch in batches:
-            recorded = record(model, blocks, lambda model=model, batch=batch: forward(model, batch.inputs))  # type: ignore[misc]
-            if recorded is None:
-                return False
-            calls[side].append(recorded[0])
-            streams[side].append(recorded[1])
-    for index, name in enumerate(progress(blocks, what="refitting")):
-        mine = {leader: members for leader, members in groups.items() if leader.startswith(name + ".")}
-        here = {"before": original.get_submodule(name), "now": compressed.get_submodule(name)}
-        for leader, members in mine.items():
-            inner = leader.removeprefix(name + ".")
-
-            def pairs(index: int = index, here: dict[str, nn.Module] = here, inner: str = inner) -> Any:
-                for i, batch in enumerate(batches):
-                    yield tuple(
-                        real_rows(
-                            input_of(
-                                here[side].get_submodule(inner),
-                                lambda side=side, i=i: calls[side][i][index].run(here[side], streams[side][i]),  # type: ignore[misc]
-                            ),
-                            batch,
-                        )
-                        for side in ("before", "now")
-                    )
-
-            solve(leader, members, pairs())
-        for side in ("before", "now"):
-            advance([per_batch[index] for per_batch in calls[side]], here[side], streams[side])
-    return True
-
-
-def _resolve(
+def _solve(
     original: nn.Module,
     compressed: nn.Module,
     site: Site,

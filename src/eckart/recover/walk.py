@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 STREAM = object()
@@ -148,8 +148,48 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
 
 
-@torch.no_grad()
-def advance(calls: Sequence[Call], block: nn.Module, streams: list[Tensor]) -> None:
-    """Run a block over all batches and put its outputs in place of the streams."""
-    for i, call in enumerate(calls):
-        streams[i] = stream_of(call.run(block, streams[i]))
+@dataclass
+class Walker:
+    """One model on its way through a chain of blocks, with all batches side by side.
+
+    Attributes:
+        model: the model; its modules may be replaced while it is walked.
+        blocks: names of the chain's blocks.
+        calls: for each batch, how each block is called.
+        streams: for each batch, what the next block is given.
+    """
+
+    model: nn.Module
+    blocks: Sequence[str]
+    calls: list[list[Call]]
+    streams: list[Tensor]
+
+    @classmethod
+    def start(cls, model: nn.Module, blocks: Sequence[str], runs: Sequence[Callable[[], Any]]) -> Walker | None:
+        """Stand before the first block, or None if the blocks are no chain.
+
+        Args:
+            model: the model.
+            blocks: names of the blocks.
+            runs: one a batch; each runs the model on it.
+        """
+        walker = cls(model, blocks, [], [])
+        for run in runs:
+            recorded = record(model, blocks, run)
+            if recorded is None:
+                return None
+            walker.calls.append(recorded[0])
+            walker.streams.append(recorded[1])
+        return walker
+
+    def inputs(self, index: int, name: str) -> Iterator[Tensor]:
+        """What a module inside block `index` is given, batch by batch; a block runs only as far as that."""
+        block, module = self.model.get_submodule(self.blocks[index]), self.model.get_submodule(name)
+        for calls, stream in zip(self.calls, self.streams, strict=True):
+            yield input_of(module, partial(calls[index].run, block, stream))
+
+    def advance(self, index: int) -> None:
+        """Run block `index` on all batches: its outputs are the next block's streams."""
+        block = self.model.get_submodule(self.blocks[index])
+        for i, calls in enumerate(self.calls):
+            self.streams[i] = stream_of(calls[index].run(block, self.streams[i]))

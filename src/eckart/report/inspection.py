@@ -70,7 +70,7 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
 def methods_table(methods: Iterable[Method], default: str) -> Group:
     """Every method, its paper and what it is best for; then the forms."""
     table = columns(plain_table(title="methods (--method, --metric)"), "name", [])
-    for name in ("needs", "form", "allocation", "best for", "paper"):
+    for name in ("needs", "form", "allocation", "exact for", "paper"):
         table.add_column(name, overflow="fold")
     for method in methods:
         needs = " + ".join(["data"] * method.needs_data + ["gradients"] * method.needs_gradients) or "nothing"

@@ -67,7 +67,7 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
     budget = f"keep {recipe['keep']:g} of {of}" if report["allocation"] != "plan" else f"the plan {recipe['plan']}"
     lines = [
         f"{report['model']} by {report['method']}: {budget}",
-        f"form {report['form']}, allocation {report['allocation']}; best for {report['exact_for']}",
+        f"form {report['form']}, allocation {report['allocation']}; exact for {report['exact_for']}",
     ]
     if data is not None:
         unit = f"{data['calibration_tokens']:,} tokens" if "calibration_tokens" in data else "data"

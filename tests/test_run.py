@@ -187,3 +187,17 @@ def test_on_a_real_model_methods_come_in_the_order_that_their_papers_claim(demo_
     assert sorted(order, key=demo_results.__getitem__) == order
     assert demo_results["kfac"] < demo_results["svd"]
     assert demo_results["eckart"] < 0.5 * demo_results["svd-llm"]
+
+
+def test_model_with_one_score_is_measured_by_its_features():
+    bert = Architecture(
+        "regression",
+        "BertForSequenceClassification",
+        "BertConfig",
+        {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_labels": 1},
+        "AutoModelForSequenceClassification",
+        data="text",
+    )  # fmt: skip
+    result = eckart.compress(bert.model(), data=bert.batches(count=4), keep=0.5)
+    assert 0 < result.report["quality"]["embedding"]["cosine_distance"] < 0.5

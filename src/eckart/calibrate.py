@@ -27,6 +27,7 @@ class Calibration:
         moments: site -> statistics; sites that no token reached are absent.
         unreached: sites that no token reached, or whose output the loss does not depend on -> why.
         curvature: "sampled", "labels" or "none".
+        common: sites that are also called on what all examples of a batch share, such as relative positions.
         backward_failed: why no backward pass ran, or None.
         notes: fallbacks taken.
     """
@@ -35,6 +36,7 @@ class Calibration:
     moments: dict[str, Moments]
     unreached: dict[str, str]
     curvature: str
+    common: frozenset[str] = frozenset()
     backward_failed: str | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -105,7 +107,9 @@ def calibrate(
             "the drone metric and uniform ranks took the place of kfac and allocation by loss"
         )
         logger.warning(notes[0])
-    return Calibration(groups, moments, unreached, _curvature_name(backward, labelled), failed, notes)
+    return Calibration(
+        groups, moments, unreached, _curvature_name(backward, labelled), frozenset(common), failed, notes
+    )
 
 
 def hold_out(loaded: CalibrationData, count: int) -> tuple[CalibrationData, CalibrationData | None]:

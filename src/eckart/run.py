@@ -336,6 +336,7 @@ def _refitted(
         work.calibration.moments,
         settings.method,
         work.data.batches,
+        sorted(work.calibration.common),
     )
     if work.held is not None:
         before, after = (distance(quality(m, work.model, work.held, work.pooling)) for m in (compressed, fitted))

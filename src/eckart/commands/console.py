@@ -66,6 +66,8 @@ def quieten(verbose: bool) -> None:
     """Our own log on stderr; of other libraries, errors alone."""
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     others = r"(torch|transformers|datasets|huggingface_hub)\b"
     warnings.filterwarnings("default" if verbose else "ignore", module=others)

@@ -34,7 +34,8 @@ class Batch:
         to it that the two sides of a batch never have equal lengths.
 
         Returns:
-            Sequence length T -> bool (B, T), True for a real token. Empty for inputs without tokens (images).
+            Sequence length T -> bool (B, T), or (B C, T) for C choices a row; True for a real token. Empty for inputs
+            without tokens (images).
         """
         masks = {}
         for ids, mask in SIDES:
@@ -69,12 +70,11 @@ SIDES = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attenti
 
 def _real_tokens(inputs: dict[str, Tensor], ids: str, mask: str) -> Tensor | None:
     given = inputs.get(mask)
-    if given is not None and given.dim() == 2:
-        return given.bool()  # (B, T)
-    tokens = inputs.get(ids)
-    if tokens is None or tokens.dim() != 2:
+    if given is None and ids in inputs:
+        given = torch.ones_like(inputs[ids])
+    if given is None or given.dim() not in (2, 3):
         return None
-    return torch.ones_like(tokens, dtype=torch.bool)  # (B, T)
+    return given.bool().reshape(-1, given.shape[-1])  # (B, T), or (B C, T) where C choices are read one by one
 
 
 @dataclass

@@ -28,7 +28,7 @@ from eckart.run import compare
 
 MODEL = Path(__file__).parent / "model"
 DEFAULT = str(Recipe.model_fields["method"].default)
-PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+PROMPT = "class Reader:\n    def __init__(self"
 TOLERANCE = 1e-4
 """Of the perplexity, between this process and a fresh one that loads the published folder."""
 
@@ -149,7 +149,8 @@ torch.set_num_threads(order["threads"])
 model = AutoModelForCausalLM.from_pretrained(order["folder"])
 tokenizer = AutoTokenizer.from_pretrained(order["folder"])
 inputs = tokenizer(order["prompt"], return_tensors="pt")
-written = model.generate(**inputs, max_new_tokens=48, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+written = model.generate(**inputs, max_new_tokens=56, do_sample=False,
+                         repetition_penalty=1.2, pad_token_id=tokenizer.eos_token_id)
 demo = Demo(held_tokens=order["held"], window=order["window"])
 text = tokenizer.decode(written[0], skip_special_tokens=True)
 print(json.dumps({"perplexity": demo.measure(model), "text": text}))

@@ -7,19 +7,18 @@ from typing import Any
 from torch import nn
 
 from eckart.data import CalibrationData, Pooling
-from eckart.errors import NumericalError
+from eckart.errors import NumericalError, UsageError
 from eckart.measure.agreement import agreement, embedding_cosine
-from eckart.model import has_head
 
 
 def quality(model: nn.Module, original: nn.Module, held: CalibrationData, pooling: Pooling | None) -> dict[str, Any]:
-    """Agreement of the logits, or of the embeddings of a model without a head.
+    """Agreement of the predictions, or of the embeddings of a model that predicts no distribution.
 
     Args:
         model: the compressed model.
         original: the model it was made from.
         held: batches that were not calibrated on.
-        pooling: how sentence embeddings are made, for models without a head.
+        pooling: how sentence embeddings are made, for embedding models.
 
     Returns:
         `agreement` or `embedding`, with how many examples and tokens were read.
@@ -27,11 +26,10 @@ def quality(model: nn.Module, original: nn.Module, held: CalibrationData, poolin
     Raises:
         NumericalError: if the compressed model's output is not finite.
     """
-    name = "agreement" if has_head(original) else "embedding"
-    if has_head(original):
-        values = agreement(model, original, held)
-    else:
-        values = embedding_cosine(model, original, held, pooling)
+    try:
+        name, values = "agreement", agreement(model, original, held)
+    except UsageError:  # features, one score, spans: no distribution to compare, so the hidden states are
+        name, values = "embedding", embedding_cosine(model, original, held, pooling)
     if not values["finite"]:
         raise NumericalError(
             f"the compressed {type(model).__name__}'s output on held-out text is not finite ({values}); it is not "

@@ -8,7 +8,7 @@ A site that the plan leaves dense is moved too: its target is stored as it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace as with_changes
 from functools import partial
 from typing import Any
@@ -35,6 +35,7 @@ def refit(
     moments: Mapping[str, Moments],
     method: Method,
     batches: Sequence[Batch],
+    leave: Collection[str] = (),
 ) -> list[str]:
     """Solve every site again, in place in `compressed`.
 
@@ -47,11 +48,13 @@ def refit(
         moments: site -> statistics of the original model; the gradient side is used again.
         method: its metric is used on the moved inputs.
         batches: calibration data.
+        leave: sites whose input is not one tensor a pass; they stay as they are.
 
     Returns:
         Notes of what could not be refitted, and fallbacks.
     """
-    notes: list[str] = []
+    groups = {leader: members for leader, members in groups.items() if not set(members) & set(leave)}
+    notes = [f"{name}: not refitted, it reads more than one input" for name in leave]
     by_name = {site.name: site for site in sites}
     runs = {model: [partial(forward, model, batch.inputs) for batch in batches] for model in (original, compressed)}
     walked: set[str] = set()

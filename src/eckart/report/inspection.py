@@ -10,7 +10,7 @@ from rich.text import Text
 
 from eckart.forms import FORMS
 from eckart.methods import Method
-from eckart.report.words import columns, count, plain_table, share
+from eckart.report.words import columns, common_stem, count, plain_table, share
 
 
 def inspection_table(found: Mapping[str, Any]) -> Group:
@@ -18,9 +18,10 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
     parameters = found["parameters"]
     total = sum(parameters.values())
     forms = list(next(iter(found["kinds"]))["break_even"])
+    stem = common_stem(row["kind"] for row in found["kinds"])
     sites = columns(
         plain_table(title=f"{found['model']}: sites"),
-        "kind",
+        f"in {stem}" if stem else "kind",
         [
             "sites",
             "out x in",
@@ -34,7 +35,7 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
     for row in found["kinds"]:
         full = min(row["shape"])
         sites.add_row(
-            row["kind"],
+            row["kind"].removeprefix(f"{stem}."),
             str(row["count"]),
             " x ".join(map(str, row["shape"])),
             count(row["elements"]),
@@ -52,7 +53,7 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
     if found["groups"]:
         groups = columns(plain_table(title="one input, one Gram matrix"), "sites", ["groups"])
         for group in found["groups"]:
-            groups.add_row(" = ".join(group["kinds"]), str(group["count"]))
+            groups.add_row(" = ".join(kind.removeprefix(f"{stem}.") for kind in group["kinds"]), str(group["count"]))
         parts += [groups, Text()]
     where = columns(plain_table(title="where the parameters are"), "", ["parameters", "of model"])
     for name, number in parameters.items():

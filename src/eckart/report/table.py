@@ -9,7 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from eckart.report.words import as_plain_text, between, columns, count, plain_table, share
+from eckart.report.words import as_plain_text, between, columns, common_stem, count, plain_table, share
 
 NOTES = 8
 """So many notes are shown; all of them are in report.json."""
@@ -82,11 +82,12 @@ _CURVATURE = {"sampled": "draws of the model itself", "labels": "the labels"}
 
 
 def _sites(report: Mapping[str, Any]) -> Table:
-    names = ("sites", "dense", "rank", "of", "parameters", "kept", "bytes", "kept", "mult-adds", "kept")
-    table = columns(plain_table(), "kind of site", names)
+    names = ("sites", "dense", "rank", "parameters", "kept", "bytes", "kept", "mult-adds", "kept")
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["sites"]:
         kinds.setdefault(row["kind"], []).append(row)
+    stem = common_stem(kinds)
+    table = columns(plain_table(), f"kind of site, in {stem}" if stem else "kind of site", names)
     for kind, rows in kinds.items():
         factored = [row["rank"] for row in rows if row["form"] != "dense"]
         ranks = "-" if not factored else between(min(factored), max(factored))
@@ -95,15 +96,17 @@ def _sites(report: Mapping[str, Any]) -> Table:
             side: {key: sum(row[side][key] for row in rows) for key in ("elements", "bytes", "multiply_adds")}
             for side in ("before", "after")
         }
-        table.add_row(kind, str(len(rows)), str(len(rows) - len(factored)), ranks, full, *_costs(totals))
+        rank = f"{ranks} of {full}" if factored else ranks
+        name = kind.removeprefix(f"{stem}.") if stem else kind
+        table.add_row(name, str(len(rows)), str(len(rows) - len(factored)), rank, *_costs(totals))
     table.add_section()
     sites = len(report["sites"])
     dense = sum(row["form"] == "dense" for row in report["sites"])
-    table.add_row("all sites", str(sites), str(dense), "", "", *_costs(report["sizes"]["sites"]), style="bold")
+    table.add_row("all sites", str(sites), str(dense), "", *_costs(report["sizes"]["sites"]), style="bold")
     before = report["sizes"]["model"]["before"]
     was = [cell for key in ("elements", "bytes", "multiply_adds") for cell in (count(before[key]), "")]
-    table.add_row("whole model", "", "", "", "", *_costs(report["sizes"]["model"]), style="bold")
-    table.add_row("  before", "", "", "", "", *was, style="dim")
+    table.add_row("whole model", "", "", "", *_costs(report["sizes"]["model"]), style="bold")
+    table.add_row("  before", "", "", "", *was, style="dim")
     return table
 
 

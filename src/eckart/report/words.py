@@ -51,6 +51,12 @@ def between(low: int, high: int) -> str:
     return str(low) if low == high else f"{low}-{high}"
 
 
+def common_stem(kinds: Iterable[str]) -> str:
+    """What the kinds that repeat from layer to layer begin with: `model.layers.*`; "" if they have none in common."""
+    stems = {kind[: kind.index(".*.") + 2] for kind in kinds if ".*." in kind}
+    return stems.pop() if len(stems) == 1 else ""
+
+
 def as_plain_text(renderable: Any, width: int = 110) -> str:
     """What rich would show, without colours."""
     stream = io.StringIO()

@@ -23,8 +23,9 @@ help:
 	@echo "make clean      remove caches and builds"
 	@echo "make distclean  remove .venv as well"
 
+# Threads that wait let go of their core: on a machine that others use too, spinning takes many times as long.
 demo: $(CORE)
-	$(BIN)/eckart demo
+	OMP_WAIT_POLICY=passive $(BIN)/eckart demo
 
 # Each worker keeps to one thread: on few cores more would only fight.
 test: lint

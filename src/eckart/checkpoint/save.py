@@ -20,8 +20,9 @@ from eckart.checkpoint.shards import read_weights
 from eckart.errors import CheckpointError, UsageError
 
 # Carried over by suffix, so that no weight, pickle or program comes along under any name.
-CARRIED = {".json", ".txt", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab"}
-CARRIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "LICENSE.txt"}
+CARRIED = {".json", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab"}
+# Other text files beside a model may be anything: training data, say.
+CARRIED_NAMES = {"LICENSE", "NOTICE", "LICENSE.md", "LICENSE.txt", "vocab.txt", "merges.txt", "dict.txt"}
 STALE = {"config.json", "adapter_config.json", "trainer_state.json", "all_results.json", "train_results.json",
          "eval_results.json", "quantize_config.json"}  # fmt: skip
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"}

@@ -87,8 +87,8 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
         if method == "eckart":
             raise ModelError(
                 f"{folder} is already factored ({key}.quant_method in config.json is 'eckart'). Compress "
-                "the original model instead, or turn this one into a dense model first: "
-                "eckart.densify(model)."
+                f"the original model instead, or turn this one into a dense model first: eckart export {folder} "
+                "--output-dir DENSE (in Python: eckart.densify(model))."
             )
         raise ModelError(
             f"{folder} is quantised ({key}.quant_method in config.json is {method!r}). Compress the "

@@ -64,10 +64,12 @@ def guarded(function: F) -> F:
 
 def quieten(verbose: bool) -> None:
     """Our own log on stderr; of other libraries, errors alone."""
+    import huggingface_hub
     import transformers
 
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    huggingface_hub.utils.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
     others = r"(torch|transformers|datasets|huggingface_hub)\b"
     warnings.filterwarnings("default" if verbose else "ignore", module=others)
@@ -75,7 +77,6 @@ def quieten(verbose: bool) -> None:
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not logger.handlers:
         logger.addHandler(_Handler())
-        logger.propagate = False
 
 
 class _Handler(logging.Handler):

@@ -99,12 +99,13 @@ class Root:
         return torch.linalg.solve_triangular(self.values.to(matrix.dtype), matrix, upper=False, left=False)
 
 
-def root_of(metric: Metric, what: str = "metric") -> Root:
+def root_of(metric: Metric, what: str = "metric", *, inverted: bool = True) -> Root:
     """A root of a metric: Cholesky where the matrix is safely positive definite, else eigenvectors.
 
     Args:
         metric: the metric M, (n, n).
         what: name used in errors and notes.
+        inverted: whether the root will be inverted, and must be well conditioned to be called invertible.
 
     Returns:
         The root C, `C C^T = M`; singular directions are dropped by a relative floor, never by an
@@ -126,7 +127,8 @@ def root_of(metric: Metric, what: str = "metric") -> Root:
     if int(info) == 0:
         diagonal = lower.diagonal()
         # The diagonal of a Cholesky factor shows a singular matrix: 1e-6 of the largest is cond ~ 1e12.
-        if bool(diagonal.amin() > 1e-6 * diagonal.amax()):
+        # As a factor alone it is backward stable however small its diagonal gets.
+        if not inverted or bool(diagonal.amin() > 1e-6 * diagonal.amax()):
             return Root("triangular", lower)
     values, vectors, notes = checked_eigh(full, what)
     values = torch.where(values > values[0] * RELATIVE_FLOOR, values, torch.zeros_like(values))

@@ -13,7 +13,9 @@ error at rank k is the tail of the squared singular values of `L T R`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -45,25 +47,45 @@ class Problem:
         return Problem(self.target.mT, self.right, self.left)
 
 
+Factors = tuple[Tensor, Tensor]
+
+
 @dataclass(frozen=True)
 class Factorisation:
     """Optimal factors of every rank at once.
 
     Attributes:
-        left: B, (m, r), r = min(m, n); its first k columns belong to rank k.
-        right: A, (r, n); its first k rows belong to rank k.
-        squared: (r,) squared singular values of `L T R`, descending, float64.
+        seen_factors: B (m, s) and A (s, n), s the number of directions that the metric sees; the first k columns of B
+            and rows of A belong to rank k.
+        squared: (r,) squared singular values of `L T R`, r = min(m, n), descending, float64.
         notes: fallbacks taken on the way, for the report.
+        completion: makes B (m, r) and A (r, n), where s < r; a plain SVD that most ranks never need.
     """
 
-    left: Tensor
-    right: Tensor
+    seen_factors: Factors
     squared: Tensor
     notes: tuple[str, ...] = ()
+    completion: Callable[[], Factors] | None = None
 
-    def truncated(self, rank: int) -> tuple[Tensor, Tensor]:
+    @cached_property
+    def factors(self) -> Factors:
+        """B (m, r) and A (r, n): of full size, so that `B A = T`."""
+        return self.seen_factors if self.completion is None else self.completion()
+
+    @property
+    def left(self) -> Tensor:
+        """B, (m, r); its first k columns belong to rank k."""
+        return self.factors[0]
+
+    @property
+    def right(self) -> Tensor:
+        """A, (r, n); its first k rows belong to rank k."""
+        return self.factors[1]
+
+    def truncated(self, rank: int) -> Factors:
         """The optimal factors `B (m, rank)` and `A (rank, n)` with `W' = B A`."""
-        return self.left[:, :rank], self.right[:rank]
+        left, right = self.seen_factors if rank <= self.seen_factors[0].shape[1] else self.factors
+        return left[:, :rank], right[:rank]
 
     @property
     def curve(self) -> Tensor:
@@ -77,10 +99,16 @@ class Factorisation:
         share = self.squared / self.squared.sum().clamp_min(torch.finfo(torch.float64).tiny)
         return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
+    def changed(self, change: Callable[[Tensor, Tensor], Factors], notes: tuple[str, ...] = ()) -> Factorisation:
+        """The factorisation whose factors are `change(B, A)`."""
+        completion = self.completion
+        later = None if completion is None else lambda: change(*completion())
+        return Factorisation(change(*self.seen_factors), self.squared, notes + self.notes, later)
+
     @property
     def mirrored(self) -> Factorisation:
         """The factorisation of the transposed problem."""
-        return Factorisation(self.right.mT, self.left.mT, self.squared, self.notes)
+        return self.changed(lambda left, right: (right.mT, left.mT))
 
 
 def factorise(problem: Problem, what: str = "weight") -> Factorisation:
@@ -118,31 +146,35 @@ def _project(target: Tensor, right: Metric, what: str) -> Factorisation:
     m, n = target.shape
     if m <= n:
         squared, basis, notes = checked_eigh(target @ right.times(target.mT), what)
-        basis = basis.to(target.dtype)
+        basis = basis[:, : _seen(squared, target)].to(target.dtype)
     else:
-        root = root_of(right, f"{what}: input metric")
+        root = root_of(right, f"{what}: input metric", inverted=False)
         image = root.right_of(target)  # (m, n), T C
         squared, directions, notes = checked_eigh(image.mT @ image, what)
-        basis = torch.linalg.qr(image @ directions.to(image.dtype)).Q
+        basis = torch.linalg.qr(image @ directions[:, : _seen(squared, target)].to(image.dtype)).Q
         notes = root.notes + notes
-    basis = _complete(basis, squared, target, what)
-    return Factorisation(basis, basis.mT @ target, squared, notes)
+    missing = min(m, n) - basis.shape[1]
+    completion = partial(_complete, basis, missing, target, what) if missing else None
+    return Factorisation((basis, basis.mT @ target), squared, notes, completion)
 
 
-def _complete(basis: Tensor, squared: Tensor, target: Tensor, what: str) -> Tensor:
-    """Replace the directions that the metric does not see by the plain SVD of what is left of T.
-
-    Without this, a tall T under a singular G would lose up to half of itself at full size.
-    """
+def _seen(squared: Tensor, target: Tensor) -> int:
+    """How many directions stand above the rounding of the products that `squared` was computed from."""
     floor = 4 * torch.finfo(target.dtype).eps
-    seen = int((squared > floor * squared[0]).sum())
-    missing = basis.shape[1] - seen
-    if missing == 0:
-        return basis
-    kept = basis[:, :seen]
-    rest, *_ = checked_svd(target - kept @ (kept.mT @ target), what)
-    # QR, because singular vectors of a zero singular value need not be orthogonal to `kept`.
-    return torch.linalg.qr(torch.cat([kept, rest[:, :missing].to(kept.dtype)], dim=1)).Q
+    return int((squared > floor * squared[0]).sum())
+
+
+def _complete(seen: Tensor, missing: int, target: Tensor, what: str) -> Factors:
+    """Add the directions that the metric does not see: the plain SVD of what is left of T.
+
+    Without them, a tall T under a singular G would lose up to half of itself at full size.
+    """
+    rest, *_ = checked_svd(target - seen @ (seen.mT @ target), what)
+    # QR, because singular vectors of a zero singular value need not be orthogonal to `seen`.
+    basis = torch.linalg.qr(torch.cat([seen, rest[:, :missing].to(seen.dtype)], dim=1)).Q
+    # It may flip signs: the seen columns stay as they are, so that every rank is a truncation of the next.
+    basis = torch.cat([seen, basis[:, seen.shape[1] :]], dim=1)
+    return basis, basis.mT @ target
 
 
 def _rescaled(problem: Problem, what: str) -> Factorisation:
@@ -155,7 +187,7 @@ def _rescaled(problem: Problem, what: str) -> Factorisation:
     assert root.values is not None
     scale = root.values.to(problem.target.dtype)[:, None]
     solved = _project(scale * problem.target, problem.right, what)
-    return Factorisation(solved.left / scale, solved.right, solved.squared, root.notes + solved.notes)
+    return solved.changed(lambda left, right: (left / scale, right), root.notes)
 
 
 def _dense(problem: Problem) -> Metric:
@@ -175,11 +207,12 @@ def _two_sided(problem: Problem, what: str) -> Factorisation:
     if not root.invertible:  # a zero metric: no error counts, so the other metric alone chooses the factors
         solved = _project(target.mT, left, what).mirrored
         note = f"{what}: its metric is zero, so every rank has the predicted error 0"
-        return Factorisation(solved.left, solved.right, torch.zeros_like(solved.squared), (note, *solved.notes))
+        return replace(solved, squared=torch.zeros_like(solved.squared), notes=(note, *solved.notes))
     image = root.right_of(target)  # (m, n), T C
     squared, directions, more = checked_eigh(image.mT @ left.times(image), what)
     directions = directions.to(target.dtype)
-    return Factorisation(image @ directions, root.solve_right(directions.mT), squared, root.notes + notes + more)
+    factors = (image @ directions, root.solve_right(directions.mT))
+    return Factorisation(factors, squared, root.notes + notes + more)
 
 
 def curve_under(solved: Factorisation, problem: Problem) -> Tensor:

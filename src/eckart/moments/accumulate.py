@@ -6,7 +6,7 @@ both. Sums are kept in float32 and merged in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class SecondMoment:
     Attributes:
         width: n.
         count: tokens seen.
-        gram: (n, n), upper block triangle of the sum, or None when not gathered.
+        gram: (n, n), the sum; below its block diagonal it may lag behind. None when not gathered.
         total: (n,) sum of x, float64.
         absolute: (n,) sum of |x|, float64, or None when not gathered.
     """
@@ -57,6 +57,8 @@ class SecondMoment:
     gram: Tensor | None = None
     total: Tensor | None = None
     absolute: Tensor | None = None
+    # The count at which `gram` was last made symmetric: every site of a group asks for its mean.
+    _symmetric_at: int = field(default=-1, repr=False, compare=False)
 
     def update(self, rows: Tensor, where: str) -> None:
         """Add tokens.
@@ -97,7 +99,9 @@ class SecondMoment:
     def mean_gram(self) -> Tensor:
         """`E[x x^T]`, (n, n)."""
         assert self.gram is not None, "this run did not gather Grams"
-        return symmetric(self.gram) / max(self.count, 1)
+        if self._symmetric_at != self.count:
+            self.gram, self._symmetric_at = symmetric(self.gram), self.count
+        return self.gram / max(self.count, 1)
 
     @property
     def mean(self) -> Tensor:

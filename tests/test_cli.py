@@ -1,0 +1,457 @@
+"""The command line, in process; what must hold in another process is tried in one."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+from huggingface_hub import utils as hub_utils
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import eckart
+from eckart.cli import app
+from eckart.methods import METHODS
+from eckart.recipe import Recipe
+
+TEXT = "the a cat dog bird tree river house runs sees likes finds small big red old new and in on"
+WORDS = TEXT.split()
+
+
+@pytest.fixture(autouse=True)
+def quiet_again():
+    """The command line sets how loud the libraries are; other tests start from what was before."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    hub = hub_utils.logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    transformers.logging.set_verbosity(level)
+    hub_utils.logging.set_verbosity(hub)
+    if bars:
+        transformers.logging.enable_progress_bar()
+    logger = logging.getLogger("eckart")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[EOS]"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate([*special, *WORDS])}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    stream = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 12, (count,), generator=stream).tolist()
+    return [" ".join(WORDS[i] for i in torch.randint(len(WORDS), (n,), generator=stream).tolist()) for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Path:
+    """Models and texts, made once."""
+    room = tmp_path_factory.mktemp("room")
+    tokenizer = words_tokenizer()
+    torch.manual_seed(0)
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=32, num_key_value_heads=2, max_position_embeddings=64, eos_token_id=5, **tiny)
+    )
+    llama.to(torch.bfloat16).save_pretrained(room / "llama")
+    bert = BertConfig(vocab_size=32, max_position_embeddings=64, num_labels=2, **tiny)
+    BertForSequenceClassification(bert).save_pretrained(room / "classifier")
+    BertModel(bert).save_pretrained(room / "bert")
+    for name in ("llama", "classifier", "bert"):
+        tokenizer.save_pretrained(room / name)
+    llama.save_pretrained(room / "mute")
+    (room / "text.txt").write_text("\n".join(sentences(400)))
+    (room / "held.txt").write_text("\n".join(sentences(60, seed=1)))
+    pairs = zip(sentences(40, 2), sentences(40, 3), strict=True)
+    rows = [f"{text},{other},{i % 2}" for i, (text, other) in enumerate(pairs)]
+    (room / "rows.csv").write_text("\n".join(["sentence,other,label", *rows]))
+    return room
+
+
+@pytest.fixture
+def cli(capsys):
+    """Run a command; what it printed, and its exit code."""
+
+    def run(*words, code: int = 0) -> str:
+        with pytest.raises(SystemExit) as left:
+            app([str(word) for word in words])
+        found = capsys.readouterr()
+        text = f"{found.out}\n{found.err}"
+        assert (left.value.code or 0) == code, text
+        assert "Traceback" not in text
+        if code:
+            assert found.out == ""
+        return text
+
+    return run
+
+
+SMALL = ("--num-samples", "24", "--max-seq-length", "32")
+
+
+@pytest.fixture(scope="module")
+def published(room) -> Path:
+    """A compressed Llama."""
+    with pytest.raises(SystemExit) as left:
+        app(["compress", str(room / "llama"), "--keep", "0.6", "--data", str(room / "text.txt"), *SMALL,
+             "--output-dir", str(room / "llama-60")])  # fmt: skip
+    assert not left.value.code
+    return room / "llama-60"
+
+
+def fresh(code: str, *words) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- compress ----------------------------------------------------------------------------------------
+
+
+def test_published_folder_is_what_the_report_says(published):
+    report = json.loads((published / "eckart/report.json").read_text())
+    numbers = size = 0
+    for path in published.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            tensors = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+        numbers += sum(tensor.numel() for tensor in tensors)
+        size += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    after = report["sizes"]["model"]["after"]
+    assert (after["elements"], after["bytes"]) == (numbers, size)
+    assert report["kept"]["of_sites"] <= 0.6
+    assert json.loads((published / "config.json").read_text())["dtype"] == "bfloat16"  # the checkpoint's own
+    with safe_open(published.parent / "llama" / "model.safetensors", "pt") as file:
+        before = [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+    assert report["sizes"]["model"]["before"]["bytes"] == sum(t.numel() * t.element_size() for t in before)
+
+
+def test_loads_in_a_fresh_process(published):
+    code = """
+import sys, torch, eckart
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model(**tokenizer("the cat runs", return_tensors="pt")).logits.double().sum().item())
+"""
+    tokenizer = AutoTokenizer.from_pretrained(published)
+    model = AutoModelForCausalLM.from_pretrained(published)
+    here = model(**tokenizer("the cat runs", return_tensors="pt")).logits.double().sum().item()
+    assert float(fresh(code, published).split()[-1]) == pytest.approx(here, rel=1e-6)
+
+
+def test_prints_the_table_the_folder_and_the_lines_to_load(cli, room, tmp_path):
+    text = cli("compress", room / "bert", "--keep", 0.5, "--data", room / "text.txt", *SMALL, "--form", "lowrank",
+               "--output-dir", tmp_path / "out")  # fmt: skip
+    for words in ("kind of site", "whole model", "keep 0.5", f"published in {tmp_path / 'out'}",
+                  f"AutoModel.from_pretrained('{tmp_path / 'out'}')"):  # fmt: skip
+        assert words in text
+
+
+def test_run_file_and_the_options_that_override_it(cli, room, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump({"model": str(room / "llama"), "method": "svd", "keep": 0.8, "form": "pivoted",
+                                   "output-dir": str(tmp_path / "from-file"), "overwrite": True}))  # fmt: skip
+    cli("compress", "--config", run)
+    cli("compress", "--config", run, "--keep", 0.5, "--output_dir", tmp_path / "from-line", "--keep_of", "sites")
+    kept = {}
+    for name in ("from-file", "from-line"):
+        recipe = yaml.safe_load((tmp_path / name / "eckart/recipe.yaml").read_text())
+        assert (recipe["method"], recipe["form"]) == ("svd", "pivoted")
+        kept[name] = recipe["keep"]
+    assert kept == {"from-file": 0.8, "from-line": 0.5}
+    cli("compress", "--config", tmp_path / "from-line/eckart/recipe.yaml", "--output-dir", tmp_path / "again")
+    plans = [(tmp_path / name / "eckart/plan.json").read_text() for name in ("from-line", "again")]
+    assert plans[0] == plans[1]
+
+
+def test_edited_plan_is_replayed(cli, room, published, tmp_path):
+    plan = json.loads((published / "eckart/plan.json").read_text())
+    first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    plan["sites"][first] = {"form": "dense"}
+    plan["sites"][second] = {"form": "lowrank", "rank": 3}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    cli("compress", room / "llama", "--plan", tmp_path / "plan.json", "--data", room / "text.txt", *SMALL,
+        "--output-dir", tmp_path / "out")  # fmt: skip
+    rows = {row["site"]: row for row in json.loads((tmp_path / "out/eckart/report.json").read_text())["sites"]}
+    assert rows[first]["form"] == "dense"
+    assert (rows[second]["form"], rows[second]["rank"]) == ("lowrank", 3)
+
+
+def test_every_field_of_a_recipe_is_an_option(cli):
+    text = cli("compress", "--help")
+    for name in Recipe.model_fields:
+        assert name == "model" or f"--{name.replace('_', '-')}" in text, name
+
+
+REFUSALS = {
+    "near miss of a method": (2, ["llama", "--method", "dron"], ["'dron'", "Did you mean 'drone'?"]),
+    "near miss of a field in a run file": (2, ["--config", "typo.yaml"], ["typo.yaml", "'kep'", "'keep'"]),
+    "a value out of range": (2, ["llama", "--keep", "1.5"], ["keep", "1.5"]),
+    "an unknown option": (2, ["llama", "--kep", "1"], ["--kep"]),
+    "no model at all": (2, [], ["MODEL"]),
+    "a folder that is not there": (1, ["./nowhere"], ["nowhere", "does not exist"]),
+    "pickled weights": (1, ["pickled", "--method", "svd"], ["pickled", "pytorch_model.bin", "safetensors"]),
+    "no tokenizer": (1, ["mute"], ["mute has no tokenizer", "tokenizer.json", "--method svd"]),
+    "an image model": (1, ["vit"], ["no tokenizer", "model-ready batches"]),
+    "already factored": (1, ["llama-60"], ["llama-60", "already factored", "eckart export"]),
+    "a bad column": (1, ["bert", "--data", "rows.csv", "--data-column", "txt"], ["rows.csv", "txt", "sentence"]),
+    "data that are not there": (1, ["llama", "--data", "gone.txt"], ["gone.txt", "no such file"]),
+    "too small a fraction": (2, ["llama", "--method", "svd", "--keep", "0.001"], ["--keep 0.001", "raise --keep"]),
+    "a pattern without a match": (2, ["llama", "--method", "svd", "--targets", "q_prj"], ["'q_prj'", "q_proj"]),
+    "a plan that is not there": (2, ["llama", "--plan", "gone.json", "--method", "svd"], ["gone.json"]),
+    "labels for a causal model": (2, ["llama", "--data", "rows.csv", "--data-label-column", "label"], ["label"]),
+    "a run file that is not there": (2, ["--config", "gone.yaml"], ["gone.yaml"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_name_the_place_and_the_remedy(case, cli, room, published, tmp_path, monkeypatch):
+    monkeypatch.chdir(room)
+    (room / "typo.yaml").write_text("model: llama\nkep: 0.5\n")
+    if case == "an image model" and not (room / "vit").exists():
+        vit = ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8,
+                        patch_size=4)  # fmt: skip
+        ViTForImageClassification(vit).save_pretrained(room / "vit")
+    if case == "pickled weights" and not (room / "pickled").exists():
+        (room / "pickled").mkdir()
+        (room / "pickled/config.json").write_bytes((room / "llama/config.json").read_bytes())
+        (room / "pickled/pytorch_model.bin").write_bytes(b"\x80\x04.")
+    code, words, expected = REFUSALS[case]
+    text = cli("compress", *words, "--output-dir", tmp_path / "out", code=code)
+    message = " ".join(text.split())
+    for part in expected:
+        assert part in message
+    assert os.listdir(tmp_path) == []
+
+
+def test_no_data_and_no_network_names_what_works_without(cli, room, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no")))
+    text = cli("compress", room / "llama", "--output-dir", tmp_path / "out", code=1)
+    assert "--data self" in text
+    assert "--data FILE" in text
+
+
+def test_output_is_checked_before_anything_is_loaded(cli, room, tmp_path, monkeypatch):
+    monkeypatch.setattr("eckart.job.load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "there").mkdir()
+    text = cli("compress", room / "llama", "--output-dir", tmp_path / "there", code=1)
+    assert f"{tmp_path / 'there'} is there already" in text
+    assert "--overwrite" in text
+    assert "is the source" in cli("compress", room / "llama", "--output-dir", room / "llama", "--overwrite", code=1)
+    text = cli("compress", room / "llama", code=2)
+    assert "--output-dir DIR" in text
+
+
+def test_overwrite_replaces_a_model_folder(cli, room, tmp_path):
+    for keep in (0.9, 0.5):
+        cli(
+            "compress", room / "llama", "--method", "svd", "--keep", keep, "--overwrite", "--output-dir", tmp_path / "o"
+        )
+    assert yaml.safe_load((tmp_path / "o/eckart/recipe.yaml").read_text())["keep"] == 0.5
+    assert os.listdir(tmp_path) == ["o"]
+
+
+def test_method_without_data_needs_no_tokenizer(cli, room, tmp_path):
+    cli("compress", room / "mute", "--method", "svd", "--dtype", "float32", "--output-dir", tmp_path / "out")
+    assert eckart.load(tmp_path / "out").dtype == torch.float32
+
+
+def test_sentence_transformers_folder_with_the_model_in_a_subfolder(cli, room, tmp_path):
+    folder = tmp_path / "sentence"
+    inner = folder / "0_Transformer"
+    inner.mkdir(parents=True)
+    for path in (room / "bert").iterdir():
+        (inner / path.name).write_bytes(path.read_bytes())
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text('{"embedding_dimension": 32, "pooling_mode": "mean"}')
+    kinds = [
+        ("0_Transformer", "base.modules.transformer.Transformer"),
+        ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
+    ]
+    (folder / "modules.json").write_text(json.dumps([
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+        for i, (path, kind) in enumerate(kinds)
+    ]))  # fmt: skip
+    text = cli("compress", folder, "--keep", 0.6, "--data", room / "text.txt", *SMALL, "--output-dir", tmp_path / "out")
+    assert f"SentenceTransformer('{tmp_path / 'out'}')" in text
+    assert (tmp_path / "out/0_Transformer/model.safetensors").is_file()
+    text = cli("eval", tmp_path / "out", "--against", folder, "--data", room / "rows.csv", "--data-column", "sentence",
+               "--data-target-column", "other", "--data-label-column", "label")  # fmt: skip
+    assert "Spearman" in text
+
+
+def test_interrupt_publishes_nothing(tmp_path):
+    code = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from eckart.cli import main
+main()
+"""
+    model = Path(eckart.__file__).parent / "demo/model"
+    words = ["compress", model, "--data", "stdlib", "--num-samples", "2000", "--output-dir", tmp_path / "out"]
+    run = subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    until = time.monotonic() + 90
+    while not (tmp_path / ".out.lock").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(4)  # into the calibration
+    run.send_signal(signal.SIGINT)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == 130, error
+    assert "interrupted" in error
+    assert "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+# -- the other commands ------------------------------------------------------------------------------
+
+
+def test_eval_of_a_causal_model_beside_its_original(cli, room, published, tmp_path):
+    text = cli("eval", published, "--against", room / "llama", "--data", room / "held.txt", "--window", 32,
+               "--max-tokens", 400, "--json", tmp_path / "eval.json")  # fmt: skip
+    for words in ("windows of 32 tokens", "original", "eckart", "difference", "int8", "int4", "bits per byte"):
+        assert words in text
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert set(found["scores"]["perplexity"]) == {"original", "eckart", "int8", "int4"}
+    assert set(found["scores"]["KL to the original (nats)"]) == {"eckart", "int8", "int4"}
+    size = found["sizes"]["bytes"]
+    assert size["int4"] < size["int8"] < size["original"]
+    assert size["eckart"] < size["original"]
+    alone = cli("eval", published, "--data", room / "text.txt", "--window", 32)
+    assert "original" not in alone.replace("of this model", "")
+    assert "calibrated on" in alone
+
+
+def test_eval_of_classifier_and_embeddings(cli, room, tmp_path):
+    columns = ("--data", room / "rows.csv", "--data-column", "sentence", "--data-label-column", "label")
+    text = cli("eval", room / "classifier", *columns)
+    assert all(name in text for name in ("accuracy", "F1", "Matthews"))
+    text = cli("eval", room / "bert", *columns, "--data-target-column", "other")
+    assert "Spearman" in text
+    cli("compress", room / "bert", "--method", "svd", "--output-dir", tmp_path / "out")
+    text = cli("eval", tmp_path / "out", "--against", room / "bert", "--data", room / "held.txt", "--no-baselines")
+    assert "1 - cosine to the original" in text
+    assert "int8" not in text
+
+
+def test_eval_refuses_what_does_not_fit(cli, room, published):
+    assert "--against MODEL" in cli("eval", room / "bert", "--data", room / "held.txt", code=2)
+    assert "agreement" in cli("eval", published, "--task", "agremeent", code=2)
+    assert "BertModel" in cli("eval", published, "--against", room / "bert", "--data", room / "held.txt", code=2)
+    assert "own text" in cli("eval", published, "--data", "self", code=2)
+    assert "gone" in cli("eval", published, "--data", room / "held.txt", "--json", room / "gone/e.json", code=2)
+
+
+def test_inspect_shows_sites_groups_and_what_is_left_alone(cli, room, tmp_path):
+    text = cli("inspect", room / "llama", "--ignore", "down_proj", "--json", tmp_path / "i.json")
+    assert "self_attn.q_proj = self_attn.k_proj = self_attn.v_proj" in text
+    assert "named by --ignore" in text
+    found = json.loads((tmp_path / "i.json").read_text())
+    numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(room / "llama").parameters())
+    assert sum(found["parameters"].values()) == numbers
+    for row in found["kinds"]:
+        assert 1 <= row["effective_rank"] <= min(row["shape"])
+    assert "already factored" in cli("inspect", room / "llama-60", code=1)
+
+
+def test_methods_lists_every_method_with_its_paper(cli):
+    text = cli("methods")
+    for name, method in METHODS.items():
+        assert name in text
+        assert method.paper.split()[0] in text
+
+
+def test_compare_measures_every_method_at_every_size(cli, room, tmp_path):
+    text = cli("compare", room / "llama", "--methods", "svd,drone,eckart", "--keep", "0.9,0.5", "--data",
+               room / "text.txt", *SMALL, "--json", tmp_path / "c.json")  # fmt: skip
+    assert "KL to the original" in text
+    rows = json.loads((tmp_path / "c.json").read_text())["rows"]
+    assert [(row["method"], row["keep"]) for row in rows] == [
+        (name, keep) for name in ("svd", "drone", "eckart") for keep in (0.9, 0.5)
+    ]
+    for row in rows:
+        assert row["of_sites"] <= row["keep"]
+        assert row["quality"]["KL to the original"] >= 0
+    text = cli("compare", room / "llama", "--methods", "svd", "--keep", "0.9;0.5", code=2)
+    assert "0.9,0.7,0.5" in text
+    assert "Did you mean" in cli("compare", room / "llama", "--methods", "svdd", "--keep", "0.9", code=2)
+
+
+def test_export_loads_without_eckart(cli, room, published, tmp_path):
+    cli("export", published, "--output-dir", tmp_path / "dense")
+    code = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert "eckart" not in sys.modules
+print(model(**tokenizer("the cat runs", return_tensors="pt")).logits.double().abs().sum().item())
+"""
+    factored = AutoModelForCausalLM.from_pretrained(published)
+    inputs = AutoTokenizer.from_pretrained(published)("the cat runs", return_tensors="pt")
+    here = factored(**inputs).logits.double().abs().sum().item()
+    assert float(fresh(code, tmp_path / "dense").split()[-1]) == pytest.approx(here, rel=0.05)
+    assert "no factored weight" in cli("export", room / "llama", "--output-dir", tmp_path / "no", code=1)
+    assert "dense" in cli("export", published, "--format", "gguf", "--output-dir", tmp_path / "no", code=2)
+    assert "is there already" in cli("export", published, "--output-dir", tmp_path / "dense", code=1)
+
+
+def test_version_and_helps_teach_by_an_example(cli):
+    assert eckart.__version__ in cli("--version")
+    for name in ("compress", "eval", "inspect", "compare", "export", "methods", "demo"):
+        assert f"Example: eckart {'compress' if name == 'methods' else name}" in " ".join(cli(name, "--help").split())
+
+
+def test_ordinary_checkpoint_with_an_old_head_is_warned_of_and_compressed(cli, room, tmp_path):
+    model = BertModel.from_pretrained(room / "bert")
+    model.register_module("old_head", torch.nn.Linear(32, 4))
+    model.save_pretrained(tmp_path / "source")
+    text = cli("compress", tmp_path / "source", "--method", "svd", "--output-dir", tmp_path / "out")
+    assert "does not use 2 tensors: old_head" in text
+
+
+def test_python_gets_the_same(room, tmp_path):
+    recipe = Recipe(model=str(room / "llama"), method="drone", data=str(room / "text.txt"), num_samples=16,
+                    max_seq_length=32)  # fmt: skip
+    result, folder = eckart.compress_checkpoint(recipe, tmp_path / "out")
+    assert folder == tmp_path / "out"
+    found = eckart.evaluate(folder, room / "llama", data=str(room / "held.txt"), max_seq_length=32, baselines=False)
+    assert found["scores"]["perplexity"]["eckart"] > 1
+    # The type in which numbers are stored rounds the weights alone: what is loaded computes the same.
+    ids = torch.arange(6, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(result.model(ids).logits, eckart.load(folder)(ids).logits)

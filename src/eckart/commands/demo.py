@@ -29,7 +29,7 @@ def demo(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
     keep: Annotated[float, typer.Option(help="Size of the model that is published.", min=0.05, max=1)] = 0.7,
-    windows: Annotated[int, typer.Option(hidden=True, min=2)] = 32,
+    windows: Annotated[int, typer.Option(hidden=True, min=2)] = 24,
     held_tokens: Annotated[int, typer.Option(hidden=True, min=512)] = 8_192,
     methods: Annotated[str, typer.Option(hidden=True)] = ",".join(METHODS),
 ) -> None:
@@ -94,8 +94,8 @@ def _ranking(dense: float, rows: Sequence[Row], shown: Demo) -> Group:
         label = f"{name} (default)" if name == DEFAULT else name
         table.add_row(label, *cells, f"{seconds:.1f}", style="bold green" if name == DEFAULT else "")
     caption = (
-        f"{shown.windows} windows of {shown.window} tokens to calibrate on, {shown.held_tokens:,} others to measure; "
-        "keep: the fraction of the sites' numbers that is stored"
+        f"{shown.windows} windows of {shown.window} tokens to calibrate on, {shown.held_tokens:,} others to measure "
+        "on; keep: the share of the sites' numbers that is stored"
     )
     return Group(table, Text(caption, style="dim"))
 

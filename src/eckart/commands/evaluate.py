@@ -15,9 +15,15 @@ from eckart.report import scores_table
 DATA = ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
         "data_revision", "num_samples", "max_seq_length", "batch_size", "device")  # fmt: skip
 
+WORDS = {
+    "data": "Text or labelled rows: a file, a folder, a hub data set, or 'stdlib'. Default: WikiText-2.",
+    "data_split": "Split of the hub data set. Default: test, and of 'stdlib' the held-out modules.",
+    "num_samples": "Rows, windows or sentences to score.",
+}
+
 
 @guarded
-@recipe_options(*DATA)
+@recipe_options(*DATA, words=WORDS)
 def evaluate_folder(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub name of the model to score.")],
     against: Annotated[str | None, typer.Option(help="The original: scored by the same protocol, beside it.")] = None,

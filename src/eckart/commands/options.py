@@ -33,11 +33,12 @@ def fields(*left_out: str) -> tuple[str, ...]:
     return tuple(name for name in Recipe.model_fields if name not in (*ARGUMENTS, *left_out))
 
 
-def recipe_options(*names: str) -> Callable[[F], F]:
+def recipe_options(*names: str, words: Mapping[str, str] | None = None) -> Callable[[F], F]:
     """Give a command an option for each of these fields; what is set arrives in its `**options`.
 
     Args:
         names: fields of :class:`eckart.Recipe`.
+        words: field -> help, where an option means something else for this command.
 
     Returns:
         A decorator; the function it decorates takes `**options`.
@@ -51,7 +52,9 @@ def recipe_options(*names: str) -> Callable[[F], F]:
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
         added = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name))
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, (words or {}).get(name))
+            )
             for name in names
         ]
 
@@ -86,7 +89,7 @@ def asked(content: Mapping[str, Any], config: Path | None, model: str | None, op
     return make_recipe({**content, **given}, "command line")
 
 
-def _option(name: str) -> Any:
+def _option(name: str, other: str | None = None) -> Any:
     field = Recipe.model_fields[name]
     kind, choices = _kind(field.annotation)
     flag = "--" + name.replace("_", "-")
@@ -97,6 +100,7 @@ def _option(name: str) -> Any:
         words += f" Default: {field.default}."
     if typing.get_origin(kind) is list:
         words += " May be given several times."
+    words = other or words
     panel = next((title for title, names in PANELS.items() if name in names), "What")
     declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     option = typer.Option(declared, help=words, rich_help_panel=panel, show_default=False)

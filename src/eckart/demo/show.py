@@ -64,7 +64,7 @@ class Demo:
         keeps: to compare at.
     """
 
-    windows: int = 32
+    windows: int = 24
     held_tokens: int = 8_192
     window: int = 256
     methods: Sequence[str] = tuple(METHODS)
@@ -73,7 +73,14 @@ class Demo:
 
     def recipe(self, **options: Any) -> Recipe:
         """The recipe of the demo."""
-        return Recipe(model=str(MODEL), data="stdlib", num_samples=self.windows, max_seq_length=self.window, **options)
+        return Recipe(
+            model=str(MODEL),
+            data="stdlib",
+            num_samples=self.windows,
+            max_seq_length=self.window,
+            batch_size=4,
+            **options,
+        )
 
     @cached_property
     def source(self) -> Any:

@@ -197,7 +197,6 @@ def test_device_map(saved, tmp_path):
         assert torch.equal(offloaded(TOKENS).logits, logits(model))
 
 
-@pytest.mark.xfail(strict=False, reason="needs the guard of forms.base on the CPU when factors are on meta")
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded")
 def test_save_with_modules_on_disk(saved, tmp_path):
     folder, model = saved

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import eckart
 from eckart import run
 from eckart.data.stdlib import documents
-from eckart.errors import DataError, ModelError, UsageError
+from eckart.errors import DataError, ModelError, NumericalError, UsageError
 from eckart.linalg import Metric, Problem
 from eckart.measure import distance
 from eckart.methods import METHODS
@@ -150,7 +150,6 @@ def test_refit_that_makes_it_worse_is_left_out(model, batches, monkeypatch):
     plain = eckart.compress(model, data=batches, keep=0.5, refit=False)
 
     def harm(original, compressed, *rest):
-        torch.nn.init.normal_(compressed.model.norm.weight)
         compressed.model.norm.weight = torch.nn.Parameter(torch.randn(48))
         return []
 
@@ -201,3 +200,41 @@ def test_model_with_one_score_is_measured_by_its_features():
     )  # fmt: skip
     result = eckart.compress(bert.model(), data=bert.batches(count=4), keep=0.5)
     assert 0 < result.report["quality"]["embedding"]["cosine_distance"] < 0.5
+
+
+def test_training_the_result_leaves_the_original_alone(model, batches):
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    result = eckart.compress(model, data=batches, keep=0.5)
+    optimiser = torch.optim.SGD(result.model.parameters(), lr=0.1)
+    result.model(batches[0]["input_ids"], labels=batches[0]["input_ids"]).loss.backward()
+    optimiser.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dead_inputs_and_little_text_are_survived(model, batches):
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight.zero_()
+    result = eckart.compress(model, data=batches, keep=0.5, method="drone", refit=True)
+    assert torch.isfinite(result.model(batches[0]["input_ids"]).logits).all()
+    single = eckart.compress(model, data=[{key: value[:1] for key, value in batches[0].items()}], keep=0.5)
+    assert any("refit was left out" in note for note in single.report["notes"])
+
+
+def test_numbers_that_are_not_finite_are_named(model):
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("inf")
+    with pytest.raises(NumericalError, match=r"model\.norm\.weight: 1 of 48 entries are NaN or infinite\. Check"):
+        eckart.compress(model, method="svd", keep=0.5)
+
+
+def test_a_cast_that_overflows_is_refused_by_name(model):
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0, 0] = 1e6
+    with pytest.raises(NumericalError, match=r"embed_tokens\.weight: .* --dtype"):
+        eckart.compress(model, method="svd", keep=0.5, dtype="float16")
+
+
+@pytest.mark.parametrize("wrong", ["gpt2", torch.nn.Linear(3, 3), None])
+def test_only_a_transformers_model_is_taken(wrong):
+    with pytest.raises(UsageError, match=r"model: .* from_pretrained"):
+        eckart.compress(wrong, method="svd")

@@ -26,11 +26,11 @@ from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
 from eckart.data.inference import progress
-from eckart.errors import ModelError
+from eckart.errors import ModelError, NumericalError, UsageError
 from eckart.linalg import Factorisation, Problem, factorise, require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
-from eckart.model import Sites, cast, dense_weight, find_sites, has_head, replace, shared_clone, store
+from eckart.model import Sites, cast, dense_weight, find_sites, has_head, own_storage, replace, shared_clone, store
 from eckart.planning import Budget, Settings, make_plan
 from eckart.recipe import Recipe, make_recipe
 from eckart.recover import refit
@@ -166,9 +166,15 @@ def _prepare(
     source_folder: str | Path | None,
 ) -> _Work:
     """Everything up to the statistics, gathered once for all methods."""
+    if not isinstance(model, PreTrainedModel):
+        raise UsageError(
+            f"model: {model if isinstance(model, str) else type(model).__name__} is no transformers model. Pass what "
+            "from_pretrained returns; a name or folder goes to eckart.compress_checkpoint or the command line."
+        )
     sites = find_sites(model, recipe.targets, recipe.ignore)
-    for site in sites.chosen:
-        require_finite(dense_weight(model.get_submodule(site.name)), f"{site.name}.weight")
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            require_finite(parameter.detach(), name)
     names = [site.name for site in sites.chosen]
     folder = Path(source_folder) if source_folder is not None else None
     pooling = Pooling.from_folder(folder) if folder is not None and not has_head(model) else None
@@ -265,7 +271,7 @@ def _finish(
         compressed = _put(work, plan, solved, recipe, notes)
     if settings.refit and work.data is not None:
         with work.clock("refit"):
-            compressed = _refitted(work, settings, plan, compressed, notes)
+            compressed = _refitted(work, settings, recipe, plan, compressed, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites))
     if any(choice.form != DENSE for choice in plan.choices.values()):
         mark(compressed)
@@ -290,6 +296,7 @@ def _finish(
         seconds=work.seconds,
         effective_ranks={name: factors.effective_rank for name, factors in solved.items()},
     )
+    own_storage(compressed, model)
     return Result(compressed, plan, report, recipe, work.tokenizer, work.source_folder)
 
 
@@ -322,29 +329,35 @@ def _put(
 
 
 def _refitted(
-    work: _Work, settings: Settings, plan: Plan, compressed: PreTrainedModel, notes: list[str]
+    work: _Work, settings: Settings, recipe: Recipe, plan: Plan, compressed: PreTrainedModel, notes: list[str]
 ) -> PreTrainedModel:
     """The model solved again on its own inputs, unless held-out text says that it was better before."""
     assert work.data is not None
+    if work.held is None and not recipe.refit:
+        notes.append("the refit was left out: there is too little text to hold some out and check it by")
+        return compressed
     fitted = shared_clone(compressed)
-    found = refit(
-        work.model,
-        fitted,
-        work.sites.chosen,
-        plan.choices,
-        work.calibration.groups,
-        work.calibration.moments,
-        settings.method,
-        work.data.batches,
-        sorted(work.calibration.common),
-    )
-    if work.held is not None:
-        before, after = (distance(quality(m, work.model, work.held, work.pooling)) for m in (compressed, fitted))
-        if after > before:
-            notes.append(
-                f"the refit was left out: held-out distance to the original {before:.4g} before, {after:.4g} after"
-            )
-            return compressed
+    try:
+        found = refit(
+            work.model,
+            fitted,
+            work.sites.chosen,
+            plan.choices,
+            work.calibration.groups,
+            work.calibration.moments,
+            settings.method,
+            work.data.batches,
+            sorted(work.calibration.common),
+        )
+        if work.held is not None:
+            before, after = (distance(quality(m, work.model, work.held, work.pooling)) for m in (compressed, fitted))
+            if after > before:
+                found = [f"held-out distance to the original {before:.4g} before it, {after:.4g} after"]
+                fitted = compressed
+    except NumericalError as error:
+        found, fitted = [str(error)], compressed
+    if fitted is compressed:
+        found = [f"the refit was left out: {reason}" for reason in found]
     notes += found
     return fitted
 

@@ -176,7 +176,7 @@ def copy_into(target: Tensor, value: Tensor, where: str) -> None:
     """
     value = value.detach()
     largest = float(value.abs().amax()) if value.numel() else 0.0
-    if largest > torch.finfo(target.dtype).max:
+    if not largest <= torch.finfo(target.dtype).max:  # NaN is refused too
         raise UsageError(
             f"{where}: a factor of magnitude {largest:.3g} does not fit {target.dtype}; "
             "store in bfloat16 or float32 with --dtype."

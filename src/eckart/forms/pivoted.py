@@ -127,6 +127,8 @@ class Pivoted(FactoredLinear):
         key = (
             "expanded" if expanded else "gathered",
             *((t.data_ptr(), t._version, t.dtype, t.device) for t in self._stored()),
+            # A write through `.data` leaves no version: one number of what is expanded shows most of those.
+            rest[0, 0].item() if expanded and rest.numel() else None,
         )
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared
@@ -169,6 +171,7 @@ def _changed(leaf: nn.Module) -> bool:
     """Whether something else than `nn.Linear.forward` runs when the leaf is called: an adapter, an offloader."""
     return (
         type(leaf) is not nn.Linear
+        or type(leaf.weight) is not nn.Parameter  # quantised leaves
         or "forward" in vars(leaf)
         or bool(leaf._forward_hooks)
         or bool(leaf._forward_pre_hooks)

@@ -1,6 +1,6 @@
 """The rooms that know transformers' module types: find sites, replace them."""
 
-from eckart.model.clone import cast, shared_clone
+from eckart.model.clone import cast, own_storage, shared_clone
 from eckart.model.replace import factored_modules, replace, set_dense, store, to_dense_modules
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 
@@ -12,6 +12,7 @@ __all__ = [
     "factored_modules",
     "find_sites",
     "has_head",
+    "own_storage",
     "replace",
     "set_dense",
     "shared_clone",

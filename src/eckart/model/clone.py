@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from eckart.errors import NumericalError
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -26,11 +28,32 @@ def shared_clone(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
+def own_storage(model: nn.Module, original: nn.Module) -> None:
+    """Copy every tensor that a clone still shares with the original: from here on, training one leaves the other alone.
+
+    Args:
+        model: made by :func:`shared_clone`; changed in place, ties stay ties.
+        original: what it was cloned from.
+    """
+    theirs = {tensor.data_ptr() for tensor in (*original.parameters(), *original.buffers())}
+    for parameter in model.parameters():
+        if parameter.data_ptr() in theirs:
+            parameter.data = parameter.data.clone()
+    copies: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.data_ptr() in theirs:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
+
+
 def cast(model: nn.Module, dtype: torch.dtype) -> None:
     """Bring a model's stored floating-point numbers to a type, in place, as ``from_pretrained(dtype=...)`` would.
 
     Buffers that are not stored (the frequencies of rotary embeddings) keep theirs, and so do the modules that the
     model's class keeps in float32: ``model.to(dtype)`` rounds both, and computes something else than the saved model.
+
+    Raises:
+        NumericalError: naming a tensor whose values are out of the type's range.
     """
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
     if dtype == torch.float16:
@@ -39,6 +62,12 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.is_floating_point() and not (pattern and pattern.search(name)):
+                largest = float(parameter.detach().abs().amax()) if parameter.numel() else 0.0
+                if not largest <= torch.finfo(dtype).max:
+                    raise NumericalError(
+                        f"{name}: a value of magnitude {largest:.3g} does not fit {dtype}; "
+                        "store in bfloat16 or float32 with --dtype."
+                    )
                 parameter.data = parameter.data.to(dtype)
         for name, buffer in module._buffers.items():
             stored = (

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from eckart.errors import ModelError
+from eckart.errors import ModelError, UsageError
 from eckart.forms import FORMS, FactoredLinear
 from eckart.model.sites import Site
 
@@ -38,13 +38,13 @@ def store(
         low-rank at the largest rank that stores no more numbers.
     """
     module = _empty(site, form, rank, bias is not None, left.device, dtype)
-    reason = module.store(left, right, bias)
+    reason = _try(module, site, left, right, bias)
     if reason is None:
         return module.eval(), None
     stored = FORMS[form].size(site.out_features, site.in_features, rank).parameters
     smaller = min(rank, max(1, stored // (site.out_features + site.in_features)))
     fallback = _empty(site, "lowrank", smaller, bias is not None, left.device, dtype)
-    fallback.store(left[:, :smaller], right[:smaller], bias)
+    _try(fallback, site, left[:, :smaller], right[:smaller], bias)
     return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
 
 
@@ -53,6 +53,13 @@ def _empty(site: Site, form: str, rank: int, bias: bool, device: torch.device, d
     with torch.device("meta"):
         module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source)
     return module.to(dtype=dtype).to_empty(device=device)
+
+
+def _try(module: FactoredLinear, site: Site, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
+    try:
+        return module.store(left, right, bias)
+    except UsageError as error:
+        raise UsageError(f"{site.name}: {error}") from None
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eckart.linalg import require_finite
 from eckart.moments import SecondMoment
 
 # lambda, relative to the mean of the diagonal of E[x~ x~^T], for as many tokens as features. The regression of x on x~
@@ -40,9 +41,14 @@ class MovedInputs:
         vector = torch.zeros(width, device=device, dtype=torch.float64)
         return cls(0, square, square.clone(), vector, vector.clone())
 
-    def update(self, before: Tensor, now: Tensor) -> None:
-        """Add tokens: x and x~, both (tokens, n)."""
+    def update(self, before: Tensor, now: Tensor, where: str) -> None:
+        """Add tokens: x and x~, both (tokens, n); `where` names them in errors.
+
+        Raises:
+            NumericalError: if the compressed model's x~ is not finite.
+        """
         before, now = before.float(), now.float()
+        require_finite(now, where)
         self.count += len(now)
         self.gram.addmm_(now.mT, now)
         self.cross.addmm_((before - now).mT, now)
@@ -63,14 +69,19 @@ class MovedInputs:
         The weight whose output on x~ is nearest to the original output on x; directions that the text never
         showed keep W.
         """
+        if self.count == 0:
+            return weight
         gram = self.gram.double() / self.count
         cross = self.cross.double() / self.count
         if centred:
             mean, moved = self.means()
             gram = gram - torch.outer(moved, moved)
             cross = cross - torch.outer(mean - moved, moved)
+        scale = gram.diagonal().mean()
+        if not bool(scale > 0):  # dead inputs: nothing moved that could be seen
+            return weight
         ridge = max(LEAST_RIDGE, RIDGE * len(gram) / self.count)
-        gram.diagonal().add_(ridge * gram.diagonal().mean())
-        lower = torch.linalg.cholesky(gram)
+        gram.diagonal().add_(ridge * scale)
+        lower = torch.linalg.cholesky(gram)  # positive definite by the ridge
         shift = torch.cholesky_solve(cross.mT, lower).mT  # (n, n), cross gram^-1
         return weight + (weight.double() @ shift).to(weight)

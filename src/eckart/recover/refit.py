@@ -75,14 +75,16 @@ def refit(
                     for batch, x, y in zip(
                         batches, before.inputs(index, leader), now.inputs(index, leader), strict=True
                     ):
-                        moved.update(real_rows(x, batch), real_rows(y, batch))
+                        moved.update(
+                            real_rows(x, batch), real_rows(y, batch), f"input of {leader} in the compressed model"
+                        )
                     for name in members:
                         if name in moments:
                             site, choice = by_name[name], choices[name]
                             notes += _solve(original, compressed, site, choice, moments[name], method, moved)
                 before.advance(index)
                 now.advance(index)
-    outside = [leader for leader in groups if leader not in walked]
+    outside = [leader for leader in groups if leader not in walked and leader in moments]
     if outside:
         notes.append(f"not refitted, outside the blocks: {', '.join(outside[:5])}")
     return notes

@@ -111,7 +111,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
         eos_token=EOS,
         pad_token=EOS,
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=256,
     )
 
 
@@ -167,7 +167,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
-        max_position_embeddings=1024,
+        max_position_embeddings=256,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         initializer_range=0.02,

@@ -100,16 +100,30 @@ def calibrate(
         else:
             continue
         del moments[name]
-    notes = []
+    notes = _too_few(moments)
     if failed is not None:
         notes.append(
             f"no backward pass runs through {type(model).__name__} ({failed}): "
             "the drone metric and uniform ranks took the place of kfac and allocation by loss"
         )
-        logger.warning(notes[0])
+        logger.warning(notes[-1])
     return Calibration(
         groups, moments, unreached, _curvature_name(backward, labelled), frozenset(common), failed, notes
     )
+
+
+def _too_few(moments: Mapping[str, Moments]) -> list[str]:
+    """A note where sites saw fewer tokens than they have features: their Grams are singular."""
+    few = [entry.inputs for entry in moments.values() if entry.inputs.count < entry.inputs.width]
+    if not few:
+        return []
+    least, widest = min(i.count for i in few), max(i.width for i in few)
+    note = (
+        f"{len(few)} sites saw fewer tokens than they have features (as few as {least} for {widest}): what the text "
+        "does not show is kept by plain SVD; give more text with --num-samples"
+    )
+    logger.warning(note)
+    return [note]
 
 
 def hold_out(loaded: CalibrationData, count: int) -> tuple[CalibrationData, CalibrationData | None]:

@@ -108,7 +108,7 @@ class Budget:
         least = smallest_keep(needed + self.outside, self.dense)
         return UsageError(
             f"--keep {self.keep:g} --keep-of {self.of}: {why}. The smallest keep that can be reached is {least:.4f}: "
-            "raise --keep, name more --targets, or try --allocation loss."
+            "raise --keep, or name more --targets."
         )
 
 

@@ -6,6 +6,7 @@ import difflib
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -89,6 +90,18 @@ class Recipe(BaseModel):
     @classmethod
     def _known_form(cls, value: str | None) -> str | None:
         return value if value is None else form_named(value).form
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            torch.empty(0, device=value)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"no such device here ({reason}); use cpu, or a device that torch finds") from None
+        return value
 
     def to_yaml(self) -> str:
         """As it is saved with the model: only what was set or differs from None."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
+from yaml import YAMLError
 
 from eckart import report as reporting
 from eckart.allocate import Plan
@@ -77,6 +79,7 @@ class Result:
             method=self.report["method"],
             form=self.report["form"],
             measured=reporting.card_rows(self.report),
+            **_origin(self.source_folder),
         )
         return save(
             self.model,
@@ -100,6 +103,18 @@ def load_lines(result: Result, folder: Path) -> str:
         library, name = "transformers", _auto_class(type(result.model).__name__)
         call = f"{name}.from_pretrained({str(folder)!r})"
     return f"import eckart  # registers the checkpoint format\nfrom {library} import {name}\nmodel = {call}"
+
+
+def _origin(folder: Path | None) -> dict[str, Any]:
+    """Licence, language and task of the original, as its own model card states them."""
+    file = folder / "README.md" if folder is not None else None
+    if file is None or not file.is_file():
+        return {}
+    try:
+        stated = ModelCard.load(file).data.to_dict()
+    except (ValueError, YAMLError):  # a card without metadata, or with broken metadata, states nothing
+        return {}
+    return {key: stated[key] for key in ("license", "language", "pipeline_tag") if stated.get(key)}
 
 
 def _auto_class(name: str) -> str:

@@ -281,7 +281,7 @@ def _finish(
     report = reporting.make(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         method=settings.method,
-        form=settings.form,
+        form=" and ".join(sorted({c.form for c in plan.choices.values()} - {DENSE})) or DENSE,
         allocation=settings.allocation if recipe.plan is None else "plan",
         model=model,
         sites=sites,

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.forms import FactoredLinear, build
+from eckart.model import factored_modules
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -135,18 +136,6 @@ class EckartQuantizer(HfQuantizer):
                     module.__dict__.pop(attribute, None)
         mark(model)
         return model
-
-
-def factored_modules(model: nn.Module) -> dict[str, FactoredLinear]:
-    """The forms in a model.
-
-    Args:
-        model: any module.
-
-    Returns:
-        The forms by module name.
-    """
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
 
 
 def mark(model: PreTrainedModel) -> None:

@@ -58,6 +58,18 @@ def guarded(function: F) -> F:
                 "red",
             )
             raise typer.Exit(EckartError.exit_code) from error
+        except OSError as error:
+            say(f"error: {error}; nothing was published. Free space or choose another place, and run again.", "red")
+            raise typer.Exit(EckartError.exit_code) from error
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if logging.getLogger("eckart").level <= logging.INFO:  # --verbose
+                raise
+            say(
+                f"error: {type(error).__name__}: {error}. Nothing was published; "
+                "`eckart --verbose ...` shows where it came from.",
+                "red",
+            )
+            raise typer.Exit(EckartError.exit_code) from error
 
     return run  # type: ignore[return-value]
 

@@ -80,7 +80,7 @@ class Root:
 
     @property
     def invertible(self) -> bool:
-        """Whether :meth:`solve_transposed` may be called."""
+        """Whether :meth:`solve_right` may be called."""
         return self.kind != "general"
 
     def right_of(self, matrix: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from eckart.checkpoint import plugin
 from eckart.checkpoint.fingerprint import fingerprint
 from eckart.checkpoint.load import load
-from eckart.checkpoint.plugin import EckartConfig, factored_modules, mark, unmark
+from eckart.checkpoint.plugin import EckartConfig, mark, unmark
 from eckart.checkpoint.save import save
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.forms import build
+from eckart.model import factored_modules
 
 TOKENS = torch.arange(3, 15)[None]
 

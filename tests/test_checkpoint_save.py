@@ -13,9 +13,9 @@ from test_checkpoint_model import bert, factor, llama, logits
 from eckart.checkpoint import save as saving
 from eckart.checkpoint.card import model_card
 from eckart.checkpoint.load import load
-from eckart.checkpoint.plugin import factored_modules
 from eckart.checkpoint.save import save
 from eckart.errors import CheckpointError, UsageError
+from eckart.model import factored_modules
 
 
 def write(folder: Path, *names: str) -> None:

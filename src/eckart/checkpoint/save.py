@@ -14,10 +14,11 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.checkpoint.lock import OutputLock, output_path
-from eckart.checkpoint.plugin import METHOD, factored_modules, mark, unmark
+from eckart.checkpoint.plugin import METHOD, mark, unmark
 from eckart.checkpoint.publish import publish
 from eckart.checkpoint.shards import read_weights
 from eckart.errors import CheckpointError, UsageError
+from eckart.model import factored_modules
 
 # Carried over by suffix, so that no weight, pickle or program comes along under any name.
 CARRIED = {".json", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab"}

@@ -119,8 +119,8 @@ def _too_few(moments: Mapping[str, Moments]) -> list[str]:
         return []
     least, widest = min(i.count for i in few), max(i.width for i in few)
     note = (
-        f"{len(few)} sites saw fewer tokens than they have features (as few as {least} for {widest}): what the text "
-        "does not show is kept by plain SVD; give more text with --num-samples"
+        f"sites that saw fewer tokens than they have features: {len(few)} (as few as {least} for {widest}); what "
+        "the text does not show is kept by plain SVD; give more text with --num-samples"
     )
     logger.warning(note)
     return [note]

@@ -239,14 +239,12 @@ def test_a_weight_that_is_not_finite_is_named_with_its_count(llama, value):
         llama.model.layers[1].mlp.up_proj.weight[3, :5] = value
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.mlp\.up_proj\.weight.*\b5\b"):
         eckart.compress(llama, method="svd", keep=0.5)
-    eckart.compress(llama, method="svd", keep=0.5, ignore=["up_proj"])
 
 
 def test_activations_that_are_not_finite_are_named_with_site_and_batch(llama):
     batches = BY_NAME["llama"].batches()
-    token = int(batches[0]["input_ids"][0, 0])
     with torch.no_grad():
-        llama.model.embed_tokens.weight[token, 0] = float("inf")
+        llama.model.layers[0].input_layernorm.weight.fill_(3e38)  # finite itself, but not what it gives
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj, batch 0"):
         eckart.compress(llama, data=batches, method="drone", keep=0.5)
 

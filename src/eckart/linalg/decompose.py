@@ -24,7 +24,7 @@ def require_finite(tensor: Tensor, what: str) -> None:
             raise NumericalError(
                 f"{what}: {bad} of {tensor.numel()} entries are NaN or infinite. "
                 "Check the checkpoint (or the calibration data that produced this statistic), "
-                "load the model in float32, or leave the weight dense with --ignore."
+                "or load the model in float32."
             )
 
 

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import LAYERS, answer_of, close, error_of, few_examples, layers, normal, unchanged, with_spectrum
 
-from eckart.errors import NumericalError
+from eckart.errors import NumericalError, UsageError
 from eckart.linalg import (
+    Factorisation,
     Metric,
     Problem,
     checked_eigh,
@@ -18,7 +19,8 @@ from eckart.linalg import (
     require_finite,
     weighted_error,
 )
-from eckart.linalg.metric import root_of
+from eckart.linalg.blocks import BLOCK, blocks, symmetrise
+from eckart.linalg.metric import root_of, sandwich
 from eckart.linalg.pivot import MAXVOL_TOLERANCE
 
 
@@ -68,6 +70,24 @@ def test_not_finite_is_refused_by_the_solver_on_either_side():
 
 def test_large_but_finite_values_pass():
     require_finite(torch.full((4,), 3e38), "sum overflows, entries do not")
+
+
+@pytest.mark.parametrize("size", [1, 5, BLOCK, BLOCK + 3, 2 * BLOCK + 1])
+def test_symmetrising_by_blocks_is_the_mean_with_the_transpose(size):
+    matrix = normal(size, size)
+    expected = (matrix + matrix.mT) / 2
+    symmetrise(matrix)
+    assert torch.equal(matrix, expected)
+    assert [i for part in blocks(size) for i in range(size)[part]] == list(range(size))
+
+
+def test_eigh_leaves_its_matrix():
+    """It works in place, on a copy: of matrices of any dtype and layout."""
+    for matrix in (gram(6, 9), gram(6, 9).mT, gram(6, 9).float(), gram(12, 9)[::2, ::2]):
+        with unchanged(matrix):
+            values, vectors, _ = checked_eigh(matrix)
+        close(vectors * values @ vectors.mT, matrix.double(), 1e-6 if matrix.dtype == torch.float32 else 1e-12)
+        assert bool((values[1:] <= values[:-1]).all())
 
 
 def test_eigh_falls_back_and_says_so(monkeypatch):
@@ -140,10 +160,68 @@ def test_root(metric, kind):
 def test_shrinkage_is_the_published_one_and_leaves_the_metric_alone():
     full = gram(4, 2)
     with unchanged(full):
-        shrunk = Metric(full=full).shrunk(0.3).full
+        shrunk = Metric(full=full).shrunk(0.3).matrix
     mean = full.diagonal().mean()
     close(shrunk, 0.7 * full + 0.3 * mean * torch.eye(4, dtype=torch.float64), 1e-14)
     assert float(torch.linalg.cond(shrunk)) <= 1 + 0.7 * 4 / 0.3
+
+
+MEAN = normal(9, seed=5) / 9
+PARTS = {
+    "full": Metric(full=gram(9, 9)),
+    "scaled": Metric(full=gram(9, 20), scale=0.05),
+    "ridge": Metric(full=gram(9, 4), scale=0.25, ridge=0.3),
+    "centred": Metric(full=gram(9, 20), scale=0.05, mean=MEAN),
+    "centred ridge": Metric(full=gram(9, 20), scale=0.05, mean=MEAN, ridge=0.2),
+    "diagonal": Metric(diagonal=normal(9).abs()),
+}
+
+
+def formed(metric: Metric) -> torch.Tensor:
+    if metric.diagonal is not None:
+        return torch.diag(metric.diagonal)
+    mean = torch.zeros(9, dtype=torch.float64) if metric.mean is None else metric.mean
+    return metric.scale * metric.full - torch.outer(mean, mean) + metric.ridge * torch.eye(9, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("metric", PARTS.values(), ids=PARTS)
+def test_a_metric_in_parts_is_the_matrix_that_it_stands_for(metric):
+    expected, probe = formed(metric), normal(9, 4, seed=2)
+    with unchanged(*(part for part in (metric.full, metric.diagonal, metric.mean) if part is not None), probe):
+        close(metric.matrix, expected, 1e-14)
+        close(metric.dense(torch.float32), expected.float(), 1e-6)
+        close(metric.times(probe), expected @ probe, 1e-14)
+        close(metric.times(probe.float()), (expected @ probe).float(), 1e-6)
+        close(sandwich(metric, probe), probe.mT @ expected @ probe, 1e-13)
+        close(metric.to(torch.device("cpu")).times(probe), expected @ probe, 1e-14)
+        assert metric.mean_diagonal == pytest.approx(float(expected.diagonal().mean()), rel=1e-12)
+        shrunk = metric.shrunk(0.3).shrunk(0.1)
+        once = 0.7 * expected + 0.3 * metric.mean_diagonal * torch.eye(9, dtype=torch.float64)
+        close(shrunk.matrix, 0.9 * once + 0.1 * metric.mean_diagonal * torch.eye(9, dtype=torch.float64), 1e-13)
+        root = root_of(shrunk)
+        half = root.right_of(torch.eye(9, dtype=torch.float64))
+        close(root.times(half.mT), shrunk.matrix, 1e-12)
+        close(root.to(torch.float32).times(probe.float()), (half @ probe).float(), 1e-5)
+    matrix = metric.matrix
+    matrix.zero_()
+    assert bool(metric.matrix.any())
+
+
+def test_shrinking_and_scaling_copy_nothing():
+    full = gram(9, 20)
+    assert Metric(full=full, mean=MEAN).shrunk(0.3).full is full
+
+
+def test_metrics_wider_than_a_block():
+    size = BLOCK + 70
+    full, error = gram(size, 40) / 40, normal(3, size)
+    metric = Metric(full=full, scale=0.5, mean=normal(size) / size, ridge=0.1)
+    expected = metric.matrix
+    close(metric.times(error.mT), expected @ error.mT, 1e-13)
+    close(metric.times(error.mT.float()), (expected @ error.mT).float(), 1e-5)
+    close(weighted_error(error, Metric(), metric), (error @ expected @ error.mT).trace(), 1e-12)
+    close(weighted_error(error.mT, metric, Metric()), (error @ expected @ error.mT).trace(), 1e-12)
+    close(sandwich(Metric(full=gram(3, 5)), error), error.mT @ gram(3, 5) @ error, 1e-13)
 
 
 def test_weighted_error_is_the_trace():
@@ -157,8 +235,8 @@ def test_weighted_error_is_the_trace():
 
 def whitened_answer(problem: Problem, rank: int) -> torch.Tensor:
     """The textbook answer: both square roots by eigenvectors, one SVD, both inverses."""
-    left, left_inverse = eigen_roots(problem.left.full)
-    right, right_inverse = eigen_roots(problem.right.full)
+    left, left_inverse = eigen_roots(problem.left.matrix)
+    right, right_inverse = eigen_roots(problem.right.matrix)
     u, s, v = torch.linalg.svd(left @ problem.target @ right, full_matrices=False)
     return left_inverse @ (u[:, :rank] * s[:rank] @ v[:rank]) @ right_inverse
 
@@ -255,6 +333,41 @@ def test_curve_under_another_metric_is_the_measured_error(name, solved_in, measu
     curve = curve_under(solved, problem)
     direct = [error_of(problem, left @ right) for left, right in map(solved.truncated, range(len(curve)))]
     close(curve, torch.tensor(direct, dtype=torch.float64), 1e-9)
+
+
+def test_curve_of_more_ranks_than_a_block():
+    rank = BLOCK + 50
+    solved = Factorisation((normal(rank, rank), normal(rank, rank, seed=1)), torch.ones(rank, dtype=torch.float64))
+    rows, columns = normal(9, rank, seed=2), normal(7, rank, seed=3)
+    problem = Problem(normal(rank, rank, seed=4), Metric(full=rows.mT @ rows), Metric(full=columns.mT @ columns))
+    curve = curve_under(solved, problem)
+    for k in (0, 1, BLOCK - 1, BLOCK, BLOCK + 1, rank):
+        left, right = solved.truncated(k)
+        direct = (rows @ (problem.target - left @ right) @ columns.mT).square().sum()
+        assert float(curve[k]) == pytest.approx(float(direct), rel=1e-9)
+
+
+@pytest.mark.parametrize("solved_in", ["svd", "kfac", "drone"])
+@pytest.mark.parametrize("name", ["tall", "wide", "few-tokens-tall", "few-tokens-wide"])
+def test_kept_factors_are_the_first_of_all(name, solved_in):
+    """Also past the directions that the metric sees, and in memory of their own."""
+    problem = LAYERS[name].problem_of(solved_in)
+    whole, size = factorise(problem), min(problem.target.shape)
+    for limit in (1, size - 1, size, size + 5):
+        kept = factorise(problem).kept(limit)
+        assert kept.completion is None
+        assert torch.equal(kept.squared, whole.squared)
+        assert torch.equal(kept.curve, whole.curve)
+        for part in kept.seen_factors:
+            assert part.is_contiguous()
+            assert part.untyped_storage().nbytes() == part.numel() * part.element_size()
+        for rank in range(min(limit, size) + 1):
+            for mine, other in zip(kept.truncated(rank), whole.truncated(rank), strict=True):
+                close(mine, other, 1e-12)
+        assert kept.left.shape[1] == min(limit, size)
+        assert len(curve_under(kept, problem)) == min(limit, size) + 1
+        with pytest.raises(UsageError, match=rf"rank {size + 6}: .* kept up to rank {min(limit, size)}\. Ask for"):
+            kept.mirrored.truncated(size + 6)
 
 
 def test_effective_rank():

@@ -13,8 +13,23 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import DataError, NumericalError
-from eckart.moments import Fisher, Moments, SecondMoment, gather, generator, labelled_loss, sampled_loss, shared_inputs
-from eckart.moments.accumulate import BLOCK, add_gram, symmetric
+from eckart.moments import (
+    Fisher,
+    Gatherer,
+    Moments,
+    SecondMoment,
+    accumulate,
+    gather,
+    generator,
+    labelled_loss,
+    merge,
+    pack,
+    sampled_loss,
+    shared_inputs,
+    unpack,
+)
+from eckart.moments.accumulate import BLOCK, add_gram, complete
+from eckart.recover.moved import MovedInputs
 
 # -- accumulating ------------------------------------------------------------------------------------
 
@@ -27,7 +42,8 @@ def test_gram_by_blocks_is_the_gram(width):
         add_gram(total, first)
         add_gram(total, second)
     rows = torch.cat([first, second])
-    close(symmetric(total), rows.mT @ rows, 1e-13)
+    complete(total)
+    close(total, rows.mT @ rows, 1e-13)
 
 
 def test_gram_below_the_block_diagonal_is_not_computed():
@@ -71,6 +87,7 @@ def test_batches_do_not_matter(tokens, width, parts, seed):
 def test_merging_into_an_empty_one_leaves_the_other_alone(width):
     rows = normal(4, width)
     full, empty = second_moment(rows), SecondMoment(width, True, True)
+    complete(full.gram)  # what a mean asked of it would do
     with unchanged(full.gram, full.total, full.absolute):
         empty.merge(full)
         same(empty, full)
@@ -78,6 +95,41 @@ def test_merging_into_an_empty_one_leaves_the_other_alone(width):
     same(empty, second_moment(torch.cat([rows, rows])))
     full.merge(SecondMoment(width, True, True))
     same(full, second_moment(rows))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("width", [6, 2 * BLOCK + 1])
+def test_metrics_read_the_sum_where_it_lies(width, centred):
+    """Also after more was added to a sum that had been made symmetric."""
+    rows = normal(9, width).float()
+    moments = Moments(SecondMoment(width), centred=centred)
+    for part in rows.chunk(2):
+        moments.inputs.update(part, "test")
+        metric = moments.input_metric
+        assert metric.full is moments.inputs.gram
+        close(metric.full, metric.full.mT, 1e-6)
+    expected = torch.cov(rows.double().mT, correction=0) if centred else rows.double().mT @ rows.double() / 9
+    close(moments.input_gram, expected.float(), 1e-5)
+    probe = normal(width, 3).float()
+    close(moments.input_metric.times(probe), expected.float() @ probe, 1e-5)
+
+
+def test_inputs_that_never_vary_have_no_covariance():
+    """Not one of rounding, which would count as a direction."""
+    for dtype in (torch.float32, torch.float64):
+        moments = Moments(second_moment(normal(1, 7).to(dtype).expand(5, 7)), centred=True)
+        assert not moments.input_gram.any()
+        assert moments.input_metric.shrunk(0.5).mean_diagonal == 0
+
+
+def test_without_gram_only_the_gram_is_gone():
+    whole = second_moment(normal(5, 4))
+    light = whole.without_gram()
+    assert (light.gram, light.count) == (None, 5)
+    assert whole.gram is not None
+    assert torch.equal(light.mean, whole.mean)
+    light.update(torch.ones(1, 4), "test")
+    assert light.gram is None
 
 
 def test_half_precision_inputs_do_not_overflow():
@@ -117,20 +169,142 @@ def test_fisher_sums_squares_of_sequences_not_of_tokens_or_batches():
         close(fisher.columns, squared.sum(0), 1e-6)
 
 
-def test_moments_of_two_processes_merge():
-    def one(seed: int) -> Moments:
-        rows = normal(4, 3, seed=seed)
-        fisher = Fisher()
-        fisher.update(rows[None], rows[None])
-        return Moments(second_moment(rows), second_moment(rows), fisher, sequences=2)
+@pytest.mark.parametrize("entries", [1, 7, 13, 40])
+def test_fisher_of_blocks_is_the_fisher(entries, monkeypatch):
+    inputs, gradients = normal(5, 4, 3), normal(5, 4, 6, seed=1)
+    whole, cut = Fisher(), Fisher()
+    whole.update(inputs, gradients)
+    monkeypatch.setattr(accumulate, "FISHER_ENTRIES", entries)
+    cut.update(inputs, gradients)
+    close(cut.rows, whole.rows, 1e-6)
+    close(cut.columns, whole.columns, 1e-6)
 
-    first, second = one(0), one(1)
+
+def one_site(seed: int) -> Moments:
+    rows = normal(4, 3, seed=seed)
+    fisher = Fisher()
+    fisher.update(rows[None], rows[None])
+    return Moments(second_moment(rows), second_moment(rows), fisher, sequences=2)
+
+
+def test_moments_of_two_processes_merge():
+    first, second = one_site(0), one_site(1)
     first.merge(second)
     first.inputs.merge(second.inputs)
     assert (first.sequences, first.fisher.sequences) == (4, 2)
     assert first.inputs.count == first.gradients.count == 8
     same(first.gradients, second_moment(torch.cat([normal(4, 3), normal(4, 3, seed=1)])))
     same(first.inputs, first.gradients)
+
+
+def two_sites(seed: int) -> dict[str, Moments]:
+    first, second = one_site(seed), one_site(seed + 1)
+    return {"gate": first, "up": Moments(first.inputs, second.gradients, second.fisher, sequences=2)}
+
+
+def test_inputs_of_a_group_merge_once():
+    first, second = two_sites(0), two_sites(5)
+    with unchanged(second["up"].inputs.gram, second["up"].gradients.gram):
+        merge(first, second)
+    assert first["gate"].inputs is first["up"].inputs
+    assert first["gate"].inputs.count == first["up"].gradients.count == 8
+    assert first["up"].sequences == 2 * first["up"].fisher.sequences == 4
+    same(first["up"].inputs, second_moment(torch.cat([normal(4, 3), normal(4, 3, seed=5)])))
+    same(first["up"].gradients, second_moment(torch.cat([normal(4, 3, seed=1), normal(4, 3, seed=6)])))
+
+
+def test_sites_that_only_one_process_reached_join_their_group():
+    first, second = two_sites(0), two_sites(5)
+    del first["up"]
+    second["lone"] = one_site(9)
+    merge(first, second)
+    assert first["up"].inputs is first["gate"].inputs
+    assert first["gate"].inputs.count == 8
+    assert first["up"].gradients.count == first["lone"].inputs.count == 4
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+PARTS = {
+    "all": one_site(0),
+    "inputs alone": Moments(SecondMoment(3)),
+    "inputs alone, seen": Moments(second_moment(normal(4, 3)), sequences=3, centred=True),
+    "no gram": Moments(second_moment(normal(4, 3)).without_gram(), SecondMoment(2), Fisher()),
+}
+
+
+@pytest.mark.parametrize("moments", PARTS.values(), ids=PARTS)
+def test_state_and_back(moments):
+    state = moments.state()
+    again = Moments.from_state(state)
+    assert equal(again.state(), state)
+    assert (again.sequences, again.centred) == (moments.sequences, moments.centred)
+    assert again.inputs.with_gram == moments.inputs.with_gram
+    assert (again.gradients is None, again.fisher is None) == (moments.gradients is None, moments.fisher is None)
+    assert all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.int64 for tensor in state.values() if tensor.dim() == 0
+    )
+    again.inputs.update(torch.ones(2, 3), "test")
+    assert again.inputs.width == 3
+
+
+def test_state_lists_only_what_was_gathered():
+    assert set(PARTS["inputs alone"].state()) == {"sequences", "inputs.count"}
+    assert set(Moments(second_moment(normal(4, 3)).without_gram(), Fisher()).state()) >= {"inputs.total"}
+    assert not [key for key in PARTS["no gram"].state() if "gram" in key]
+
+
+def test_states_of_processes_add_up():
+    """In place, as a reduction over processes does it."""
+    states = [pack(two_sites(seed)) for seed in (0, 5)]
+    pointers = [tensor.data_ptr() for tensor in states[0].values() if tensor.dim()]
+    assert len(set(pointers)) == len(pointers)
+    for key, tensor in states[0].items():
+        tensor += states[1][key]
+    found, expected = unpack(states[0], {"gate": ("gate", "up")}), two_sites(0)
+    merge(expected, two_sites(5))
+    assert found["gate"].inputs is found["up"].inputs
+    for name, entry in expected.items():
+        same(found[name].inputs, entry.inputs)
+        same(found[name].gradients, entry.gradients)
+        close(found[name].fisher.rows, entry.fisher.rows, 1e-12)
+        assert found[name].sequences == 2 * found[name].fisher.sequences == 4
+
+
+def test_packed_groups_share_their_inputs_again():
+    sites = two_sites(0)
+    state = pack(sites)
+    assert "gate:inputs.gram" in state
+    assert "up:inputs.gram" not in state
+    again = unpack(state, {"gate": ("gate", "up"), "down": ("down",)})
+    assert set(again) == {"gate", "up"}
+    assert equal(pack(again), state)
+
+
+def test_state_of_moved_inputs_and_back():
+    before, now = normal(9, 5), normal(9, 5, seed=1)
+    moved = MovedInputs.empty(5, torch.device("cpu"))
+    moved.update(before, now, "x")
+    again = MovedInputs.from_state(moved.state())
+    assert equal(again.state(), moved.state())
+    assert again.count == 9
+    weight = normal(3, 5).float()
+    assert torch.equal(again.target(weight, centred=True), moved.target(weight, centred=True))
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_target_of_wide_moved_inputs(centred):
+    """Past the width from which sums and products come in blocks."""
+    width = 2 * BLOCK + 300
+    before, now, weight = normal(2000, width), normal(2000, width, seed=1) + 0.3, normal(4, width, seed=2)
+    moved = MovedInputs.empty(width, torch.device("cpu"))
+    moved.update(before, now, "x")
+    x, y = (before - before.mean(0), now - now.mean(0)) if centred else (before, now)
+    gram, cross = y.mT @ y / 2000, (x - y).mT @ y / 2000
+    gram.diagonal().add_(3.0 * width / 2000 * gram.diagonal().mean())
+    close(moved.target(weight, centred=centred), weight + weight @ cross @ torch.linalg.inv(gram), 1e-4)
 
 
 # -- the loss ----------------------------------------------------------------------------------------
@@ -398,3 +572,88 @@ def test_same_bits_again():
         assert torch.equal(moments.inputs.gram, second[name].inputs.gram)
         assert torch.equal(moments.gradients.gram, second[name].gradients.gram)
         assert torch.equal(moments.fisher.rows, second[name].fisher.rows)
+
+
+def run_through(model: Tiny, gatherer: Gatherer, batch: Batch) -> None:
+    model(batch.inputs["ids"])[batch.mask].square().sum().backward()
+
+
+NEEDS = frozenset({"gram", "absolute", "gradients", "fisher"})
+
+
+def agree(found: dict[str, Moments], expected: dict[str, Moments], tolerance: float = 1e-5) -> None:
+    """Equal statistics: counts exactly, sums up to rounding."""
+    assert found.keys() == expected.keys()
+    for name, entry in expected.items():
+        state, other = found[name].state(), entry.state()
+        assert state.keys() == other.keys()
+        for key, tensor in other.items():
+            if tensor.dim() == 0:
+                assert int(state[key]) == int(tensor), (name, key)
+            elif not key.endswith("total"):
+                close(state[key], tensor, tolerance)
+        largest = float(entry.inputs.absolute.max())
+        torch.testing.assert_close(found[name].inputs.total, entry.inputs.total, rtol=0, atol=tolerance * largest)
+
+
+def test_gatherer_goes_on_with_statistics_that_are_there():
+    model = Tiny()
+    groups = groups_of(model)
+    moments: dict[str, Moments] = {}
+    for number, batch in enumerate(batches(3)):
+        with Gatherer(model, groups, needs=NEEDS, into=moments) as gatherer:
+            gatherer.begin(batch, number)
+            run_through(model, gatherer, batch)
+            gatherer.finish()
+        if moments:
+            assert all(gatherer.moments[name] is entry for name, entry in moments.items())
+        moments = gatherer.moments
+    assert moments["gate"].inputs is moments["up"].inputs
+    agree(moments, gathered(model, 3))
+
+
+def test_gatherer_adds_what_is_missing_to_statistics_that_are_there():
+    model = Tiny()
+    alone = Moments(SecondMoment(8, with_gram=False))
+    with Gatherer(model, groups_of(model), needs=NEEDS, into={"up": alone}) as gatherer:
+        assert gatherer.moments["up"] is alone
+        assert gatherer.moments["gate"].inputs is alone.inputs
+        gatherer.attempt(batches()[0], 0, lambda batch: run_through(model, gatherer, batch))
+    agree(gatherer.moments, gathered(model))
+
+
+def test_sequences_are_counted_by_one_of_several_gatherers():
+    model = Tiny()
+    groups = groups_of(model)
+    moments = gathered(model)
+    with Gatherer(model, groups, needs=NEEDS, into=moments, count_sequences=False) as gatherer:
+        gatherer.attempt(batches()[0], 0, lambda batch: run_through(model, gatherer, batch))
+    assert {entry.sequences for entry in moments.values()} == {6}
+    assert {entry.inputs.count for entry in moments.values()} == {2 * 26}
+
+
+def test_disarmed_hooks_do_nothing():
+    model = Tiny()
+    (batch,) = batches()
+    plain = model(batch.inputs["ids"])
+    with Gatherer(model, groups_of(model), needs=NEEDS) as gatherer:
+        gatherer.armed = False
+        gatherer.begin(batch, 0)
+        with torch.no_grad():
+            assert torch.equal(model(batch.inputs["ids"]), plain)
+        assert not model(batch.inputs["ids"]).requires_grad
+        gatherer.armed = True
+        run_through(model, gatherer, batch)
+        gatherer.armed = False
+        gatherer.finish()
+    agree(gatherer.moments, gathered(model))
+
+
+def test_hooks_go_when_entering_fails():
+    model = Tiny()
+    gatherer = Gatherer(model, groups_of(model), needs=NEEDS)
+    gatherer.groups = {"gate": ("gate", "up"), "gone": ("gone",)}
+    with pytest.raises(AttributeError), gatherer:
+        pass
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())

@@ -1,44 +1,70 @@
-"""Run a model over calibration data and gather what the metrics ask for."""
+"""Run a model over calibration data and gather what the metrics ask for, whole or one window of sites at a time."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.data import Batch, CalibrationData, Pooling, kind_of
-from eckart.data.inference import device_of, evaluating, forward, progress
+from eckart.data.inference import device_of, forward, progress
 from eckart.errors import EckartError, ModelError, NumericalError
+from eckart.memory import human, rss
+from eckart.model import Weights
 from eckart.moments import Moments, Step, common_calls, gather, labelled_loss, sampled_loss, shared_inputs
+from eckart.processes import Processes
+from eckart.running import ready
+from eckart.walk import Groups, UnwalkableError, Walk, Window, blocks_of, gather_walking, split_by_block, take_apart
+from eckart.walk import Store as WalkStore
 
 logger = logging.getLogger(__name__)
+
+WHOLE = "whole"
+"""Name of the window of all sites."""
 
 
 @dataclass
 class Calibration:
-    """What the data said about the sites.
+    """What the data will say about the sites: windows of statistics, gathered when they are asked for.
 
     Attributes:
         groups: leader -> members: sites that share an input, in order of the forward pass.
-        moments: site -> statistics; sites that no token reached are absent.
-        unreached: sites that no token reached, or whose output the loss does not depend on -> why.
         curvature: "sampled", "labels" or "none".
         common: sites that are also called on what all examples of a batch share, such as relative positions.
         backward_failed: why no backward pass ran, or None.
         notes: fallbacks taken.
+        how: the way the windows are gathered, in words.
     """
 
-    groups: dict[str, tuple[str, ...]]
-    moments: dict[str, Moments]
-    unreached: dict[str, str]
+    groups: Groups
     curvature: str
     common: frozenset[str] = frozenset()
     backward_failed: str | None = None
     notes: list[str] = field(default_factory=list)
+    how: str = "at once"
+    gathered: Callable[[Collection[str]], Iterator[Window]] = field(default=lambda _: iter(()), repr=False)
+
+    def windows(self, done: Collection[str] = ()) -> Iterator[Window]:
+        """Gather, window by window; what was kept for a window is dropped when the next one is asked for.
+
+        Args:
+            done: names of windows that are not needed any more.
+        """
+        return self.gathered(done)
+
+    @cached_property
+    def moments(self) -> dict[str, Moments]:
+        """The statistics of all sites that data reached, at the same time."""
+        found: dict[str, Moments] = {}
+        for window in self.windows():
+            found |= {n: m for n, m in window.moments.items() if why_useless(m) is None}
+        return found
 
 
 def calibrate(
@@ -51,8 +77,12 @@ def calibrate(
     seed: int = 0,
     pooling: Pooling | None = None,
     may_fall_back: bool = False,
+    weights: Weights | None = None,
+    waiting: WalkStore | None = None,
+    at_once: int = 1,
+    processes: Processes | None = None,
 ) -> Calibration:
-    """Gather moments of the named modules.
+    """Make ready to gather moments of the named modules.
 
     Args:
         model: the model.
@@ -63,64 +93,197 @@ def calibrate(
         seed: of the draws.
         pooling: how sentence embeddings are made, for embedding models.
         may_fall_back: gather input Grams alone, with a note, where no backward pass runs.
+        weights: brings the model's weights to where they compute; None where they are there.
+        waiting: where hidden states wait between blocks; given one, the model is walked block by block.
+        at_once: how many blocks make a window where a model cannot be walked.
+        processes: each gathers over its share of the batches.
 
     Returns:
-        The statistics and what was not reached.
+        What is known before the long work, and the way to the statistics.
 
     Raises:
         NumericalError: on values that are not finite, naming site and batch.
         ModelError: if a backward pass is needed, cannot run, and nothing may replace it.
     """
+    weights = weights or Weights(model, None)
     backward = bool(needs & {"gradients", "fisher"})
     labelled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
     step = _labelled_step(model) if labelled else _sampled_step(model, seed, pooling) if backward else _plain(model)
-    failed: str | None = None
-    with evaluating(model):
-        first = data.batches[0].rows(0, 1)
+    work = _Work(model, weights, blocks_of(names, model))
+    first = data.batches[0].rows(0, 1)
+    with work.running(None):
         groups = shared_inputs(model, names, lambda: forward(model, first.inputs))
         common = _common_calls(model, names, first)
-        if backward:
-            failed = _why_no_backward(model, groups, first, step, needs)
-        if failed is not None:
-            if not may_fall_back:
-                raise ModelError(
-                    f"{type(model).__name__}: no backward pass runs through it ({failed}). "
-                    "Use a method that needs none: --method drone --allocation uniform."
-                )
-            backward, labelled, step, needs = False, False, _plain(model), frozenset({"gram"})
-        runs = data.batches if not common else [b.rows(i, i + 1) for b in data.batches for i in range(len(b))]
-        batches: Iterable[Batch] = progress(runs, what="calibrating", total=len(runs))
-        moments = gather(model, groups, batches, step, needs=needs, common=common)
-    unreached = {name: "no token of the calibration data reached it" for name in names if name not in moments}
-    for name, entry in list(moments.items()):
-        if entry.inputs.count == 0:
-            unreached[name] = "no token of the calibration data reached it"
-        elif backward and _without_gradient(entry):
-            unreached[name] = "the model's output does not depend on it"
-        else:
-            continue
-        del moments[name]
-    notes = _too_few(moments)
+    notes: list[str] = []
+    walk: Walk | None = None
+    runs = (processes or Processes()).share(_single(data.batches) if common else data.batches)
+    if waiting is not None:
+        try:
+            walk = work.walk(names, runs, first, waiting, backward)
+            gather_walking(walk, groups, needs=needs, common=common)
+        except UnwalkableError as error:
+            walk = None
+            notes.append(f"{type(model).__name__} cannot be walked block by block ({error}): whole passes instead")
+            logger.warning(notes[-1])
+    failed: str | None = None
+    if backward:
+        failed = work.why_no_backward(groups, first, step, needs, walk)
     if failed is not None:
+        if not may_fall_back:
+            raise ModelError(
+                f"{type(model).__name__}: no backward pass runs through it ({failed}). "
+                "Use a method that needs none: --method drone --allocation uniform."
+            )
+        backward, labelled, step, needs = False, False, _plain(model), frozenset({"gram"})
         notes.append(
             f"no backward pass runs through {type(model).__name__} ({failed}): "
             "the drone metric and uniform ranks took the place of kfac and allocation by loss"
         )
         logger.warning(notes[-1])
-    return Calibration(
-        groups, moments, unreached, _curvature_name(backward, labelled), frozenset(common), failed, notes
-    )
+    found = Calibration(groups, _curvature_name(backward, labelled), frozenset(common), failed, notes)
+    if walk is not None:
+        walked = walk
+        walked.run = _returning(step, walked.run)
+        found.how = f"block by block, {walk.order.tail} blocks"
+        found.gathered = lambda done: gather_walking(
+            walked, groups, needs=needs, common=common, done=done, show=show_steps
+        )
+        return found
+
+    def in_passes(done: Collection[str]) -> Iterator[Window]:
+        for window in _parts(groups, model, at_once if waiting is not None else len(groups)):
+            if window.name not in done:
+                with work.running(None):
+                    batches: Iterable[Batch] = progress(runs, what="calibrating", total=len(runs))
+                    found = gather(model, window.groups, batches, step, needs=needs, common=common)
+                window.moments.update(found)
+                del found
+                yield window
+
+    found.gathered = in_passes
+    if waiting is not None:
+        found.how = f"in whole passes, {at_once} blocks at a time"
+    return found
 
 
-def _too_few(moments: Mapping[str, Moments]) -> list[str]:
-    """A note where sites saw fewer tokens than they have features: their Grams are singular."""
-    few = [entry.inputs for entry in moments.values() if entry.inputs.count < entry.inputs.width]
+def without_data(model: PreTrainedModel, names: Sequence[str]) -> Calibration:
+    """For methods that read none: a window for each block, without statistics."""
+    groups: Groups = {name: (name,) for name in names}
+
+    def gathered(done: Collection[str]) -> Iterator[Window]:
+        for block, own in split_by_block(groups, model).items():
+            if (window := Window(block or "outside", own, {})).name not in done:
+                yield window
+
+    return Calibration(groups, "none", gathered=gathered)
+
+
+class _Work:
+    """A model that is run over and over, its weights brought in as they are needed."""
+
+    def __init__(self, model: PreTrainedModel, weights: Weights, blocks: Sequence[str]) -> None:
+        self.model = model
+        self.device = weights.device
+        self.running = ready(model, weights, blocks)
+
+    def walk(
+        self, names: Sequence[str], batches: Sequence[Batch], first: Batch, waiting: WalkStore, backward: bool
+    ) -> Walk:
+        """The model before its first step, tried on one example."""
+
+        def run(batch: Batch) -> Any:
+            return forward(self.model, batch.inputs)
+
+        device = self.device
+        with self.running(None):
+            order, structures = take_apart(
+                self.model, names, run, first, waiting, backward=backward, held=self.running, device=device
+            )
+        walk = Walk(self.model, order, run, batches, waiting, held=self.running, device=device, name="calibration")
+        walk.structures = structures
+        return walk
+
+    def why_no_backward(
+        self,
+        groups: Mapping[str, Sequence[str]],
+        batch: Batch,
+        step: Step,
+        needs: frozenset[str],
+        walk: Walk | None,
+    ) -> str | None:
+        """Try one example; what stopped it, or None. Errors about numbers or data are raised as they are."""
+        try:
+            if walk is None:
+                with self.running(None):
+                    gather(self.model, groups, [batch], step, needs=needs)
+            else:
+                trial = Walk(
+                    self.model, walk.order, _returning(step, walk.run), [batch], walk.store,
+                    held=self.running, device=walk.device, name="trial",
+                )  # fmt: skip
+                trial.structures = walk.structures
+                for _ in gather_walking(trial, {}, needs=needs, common={}, always=True):
+                    pass
+        except EckartError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            return f"{type(error).__name__}: {error}"
+        return None
+
+
+def _single(batches: Sequence[Batch]) -> list[Batch]:
+    """Every example as a batch of its own."""
+    return [batch.rows(i, i + 1) for batch in batches for i in range(len(batch))]
+
+
+def _returning(step: Step, run: Callable[[Batch], Any]) -> Callable[[Batch], Any]:
+    """What a walk runs: the loss where there is one."""
+
+    def both(batch: Batch) -> Any:
+        return step(batch) if torch.is_grad_enabled() else run(batch)
+
+    return both
+
+
+def _parts(groups: Groups, model: PreTrainedModel, at_once: int) -> Iterator[Window]:
+    """Groups, so many blocks' at a time."""
+    blocks = list(split_by_block(groups, model).values())
+    for start in range(0, len(blocks), at_once):
+        together = {leader: members for part in blocks[start : start + at_once] for leader, members in part.items()}
+        yield Window(WHOLE if at_once >= len(blocks) else f"part-{start}", together, {})
+
+
+def show_steps(steps: Sequence[int], what: str) -> Iterator[int]:
+    """A bar over blocks, with the memory that this process holds."""
+    bar: Any = progress(steps, what=what, total=len(steps))
+    for step in bar:
+        if hasattr(bar, "set_postfix_str"):
+            bar.set_postfix_str(f"{human(rss())} held", refresh=False)
+        yield step
+
+
+def why_useless(entry: Moments) -> str | None:
+    """Why a site's statistics say nothing, in words, or None."""
+    if entry.inputs.count == 0:
+        return "no token of the calibration data reached it"
+    if _without_gradient(entry):
+        return "the model's output does not depend on it"
+    return None
+
+
+def too_few(seen: Sequence[tuple[int, int]]) -> list[str]:
+    """A note where sites saw fewer tokens than they have features: their Grams are singular.
+
+    Args:
+        seen: for each site, tokens and features.
+    """
+    few = [(count, width) for count, width in seen if count < width]
     if not few:
         return []
-    least, widest = min(i.count for i in few), max(i.width for i in few)
     note = (
-        f"sites that saw fewer tokens than they have features: {len(few)} (as few as {least} for {widest}); what "
-        "the text does not show is kept by plain SVD; give more text with --num-samples"
+        f"sites that saw fewer tokens than they have features: {len(few)} (as few as {min(c for c, _ in few)} for "
+        f"{max(w for _, w in few)}); what the text does not show is kept by plain SVD; "
+        "give more text with --num-samples"
     )
     logger.warning(note)
     return [note]
@@ -154,19 +317,6 @@ def _common_calls(model: PreTrainedModel, names: Sequence[str], first: Batch) ->
     """Calls on what the examples of a batch have in common, found by running one example and the same one twice."""
     twice = {k: torch.cat([v, v]) if v.dim() and len(v) == len(first) else v for k, v in first.inputs.items()}
     return common_calls(model, names, lambda: forward(model, first.inputs), lambda: forward(model, twice))
-
-
-def _why_no_backward(
-    model: PreTrainedModel, groups: Mapping[str, Sequence[str]], batch: Batch, step: Step, needs: frozenset[str]
-) -> str | None:
-    """Try one example; what stopped it, or None. Errors about numbers or data are raised as they are."""
-    try:
-        gather(model, groups, [batch], step, needs=needs)
-    except EckartError:
-        raise
-    except Exception as error:  # whatever a model's own code raises
-        return f"{type(error).__name__}: {error}"
-    return None
 
 
 def _curvature_name(backward: bool, labelled: bool) -> str:

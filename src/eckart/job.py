@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.load import load
-from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.lock import OutputLock, output_path
+from eckart.checkpoint.mapped import load_mapped
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.save import save
 from eckart.checkpoint.source import inspect_source, resolve
@@ -25,12 +27,18 @@ from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.methods import method_named
 from eckart.model import factored_modules, to_dense_modules
 from eckart.planning import Settings
+from eckart.processes import quiet_others, start
 from eckart.recipe import Recipe, make_recipe
 from eckart.report import quality_cells
 from eckart.result import Result
 from eckart.run import compare, compress
+from eckart.streaming import scratch, workplace
+from eckart.workplace import Workplace
 
 logger = logging.getLogger(__name__)
+
+WHOLE_SHARD, STREAMED_SHARD = "50GB", "2GB"
+"""The largest file of weights; one at a time is written from memory."""
 
 OWN_STEPS = ("factorisation", "replacement", "refit")
 """Steps of a comparison that each method takes by itself."""
@@ -92,13 +100,16 @@ def find(model: str | Path, revision: str | None = None, *, trust_remote_code: b
     return Found(folder, dtype, elements, size, tuple(looked.warnings), trust_remote_code)
 
 
-def open_model(found: Found, *, device: str | None = None, needs_text: str | None = None) -> Source:
+def open_model(
+    found: Found, *, device: str | None = None, needs_text: str | None = None, place: Workplace | None = None
+) -> Source:
     """Load model and tokenizer; the tokenizer first, since it is the smaller one to be missing.
 
     Args:
         found: what :func:`find` gave.
         device: where it will compute.
         needs_text: what reads text and so needs a tokenizer, in words; None if nothing does.
+        place: where it will be worked on; block by block, its weights stay in their files.
 
     Raises:
         CheckpointError: the tokenizer is needed and missing, or the weights are not the model's.
@@ -110,8 +121,11 @@ def open_model(found: Found, *, device: str | None = None, needs_text: str | Non
             "Put the tokenizer's files into the folder (tokenizer.save_pretrained), use a method that needs no data "
             "(--method svd), or pass model-ready batches to eckart.compress from Python."
         )
-    dtype = found.dtype if device is not None and not device.startswith("cpu") else torch.float32
-    model = load(found.folder, dtype=dtype, trust_remote_code=found.trust_remote_code)
+    if place is not None and place.streaming:
+        model = load_mapped(found.folder, scratch=scratch(place), trust_remote_code=found.trust_remote_code)
+    else:
+        dtype = found.dtype if device is not None and not device.startswith("cpu") else torch.float32
+        model = load(found.folder, dtype=dtype, trust_remote_code=found.trust_remote_code)
     return Source(found.folder, model, tokenizer, found.dtype, found.elements, found.bytes, found.warnings)
 
 
@@ -124,16 +138,26 @@ def text_reader(recipe: Recipe, methods: Sequence[str]) -> str | None:
     return f"--data {recipe.data}" if recipe.data is not None else None
 
 
-def compress_checkpoint(recipe: Recipe, output_dir: str | Path, *, overwrite: bool = False) -> tuple[Result, Path]:
+def compress_checkpoint(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    tell: Callable[[str], None] = logger.info,
+) -> tuple[Result, Path]:
     """Compress the model that a recipe names, and publish the result.
 
     What can be refused is refused before anything is computed: the output folder, the source, a missing tokenizer.
-    The output is locked for the whole run.
+    The output is locked for the whole run. Under a launcher that starts several processes (torchrun), they share the
+    text and the sites, and the first one publishes.
 
     Args:
         recipe: with `model`; stored numbers get the checkpoint's own type where it names none.
         output_dir: a folder that is not there yet.
         overwrite: replace a model folder that is.
+        restart: throw away what an unfinished run on the same output has done.
+        tell: is told how the model will be worked on, and what that takes.
 
     Returns:
         The result, and the published folder.
@@ -143,18 +167,45 @@ def compress_checkpoint(recipe: Recipe, output_dir: str | Path, *, overwrite: bo
     """
     if recipe.model is None:
         raise UsageError("model: there is none to compress. Name a folder or a model on the hub (MODEL, or `model:`).")
+    processes = start(recipe.device)
+    quiet_others(processes)
     reader = text_reader(recipe, [recipe.method])
-    check_output(output_dir, overwrite=overwrite, source=recipe.model)
-    found = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
-    if recipe.dtype is None:
-        recipe = recipe.model_copy(update={"dtype": str(found.dtype).removeprefix("torch.")})
-    needed = int(recipe.keep * found.elements) * getattr(torch, str(recipe.dtype)).itemsize
-    check_output(output_dir, overwrite=overwrite, source=found.folder, needed_bytes=needed)
-    with OutputLock(output_dir) as lock:
-        source = open_model(found, device=recipe.device, needs_text=reader)
-        result = compress(source.model, source.tokenizer, recipe=recipe, source_folder=source.folder)
+    with processes.together():
+        if processes.main:
+            check_output(output_dir, overwrite=overwrite, source=recipe.model)
+        found = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        if recipe.dtype is None:
+            recipe = recipe.model_copy(update={"dtype": str(found.dtype).removeprefix("torch.")})
+        needed = int(recipe.keep * found.elements) * getattr(torch, str(recipe.dtype)).itemsize
+        if processes.main:
+            check_output(output_dir, overwrite=overwrite, source=found.folder, needed_bytes=needed)
+    settings = Settings.of(method_named(recipe.method), recipe)
+    with ExitStack() as stack:
+        with processes.together():
+            lock = stack.enter_context(OutputLock(output_dir)) if processes.main else None
+        place, how = stack.enter_context(
+            workplace(
+                found.folder,
+                Path(output_dir),
+                recipe,
+                settings,
+                processes,
+                found.dtype,
+                restart=restart,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+        )
+        tell(how)
+        with processes.together():
+            source = open_model(found, device=recipe.device, needs_text=reader, place=place)
+        result = compress(source.model, source.tokenizer, recipe=recipe, source_folder=source.folder, workplace=place)
         result.report["notes"][:0] = source.warnings
-        return result, result.save_pretrained(output_dir, overwrite=overwrite, lock=lock)
+        published = output_path(output_dir)
+        with processes.together():
+            if processes.main:
+                shard = STREAMED_SHARD if place.streaming else WHOLE_SHARD
+                published = result.save_pretrained(output_dir, overwrite=overwrite, lock=lock, max_shard_size=shard)
+        return result, published
 
 
 def compare_checkpoint(recipe: Recipe, methods: Sequence[str], keeps: Sequence[float]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from eckart.allocate import (
     DENSE,
@@ -21,13 +21,11 @@ from eckart.allocate import (
     smallest_keep,
     uniform,
 )
-from eckart.calibrate import Calibration
 from eckart.errors import UsageError
 from eckart.forms import form_named
-from eckart.linalg import Factorisation, Problem, curve_under
 from eckart.measure import sizes
 from eckart.methods import METHODS, Method
-from eckart.model import Site, Sites
+from eckart.model import Sites
 from eckart.recipe import Recipe
 
 
@@ -116,9 +114,8 @@ def make_plan(
     sites: Sites,
     settings: Settings,
     recipe: Recipe,
-    calibration: Calibration,
-    problems: Mapping[str, Problem],
-    solved: Mapping[str, Factorisation],
+    solved: Mapping[str, Tensor | None],
+    dense: Mapping[str, str],
     budget: Budget,
     mark: str,
 ) -> Plan:
@@ -128,9 +125,8 @@ def make_plan(
         sites: what was found.
         settings: method, form and allocation.
         recipe: keep, plan file, rank multiple.
-        calibration: statistics, and the sites that no data reached: they stay dense.
-        problems: site -> problem.
-        solved: site -> factors of every rank.
+        solved: site -> (r + 1,) predicted loss at rank 0 .. r, or None where ranks are uniform.
+        dense: sites that stay dense -> why.
         budget: what all sites together may store.
         mark: fingerprint of the model, written into the plan.
 
@@ -149,7 +145,7 @@ def make_plan(
         if missing:
             raise UsageError(
                 f"--plan {recipe.plan}: site {missing[0]} cannot be factored: "
-                f'{calibration.unreached.get(missing[0], "no statistics")}. Set its form to "dense".'
+                f'{dense.get(missing[0], "no statistics")}. Set its form to "dense".'
             )
         return with_changes(plan, model=mark)
     reached = {name: shape for name, shape in shapes.items() if name in solved}
@@ -162,11 +158,7 @@ def make_plan(
             keep = (budget.elements - fixed) / inside
             choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1)
         else:
-            curves = {
-                site.name: _curve(site, settings, recipe, calibration, problems[site.name], solved[site.name])
-                for site in sites.chosen
-                if site.name in reached
-            }
+            curves = {name: _curve(shape, settings, recipe, solved[name]) for name, shape in reached.items()}
             choices = allocate(curves, budget.elements - fixed)
             predicted = {name: curve.losses[list(curve.choices).index(choices[name])] for name, curve in curves.items()}
     except OverBudgetError as error:
@@ -177,34 +169,40 @@ def make_plan(
     return Plan(choices, mark, predicted)
 
 
-def _curve(
-    site: Site,
-    settings: Settings,
-    recipe: Recipe,
-    calibration: Calibration,
-    problem: Problem,
-    solved: Factorisation,
-) -> Curve:
-    """What the site can be and the loss that each option is predicted to cost, per sequence.
+def largest_ranks(sites: Sites, settings: Settings, recipe: Recipe, keep: float, budget: Budget) -> dict[str, int]:
+    """For each site the largest rank that any plan may give it: factors beyond it need not be kept.
 
-    `1/2 (n_site / n_sequences) || H^(1/2) D G^(1/2) ||^2`, n_site the tokens that reached the site, D the change
-    of the weight: the second-order change of the loss under the Kronecker-factored Fisher matrix.
+    Args:
+        sites: what was found.
+        settings: form and allocation.
+        recipe: plan file, rank multiple.
+        keep: the largest fraction that will be asked for.
+        budget: at that fraction.
     """
-    moments = calibration.moments[site.name]
-    kfac = METHODS["kfac"]
-    if settings.method.metric is kfac.metric:
-        errors = solved.curve
-    else:
-        errors = curve_under(solved, kfac.metric(problem.target, moments))
-    scale = 0.5 * moments.inputs.count / max(moments.sequences, 1)
+    shapes = {site.name: site.shape for site in sites.chosen}
+    most = {name: form_named(settings.form).max_rank(*shape) for name, shape in shapes.items()}
+    if recipe.plan is not None:
+        given = read_plan(Path(recipe.plan), shapes).choices
+        return {name: given[name].rank if name in given and given[name].form != DENSE else 1 for name in shapes}
+    if settings.allocation == "loss" or keep >= 1:
+        return {name: max(rank, 1) for name, rank in most.items()}
+    try:
+        # Sites that no data reaches stay dense, and leave the others less than this.
+        inside = sum(rows * columns for rows, columns in shapes.values())
+        choices = uniform(shapes, budget.elements / inside, settings.form, multiple=recipe.rank_multiple or 1)
+    except OverBudgetError:  # refused when the plan is made, which knows the smallest keep
+        return dict.fromkeys(shapes, 1)
+    return {name: max(choice.rank, 1) if choice.form != DENSE else 1 for name, choice in choices.items()}
+
+
+def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: Tensor | None) -> Curve:
+    """What the site can be, and the loss that each option is predicted to cost."""
+    assert losses is not None, "ranks are allocated by curves that were not made"
     form = form_named(settings.form)
-    rows, columns = site.shape
-    multiple = recipe.rank_multiple or default_multiple(site.shape)
-    ranks = rank_steps(form.max_rank(rows, columns), multiple)
+    ranks = rank_steps(form.max_rank(*shape), recipe.rank_multiple or default_multiple(shape))
     choices = [Choice(settings.form, rank) for rank in ranks] + [Choice(DENSE)]
-    stored = [choice.stored(rows, columns) for choice in choices]
-    losses = [float(scale * errors[rank]) for rank in ranks] + [0.0]
-    return Curve(choices, stored, losses)
+    stored = [choice.stored(*shape) for choice in choices]
+    return Curve(choices, stored, [float(losses[rank]) for rank in ranks] + [0.0])
 
 
 def default_multiple(shape: tuple[int, int]) -> int:

@@ -67,9 +67,19 @@ class Recipe(BaseModel):
         None, description="Type of the stored numbers. Default: the model's."
     )
     device: str | None = Field(None, description="Device to compute on, such as cpu or cuda.")
+    stream: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Work block by block, in memory that does not grow with the model's depth, and go on where a run "
+        "was broken off; auto: where the model is too large to be worked on as a whole.",
+    )
+    cache_memory: float | None = Field(
+        None, ge=0, description="GB of hidden states kept in memory between blocks; beyond it they lie in files."
+    )
     trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
 
-    @field_validator("keep", "rank_multiple", "num_samples", "max_seq_length", "batch_size", "seed", mode="before")
+    @field_validator(
+        "keep", "rank_multiple", "num_samples", "max_seq_length", "batch_size", "seed", "cache_memory", mode="before"
+    )
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:
         if isinstance(value, bool):

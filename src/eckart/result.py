@@ -54,7 +54,12 @@ class Result:
         return reporting.as_text(self.report)
 
     def save_pretrained(
-        self, output_dir: str | Path, *, overwrite: bool = False, lock: OutputLock | None = None
+        self,
+        output_dir: str | Path,
+        *,
+        overwrite: bool = False,
+        lock: OutputLock | None = None,
+        max_shard_size: int | str = "50GB",
     ) -> Path:
         """Publish the whole folder at once: weights, tokenizer, card, recipe, plan and report.
 
@@ -62,6 +67,7 @@ class Result:
             output_dir: a folder that is not there yet.
             overwrite: replace a model folder that is.
             lock: the lock on the folder, if the caller holds it.
+            max_shard_size: of a file of weights.
 
         Returns:
             The published folder.
@@ -91,6 +97,7 @@ class Result:
             report=self.report,
             card=card,
             overwrite=overwrite,
+            max_shard_size=max_shard_size,
             lock=lock,
         )
 

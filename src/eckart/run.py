@@ -1,13 +1,14 @@
 """The only file that knows the order of a run.
 
-Recipe -> model -> sites -> moments -> problems -> plan -> factors in place -> refit -> measure -> report.
+Recipe -> model -> sites -> statistics, window by window -> factors -> plan -> forms in place -> refit -> measure ->
+report. What is made of a window is kept in a store, in memory or in a journal: a run that was broken off goes on
+behind its last entry.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
@@ -19,24 +20,28 @@ from transformers import PreTrainedModel
 
 from eckart import report as reporting
 from eckart.allocate import DENSE, Choice, Plan
-from eckart.calibrate import Calibration, calibrate, hold_out
+from eckart.assembling import Assembly
+from eckart.calibrate import Calibration, calibrate, hold_out, too_few, without_data
 from eckart.checkpoint.fingerprint import fingerprint
 from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
-from eckart.data.inference import progress
-from eckart.errors import ModelError, NumericalError, UsageError
-from eckart.linalg import Factorisation, Problem, factorise, require_finite
+from eckart.errors import CheckpointError, ModelError, NumericalError, UsageError
+from eckart.linalg import require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
-from eckart.model import Sites, cast, dense_weight, find_sites, has_head, own_storage, replace, shared_clone, store
-from eckart.planning import Budget, Settings, make_plan
+from eckart.model import Sites, Weights, factored_modules, find_sites, has_head, own_storage
+from eckart.planning import Budget, Settings, largest_ranks, make_plan
 from eckart.recipe import Recipe, make_recipe
-from eckart.recover import refit
 from eckart.result import Result
+from eckart.shelf import Shelf, Summary
+from eckart.store import Memory
+from eckart.walk import Window, blocks_of
+from eckart.workplace import Workplace
 
-logger = logging.getLogger(__name__)
+TEXT = "text"
+"""The stage of a run that holds what the calibration text was."""
 
 
 def compress(
@@ -47,6 +52,7 @@ def compress(
     method: str | Method | None = None,
     recipe: Recipe | None = None,
     source_folder: str | Path | None = None,
+    workplace: Workplace | None = None,
     **options: Any,
 ) -> Result:
     """Factor the weights of a model.
@@ -58,6 +64,7 @@ def compress(
         method: a name, or a :class:`eckart.methods.Method` of your own.
         recipe: everything else; or give its fields as keyword arguments.
         source_folder: where the model came from: its other files are carried over, its pooling is read.
+        workplace: where to compute and to keep things; all in memory and in one process unless told otherwise.
         **options: fields of :class:`eckart.Recipe`, such as `keep=0.5` or `targets=["mlp.*"]`.
 
     Returns:
@@ -69,9 +76,9 @@ def compress(
     asked = _recipe(recipe, data, method, options)
     chosen = method_named(method if method is not None else asked.method)
     settings = Settings.of(chosen, asked)
-    work = _prepare(model, tokenizer, data, asked, [settings], source_folder)
+    work = _prepare(model, tokenizer, data, asked, [settings], source_folder, workplace or Workplace())
     settings = work.possible(settings)
-    return _finish(work, settings, asked, *_solve(work, settings))
+    return _finish(work, settings, asked, *_shelf(work, settings, asked, asked.keep))
 
 
 def compare(
@@ -102,22 +109,25 @@ def compare(
     """
     asked = _recipe(recipe, data, None, options)
     rows = [Settings.of(method_named(method), asked) for method in methods]
-    work = _prepare(model, tokenizer, data, asked, rows, source_folder)
+    work = _prepare(model, tokenizer, data, asked, rows, source_folder, Workplace())
+    windows = list(work.timed(work.calibration.windows()))
     shared = dict(work.seconds)
     for row in rows:
         settings = work.possible(row)
         work.seconds = dict(shared)
-        problems, solved = _solve(work, settings)
+        work.workplace.store = Memory()
+        shelf, summary = _shelf(work, settings, asked, max(keeps), windows)
         own = dict(work.seconds)
         for keep in keeps:
             work.seconds = dict(own)
+            work.workplace.store = Memory()  # the factors stay on the shelf
             changed = asked.model_copy(update={"keep": keep, "method": settings.method.name})
-            yield settings.method.name, keep, _finish(work, settings, changed, problems, solved)
+            yield settings.method.name, keep, _finish(work, settings, changed, shelf, summary)
 
 
 @dataclass
 class _Work:
-    """What all methods of a run share: the model, its sites, the data and what it said."""
+    """What all methods of a run share: the model, its sites, the data and what it says."""
 
     model: PreTrainedModel
     tokenizer: Any
@@ -129,6 +139,8 @@ class _Work:
     source_folder: Path | None
     mark: str
     stored_dtype: torch.dtype | None
+    workplace: Workplace
+    weights: Weights
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -136,7 +148,7 @@ class _Work:
         """Note the seconds of a step."""
         start = time.perf_counter()
         yield
-        self.seconds[step] = round(time.perf_counter() - start, 3)
+        self.seconds[step] = round(self.seconds.get(step, 0.0) + time.perf_counter() - start, 3)
 
     def possible(self, settings: Settings) -> Settings:
         """The settings, or what is left of the default where no backward pass runs."""
@@ -145,6 +157,15 @@ class _Work:
         drone = METHODS["drone"]
         method = with_changes(settings.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
         return with_changes(settings, method=method, allocation="uniform")
+
+    def timed(self, windows: Iterator[Window]) -> Iterator[Window]:
+        """Windows, with the seconds of gathering them noted apart from what is made of them."""
+        while True:
+            with self.clock("calibration"):
+                window = next(windows, None)
+            if window is None:
+                return
+            yield window
 
 
 def _recipe(recipe: Recipe | None, data: Any, method: str | Method | None, options: Mapping[str, Any]) -> Recipe:
@@ -164,6 +185,7 @@ def _prepare(
     recipe: Recipe,
     rows: Sequence[Settings],
     source_folder: str | Path | None,
+    workplace: Workplace,
 ) -> _Work:
     """Everything up to the statistics, gathered once for all methods."""
     if not isinstance(model, PreTrainedModel):
@@ -175,20 +197,24 @@ def _prepare(
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
             require_finite(parameter.detach(), name)
-    names = [site.name for site in sites.chosen]
+    names = _names(sites)
     folder = Path(source_folder) if source_folder is not None else None
     pooling = Pooling.from_folder(folder) if folder is not None and not has_head(model) else None
-    unread = Calibration({name: (name,) for name in names}, {}, {}, "none")
     stored = stored_dtype(stored_tensors(folder)) if folder is not None else None
-    work = _Work(model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model), stored)
-    if recipe.device is not None:
+    if recipe.device is not None and workplace.compute is None:
         model.to(recipe.device)  # type: ignore[arg-type]
+    weights = Weights(model, workplace.compute)
+    unread = without_data(model, names)
+    work = _Work(
+        model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model), stored, workplace, weights
+    )
     needs = frozenset().union(*(row.needs(planned=recipe.plan is not None) for row in rows))
     data = data if data is not None else recipe.data
     if not needs and data is None:
         return work
     with work.clock("data"):
         work.data, work.held = _data(model, tokenizer, data, recipe)
+        _same_text(work)
     if needs:
         with work.clock("calibration"):
             work.calibration = calibrate(
@@ -200,6 +226,10 @@ def _prepare(
                 seed=recipe.seed,
                 pooling=pooling,
                 may_fall_back=all(row.method.name == "eckart" for row in rows if "gradients" in row.needs()),
+                weights=weights,
+                waiting=workplace.waiting,
+                at_once=workplace.at_once,
+                processes=workplace.processes,
             )
     return work
 
@@ -231,53 +261,91 @@ def _data(
     return hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
 
 
-def _solve(work: _Work, settings: Settings) -> tuple[dict[str, Problem], dict[str, Factorisation]]:
-    """Every rank's factors of every site that the data reached."""
-    problems: dict[str, Problem] = {}
-    solved: dict[str, Factorisation] = {}
+def _same_text(work: _Work) -> None:
+    """Refuse to go on with an unfinished run on other text.
+
+    Raises:
+        CheckpointError: naming what differs.
+    """
+    assert work.data is not None
+    store = work.workplace.store
+    now = {key: value for key, value in work.data.description.items() if key in ("sha256", "num_tokens")}
+    if not store.entries(TEXT):
+        store.write(TEXT, TEXT, {}, now)
+    elif (before := store.read(TEXT, TEXT)[1]) != now:
+        raise CheckpointError(
+            f"the unfinished run of this output was calibrated on other text ({before}, now {now}). "
+            "Give the same --data, pass --restart to throw that run away, or choose another --output-dir."
+        )
+
+
+def _shelf(
+    work: _Work, settings: Settings, recipe: Recipe, keep: float, kept: list[Window] | None = None
+) -> tuple[Shelf, Summary]:
+    """Factors of every site that the data reached, up to the rank that `keep` may ask for.
+
+    Args:
+        work: model and statistics.
+        settings: the method.
+        recipe: plan file and budget.
+        keep: the largest of the keeps that factors are for.
+        kept: windows that other methods use too.
+    """
+    sites = {site.name: site for site in work.sites.chosen}
+    budget = Budget.of_recipe(work.model, work.sites, recipe.model_copy(update={"keep": keep}))
+    shelf = Shelf(work.workplace.store, work.workplace.processes, work.workplace.device)
+    limits = largest_ranks(work.sites, settings, recipe, keep, budget)
+
+    def windows(done: Collection[str]) -> Iterator[Window]:
+        return work.timed(work.calibration.windows(done) if kept is None else iter(kept))
+
+    before = work.seconds.get("calibration", 0.0)
     with work.clock("factorisation"):
-        for site in progress(work.sites.chosen, what="factorising", total=len(work.sites.chosen)):
-            moments = work.calibration.moments.get(site.name)
-            if settings.method.needs and moments is None:
-                continue
-            weight = dense_weight(work.model.get_submodule(site.name))
-            if moments is not None:
-                moments.centred = settings.method.centred and site.has_bias
-            problems[site.name] = settings.method.metric(weight, moments)  # type: ignore[arg-type]
-            solved[site.name] = factorise(problems[site.name], site.name)
-    if not solved:
+        shelf.fill(
+            windows,
+            work.model,
+            sites,
+            settings,
+            limits,
+            curve=settings.allocation == "loss" and recipe.plan is None,
+            reuse=kept is not None,
+        )
+    work.seconds["factorisation"] -= round(work.seconds.get("calibration", 0.0) - before, 3)
+    summary = shelf.summary()
+    if not summary.losses:
         raise ModelError(
             "the calibration data reached none of the chosen sites; use text that runs through them, "
             "or a method that needs no data: --method svd."
         )
-    return problems, solved
+    return shelf, summary
 
 
-def _finish(
-    work: _Work,
-    settings: Settings,
-    recipe: Recipe,
-    problems: Mapping[str, Problem],
-    solved: Mapping[str, Factorisation],
-) -> Result:
+def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summary: Summary) -> Result:
     """Plan, put the factors in place, refit, measure, report."""
     sites, model, calibration = work.sites, work.model, work.calibration
-    notes = list(calibration.notes)
-    notes += [f"{name}: left dense, {reason}" for name, reason in calibration.unreached.items()]
-    notes += [note for factors in solved.values() for note in factors.notes]
+    dense = {n: "no token of the calibration data reached it" for n in _names(sites) if n not in summary.losses}
+    dense |= summary.dense
+    notes = [*calibration.notes, *too_few(summary.seen)]
+    notes += [f"{name}: left dense, {reason}" for name, reason in dense.items()]
+    notes += summary.notes
     budget = Budget.of_recipe(model, sites, recipe)
-    plan = make_plan(sites, settings, recipe, calibration, problems, solved, budget, work.mark)
+    plan = make_plan(sites, settings, recipe, summary.losses, dense, budget, work.mark)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    assembly = Assembly(model, sites.chosen, work.weights, work.workplace, dtype)
     with work.clock("replacement"):
-        compressed = _put(work, plan, solved, recipe, notes)
+        compressed, found = assembly.put(plan, shelf)
+    notes += found
+    _lean(compressed, work.workplace.streaming)
     if settings.refit and work.data is not None:
         with work.clock("refit"):
-            compressed = _refitted(work, settings, recipe, plan, compressed, notes)
+            compressed = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites))
     if any(choice.form != DENSE for choice in plan.choices.values()):
         mark(compressed)
     with work.clock("measuring"):
-        measured = quality(compressed, model, work.held, work.pooling) if work.held is not None else None
-    names = [site.name for site in sites.chosen]
+        measured = _measured(work, compressed) if work.held is not None else None
+    _lean(compressed, False)
+    names = _names(sites)
     report = reporting.make(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         method=settings.method,
@@ -288,78 +356,82 @@ def _finish(
         plan=plan,
         before=sizes(model, names, work.stored_dtype),
         after=sizes(compressed, names),
-        unreached=calibration.unreached,
+        unreached=dense,
         curvature=calibration.curvature,
         data=work.data.description if work.data is not None else None,
         quality=measured,
         notes=notes,
         seconds=work.seconds,
-        effective_ranks={name: factors.effective_rank for name, factors in solved.items()},
+        effective_ranks=summary.effective_ranks,
     )
-    own_storage(compressed, model)
+    if not work.workplace.streaming:
+        own_storage(compressed, model)
     return Result(compressed, plan, report, recipe, work.tokenizer, work.source_folder)
 
 
-def _put(
-    work: _Work, plan: Plan, solved: Mapping[str, Factorisation], recipe: Recipe, notes: list[str]
-) -> PreTrainedModel:
-    """A copy of the model with the planned forms in place, in the stored dtype."""
-    compressed = shared_clone(work.model)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    if dtype is not None:
-        cast(compressed, dtype)
-    for site in work.sites.chosen:
-        choice = plan.choices[site.name]
-        if choice.form == DENSE:
-            continue
-        old: Any = work.model.get_submodule(site.name)
-        weight = dense_weight(old)
-        left, right = solved[site.name].truncated(choice.rank)
-        bias = old.bias.detach() if site.has_bias else None
-        moments = work.calibration.moments.get(site.name)
-        if bias is not None and moments is not None and moments.centred:
-            # The metric was the covariance: the mean's share of the error goes into the bias.
-            bias = bias.double() + (weight.double() - left.double() @ right.double()) @ moments.inputs.mean
-        module, fallback = store(site, choice.form, choice.rank, left, right, bias, dtype or weight.dtype)
-        if fallback is not None:
-            logger.warning(fallback)
-            notes.append(fallback)
-        replace(compressed, site.name, module)
-    return compressed
-
-
 def _refitted(
-    work: _Work, settings: Settings, recipe: Recipe, plan: Plan, compressed: PreTrainedModel, notes: list[str]
+    work: _Work,
+    settings: Settings,
+    recipe: Recipe,
+    plan: Plan,
+    compressed: PreTrainedModel,
+    assembly: Assembly,
+    shelf: Shelf,
+    summary: Summary,
+    notes: list[str],
 ) -> PreTrainedModel:
     """The model solved again on its own inputs, unless held-out text says that it was better before."""
     assert work.data is not None
     if work.held is None and not recipe.refit:
         notes.append("the refit was left out: there is too little text to hold some out and check it by")
         return compressed
-    fitted = shared_clone(compressed)
+    calibration = work.calibration
     try:
-        found = refit(
-            work.model,
-            fitted,
-            work.sites.chosen,
-            plan.choices,
-            work.calibration.groups,
-            work.calibration.moments,
-            settings.method,
-            work.data.batches,
-            sorted(work.calibration.common),
-        )
-        if work.held is not None:
-            before, after = (distance(quality(m, work.model, work.held, work.pooling)) for m in (compressed, fitted))
+        fitted, found = assembly.refitted(
+            compressed, plan, shelf, settings, calibration.groups, work.data.batches,
+            list(summary.losses), sorted(calibration.common),
+        )  # fmt: skip
+        _lean(fitted, work.workplace.streaming)
+        if work.held is not None and fitted is not compressed:
+            before, after = (distance(_measured(work, m)) for m in (compressed, fitted))
             if after > before:
                 found = [f"held-out distance to the original {before:.4g} before it, {after:.4g} after"]
                 fitted = compressed
     except NumericalError as error:
         found, fitted = [str(error)], compressed
     if fitted is compressed:
-        found = [f"the refit was left out: {reason}" for reason in found]
+        found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
     notes += found
     return fitted
+
+
+def _measured(work: _Work, compressed: PreTrainedModel) -> dict[str, Any]:
+    """How near the compressed model is to the original, by the first process, for all."""
+    assert work.held is not None
+    processes = work.workplace.processes
+    measured: dict[str, Any] = {}
+    failed: BaseException | None = None
+    if processes.main:
+        blocks = blocks_of(_names(work.sites), work.model)
+        smaller = Weights(compressed, work.workplace.compute_stored)
+        try:
+            with work.weights.streaming(blocks), smaller.streaming(blocks):
+                measured = quality(compressed, work.model, work.held, work.pooling)
+        except Exception as error:
+            failed = error
+    processes.agree(failed)
+    found: dict[str, Any] = processes.broadcast(measured)
+    return found
+
+
+def _lean(model: PreTrainedModel, lean: bool) -> None:
+    """Whether forms do without working memory."""
+    for module in factored_modules(model).values():
+        module.lean = lean
+
+
+def _names(sites: Sites) -> list[str]:
+    return [site.name for site in sites.chosen]
 
 
 def _as_stored(compressed: PreTrainedModel, sites: Sites) -> dict[str, Choice]:

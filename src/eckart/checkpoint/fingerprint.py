@@ -1,13 +1,18 @@
-"""A hash that ties a plan to the model it was made for."""
+"""Hashes that tie a plan, or an unfinished run, to the model it was made for."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from eckart.checkpoint.layout import model_folder
+from eckart.checkpoint.stored import stored_tensors
+
 SAMPLES = 4096
+SPOTS, SPOT = 256, 4096
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -33,4 +38,27 @@ def fingerprint(model: nn.Module) -> str:
             flat = parameter.detach().reshape(-1)
             step = -(-flat.numel() // SAMPLES)
             digest.update(torch.signbit(flat[::step]).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Hash a checkpoint without loading it: its config, the layout of its weight files, and spots all over them.
+
+    Args:
+        folder: the checkpoint.
+
+    Returns:
+        64 hexadecimal digits; other weights of the same shapes give others.
+    """
+    home = model_folder(folder)
+    digest = hashlib.sha256((home / "config.json").read_bytes())
+    tensors = stored_tensors(folder)
+    for name, entry in sorted(tensors.items()):
+        digest.update(f"{name} {entry.dtype} {entry.shape}\n".encode())
+    for path in sorted({entry.file for entry in tensors.values()}):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            for spot in range(SPOTS):
+                file.seek(spot * size // SPOTS)
+                digest.update(file.read(SPOT))
     return digest.hexdigest()

@@ -85,6 +85,28 @@ def load(
     return model.eval()
 
 
+def blank(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without its numbers, on the meta device: its modules can be asked, and nothing is read.
+
+    Args:
+        folder: a folder.
+        trust_remote_code: allow the model's own Python code to run.
+
+    Raises:
+        CheckpointError: the config names no class.
+        UsageError: the class is unknown to transformers.
+    """
+    home = model_folder(Path(folder))
+    content = read_json(home / "config.json")
+    architectures = content.get("architectures") or []
+    remote = _remote_class(content, architectures) if trust_remote_code else None
+    config = transformers.AutoConfig.from_pretrained(home, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        if remote is not None:
+            return remote.from_config(config, trust_remote_code=True)
+        return _class(None, architectures, home)._from_config(config)
+
+
 def _is_factored(config: dict[str, Any]) -> bool:
     quantization = config.get("quantization_config")
     return isinstance(quantization, dict) and quantization.get("quant_method") == plugin.METHOD

@@ -114,7 +114,7 @@ def _staged(target: Path, overwrite: bool, lock: OutputLock) -> Iterator[Path]:
         _place(staging, target, aside, overwrite)
     except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if _disk_full(error):
+        if disk_full(error):
             raise CheckpointError(
                 f"The disk of {target.parent} is full; nothing was published. Free some space, or choose "
                 "another --output-dir, and run again."
@@ -143,13 +143,13 @@ def _place(staging: Path, target: Path, aside: Path, overwrite: bool) -> None:
         else:
             staging.rename(target)
     except OSError as error:
-        if _disk_full(error):
+        if disk_full(error):
             raise
         raise CheckpointError(
             f"{target} cannot be put in place ({error.strerror}); nothing was published. Check the "
             f"permissions of {target.parent}, or choose another --output-dir."
         ) from error
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
         if old.exists():
@@ -197,7 +197,15 @@ def _check_replaceable(target: Path, overwrite: bool) -> None:
         )
 
 
-def _disk_full(error: BaseException) -> bool:
+def disk_full(error: BaseException) -> bool:
+    """Whether an error says that there is no room left, on the disk or in the user's quota.
+
+    Args:
+        error: what a write raised.
+
+    Returns:
+        True if so.
+    """
     # safetensors raises an error of its own, which carries the code in its text only.
     return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
         type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
@@ -212,10 +220,15 @@ def _sync(folder: Path) -> None:
             (Path(root) / name).chmod(mode)  # safetensors writes files that only their owner can read
             with open(Path(root) / name, "rb") as file:
                 os.fsync(file.fileno())
-        _sync_folder(Path(root))
+        sync_folder(Path(root))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk: a renamed file is there for good only after that.
+
+    Args:
+        folder: the folder itself; its files are synced where they are written.
+    """
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightConverter
 
 from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.checkpoint.lock import OutputLock, output_path
 from eckart.checkpoint.plugin import METHOD, mark, unmark
 from eckart.checkpoint.publish import publish
 from eckart.checkpoint.shards import read_weights
+from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import factored_modules
 
@@ -59,7 +63,7 @@ def save(
         report_html: ``eckart/report.html``.
         card: ``README.md``, see :func:`eckart.checkpoint.card.model_card`.
         overwrite: replace a model folder that is already there.
-        max_shard_size: as in ``save_pretrained``.
+        max_shard_size: as in ``save_pretrained``. Tensors that lie in files take the memory of one shard at most.
         lock: the lock on ``output_dir`` if the caller holds it.
 
     Returns:
@@ -83,7 +87,8 @@ def save(
     with publish(output_dir, overwrite=overwrite, source=source, needed_bytes=size + size // 20, lock=lock) as staging:
         home = staging / inner
         home.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(home, max_shard_size=max_shard_size)
+        with _shard_by_shard(model):
+            model.save_pretrained(home, max_shard_size=max_shard_size)
         for part in (tokenizer, processor):
             if part is not None:
                 part.save_pretrained(home)
@@ -124,6 +129,30 @@ def _finite(content: Any) -> Any:
     return content
 
 
+@contextmanager
+def _shard_by_shard(model: PreTrainedModel) -> Iterator[None]:
+    """Let ``save_pretrained`` take fused weights apart one shard at a time, not all of them before the first.
+
+    transformers does so for models that it believes to be offloaded. It cannot where a stored tensor is made of several
+    of the model's, which may be in different shards.
+    """
+    found = getattr(model, "_weight_conversions", None) or ()
+    fused = [conversion for conversion in found if isinstance(conversion, WeightConverter)]
+    apart = all(
+        len(conversion.target_patterns) == 1 and "*" not in conversion.target_patterns[0] for conversion in fused
+    )
+    if not fused or not apart or hasattr(model, "hf_device_map"):
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
+        model.hf_device_map = {"": "cpu"}  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            del model.hf_device_map
+
+
 def _state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a checkpoint of the model holds, tied ones once."""
     state = model.state_dict()
@@ -144,12 +173,13 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
     """Hold what was written against the model in memory."""
     written = read_weights(folder).tensors
     expected = dict(_state(model))
-    there = sum(math.prod(entry.shape) for entry in written.values())
-    here = sum(tensor.numel() for tensor in expected.values())
+    there = stored_size(written)
+    here = sum(tensor.numel() for tensor in expected.values()), sum(tensor.nbytes for tensor in expected.values())
     if there != here:
         raise CheckpointError(
-            f"{there:,} numbers were written to {folder}, but the model holds {here:,}; nothing was "
-            "published. Please report this with the model's name and the output of `pip list`."
+            f"{there[0]:,} numbers ({there[1]:,} bytes) were written to {folder}, but the model holds {here[0]:,} "
+            f"({here[1]:,} bytes); nothing was published. Please report this with the model's name and the output of "
+            "`pip list`."
         )
     lost, new = set(expected) - set(written), set(written) - set(expected)
     guards = sum(0 in entry.shape for entry in written.values())

@@ -8,11 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from eckart import report
-from eckart.commands.console import guarded, show
+from eckart.commands.console import guarded, say, show
 from eckart.commands.options import asked, fields, recipe_options
 from eckart.commands.runfile import read_run
 from eckart.errors import UsageError
 from eckart.job import compress_checkpoint
+from eckart.processes import is_main
 from eckart.result import load_lines
 
 
@@ -22,6 +23,9 @@ def compress(
     model: Annotated[str | None, typer.Argument(help="Hub name or folder of the model to compress.")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Folder to publish; it must not be there yet.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a model folder that is there.")] = None,
+    restart: Annotated[
+        bool | None, typer.Option("--restart", help="Throw away what an unfinished run on this output has done.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="A YAML file of these options (data_column: text); the command line overrides."),
@@ -43,6 +47,12 @@ def compress(
     if folder is None:
         raise UsageError("--output-dir: there is none. Name the folder to publish: --output-dir DIR")
     result, published = compress_checkpoint(
-        recipe, folder, overwrite=where.overwrite if overwrite is None else overwrite
+        recipe,
+        folder,
+        overwrite=where.overwrite if overwrite is None else overwrite,
+        restart=bool(restart),
+        tell=lambda how: say(how, "dim"),
     )
+    if not is_main():
+        return
     show(report.as_rich(result.report), "", f"published in {published}; to load it:", "", load_lines(result, published))

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.text import Text
 
 from eckart.errors import EckartError, UsageError
+from eckart.processes import ElsewhereError, is_main
 
 WIDTH = 120
 """Columns where the output goes to no terminal."""
@@ -26,7 +27,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def show(*renderables: Any) -> None:
-    """Print results on stdout."""
+    """Print results on stdout; of several processes one does."""
+    if not is_main():
+        return
     width = None if sys.stdout.isatty() else WIDTH
     console = Console(width=width, highlight=False)
     for renderable in renderables:
@@ -34,7 +37,9 @@ def show(*renderables: Any) -> None:
 
 
 def say(message: str, style: str = "") -> None:
-    """Print a word on progress or trouble on stderr."""
+    """Print a word on progress or trouble on stderr; of several processes one does, but all print their errors."""
+    if style != "red" and not is_main():
+        return
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message, style=style))
 
 
@@ -46,10 +51,11 @@ def guarded(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except EckartError as error:
-            say(f"error: {error}", "red")
+            if is_main() or not isinstance(error, ElsewhereError):
+                say(f"error: {error}", "red")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            say("interrupted; nothing was published", "red")
+            say("interrupted; nothing was published. What an unfinished run block by block has done is kept.", "red")
             raise typer.Exit(INTERRUPTED) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(
@@ -109,7 +115,7 @@ def check_json(path: Path | None) -> None:
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Write what was found, where a file was asked for; numbers that are not finite as strings."""
-    if path is None:
+    if path is None or not is_main():
         return
     path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     say(f"written to {path}", "dim")

@@ -21,7 +21,7 @@ PANELS = {
              "ignore", "dtype"),
     "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
              "data_revision", "num_samples", "max_seq_length", "batch_size", "curvature", "seed"),
-    "Model and machine": ("revision", "device", "trust_remote_code"),
+    "Model and machine": ("revision", "device", "stream", "cache_memory", "trust_remote_code"),
 }  # fmt: skip
 
 ARGUMENTS = ("model",)

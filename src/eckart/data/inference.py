@@ -42,7 +42,9 @@ def device_of(model: nn.Module) -> torch.device:
         model: The model.
 
     Returns:
-        The device of its first parameter that has numbers; the CPU where there is none.
+        The device of its first parameter that is anywhere; the CPU where there is none. While the weights of a model
+        are brought in as they are needed, that is an empty parameter which tells where it computes: see
+        :meth:`eckart.model.Weights.streaming`.
     """
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 
@@ -52,7 +54,8 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
 
     Args:
         model: The model.
-        inputs: Its keyword arguments; labels are left out, floating-point inputs get the model's dtype.
+        inputs: Its keyword arguments; labels are left out, floating-point inputs get the model's dtype: that of its
+            first parameter, as for :func:`device_of`.
         more: Further keyword arguments.
 
     Returns:
@@ -65,8 +68,9 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
         for name, value in inputs.items()
         if name != "labels"
     }
-    if "use_cache" in inspect.signature(model.forward).parameters:
-        more.setdefault("use_cache", False)
+    for name in ("use_cache", "use_mems"):  # XLNet remembers hidden states by another name
+        if name in inspect.signature(model.forward).parameters:
+            more.setdefault(name, False)
     return model(**moved, **more)
 
 

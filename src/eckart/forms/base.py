@@ -43,9 +43,11 @@ class FactoredLinear(nn.Module):
         out_features: m.
         rank: k.
         source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
+        lean: do without working memory, where many such modules run and few may be in memory at a time.
     """
 
     form: ClassVar[str]
+    lean: bool = False
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, source: str) -> None:
         super().__init__()

@@ -110,7 +110,8 @@ class Pivoted(FactoredLinear):
         """Whether the leaves must be called as modules: gradients, tracing, autocast, adapters, offloading."""
         leaves = (self.first, self.second)
         return (
-            torch.is_grad_enabled()
+            self.lean
+            or torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled(x.device.type)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import NumericalError
+from eckart.linalg.blocks import symmetrise
 
 
 def require_finite(tensor: Tensor, what: str) -> None:
@@ -46,16 +47,23 @@ def checked_eigh(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor, 
         NumericalError: if the matrix is not finite, or no solver converges.
     """
     require_finite(matrix, what)
-    double = matrix.double()
-    double = (double + double.mT) / 2
-    notes: tuple[str, ...] = ()
+    # LAPACK writes the eigenvectors, column by column, over the matrix that it is given: this is its copy.
+    vectors = _symmetric(matrix).mT
+    values = vectors.new_empty(len(vectors))
     try:
-        values, vectors = torch.linalg.eigh(double)
+        torch.linalg.eigh(vectors, out=(values, vectors))
     except torch.linalg.LinAlgError:
-        notes = (f"{what}: eigh did not converge on {matrix.device}; took the SVD on the CPU in float64",)
-        left, values, _ = _last_resort_svd(double, what)
-        return values.to(matrix.device), left.to(matrix.device), notes
-    return values.flip(0).clamp_min(0), vectors.flip(1), notes
+        note = f"{what}: eigh did not converge on {matrix.device}; took the SVD on the CPU in float64"
+        left, values, _ = _last_resort_svd(_symmetric(matrix), what)
+        return values.to(matrix.device), left.to(matrix.device), (note,)
+    return values.flip(0).clamp_min(0), vectors.flip(1), ()
+
+
+def _symmetric(matrix: Tensor) -> Tensor:
+    """A float64 copy without the rounding that broke the symmetry."""
+    double = matrix.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    symmetrise(double)
+    return double
 
 
 def checked_svd(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:

@@ -10,11 +10,12 @@ only of the side where it is needed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from eckart.linalg.blocks import blocks
 from eckart.linalg.decompose import checked_eigh
 
 # An eigenvalue below this fraction of the largest is rounding noise of a float64 eigh.
@@ -23,44 +24,105 @@ RELATIVE_FLOOR = 1e-13
 
 @dataclass(frozen=True)
 class Metric:
-    """Identity (both fields None), a diagonal, or a full matrix.
+    """Identity (no field given), a diagonal, or `M = scale full - mean mean^T + ridge I`.
+
+    The three terms stay apart: a wide sum of `x x^T` becomes a shrunk mean, or a covariance, without a copy of it.
 
     Attributes:
         diagonal: (n,) non-negative weights of the squared error, or None.
-        full: (n, n) symmetric positive semi-definite, or None.
+        full: (n, n) symmetric, or None; read, never written.
+        scale: of `full`.
+        mean: (n,) what is taken off, or None.
+        ridge: what is added to the diagonal.
     """
 
     diagonal: Tensor | None = None
     full: Tensor | None = None
+    scale: float = 1.0
+    mean: Tensor | None = None
+    ridge: float = 0.0
 
     @property
     def is_identity(self) -> bool:
         """Whether every direction weighs the same."""
         return self.diagonal is None and self.full is None
 
+    @property
+    def mean_diagonal(self) -> float:
+        """Of M: 1 for an identity."""
+        if self.full is None:
+            return 1.0 if self.diagonal is None else float(self.diagonal.double().mean())
+        mean = self.scale * float(self.full.diagonal().double().mean()) + self.ridge
+        return mean if self.mean is None else mean - float(self.mean.double().square().mean())
+
+    @property
+    def matrix(self) -> Tensor:
+        """M, (n, n), a new tensor in the dtype of its parts."""
+        part = self.diagonal if self.full is None else self.full
+        assert part is not None, "an identity has no size"
+        return self.dense(part.dtype)
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """M, (n, n), a new tensor in the given dtype; not for an identity, which has no size."""
+        if self.full is None:
+            assert self.diagonal is not None, "an identity has no size"
+            return torch.diag(self.diagonal.detach().to(dtype))
+        matrix = self.full.detach().to(dtype, copy=True).mul_(self.scale)
+        if self.mean is not None:
+            mean = self.mean.to(matrix)
+            matrix.addr_(mean, mean, alpha=-1)
+        matrix.diagonal().add_(self.ridge)
+        return matrix
+
     def times(self, matrix: Tensor) -> Tensor:
         """`M @ matrix` for matrix (n, k)."""
-        if self.full is not None:
-            return self.full.to(matrix) @ matrix
-        if self.diagonal is not None:
-            return self.diagonal.to(matrix)[:, None] * matrix
-        return matrix
+        if self.full is None:
+            return matrix if self.diagonal is None else self.diagonal.to(matrix)[:, None] * matrix
+        product = _times(self.full, matrix).mul_(self.scale)
+        if self.mean is not None:
+            mean = self.mean.to(matrix)
+            product.addr_(mean, matrix.mT @ mean, alpha=-1)
+        return product.add_(matrix, alpha=self.ridge) if self.ridge else product
 
     def shrunk(self, amount: float) -> Metric:
         """`(1 - amount) M + amount mean(diag M) I`: bounds the condition number by 1 + (1 - s) n / s."""
-        if self.full is None or amount == 0:
+        if self.is_identity or amount == 0:
             return self
-        mean = self.full.diagonal().mean()
-        full = self.full * (1 - amount)
-        full.diagonal().add_(amount * mean)
-        return Metric(full=full)
+        rest = 1 - amount
+        if self.diagonal is not None:
+            return Metric(diagonal=rest * self.diagonal + amount * self.mean_diagonal)
+        return replace(
+            self,
+            scale=rest * self.scale,
+            mean=None if self.mean is None else rest**0.5 * self.mean,
+            ridge=rest * self.ridge + amount * self.mean_diagonal,
+        )
 
     def to(self, device: torch.device) -> Metric:
         """The same metric on another device."""
-        return Metric(
-            None if self.diagonal is None else self.diagonal.to(device),
-            None if self.full is None else self.full.to(device),
-        )
+        moved = {
+            name: None if part is None else part.to(device)
+            for name, part in (("diagonal", self.diagonal), ("full", self.full), ("mean", self.mean))
+        }
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+
+def _times(full: Tensor, matrix: Tensor) -> Tensor:
+    """`full @ matrix`, a new tensor in the dtype of `matrix`."""
+    if full.dtype == matrix.dtype and full.device == matrix.device:
+        return full @ matrix
+    product = matrix.new_empty(full.shape[0], matrix.shape[1])
+    for part in blocks(len(full)):
+        product[part] = full[part].to(matrix) @ matrix
+    return product
+
+
+def sandwich(metric: Metric, matrix: Tensor) -> Tensor:
+    """`matrix^T M matrix`, (k, k), for matrix (n, k)."""
+    product = matrix.new_empty(matrix.shape[1], matrix.shape[1])
+    for part in blocks(matrix.shape[1]):
+        product[:, part] = matrix.mT @ metric.times(matrix[:, part])
+    return product
 
 
 @dataclass(frozen=True)
@@ -70,7 +132,7 @@ class Root:
     Attributes:
         kind: "identity", "diagonal" (values (n,)), "triangular" (values lower (n, n)) or "general"
             (values (n, n), singular: no inverse).
-        values: the root itself, float64.
+        values: the root itself, float64 as :func:`root_of` gives it.
         notes: fallbacks taken on the way.
     """
 
@@ -82,6 +144,17 @@ class Root:
     def invertible(self) -> bool:
         """Whether :meth:`solve_right` may be called."""
         return self.kind != "general"
+
+    def to(self, dtype: torch.dtype) -> Root:
+        """The same root in another precision, converted once for all products that follow."""
+        return self if self.values is None else replace(self, values=self.values.to(dtype))
+
+    def times(self, matrix: Tensor) -> Tensor:
+        """`C @ matrix` for matrix (n, k)."""
+        if self.values is None:
+            return matrix
+        values = self.values.to(matrix.dtype)
+        return values[:, None] * matrix if self.kind == "diagonal" else values @ matrix
 
     def right_of(self, matrix: Tensor) -> Tensor:
         """`matrix @ C` for matrix (m, n)."""
@@ -121,8 +194,7 @@ def root_of(metric: Metric, what: str = "metric", *, inverted: bool = True) -> R
         if bool((values > values.amax() * RELATIVE_FLOOR**0.5).all()) and bool(values.amax() > 0):
             return Root("diagonal", values)
         return Root("general", torch.diag(values))
-    assert metric.full is not None
-    full = metric.full.double()
+    full = metric.dense(torch.float64)
     lower, info = torch.linalg.cholesky_ex(full)
     if int(info) == 0:
         diagonal = lower.diagonal()
@@ -130,13 +202,14 @@ def root_of(metric: Metric, what: str = "metric", *, inverted: bool = True) -> R
         # As a factor alone it is backward stable however small its diagonal gets.
         if not inverted or bool(diagonal.amin() > 1e-6 * diagonal.amax()):
             return Root("triangular", lower)
+    del lower
     values, vectors, notes = checked_eigh(full, what)
     values = torch.where(values > values[0] * RELATIVE_FLOOR, values, torch.zeros_like(values))
-    return Root("general", vectors * values.sqrt(), notes)
+    return Root("general", vectors.mul_(values.sqrt()), notes)
 
 
 def weighted_error(error: Tensor, left: Metric, right: Metric) -> Tensor:
-    """`|| L error R ||_F^2 = tr(H E G E^T)`, in the precision of `error`.
+    """`|| L error R ||_F^2 = tr(H E G E^T)`; products in the precision of `error`, their sum in float64.
 
     Args:
         error: (m, n), usually `T - W'`.
@@ -146,4 +219,8 @@ def weighted_error(error: Tensor, left: Metric, right: Metric) -> Tensor:
     Returns:
         A scalar tensor.
     """
-    return (left.times(error) * right.times(error.mT).mT).sum()
+    weighted = right.times(error.mT)  # (n, m), G E^T
+    total = torch.zeros((), dtype=torch.float64, device=error.device)
+    for part in blocks(error.shape[1]):
+        total += (left.times(error[:, part]) * weighted[part].mT).sum(dtype=torch.float64)
+    return total

@@ -20,8 +20,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
+from eckart.errors import UsageError
+from eckart.linalg.blocks import blocks
 from eckart.linalg.decompose import checked_eigh, checked_svd, require_finite
-from eckart.linalg.metric import Metric, root_of, weighted_error
+from eckart.linalg.metric import Metric, root_of, sandwich, weighted_error
 
 # When both metrics are singular the smaller one is shrunk this much, and the report says so.
 LAST_RESORT_SHRINKAGE = 1e-8
@@ -52,14 +54,15 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Factorisation:
-    """Optimal factors of every rank at once.
+    """Optimal factors of every rank at once, or of the ranks up to a limit.
 
     Attributes:
         seen_factors: B (m, s) and A (s, n), s the number of directions that the metric sees; the first k columns of B
             and rows of A belong to rank k.
         squared: (r,) squared singular values of `L T R`, r = min(m, n), descending, float64.
         notes: fallbacks taken on the way, for the report.
-        completion: makes B (m, r) and A (r, n), where s < r; a plain SVD that most ranks never need.
+        completion: makes B (m, r) and A (r, n), where s < r; a plain SVD that most ranks never need. None where the
+            factors are of full size, or were cut by :meth:`kept`.
     """
 
     seen_factors: Factors
@@ -69,7 +72,7 @@ class Factorisation:
 
     @cached_property
     def factors(self) -> Factors:
-        """B (m, r) and A (r, n): of full size, so that `B A = T`."""
+        """B (m, r) and A (r, n): of full size, so that `B A = T`; of a limited one, all that there is."""
         return self.seen_factors if self.completion is None else self.completion()
 
     @property
@@ -83,9 +86,26 @@ class Factorisation:
         return self.factors[1]
 
     def truncated(self, rank: int) -> Factors:
-        """The optimal factors `B (m, rank)` and `A (rank, n)` with `W' = B A`."""
+        """The optimal factors `B (m, rank)` and `A (rank, n)` with `W' = B A`.
+
+        Raises:
+            UsageError: if there are no factors of that rank.
+        """
         left, right = self.seen_factors if rank <= self.seen_factors[0].shape[1] else self.factors
+        if rank > len(right):
+            raise UsageError(
+                f"rank {rank}: the factors of this {left.shape[0]} x {right.shape[1]} weight were kept up to rank "
+                f"{len(right)}. Ask for no more, or factor the weight again with a larger limit."
+            )
         return left[:, :rank], right[:rank]
+
+    def kept(self, limit: int) -> Factorisation:
+        """The same for ranks up to `limit` alone, in memory of its own; `squared`, and so the curve, stays whole."""
+        left, right = self.truncated(min(limit, len(self.squared)))
+        own = torch.contiguous_format
+        return Factorisation(
+            (left.clone(memory_format=own), right.clone(memory_format=own)), self.squared.clone(), self.notes
+        )
 
     @property
     def curve(self) -> Tensor:
@@ -136,26 +156,29 @@ def factorise(problem: Problem, what: str = "weight") -> Factorisation:
         return _rescaled(problem, what)
     if problem.right.diagonal is not None:
         return _rescaled(problem.mirrored, what).mirrored
-    if target.shape[0] < target.shape[1]:
-        return _two_sided(problem.mirrored, what).mirrored
-    return _two_sided(problem, what)
+    return _smaller_inverted(problem, what)
 
 
 def _project(target: Tensor, right: Metric, what: str) -> Factorisation:
     """`L = I`: orthonormal B, `A = B^T T`."""
     m, n = target.shape
     if m <= n:
-        squared, basis, notes = checked_eigh(target @ right.times(target.mT), what)
+        squared, basis, notes = checked_eigh(sandwich(right, target.mT), what)
         basis = basis[:, : _seen(squared, target)].to(target.dtype)
     else:
-        root = root_of(right, f"{what}: input metric", inverted=False)
-        image = root.right_of(target)  # (m, n), T C
-        squared, directions, notes = checked_eigh(image.mT @ image, what)
-        basis = torch.linalg.qr(image @ directions[:, : _seen(squared, target)].to(image.dtype)).Q
+        root = root_of(right, f"{what}: input metric", inverted=False).to(target.dtype)
+        squared, directions, notes = checked_eigh(_gram(root.right_of(target)), what)
+        directions = directions[:, : _seen(squared, target)].to(target.dtype)
+        # T C is made twice, so that it need not be held through the decomposition.
+        basis = torch.linalg.qr(target @ root.times(directions)).Q
         notes = root.notes + notes
     missing = min(m, n) - basis.shape[1]
     completion = partial(_complete, basis, missing, target, what) if missing else None
     return Factorisation((basis, basis.mT @ target), squared, notes, completion)
+
+
+def _gram(matrix: Tensor) -> Tensor:
+    return matrix.mT @ matrix
 
 
 def _seen(squared: Tensor, target: Tensor) -> int:
@@ -179,20 +202,19 @@ def _complete(seen: Tensor, missing: int, target: Tensor, what: str) -> Factors:
 
 def _rescaled(problem: Problem, what: str) -> Factorisation:
     """A diagonal left metric: scale the rows, solve with `L = I`, scale back."""
-    assert problem.left.diagonal is not None
     root = root_of(problem.left, f"{what}: output metric")
     if not root.invertible:
-        full = Problem(problem.target, Metric(full=torch.diag(problem.left.diagonal)), _dense(problem))
-        return factorise(full, what)
+        return _smaller_inverted(problem, what)
     assert root.values is not None
     scale = root.values.to(problem.target.dtype)[:, None]
     solved = _project(scale * problem.target, problem.right, what)
     return solved.changed(lambda left, right: (left / scale, right), root.notes)
 
 
-def _dense(problem: Problem) -> Metric:
-    right = problem.right
-    return right if right.diagonal is None else Metric(full=torch.diag(right.diagonal))
+def _smaller_inverted(problem: Problem, what: str) -> Factorisation:
+    """Both sides weighted: the smaller one is inverted."""
+    rows, columns = problem.target.shape
+    return _two_sided(problem.mirrored, what).mirrored if rows < columns else _two_sided(problem, what)
 
 
 def _two_sided(problem: Problem, what: str) -> Factorisation:
@@ -208,10 +230,11 @@ def _two_sided(problem: Problem, what: str) -> Factorisation:
         solved = _project(target.mT, left, what).mirrored
         note = f"{what}: its metric is zero, so every rank has the predicted error 0"
         return replace(solved, squared=torch.zeros_like(solved.squared), notes=(note, *solved.notes))
-    image = root.right_of(target)  # (m, n), T C
-    squared, directions, more = checked_eigh(image.mT @ left.times(image), what)
+    root = root.to(target.dtype)
+    squared, directions, more = checked_eigh(sandwich(left, root.right_of(target)), what)
     directions = directions.to(target.dtype)
-    factors = (image @ directions, root.solve_right(directions.mT))
+    # T C is made twice, so that it need not be held through the decomposition.
+    factors = (target @ root.times(directions), root.solve_right(directions.mT))
     return Factorisation(factors, squared, root.notes + notes + more)
 
 
@@ -230,11 +253,14 @@ def curve_under(solved: Factorisation, problem: Problem) -> Tensor:
     """
     dtype = torch.promote_types(problem.target.dtype, solved.left.dtype)
     target, left, right = problem.target.to(dtype), solved.left.to(dtype), solved.right.to(dtype)
-    weighted_left = problem.left.times(left)  # (m, r), H B
-    weighted_right = problem.right.times(right.mT)  # (n, r), G A^T
-    cross = (weighted_left * (target @ weighted_right)).sum(0).double()  # diag(B^T H T G A^T)
-    pairs = (left.mT @ weighted_left).double() * (right @ weighted_right).double()  # (r, r)
-    leading = pairs.cumsum(0).cumsum(1).diagonal()
-    total = weighted_error(target, problem.left, problem.right).double()
-    curve = total - 2 * cross.cumsum(0) + leading
-    return torch.cat([total[None], curve]).clamp_min(0)
+    steps = []  # (r,), what the error changes by from rank k - 1 to rank k
+    for part in blocks(left.shape[1]):
+        weighted_left = problem.left.times(left[:, part])  # (m, b), H B
+        weighted_right = problem.right.times(right[part].mT)  # (n, b), G A^T
+        cross = (weighted_left * (target @ weighted_right)).sum(0).double()  # of diag(B^T H T G A^T)
+        # (B^T H B) * (A G A^T), symmetric: direction k meets itself once and each one before it twice.
+        pairs = (left[:, : part.stop].mT @ weighted_left).double() * (right[: part.stop] @ weighted_right).double()
+        before = torch.triu(pairs, 1 - part.start).sum(0)
+        steps.append(2 * before + pairs[part].diagonal() - 2 * cross)
+    total = weighted_error(target, problem.left, problem.right)[None]
+    return torch.cat([total, total + torch.cat(steps).cumsum(0)]).clamp_min(0)

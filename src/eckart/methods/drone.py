@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from eckart.linalg import Metric, Problem
+from eckart.linalg import Problem
 from eckart.methods.base import Method
 from eckart.moments import Moments
 
 
 def metric(weight: Tensor, moments: Moments) -> Problem:
     """`E || W x - W' x ||^2 = || (W - W') G^(1/2) ||_F^2`, `G = E[x x^T]`."""
-    return Problem(weight, right=Metric(full=moments.input_gram))
+    return Problem(weight, right=moments.input_metric)
 
 
 METHOD = Method(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from eckart.linalg import Metric, Problem
+from eckart.linalg import Problem
 from eckart.methods.base import Method
 from eckart.moments import Moments
 
@@ -20,8 +20,8 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     assert moments.gradients is not None
     return Problem(
         weight,
-        left=Metric(full=moments.gradients.mean_gram).shrunk(GRADIENT_SHRINKAGE),
-        right=Metric(full=moments.input_gram).shrunk(INPUT_SHRINKAGE),
+        left=moments.gradients.metric.shrunk(GRADIENT_SHRINKAGE),
+        right=moments.input_metric.shrunk(INPUT_SHRINKAGE),
     )
 
 

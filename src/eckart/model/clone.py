@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +19,7 @@ def shared_clone(model: M) -> M:
     """Copy the modules of a model and share the storage of its parameters and buffers.
 
     Replacing modules in the copy, or casting it, leaves the original as it is; ties stay ties. Writing into a
-    shared tensor in place would be seen by both.
+    shared tensor in place would be seen by both. Tensors that lie in files are shared there, and take no memory.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -30,6 +31,8 @@ def shared_clone(model: M) -> M:
 
 def own_storage(model: nn.Module, original: nn.Module) -> None:
     """Copy every tensor that a clone still shares with the original: from here on, training one leaves the other alone.
+
+    The copies are in memory, also of tensors that lie in files.
 
     Args:
         model: made by :func:`shared_clone`; changed in place, ties stay ties.
@@ -46,11 +49,19 @@ def own_storage(model: nn.Module, original: nn.Module) -> None:
                 module._buffers[name] = copies.setdefault(id(buffer), buffer.clone())
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
+def cast(
+    model: nn.Module, dtype: torch.dtype, *, changed: Callable[[nn.Module, str], None] = lambda module, name: None
+) -> None:
     """Bring a model's stored floating-point numbers to a type, in place, as ``from_pretrained(dtype=...)`` would.
 
     Buffers that are not stored (the frequencies of rotary embeddings) keep theirs, and so do the modules that the
     model's class keeps in float32: ``model.to(dtype)`` rounds both, and computes something else than the saved model.
+
+    Args:
+        model: the model.
+        dtype: the type.
+        changed: called with each module whose own tensors have another type now, and its name, before the next one is
+            cast: for a model that is larger than memory, it moves them away.
 
     Raises:
         NumericalError: naming a tensor whose values are out of the type's range.
@@ -60,6 +71,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
         kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
     pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept))) if kept else None
     for prefix, module in model.named_modules():
+        before = _types(module)
         for name, parameter in module.named_parameters(prefix, recurse=False):
             if parameter.is_floating_point() and not (pattern and pattern.search(name)):
                 largest = float(parameter.detach().abs().amax()) if parameter.numel() else 0.0
@@ -75,3 +87,10 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
             )
             if stored and buffer is not None and not (pattern and pattern.search(f"{prefix}.{name}")):
                 module._buffers[name] = buffer.to(dtype)
+        if _types(module) != before:
+            changed(module, prefix)
+
+
+def _types(module: nn.Module) -> list[torch.dtype | None]:
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [None if tensor is None else tensor.dtype for tensor in own]

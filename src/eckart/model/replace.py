@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
-from eckart.forms import FORMS, FactoredLinear
+from eckart.forms import FORMS, FactoredLinear, build
 from eckart.model.sites import Site
+
+DENSE = "dense"
+"""In place of a form's name: an ordinary module."""
 
 
 def store(
@@ -90,6 +95,40 @@ def set_dense(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) 
     new.weight = nn.Parameter(oriented.to(dtype), requires_grad=trains)
     if bias is not None:
         new.bias = nn.Parameter(bias.to(dtype), requires_grad=trains)
+    replace(model, name, new)
+
+
+def pack(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a module at a site stores: its tensors by name, and how to rebuild it, as JSON values."""
+    tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    tensors |= dict(module.named_buffers())
+    return tensors, module.spec() if isinstance(module, FactoredLinear) else {"form": DENSE}
+
+
+def unpack(model: nn.Module, name: str, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
+    """Put at a site what :func:`pack` took apart; the tensors are shared.
+
+    Args:
+        model: the model to change.
+        name: the site.
+        tensors: by name.
+        spec: as it was packed.
+    """
+    old: Any = model.get_submodule(name)
+    trains = any(parameter.requires_grad for parameter in old.parameters())
+    if spec["form"] == DENSE:
+        new = copy.copy(old)
+        new._parameters = dict(old._parameters)
+    else:
+        with torch.device("meta"):
+            new = build(dict(spec)).eval()
+    for path, tensor in tensors.items():
+        where, _, key = path.rpartition(".")
+        owner = new.get_submodule(where)
+        if key in owner._buffers:
+            owner._buffers[key] = tensor
+        else:
+            owner._parameters[key] = nn.Parameter(tensor, requires_grad=trains)
     replace(model, name, new)
 
 

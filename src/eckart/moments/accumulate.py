@@ -1,20 +1,26 @@
 """Running statistics of a site's inputs and output gradients.
 
-Sums and token counts, never means, so that two accumulators over different text merge into the one over
-both. Sums are kept in float32 and merged in float64.
+Sums and token counts, never means, so that two accumulators over different text add up to the one over both.
+Grams are summed in float32, everything else in float64. An update that runs out of memory has added nothing: what
+it needs is allocated before anything is added.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from eckart.errors import NumericalError
+from eckart.linalg import Metric
+from eckart.linalg.blocks import blocks
 
 # A Gram is symmetric: from this width on only blocks on and above the diagonal are computed.
 BLOCK = 384
+# Squared gradients that are held at once, in float64: 128 MB.
+FISHER_ENTRIES = 2**24
 
 
 def add_gram(total: Tensor, rows: Tensor) -> None:
@@ -28,14 +34,16 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     if width < 2 * BLOCK:
         total.addmm_(rows.mT, rows)
         return
-    for start in range(0, width, BLOCK):
-        stop = min(start + BLOCK, width)
-        total[start:stop, start:].addmm_(rows[:, start:stop].mT, rows[:, start:])
+    for part in blocks(width, BLOCK):
+        total[part, part.start :].addmm_(rows[:, part].mT, rows[:, part.start :])
 
 
-def symmetric(total: Tensor) -> Tensor:
-    """The full matrix of a sum made by :func:`add_gram`."""
-    return torch.triu(total) + torch.triu(total, 1).mT
+def complete(total: Tensor) -> None:
+    """Fill in, in place, what :func:`add_gram` leaves out: symmetric then, up to rounding."""
+    if len(total) < 2 * BLOCK:
+        return
+    for part in blocks(len(total), BLOCK):
+        total[part.stop :, part] = total[part, part.stop :].mT
 
 
 @dataclass
@@ -43,9 +51,10 @@ class SecondMoment:
     """Sum of `x x^T` over tokens, with sums of `x` and `|x|` beside it where they are asked for.
 
     Attributes:
-        width: n.
+        width: n; 0 if that is not known before the first token.
         count: tokens seen.
-        gram: (n, n), the sum; below its block diagonal it may lag behind. None when not gathered.
+        gram: (n, n), the sum; below its block diagonal it may lag behind, until a mean is asked for. None when not
+            gathered.
         total: (n,) sum of x, float64.
         absolute: (n,) sum of |x|, float64, or None when not gathered.
     """
@@ -57,8 +66,8 @@ class SecondMoment:
     gram: Tensor | None = None
     total: Tensor | None = None
     absolute: Tensor | None = None
-    # The count at which `gram` was last made symmetric: every site of a group asks for its mean.
-    _symmetric_at: int = field(default=-1, repr=False, compare=False)
+    # Whether nothing of `gram` lags behind: every site of a group asks for its mean.
+    _complete: bool = field(default=False, repr=False, compare=False)
 
     def update(self, rows: Tensor, where: str) -> None:
         """Add tokens.
@@ -78,30 +87,43 @@ class SecondMoment:
                 f"{where}: {bad} of {rows.numel()} values are NaN or infinite. "
                 "Load the model in float32 or bfloat16 (float16 overflows), or look at this batch's text."
             )
-        self.count += len(rows)
-        self.total = sums if self.total is None else self.total + sums
-        if self.with_gram:
-            if self.gram is None:
-                self.gram = rows.new_zeros(self.width, self.width)
+        magnitudes = rows.abs().sum(0).double() if self.with_absolute else None
+        if self.with_gram and self.gram is None:
+            self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+        if self.total is None:
+            self.total = torch.zeros_like(sums)
+        if magnitudes is not None and self.absolute is None:
+            self.absolute = torch.zeros_like(magnitudes)
+        if self.with_gram and self.gram is not None:
             add_gram(self.gram, rows)
-        if self.with_absolute:
-            absolute = rows.abs().sum(0).double()
-            self.absolute = absolute if self.absolute is None else self.absolute + absolute
+            self._complete = False
+        self.total += sums
+        if magnitudes is not None and self.absolute is not None:
+            self.absolute += magnitudes
+        self.count += len(rows)
+        self.width = rows.shape[1]
 
     def merge(self, other: SecondMoment) -> None:
-        """Add what another accumulator saw, in float64."""
+        """Add what another accumulator saw."""
         self.count += other.count
         self.gram = _merged(self.gram, other.gram)
         self.total = _merged(self.total, other.total)
         self.absolute = _merged(self.absolute, other.absolute)
+        self._complete = False
+
+    @property
+    def metric(self) -> Metric:
+        """`E[x x^T]`, which reads the sum where it lies: nothing of its size is made."""
+        assert self.gram is not None, "this run did not gather Grams"
+        if not self._complete:
+            complete(self.gram)
+            self._complete = True
+        return Metric(full=self.gram, scale=1 / max(self.count, 1))
 
     @property
     def mean_gram(self) -> Tensor:
-        """`E[x x^T]`, (n, n)."""
-        assert self.gram is not None, "this run did not gather Grams"
-        if self._symmetric_at != self.count:
-            self.gram, self._symmetric_at = symmetric(self.gram), self.count
-        return self.gram / max(self.count, 1)
+        """`E[x x^T]`, (n, n), a new tensor; :attr:`metric` does without."""
+        return self.metric.matrix
 
     @property
     def mean(self) -> Tensor:
@@ -114,6 +136,25 @@ class SecondMoment:
         """`E|x|`, (n,), float64."""
         assert self.absolute is not None, "this run did not gather absolute means"
         return self.absolute / max(self.count, 1)
+
+    def without_gram(self) -> SecondMoment:
+        """The counts and means alone; the Gram is not kept alive."""
+        return replace(self, with_gram=False, gram=None)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums themselves, not copies, and the count: what adds up over processes, and what is saved."""
+        parts = {"gram": self.gram, "total": self.total, "absolute": self.absolute}
+        return _present(parts) | {"count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> SecondMoment:
+        """What :meth:`state` took apart, on the same tensors.
+
+        An accumulator that had seen nothing comes back without its width, to gather Grams.
+        """
+        gram, total, absolute = (state.get(name) for name in ("gram", "total", "absolute"))
+        count, width = int(state["count"]), 0 if total is None else len(total)
+        return cls(width, gram is not None or count == 0, absolute is not None, count, gram, total, absolute)
 
 
 @dataclass
@@ -135,9 +176,20 @@ class Fisher:
 
         The gradient of W for one sequence is `g^T x`, (m, n): formed per sequence, then squared.
         """
-        squared = torch.bmm(gradients.float().mT, inputs.float()).square_()  # (B, m, n)
-        self.rows = _merged(self.rows, squared.sum(dim=(0, 2), dtype=torch.float64))
-        self.columns = _merged(self.columns, squared.sum(dim=(0, 1), dtype=torch.float64))
+        m, n = gradients.shape[-1], inputs.shape[-1]
+        rows = gradients.new_zeros(m, dtype=torch.float64)
+        columns = inputs.new_zeros(n, dtype=torch.float64)
+        for some in blocks(len(inputs), max(1, FISHER_ENTRIES // (m * n))):
+            x = inputs[some].float()
+            for part in blocks(m, max(1, FISHER_ENTRIES // n)):
+                squared = torch.bmm(gradients[some, :, part].float().mT, x).square_().double()  # (some, part, n)
+                rows[part] += squared.sum(dim=(0, 2))
+                columns += squared.sum(dim=(0, 1))
+        if self.rows is None or self.columns is None:
+            self.rows, self.columns = rows, columns
+        else:
+            self.rows += rows
+            self.columns += columns
         self.sequences += len(inputs)
 
     def merge(self, other: Fisher) -> None:
@@ -145,6 +197,15 @@ class Fisher:
         self.rows = _merged(self.rows, other.rows)
         self.columns = _merged(self.columns, other.columns)
         self.sequences += other.sequences
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums themselves, not copies, and the count: what adds up over processes, and what is saved."""
+        return _present({"rows": self.rows, "columns": self.columns}) | {"sequences": torch.tensor(self.sequences)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> Fisher:
+        """What :meth:`state` took apart, on the same tensors."""
+        return cls(state.get("rows"), state.get("columns"), int(state["sequences"]))
 
 
 @dataclass
@@ -166,26 +227,74 @@ class Moments:
     centred: bool = False
 
     @property
-    def input_gram(self) -> Tensor:
-        """`E[x x^T]`, or the covariance of x where the bias absorbs the means; (n, n)."""
-        gram = self.inputs.mean_gram
+    def input_metric(self) -> Metric:
+        """`E[x x^T]`, or the covariance of x where the bias absorbs the means; nothing of its size is made."""
+        metric = self.inputs.metric
         if not self.centred:
-            return gram
-        mean = self.inputs.mean.to(gram)
-        return gram - torch.outer(mean, mean)
+            return metric
+        centred = replace(metric, mean=self.inputs.mean)
+        assert metric.full is not None
+        rounding = 4 * torch.finfo(metric.full.dtype).eps
+        # Of inputs that never varied nothing but rounding is left, which must not look like a direction.
+        return replace(metric, scale=0.0) if centred.mean_diagonal <= rounding * metric.mean_diagonal else centred
+
+    @property
+    def input_gram(self) -> Tensor:
+        """The matrix of :attr:`input_metric`, (n, n), a new tensor."""
+        return self.input_metric.matrix
 
     def merge(self, other: Moments) -> None:
-        """Add what another run saw of the same site; groups share inputs, so merge those once."""
+        """Add what another run saw of the same site, but for the inputs, which belong to the whole group.
+
+        :func:`eckart.moments.merge` adds up all of a model's sites, and the inputs of each group once.
+        """
         if self.gradients is not None and other.gradients is not None:
             self.gradients.merge(other.gradients)
         if self.fisher is not None and other.fisher is not None:
             self.fisher.merge(other.fisher)
         self.sequences += other.sequences
 
+    def state(self) -> dict[str, Tensor]:
+        """The parts' states as `inputs.gram` and so on, `sequences`, and `centred` where it is set.
+
+        Sites of a group would each name the same inputs: :func:`eckart.moments.pack` names them once.
+        """
+        state = {"sequences": torch.tensor(self.sequences)}
+        for name, part in (("inputs", self.inputs), ("gradients", self.gradients), ("fisher", self.fisher)):
+            if part is not None:
+                state |= {f"{name}.{key}": tensor for key, tensor in part.state().items()}
+        return state | ({"centred": torch.tensor(1)} if self.centred else {})
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor], inputs: SecondMoment | None = None) -> Moments:
+        """What :meth:`state` took apart, on the same tensors.
+
+        Args:
+            state: of the site.
+            inputs: of its group, where they are there already.
+        """
+        gradients, fisher = _part(state, "gradients"), _part(state, "fisher")
+        return cls(
+            inputs if inputs is not None else SecondMoment.from_state(_part(state, "inputs")),
+            SecondMoment.from_state(gradients) if gradients else None,
+            Fisher.from_state(fisher) if fisher else None,
+            int(state["sequences"]),
+            "centred" in state,
+        )
+
 
 def _merged(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """The sum, in place in `first` where its dtype allows: a wide one is not held twice."""
     if second is None:
         return first
     if first is None:
         return second.clone()  # sums are added to in place, and the other accumulator keeps its own
-    return (first.double() + second.double()).to(torch.promote_types(first.dtype, second.dtype))
+    return first.to(torch.promote_types(first.dtype, second.dtype)).add_(second)
+
+
+def _present(parts: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in parts.items() if tensor is not None}
+
+
+def _part(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in state.items() if key.startswith(f"{name}.")}

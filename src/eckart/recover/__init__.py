@@ -1,5 +1,5 @@
 """Ways to make quality come back after factoring."""
 
-from eckart.recover.refit import refit
+from eckart.recover.refit import Refit, refittable
 
-__all__ = ["refit"]
+__all__ = ["Refit", "refittable"]

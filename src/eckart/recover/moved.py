@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from eckart.linalg import require_finite
+from eckart.linalg import Metric, require_finite
+from eckart.linalg.blocks import blocks
 from eckart.moments import SecondMoment
+from eckart.moments.accumulate import add_gram
 
 # lambda, relative to the mean of the diagonal of E[x~ x~^T], for as many tokens as features. The regression of x on x~
 # has n coefficients an output to learn from N tokens: its noise, and the ridge that it needs, go with n / N.
@@ -22,7 +25,7 @@ class MovedInputs:
 
     Attributes:
         count: tokens.
-        gram: (n, n) sum of x~ x~^T.
+        gram: (n, n) sum of x~ x~^T; below its block diagonal it may lag behind, as in a `SecondMoment`.
         cross: (n, n) sum of (x - x~) x~^T.
         total: (n,) sum of x.
         moved: (n,) sum of x~.
@@ -42,21 +45,23 @@ class MovedInputs:
         return cls(0, square, square.clone(), vector, vector.clone())
 
     def update(self, before: Tensor, now: Tensor, where: str) -> None:
-        """Add tokens: x and x~, both (tokens, n); `where` names them in errors.
+        """Add tokens: x and x~, both (tokens, n); `where` names them in errors. All or nothing.
 
         Raises:
             NumericalError: if the compressed model's x~ is not finite.
         """
         before, now = before.float(), now.float()
         require_finite(now, where)
+        difference = before - now
+        total, moved = before.sum(0, dtype=torch.float64), now.sum(0, dtype=torch.float64)
+        add_gram(self.gram, now)
+        self.cross.addmm_(difference.mT, now)
+        self.total += total
+        self.moved += moved
         self.count += len(now)
-        self.gram.addmm_(now.mT, now)
-        self.cross.addmm_((before - now).mT, now)
-        self.total += before.sum(0, dtype=torch.float64)
-        self.moved += now.sum(0, dtype=torch.float64)
 
     def second_moment(self) -> SecondMoment:
-        """Of x~, in the shape that metrics read."""
+        """Of x~, in the shape that metrics read; it shares the Gram."""
         return SecondMoment(self.gram.shape[0], count=self.count, gram=self.gram, total=self.moved)
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -71,17 +76,40 @@ class MovedInputs:
         """
         if self.count == 0:
             return weight
-        gram = self.gram.double() / self.count
-        cross = self.cross.double() / self.count
-        if centred:
-            mean, moved = self.means()
-            gram = gram - torch.outer(moved, moved)
-            cross = cross - torch.outer(mean - moved, moved)
+        gram = self._metric(centred).dense(torch.float64)
         scale = gram.diagonal().mean()
         if not bool(scale > 0):  # dead inputs: nothing moved that could be seen
             return weight
         ridge = max(LEAST_RIDGE, RIDGE * len(gram) / self.count)
         gram.diagonal().add_(ridge * scale)
-        lower = torch.linalg.cholesky(gram)  # positive definite by the ridge
-        shift = torch.cholesky_solve(cross.mT, lower).mT  # (n, n), cross gram^-1
-        return weight + (weight.double() @ shift).to(weight)
+        lower = gram.mT  # symmetric, and column by column, as LAPACK writes the factor over it
+        torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge
+        shift = self._times_cross(weight, centred).mT  # (n, m), (W cross)^T
+        return weight + torch.cholesky_solve(shift, lower).mT.to(weight)
+
+    def _metric(self, centred: bool) -> Metric:
+        """`E[x~ x~^T]`, or the covariance of x~."""
+        metric = self.second_moment().metric
+        return Metric(full=metric.full, scale=metric.scale, mean=self.means()[1] if centred else None)
+
+    def _times_cross(self, weight: Tensor, centred: bool) -> Tensor:
+        """`W E[(x - x~) x~^T]`, (m, n), float64; the covariance where centred."""
+        weight = weight.double()
+        product = weight.new_empty(weight.shape)
+        for part in blocks(len(self.cross)):
+            product[:, part] = weight @ self.cross[:, part].double()
+        product /= self.count
+        if centred:
+            mean, moved = self.means()
+            product.addr_(weight @ (mean - moved), moved, alpha=-1)
+        return product
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums themselves, not copies, and the count: what adds up over processes, and what is saved."""
+        sums = {"gram": self.gram, "cross": self.cross, "total": self.total, "moved": self.moved}
+        return sums | {"count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> MovedInputs:
+        """What :meth:`state` took apart, on the same tensors."""
+        return cls(int(state["count"]), state["gram"], state["cross"], state["total"], state["moved"])

@@ -8,120 +8,159 @@ A site that the plan leaves dense is moved too: its target is stored as it is.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from eckart.allocate import DENSE, Choice
-from eckart.data import Batch
-from eckart.data.inference import device_of, evaluating, forward, progress
 from eckart.linalg import factorise
 from eckart.methods import Method
-from eckart.model import Site, dense_weight, replace, set_dense, store
+from eckart.model import Site, dense_weight, pack, replace, set_dense, store, unpack
 from eckart.moments import Moments, real_rows
+from eckart.processes import Processes
 from eckart.recover.moved import MovedInputs
-from eckart.recover.walk import Walker, block_of, chains
+from eckart.walk import Groups, Walk, split_by_segment
 
 
-def refit(
-    original: nn.Module,
-    compressed: nn.Module,
-    sites: Sequence[Site],
-    choices: Mapping[str, Choice],
-    groups: Mapping[str, Sequence[str]],
-    moments: Mapping[str, Moments],
-    method: Method,
-    batches: Sequence[Batch],
-    leave: Collection[str] = (),
-) -> list[str]:
-    """Solve every site again, in place in `compressed`.
+@dataclass(frozen=True)
+class Refit:
+    """What is needed to solve sites again.
+
+    Attributes:
+        sites: all sites, by name.
+        choices: site -> form and rank; ranks stay.
+        solved: the sites that have statistics.
+        moments: gives those of the original model; the gradient side is used again. Asked by the first process alone.
+        method: its metric is used on the moved inputs.
+        processes: share the batches.
+    """
+
+    sites: Mapping[str, Site]
+    choices: Mapping[str, Choice]
+    solved: Collection[str]
+    moments: Callable[[str], Moments]
+    method: Method
+    processes: Processes = field(default_factory=Processes)
+
+    def step(self, before: Walk, now: Walk, step: int, groups: Groups) -> tuple[list[str], list[str]]:
+        """Solve the sites of one step's block again, in place in the compressed model.
+
+        Args:
+            before: the walk through the original model, with the step before done.
+            now: the same for the compressed model.
+            step: which step.
+            groups: leader -> members, those inside the step's block.
+
+        Returns:
+            Names of the sites that were stored anew, and notes of fallbacks.
+        """
+        changed: list[str] = []
+        notes: list[str] = []
+        for leader, members in groups.items():
+            known = [name for name in members if name in self.solved]
+            if not known:
+                continue
+            moved = self._seen(before, now, step, leader)
+            for name in known:
+                found: list[str] = []
+                failed: BaseException | None = None
+                if self.processes.main:
+                    try:
+                        found = self._solve(before.model, now.model, name, self.moments(name), moved)
+                    except Exception as error:
+                        failed = error
+                self.processes.agree(failed)
+                notes += self._to_all(now.model, name, found)
+            changed += known
+        return changed, notes
+
+    def _seen(self, before: Walk, now: Walk, step: int, leader: str) -> MovedInputs:
+        """Pairs of what a group was given and is given now; over all processes, on the first one."""
+        moved = MovedInputs.empty(self.sites[leader].in_features, now.device)
+        with before.at(step), now.at(step):
+            for batch in now.batches:
+                x, y = before.look(step, batch, leader), now.look(step, batch, leader)
+                moved.update(real_rows(x, batch), real_rows(y, batch), f"input of {leader} in the compressed model")
+        if self.processes.size == 1:
+            return moved
+        state = moved.state()
+        self.processes.reduce(state, 0)
+        return MovedInputs.from_state(state)
+
+    def _to_all(self, model: nn.Module, name: str, notes: list[str]) -> list[str]:
+        """Give every process what the first one has stored; returns its notes."""
+        if self.processes.size == 1:
+            return notes
+        tensors, spec = pack(model.get_submodule(name)) if self.processes.main else ({}, {})
+        tensors, content = self.processes.broadcast((tensors, {"spec": spec, "notes": notes}))
+        if not self.processes.main:
+            unpack(model, name, tensors, content["spec"])
+        return list(content["notes"])
+
+    def _solve(
+        self, original: nn.Module, compressed: nn.Module, name: str, moments: Moments, moved: MovedInputs
+    ) -> list[str]:
+        """Solve one site on its moved inputs and store it; returns notes."""
+        site, choice = self.sites[name], self.choices[name]
+        old: Any = original.get_submodule(name)
+        current: Any = compressed.get_submodule(name)
+        device = moved.gram.device
+        weight = dense_weight(old).to(device).float()
+        target = moved.target(weight, centred=moments.centred)
+        bias = old.bias.detach().to(device) if site.has_bias else None
+        notes: list[str] = []
+        if choice.form == DENSE:
+            stored = target
+        else:
+            now = with_changes(moments, inputs=moved.second_moment())
+            solved = factorise(self.method.metric(target, now), name)
+            notes.extend(solved.notes)
+            left, right = solved.truncated(choice.rank)
+            stored = left @ right
+        if bias is not None and moments.centred:
+            mean, shifted = moved.means()
+            bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
+        if choice.form == DENSE:
+            set_dense(compressed, name, stored, bias)
+            return notes
+        dtype = next(p.dtype for p in current.parameters())
+        module, fallback = store(site, choice.form, choice.rank, left, right, bias, dtype)
+        replace(compressed, name, module)
+        return [*notes, fallback] if fallback is not None else notes
+
+
+def refittable(
+    groups: Mapping[str, Sequence[str]], walk: Walk, leave: Collection[str]
+) -> tuple[dict[int, Groups], list[str]]:
+    """Which groups are solved again at which step.
 
     Args:
-        original: the model as it was.
-        compressed: the model with forms in place.
-        sites: all sites.
-        choices: site -> form and rank; ranks stay.
         groups: leader -> members, in order of the forward pass.
-        moments: site -> statistics of the original model; the gradient side is used again.
-        method: its metric is used on the moved inputs.
-        batches: calibration data.
-        leave: sites whose input is not one tensor a pass; they stay as they are.
+        walk: through the original model.
+        leave: sites whose input is not one tensor a pass.
 
     Returns:
-        Notes of what could not be refitted, and fallbacks.
+        Step -> groups, and notes of what is left as it is.
     """
-    groups = {leader: members for leader, members in groups.items() if not set(members) & set(leave)}
+    order = walk.order
+    steps: dict[int, Groups] = {}
     notes = [f"{name}: not refitted, it reads more than one input" for name in leave]
-    by_name = {site.name: site for site in sites}
-    runs = {model: [partial(forward, model, batch.inputs) for batch in batches] for model in (original, compressed)}
-    walked: set[str] = set()
-    with evaluating(original, compressed):
-        for blocks in chains(list(groups), original):
-            mine = {leader: members for leader, members in groups.items() if block_of(leader, original) in blocks}
-            walked |= set(mine)
-            before = Walker.start(original, blocks, runs[original])
-            now = Walker.start(compressed, blocks, runs[compressed]) if before is not None else None
-            if before is None or now is None:
-                notes.append(f"{blocks[0].rpartition('.')[0]}: its blocks do not form one chain; not refitted")
-                continue
-            for index, block in enumerate(progress(blocks, what="refitting", total=len(blocks))):
-                for leader, members in mine.items():
-                    if block_of(leader, original) != block:
-                        continue
-                    moved = MovedInputs.empty(by_name[leader].in_features, device_of(compressed))
-                    for batch, x, y in zip(
-                        batches, before.inputs(index, leader), now.inputs(index, leader), strict=True
-                    ):
-                        moved.update(
-                            real_rows(x, batch), real_rows(y, batch), f"input of {leader} in the compressed model"
-                        )
-                    for name in members:
-                        if name in moments:
-                            site, choice = by_name[name], choices[name]
-                            notes += _solve(original, compressed, site, choice, moments[name], method, moved)
-                before.advance(index)
-                now.advance(index)
-    outside = [leader for leader in groups if leader not in walked and leader in moments]
+    outside: list[str] = []
+    several: list[str] = []
+    for leader, members in split_by_segment(groups, order).items():
+        if set(members) & set(leave):
+            continue
+        if leader in order.between:
+            outside.append(leader)
+        elif len(order.segments[leader]) > 1:
+            several.append(leader)
+        else:
+            steps.setdefault(order.segments[leader][0], {})[leader] = members
+    if several:
+        notes.append(f"not refitted, called by several layers: {', '.join(several[:5])}")
     if outside:
         notes.append(f"not refitted, outside the blocks: {', '.join(outside[:5])}")
-    return notes
-
-
-def _solve(
-    original: nn.Module,
-    compressed: nn.Module,
-    site: Site,
-    choice: Choice,
-    moments: Moments,
-    method: Method,
-    moved: MovedInputs,
-) -> list[str]:
-    """Solve one site on its moved inputs and store it; returns notes."""
-    old: Any = original.get_submodule(site.name)
-    current: Any = compressed.get_submodule(site.name)
-    weight = dense_weight(old).float()
-    centred = moments.centred
-    target = moved.target(weight, centred=centred)
-    bias = old.bias.detach() if site.has_bias else None
-    notes: list[str] = []
-    if choice.form == DENSE:
-        stored = target
-    else:
-        now = with_changes(moments, inputs=moved.second_moment())
-        solved = factorise(method.metric(target, now), site.name)
-        notes.extend(solved.notes)
-        left, right = solved.truncated(choice.rank)
-        stored = left @ right
-    if bias is not None and centred:
-        mean, shifted = moved.means()
-        bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
-    if choice.form == DENSE:
-        set_dense(compressed, site.name, stored, bias)
-        return notes
-    dtype = next(current.parameters()).dtype
-    module, fallback = store(site, choice.form, choice.rank, left, right, bias, dtype)
-    replace(compressed, site.name, module)
-    return [*notes, fallback] if fallback is not None else notes
+    return steps, notes

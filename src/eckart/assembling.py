@@ -1,0 +1,220 @@
+"""From a plan and factors to a smaller model: forms put in place, and solved again on their own inputs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.allocate import DENSE, Plan
+from eckart.calibrate import show_steps
+from eckart.data import Batch
+from eckart.data.inference import forward, progress
+from eckart.model import Site, Weights, cast, dense_weight, pack, shared_clone, store, unpack
+from eckart.moments import Moments
+from eckart.planning import Settings
+from eckart.recover import Refit, refittable
+from eckart.running import ready
+from eckart.shelf import Shelf
+from eckart.walk import UnwalkableError, Walk, blocks_of, split_by_block, take_apart
+from eckart.workplace import Workplace
+
+logger = logging.getLogger(__name__)
+
+STORED, REFITTED = "stored", "refitted"
+"""Stages of a run, as its store names them."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """A model and the place where a smaller copy of it is put together.
+
+    Attributes:
+        model: the original.
+        sites: what may be replaced.
+        weights: of the original, brought in as they are needed.
+        workplace: where things are kept.
+        dtype: of stored numbers; None for the model's own.
+    """
+
+    model: PreTrainedModel
+    sites: Sequence[Site]
+    weights: Weights
+    workplace: Workplace
+    dtype: torch.dtype | None
+
+    def put(self, plan: Plan, shelf: Shelf) -> tuple[PreTrainedModel, list[str]]:
+        """A copy of the model with the planned forms in place, in the stored dtype, and notes of fallbacks."""
+        compressed = shared_clone(self.model)
+        by_name = {site.name: site for site in self.sites}
+        chosen = {name: (name,) for name in by_name if plan.choices[name].form != DENSE}
+        notes: list[str] = []
+        place, processes = self.workplace, self.workplace.processes
+        there = processes.broadcast(({}, {"there": place.store.entries(STORED)}))[1]["there"]
+        parts = split_by_block(chosen, self.model)
+        for block, groups in progress(parts.items(), what="storing", total=len(parts)):
+            name = block or "outside"
+            if processes.main and name not in there:
+                place.store.write(STORED, name, *self._stored([by_name[site] for site in groups], plan, shelf))
+            content = self._to_all(STORED, name)
+            notes += self._install(compressed, STORED, name)
+            for note in content["notes"]:
+                logger.warning(note)
+        if self.dtype is not None:
+            cast(compressed, self.dtype)
+        return compressed, notes
+
+    def refitted(
+        self,
+        compressed: PreTrainedModel,
+        plan: Plan,
+        shelf: Shelf,
+        settings: Settings,
+        groups: Mapping[str, Sequence[str]],
+        batches: Sequence[Batch],
+        solved: Sequence[str],
+        leave: Sequence[str],
+    ) -> tuple[PreTrainedModel, list[str]]:
+        """A copy of the smaller model, every site solved again on the inputs that the copy gives it.
+
+        Args:
+            compressed: as :meth:`put` made it; not changed.
+            plan: ranks stay.
+            shelf: statistics of the original's outputs.
+            settings: the method.
+            groups: leader -> members.
+            batches: of all processes.
+            solved: sites that have statistics.
+            leave: sites that read more than one input.
+
+        Returns:
+            The copy, and notes of what was left as it was.
+        """
+        fitted = shared_clone(compressed)
+        place, processes = self.workplace, self.workplace.processes
+        walks = self._walks(fitted, [n for members in groups.values() for n in members], batches)
+        if isinstance(walks, str):
+            return compressed, [f"the refit was left out: {walks}"]
+        before, now = walks
+        steps, notes = refittable(groups, before, leave)
+
+        def moments(name: str) -> Moments:
+            found = shelf[name].moments
+            assert found is not None, "statistics are kept where a refit is asked for"
+            return found
+
+        work = Refit(
+            {site.name: site for site in self.sites}, plan.choices, frozenset(solved), moments, settings.method,
+            processes,
+        )  # fmt: skip
+        there = set(processes.broadcast(({}, {"there": place.store.entries(REFITTED)}))[1]["there"])
+        last = max(steps, default=-1)
+        done = [step for step in sorted(steps) if str(step) in there]
+        for step in done:
+            self._to_all(REFITTED, str(step))
+            notes += self._install(fitted, REFITTED, str(step))
+        first = next((step for step in sorted(steps) if str(step) not in there), last + 1)
+        waits = first == 0 or (before.waits_at(first - 1) and now.waits_at(first - 1))
+        found_there = {"waits": torch.tensor(int(waits))}
+        processes.all_reduce(found_there)
+        start = first if int(found_there["waits"]) == processes.size else 0
+        for step in show_steps(range(start, last + 1), "refitting"):
+            if step in steps and str(step) not in there:
+                changed, found = work.step(before, now, step, steps[step])
+                if processes.main or changed:
+                    place.store.write(REFITTED, str(step), *_packed(fitted, changed, found))
+                notes += self._install(fitted, REFITTED, str(step))
+            for walk in (before, now):
+                with walk.at(step):
+                    for batch in walk.batches:
+                        walk.forward(step, batch)
+                walk.forget(step - 1)
+        before.forget_all()
+        now.forget_all()
+        return fitted, notes
+
+    def _walks(
+        self, fitted: PreTrainedModel, names: Sequence[str], batches: Sequence[Batch]
+    ) -> tuple[Walk, Walk] | str:
+        """The original and the copy, each before its first step; or why they cannot be walked."""
+        place = self.workplace
+        waiting = place.waiting_room()
+        first = batches[0].rows(0, 1)
+        mine = place.processes.share(batches)
+        made: list[Walk] = []
+        for name, model, weights in (
+            ("before", self.model, self.weights),
+            ("now", fitted, Weights(fitted, place.compute_stored)),
+        ):
+            blocks = blocks_of(names, model)
+
+            def run(batch: Batch, model: PreTrainedModel = model) -> Any:
+                return forward(model, batch.inputs)
+
+            held = ready(model, weights, blocks)
+            try:
+                with held(None):
+                    order, structures = take_apart(model, names, run, first, waiting, held=held, device=weights.device)
+            except UnwalkableError as error:
+                return f"{type(model).__name__} cannot be walked block by block ({error})"
+            walk = Walk(model, order, run, mine, waiting, held=held, device=weights.device, name=name)
+            walk.structures = structures
+            made.append(walk)
+        return made[0], made[1]
+
+    def _stored(self, sites: Sequence[Site], plan: Plan, shelf: Shelf) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The modules of some sites, packed."""
+        tensors: dict[str, Tensor] = {}
+        content: dict[str, Any] = {"sites": {}, "notes": []}
+        for site in sites:
+            choice, solved = plan.choices[site.name], shelf[site.name]
+            old: Any = self.model.get_submodule(site.name)
+            weight = dense_weight(old)
+            left, right = solved.factors.truncated(choice.rank)
+            bias = old.bias.detach() if site.has_bias else None
+            if bias is not None and solved.mean is not None:
+                # The metric was the covariance: the mean's share of the error goes into the bias.
+                mean = solved.mean.to(weight.device)
+                rest = weight.double() @ mean - left.to(weight.device).double() @ (
+                    right.to(weight.device).double() @ mean
+                )
+                bias = bias.double() + rest
+            module, fallback = store(site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype)
+            if fallback is not None:
+                content["notes"].append(fallback)
+            packed, spec = pack(module)
+            content["sites"][site.name] = spec
+            tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}
+        return tensors, content
+
+    def _install(self, model: PreTrainedModel, stage: str, name: str) -> list[str]:
+        """Put an entry's modules into a model; returns its notes."""
+        tensors, content = self.workplace.store.read(stage, name)
+        for site, spec in content["sites"].items():
+            own = {k.removeprefix(f"{site}/"): v for k, v in tensors.items() if k.startswith(f"{site}/")}
+            unpack(model, site, own, spec)
+        return list(content["notes"])
+
+    def _to_all(self, stage: str, name: str) -> dict[str, Any]:
+        """Give every process an entry of the first one; returns its content."""
+        place = self.workplace
+        if place.processes.size > 1:
+            entry = place.store.read(stage, name) if place.processes.main else ({}, {})
+            tensors, content = place.processes.broadcast(entry)
+            if not place.processes.main and name not in place.store.entries(stage):
+                place.store.write(stage, name, tensors, content)
+        return place.store.read(stage, name)[1]
+
+
+def _packed(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    specs: dict[str, Any] = {}
+    for name in names:
+        packed, specs[name] = pack(model.get_submodule(name))
+        tensors |= {f"{name}/{key}": value for key, value in packed.items()}
+    return tensors, {"sites": specs, "notes": notes}

@@ -1,0 +1,277 @@
+"""Whether a model is worked on as a whole or block by block, what either takes, and the place that is set up for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from eckart.checkpoint.cache import Cache
+from eckart.checkpoint.fingerprint import files_fingerprint
+from eckart.checkpoint.journal import Journal
+from eckart.checkpoint.load import blank
+from eckart.checkpoint.lock import output_path
+from eckart.data import kind_of
+from eckart.errors import ModelError
+from eckart.memory import Estimate, free, human, solving_bytes, statistics_bytes
+from eckart.model import Compute, Sites, find_sites
+from eckart.planning import Budget, Settings, largest_ranks
+from eckart.processes import Processes
+from eckart.recipe import Recipe
+from eckart.walk import blocks_of, split_by_block
+from eckart.workplace import Workplace
+
+logger = logging.getLogger(__name__)
+
+CACHE_MEMORY = 0.5
+"""GB of hidden states that stay in memory, unless told otherwise."""
+
+ROOM = 0.8
+"""The part of free memory that a run may plan with."""
+
+FLOAT32 = 4
+# What does not change the result, and so may change between a run that was broken off and the one that goes on.
+FREE = ("model", "revision", "data", "data_config", "data_split", "data_revision", "stream", "cache_memory", "device",
+        "trust_remote_code")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run takes, as a whole and block by block, in bytes.
+
+    Attributes:
+        whole: of memory, everything at once.
+        streamed: of memory, block by block.
+        disk: of room for the journal and the hidden states, block by block; without the result itself.
+        blocks: how many there are.
+        at_once: how many blocks' statistics fit, where a model must be run as a whole.
+    """
+
+    whole: Estimate
+    streamed: Estimate
+    disk: int
+    blocks: int
+    at_once: int
+
+
+def needs_of(model: nn.Module, recipe: Recipe, settings: Settings, room: int | None) -> Needs:
+    """Estimate before anything is read.
+
+    Args:
+        model: may be on the meta device.
+        recipe: what is asked for.
+        settings: the method.
+        room: bytes of free memory; None if nobody knows.
+    """
+    sites = find_sites(model, recipe.targets, recipe.ignore)
+    shapes = {site.name: site.shape for site in sites.chosen}
+    needs = settings.needs(planned=recipe.plan is not None)
+    blocks = blocks_of(list(shapes), model)
+    elements = sum(p.numel() for p in model.parameters())
+    per_block = {block: sum(p.numel() for p in model.get_submodule(block).parameters()) for block in blocks}
+    # Which sites share an input shows when the model runs; until then each counts its own.
+    groups = split_by_block({name: (name,) for name in shapes}, model)
+    statistics = {
+        block: statistics_bytes([shapes[n] for n in own], [[i] for i in range(len(own))], needs)
+        for block, own in groups.items()
+    }
+    solving = max(solving_bytes(*shape, needs) for shape in shapes.values())
+    limits = _limits(model, sites, recipe, settings)
+    factors = {name: (sum(shape) * limits[name]) * FLOAT32 for name, shape in shapes.items()}
+    in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
+    stored = _stored(recipe, elements)
+    text = _text(model, recipe)
+    cache = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
+    width = max(columns for _, columns in shapes.values())
+    running = text.batch * width * FLOAT32 * (8 if needs & {"gradients", "fisher"} else 4)
+    whole = Estimate(
+        block=elements * FLOAT32 + stored,
+        statistics=sum(statistics.values()),
+        solving=solving + sum(factors.values()),
+        text=running * (max(len(blocks), 1) if needs & {"gradients", "fisher"} else 1),
+        free=room,
+    )
+    largest = max(per_block.values(), default=elements)
+    outside = elements - sum(per_block.values())
+    streamed = Estimate(
+        block=largest * FLOAT32,
+        statistics=max(statistics.values(), default=0),
+        solving=solving + in_block,
+        text=cache + running,
+        outside=min(outside, largest) * FLOAT32,
+        free=room,
+    )
+    spare = (room or 0) * ROOM - whole.block - solving - running
+    at_once = int(spare // max(1, *statistics.values())) if needs else len(blocks)
+    return Needs(whole, streamed, _disk(model, sites, settings, recipe, factors, stored, text), len(blocks),
+                 max(1, at_once))  # fmt: skip
+
+
+@contextmanager
+def workplace(
+    folder: Path,
+    output_dir: Path,
+    recipe: Recipe,
+    settings: Settings,
+    processes: Processes,
+    dtype: torch.dtype,
+    *,
+    restart: bool = False,
+    trust_remote_code: bool = False,
+) -> Iterator[tuple[Workplace, str]]:
+    """The place where a checkpoint is worked on.
+
+    Args:
+        folder: the checkpoint.
+        output_dir: what will be published; an unfinished run's journal lies beside it.
+        recipe: what is asked for.
+        settings: the method.
+        processes: who works.
+        dtype: the checkpoint's own type.
+        restart: throw an unfinished run away.
+        trust_remote_code: the model brings its own code, and may.
+
+    Yields:
+        The place, and in words what was chosen and what it takes. A journal is removed when all went well.
+
+    Raises:
+        CheckpointError: an unfinished run was another one, or there is no room on the disk.
+    """
+    with processes.together():
+        needs = _tried(folder, recipe, settings, processes, trust_remote_code)
+    unfinished = output_path(output_dir).with_name(f"{output_path(output_dir).name}.partial").is_dir()
+    streaming = recipe.stream == "on" or (recipe.stream == "auto" and (unfinished or _too_large(needs)))
+    at_once = needs.at_once if needs is not None else 1
+    # Each process sees its own memory; all do as the first one does.
+    streaming, at_once = processes.broadcast([streaming, at_once])
+    on_accelerator = recipe.device is not None and not recipe.device.startswith("cpu")
+    device = processes.device if recipe.device is not None else torch.device("cpu")
+    if not streaming:
+        words = f"in memory, as a whole: {needs.whole}" if needs is not None else "in memory, as a whole"
+        yield Workplace(processes=processes), words
+        return
+    compute = Compute(device, None if on_accelerator else torch.float32)
+    key = _key(folder, recipe, settings, processes, dtype)
+    target = output_path(output_dir)
+    place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
+    with processes.together():
+        journal = Journal.open(place, key, restart=restart)
+        _check_space(journal, needs)
+    memory = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
+    cache = Cache(memory, journal.path("waiting"), durable=True)
+    entries = len(journal.entries("solved"))
+    words = "block by block" + (f": {needs.streamed}; {human(needs.disk)} of disk" if needs is not None else "")
+    if entries:
+        words += f"; {entries} windows are done already"
+    yield Workplace(compute, journal, cache, processes, at_once), words
+    cache.close()
+    journal.remove()
+
+
+def _check_space(journal: Journal, needs: Needs | None) -> None:
+    """Refuse a disk that is too small, before hours of work."""
+    if needs is None:
+        return
+    # What an unfinished run has written already is not needed again.
+    there = sum(file.stat().st_size for file in journal.folder.rglob("*") if file.is_file())
+    journal.check_space(max(0, needs.disk - there), "the factors and hidden states of all blocks")
+
+
+def _tried(
+    folder: Path, recipe: Recipe, settings: Settings, processes: Processes, trust_remote_code: bool
+) -> Needs | None:
+    """The estimate; None for a model that cannot be looked at without its weights."""
+    try:
+        model = blank(folder, trust_remote_code=trust_remote_code)
+        # Processes of one machine share its memory; GPUs each have their own.
+        shared = 1 if processes.device.type == "cuda" else processes.size
+        room = free(processes.device)
+        return needs_of(model, recipe, settings, None if room is None else room // shared)
+    except ModelError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        logger.info("%s: no estimate of memory (%s)", folder, error)
+        return None
+
+
+def _too_large(needs: Needs | None) -> bool:
+    if needs is None or needs.whole.free is None:
+        return False
+    return needs.whole.total > ROOM * needs.whole.free
+
+
+def _key(folder: Path, recipe: Recipe, settings: Settings, processes: Processes, dtype: torch.dtype) -> dict[str, Any]:
+    """What the result depends on; the text joins it when it has been read."""
+    asked = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in FREE}
+    if recipe.plan is not None:
+        asked["plan"] = Path(recipe.plan).read_text(encoding="utf-8")
+    return {
+        "model": files_fingerprint(folder),
+        "eckart": version("eckart"),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "processes": processes.size,
+        "process": processes.rank,
+        "device": processes.device.type,
+        "options": {name: value for name, value in asked.items() if value is not None},
+    }
+
+
+def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings) -> dict[str, int]:
+    return largest_ranks(sites, settings, recipe, recipe.keep, Budget.of_recipe(model, sites, recipe))
+
+
+def _stored(recipe: Recipe, elements: int) -> int:
+    """Bytes of the compressed model."""
+    size = getattr(torch, recipe.dtype).itemsize if recipe.dtype else FLOAT32
+    return int(elements * size * recipe.keep)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Tokens of the calibration text, as far as they can be known before it is read."""
+
+    all: int
+    batch: int
+
+
+def _text(model: nn.Module, recipe: Recipe) -> _Text:
+    config: Any = getattr(model, "config", None)
+    length = recipe.max_seq_length or min(512, getattr(config, "max_position_embeddings", None) or 512)
+    samples = recipe.num_samples or (128 if kind_of(config, model) == "causal" else 1024)
+    return _Text(samples * length, (recipe.batch_size or 8) * length)
+
+
+def _disk(
+    model: nn.Module,
+    sites: Sites,
+    settings: Settings,
+    recipe: Recipe,
+    factors: dict[str, int],
+    stored: int,
+    text: _Text,
+) -> int:
+    """Room for factors, modules, what the refit keeps, and hidden states."""
+    config: Any = getattr(model, "config", None)
+    width = getattr(config, "hidden_size", None) or max(site.in_features for site in sites.chosen)
+    steps = len(blocks_of([site.name for site in sites.chosen], model))
+    backward = bool(settings.needs(planned=recipe.plan is not None) & {"gradients", "fisher"})
+    streams = text.all * width * FLOAT32 * ((steps + 2) if backward else 2)
+    total = sum(factors.values()) + stored
+    if settings.refit:
+        outputs = sum(site.out_features**2 for site in sites.chosen) * FLOAT32 if backward else 0
+        total += stored + outputs + text.all * width * FLOAT32 * 4
+    return total + streams
+
+
+def scratch(place: Workplace) -> Path:
+    """Where weights are written that have no file of their own."""
+    assert isinstance(place.store, Journal)
+    return place.store.path("weights")

@@ -1,0 +1,100 @@
+"""Whether walking a model gives what running it gives, tried on one example before the long work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from eckart.walk.blocks import Order, UnwalkableError, order_of
+from eckart.walk.output import Structure
+from eckart.walk.walk import Store, Walk
+
+# Both run the same operations on the same numbers; what differs beyond rounding was computed from something else.
+TOLERANCE = 1e-4
+
+
+def take_apart(
+    model: nn.Module,
+    names: Sequence[str],
+    run: Callable[[Any], Any],
+    example: Any,
+    store: Store,
+    *,
+    backward: bool = False,
+    **more: Any,
+) -> tuple[Order, dict[int, Structure]]:
+    """Find the steps of a model, and walk one example through them.
+
+    Args:
+        model: in evaluation mode.
+        names: modules whose segments are to be known.
+        run: runs the model on a batch and returns its output.
+        example: a batch of one row.
+        store: where tensors wait meanwhile.
+        backward: whether it will be walked backwards too. Then the output of a named module between two blocks may be
+            read by the next block alone: the gradient at it comes in one piece.
+        **more: `held` and `device` of :class:`Walk`.
+
+    Returns:
+        The steps, and what each puts out.
+
+    Raises:
+        UnwalkableError: there are no blocks, or the walk's output is not the model's; the text says why.
+    """
+    with torch.no_grad():
+        plain: list[Any] = []
+        order = order_of(model, names, lambda: plain.append(run(example)))
+        walk = Walk(model, order, run, [example], store, name="check", **more)
+        handles = _poisoned(walk) if backward else []
+        try:
+            for step in range(order.tail):
+                with walk.at(step):
+                    walk.forward(step, example)
+                walk.forget(step - 1)
+            walked = walk.finish(example)
+        except UnwalkableError:
+            raise
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            # Whatever a model's own code makes of a stand-in.
+            raise UnwalkableError(f"with stand-ins for its blocks it fails: {type(error).__name__}: {error}") from error
+        finally:
+            for handle in handles:
+                handle.remove()
+            walk.forget_all()
+    _compare(plain[0], walked)
+    return order, walk.structures
+
+
+def _poisoned(walk: Walk) -> list[Any]:
+    """Modules between blocks put out NaN in all passes but their own segment's: who reads it then is found out."""
+
+    def spoil(name: str) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, output: Any) -> Any:
+            later = walk.segment > max(walk.order.segments[name])
+            return torch.full_like(output, float("nan")) if later and isinstance(output, Tensor) else output
+
+        return hook
+
+    return [walk.model.get_submodule(name).register_forward_hook(spoil(name)) for name in walk.order.between]
+
+
+def _compare(plain: Any, walked: Any) -> None:
+    pairs = zip(pytree.tree_leaves(plain), pytree.tree_leaves(walked), strict=False)
+    compared = 0
+    for expected, found in pairs:
+        if not isinstance(expected, Tensor) or not expected.is_floating_point():
+            continue
+        compared += 1
+        if found.shape != expected.shape:
+            raise UnwalkableError(f"walked, it puts out {tuple(found.shape)} instead of {tuple(expected.shape)}")
+        scale = expected.abs().nan_to_num().amax() if expected.numel() else expected.new_zeros(())
+        off = (found - expected).abs().nan_to_num(nan=float("inf")).amax() if expected.numel() else scale
+        both = torch.isfinite(expected).all()  # what is not finite to begin with is for others to refuse
+        if both and not bool(off <= TOLERANCE * scale + 1e-12):
+            raise UnwalkableError(f"walked, its output differs by {float(off):.2g} of {float(scale):.2g}")
+    if not compared:
+        raise UnwalkableError("its output holds no floating-point tensor")

@@ -1,0 +1,51 @@
+"""Where a run computes, where it keeps what it has made, and with whom it shares the work."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from eckart.checkpoint.cache import Cache
+from eckart.model import Compute
+from eckart.processes import Processes
+from eckart.store import Memory, Store
+
+
+@dataclass
+class Workplace:
+    """Everything in memory and in one process, unless told otherwise: small models need no more.
+
+    Attributes:
+        compute: device and type that weights are brought to while they compute; None: they are there.
+        store: keeps factors and modules.
+        waiting: keeps hidden states between blocks. Given one, the model is walked block by block.
+        processes: share the text and the sites.
+        at_once: blocks that make a window of statistics where a model cannot be walked.
+    """
+
+    compute: Compute | None = None
+    store: Store = field(default_factory=Memory)
+    waiting: Cache | None = None
+    processes: Processes = field(default_factory=Processes)
+    at_once: int = 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where factors are made."""
+        return self.compute.device if self.compute is not None else torch.device("cpu")
+
+    @property
+    def compute_stored(self) -> Compute | None:
+        """Where a compressed model computes: on the same device, in the type that it is stored in."""
+        return None if self.compute is None else Compute(self.compute.device, None)
+
+    def waiting_room(self) -> Cache:
+        """Where hidden states wait; in memory, if there is no other place."""
+        return self.waiting if self.waiting is not None else Cache(memory=sys.maxsize, folder=None)
+
+    @property
+    def streaming(self) -> bool:
+        """Whether the model is larger than what may be held at a time."""
+        return self.waiting is not None

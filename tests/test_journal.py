@@ -1,0 +1,513 @@
+"""The journal of an unfinished run: whatever kills it, what it names is whole, and it goes on from there."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eckart.checkpoint import cache as caching
+from eckart.checkpoint import journal as journals
+from eckart.checkpoint.cache import Cache
+from eckart.checkpoint.journal import Journal
+from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.publish import check_output, publish
+from eckart.errors import CheckpointError, NumericalError
+
+SOURCE = str(Path(caching.__file__).parents[2])
+KEY = {"model": "3f2a" * 16, "recipe": {"keep": 0.5, "targets": ["*"]}, "version": "1"}
+NAMES = [f"model.layers.{i}.mlp/up_proj" for i in range(5)]
+
+
+def refused(*words):
+    return pytest.raises(CheckpointError, match="(?s)" + "".join(f"(?=.*{word})" for word in words))
+
+
+def fill(tmp_path, names=NAMES, stage="factors"):
+    journal = Journal.open(tmp_path / "out", KEY)
+    for i, name in enumerate(names):
+        journal.write(stage, name, {"left": torch.full((10, 3), i), "right": torch.ones(i, 4)}, {"loss": i / 3})
+    return journal
+
+
+def again(tmp_path, **options):
+    return Journal.open(tmp_path / "out", KEY, **options)
+
+
+def file_of(journal, index, ending):
+    return sorted((journal.folder / "entries" / "factors").glob(f"*{ending}"))[index]
+
+
+def flip(path, place=-5):
+    raw = bytearray(path.read_bytes())
+    raw[place] ^= 1
+    path.write_bytes(raw)
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_goes_on_where_it_was(tmp_path):
+    first = fill(tmp_path)
+    assert first.folder == tmp_path / "out.partial"
+    first.write("moments", "a", {}, {})
+    journal = again(tmp_path)
+    assert journal.entries("factors") == NAMES
+    assert journal.entries("moments") == ["a"]
+    assert journal.entries("refit") == []
+    for i, name in enumerate(NAMES):
+        tensors, content = journal.read("factors", name)
+        assert list(tensors) == ["left", "right"]
+        assert torch.equal(tensors["left"], torch.full((10, 3), i))
+        assert tensors["right"].shape == (i, 4)
+        assert content == {"loss": i / 3}
+    journal.write("factors", "last", {"x": torch.ones(1)}, {})
+    assert again(tmp_path).entries("factors") == [*NAMES, "last"]
+    with pytest.raises(KeyError):
+        journal.read("factors", "missing")
+
+
+def test_order_holds_beyond_ten(tmp_path):
+    names = [f"{i}" for i in reversed(range(12))]
+    fill(tmp_path, names)
+    assert again(tmp_path).entries("factors") == names
+
+
+def test_numbers_come_back_exactly(tmp_path):
+    content = {
+        "floats": [0.1, 1e-308, 5e-324, -0.0, 1 / 3, 2**53 + 0.0, 1.7976931348623157e308],
+        "others": [2**70, True, None, "ä\n\ud800", {"": []}],
+    }
+    again(tmp_path).write("a", "x", {"bad": torch.tensor([float("nan"), float("inf")])}, content)
+    tensors, got = again(tmp_path).read("a", "x")
+    assert repr(got) == repr(content)
+    assert torch.isnan(tensors["bad"][0])
+
+
+def test_content_that_would_not_come_back_is_refused(tmp_path):
+    journal = again(tmp_path)
+    for value in (float("nan"), float("-inf")):
+        with pytest.raises(NumericalError, match=r"content\.scores\.1\.x of 'b' \(a\) is not finite.*partial.*Check"):
+            journal.write("a", "b", {}, {"scores": [1.0, {"x": value}]})
+    for content in ({"a": (1, 2)}, {"a": {1: 2}}, {"a": torch.ones(1)}):
+        with pytest.raises(TypeError, match=r"plain JSON|serializable"):
+            journal.write("a", "b", {}, content)
+    for stage in ("", "..", "a/b", "A", ".a"):
+        with pytest.raises(ValueError, match="lower-case"):
+            journal.write(stage, "b", {}, {})
+    journal.write("a", "b", {}, {})
+    with pytest.raises(ValueError, match=r"'b' of stage 'a' is written already"):
+        journal.write("a", "b", {}, {})
+    assert again(tmp_path).entries("a") == ["b"]
+
+
+def test_any_name_will_do(tmp_path):
+    names = ["a.b", "a/b", "a-b", "../../a", "A.b", "a" * 400, "ä", "", ".", "a\nb", "000001-a", "con"]
+    fill(tmp_path, names)
+    assert again(tmp_path).entries("factors") == names
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+def test_tensors_are_mapped_and_their_file_stays_as_it_is(tmp_path):
+    journal = fill(tmp_path)
+    journal.write("big", "b", {"x": torch.zeros(2**20), "odd": torch.ones(3), "y": torch.ones(7)}, {})
+    before = tree(journal.folder)
+    tensors, _ = journal.read("big", "b")
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors.values())
+    if sys.platform.startswith("linux"):
+        assert str(journal.folder) in Path("/proc/self/maps").read_text()
+    tensors["x"].add_(1)
+    assert tree(journal.folder) == before
+
+
+def test_another_key_is_refused_with_every_difference(tmp_path):
+    journal = fill(tmp_path)
+    before = tree(journal.folder)
+    shown = [f"layers.{i}" for i in range(40)]
+    other = {
+        "model": "3f2a" * 15 + "beef",
+        "recipe": {"keep": 0.6, "targets": ["*", *shown], "seed": 1},
+        "processes": 2,
+    }
+    with refused(r"out\.partial", "same arguments", "--restart", "another --output-dir") as caught:
+        Journal.open(tmp_path / "out", other)
+    lines = [line for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    assert len(lines) == 6
+    for words in (
+        "recipe.keep: 0.5 then, 0.6 now",
+        'version: "1" then, absent now',
+        "recipe.seed: absent then, 1 now",
+        "processes: absent then, 2 now",
+    ):
+        assert f"  - {words}" in lines
+    model = next(line for line in lines if "model" in line)
+    assert "3f2a" in model.split("then")[0]
+    assert "beef" in model.split("then")[1]
+    assert all(len(line) < 180 for line in lines)
+    assert tree(journal.folder) == before
+    fresh = Journal.open(tmp_path / "out", other, restart=True)
+    assert fresh.entries("factors") == []
+    assert Journal.open(tmp_path / "out", {**other, "recipe": {**other["recipe"]}}).folder == fresh.folder
+    with refused("--restart"):
+        again(tmp_path)
+
+
+def test_tuples_in_the_key_are_lists(tmp_path):
+    Journal.open(tmp_path / "out", {"a": (1, 2), "b": {"c": ("d",)}}).write("a", "x", {}, {})
+    assert Journal.open(tmp_path / "out", {"b": {"c": ["d"]}, "a": [1, 2]}).entries("a") == ["x"]
+
+
+def test_restart_throws_away_entries_and_files(tmp_path, caplog):
+    journal = fill(tmp_path)
+    journal.path("cache", "deep").mkdir(parents=True)
+    fresh = again(tmp_path, restart=True)
+    assert fresh.entries("factors") == []
+    assert set(tree(fresh.folder)) == {"journal.json"}
+    assert not fresh.path("cache").exists()
+    assert "thrown away" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("ending", "place"), [(".safetensors", -5), (".safetensors", 20), (".json", -5), (".json", 30), (".json", 5)]
+)
+@pytest.mark.parametrize("index", [0, 2, 4])
+def test_damaged_entry_is_dropped_with_all_after_it(ending, place, index, tmp_path, caplog):
+    journal = fill(tmp_path)
+    journal.write("moments", "a", {}, {})
+    path = file_of(journal, index, ending)
+    flip(path, place)
+    journal = again(tmp_path)
+    assert journal.entries("factors") == NAMES[:index]
+    assert journal.entries("moments") == ["a"]
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert path.name in message
+    assert f"the {4 - index} entries of factors after it are dropped" in message
+    assert (repr(NAMES[index - 1]) if index else "beginning") in message
+    assert len(list((journal.folder / "entries" / "factors").iterdir())) == 2 * index
+    for name in NAMES[index:]:
+        journal.write("factors", name, {"new": torch.ones(1)}, {})
+    caplog.clear()
+    journal = again(tmp_path)
+    assert journal.entries("factors") == NAMES
+    assert "new" in journal.read("factors", NAMES[4])[0]
+    assert not caplog.records
+
+
+def test_every_bit_of_an_entry_counts(tmp_path):
+    journal = fill(tmp_path, NAMES[:1])
+    body = file_of(journal, 0, ".json").read_bytes()
+    for place in range(len(body)):
+        shutil.rmtree(tmp_path / "copy.partial", ignore_errors=True)
+        shutil.copytree(journal.folder, tmp_path / "copy.partial")
+        (path,) = (tmp_path / "copy.partial").rglob("0*.json")
+        flip(path, place)
+        entries = Journal.open(tmp_path / "copy", KEY).entries("factors")
+        assert entries == [] or path.read_bytes().lower() == body.lower()  # 1e5 and 1E5 are the same number
+
+
+def lose(journal, index, ending):
+    file_of(journal, index, ending).unlink()
+
+
+def cut(journal, index, ending):
+    path = file_of(journal, index, ending)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def swap(journal, index, ending):
+    one, other = file_of(journal, index, ending), file_of(journal, index - 1, ending)
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"), [(lose, "missing|cannot be read"), (cut, "bytes, not|damaged"), (swap, "missing|checksum|bytes")]
+)
+@pytest.mark.parametrize("ending", [".json", ".safetensors"])
+def test_lost_cut_and_swapped_files(harm, words, ending, tmp_path, caplog):
+    journal = fill(tmp_path)
+    harm(journal, 2, ending)
+    assert again(tmp_path).entries("factors") == NAMES[: 1 if harm is swap else 2]
+    assert any(word in caplog.text for word in words.split("|"))
+    assert len(caplog.records) == 1
+
+
+def test_leftovers_of_a_killed_writer_go_without_a_word(tmp_path, caplog):
+    journal = fill(tmp_path)
+    stage = journal.folder / "entries" / "factors"
+    before = tree(journal.folder)
+    (stage / "000005-x.safetensors").write_bytes(b"whole, but the JSON never came")
+    (stage / "000006-x.safetensors.tmp").write_bytes(b"half")
+    (stage / "000006-x.json.tmp").write_bytes(b"{")
+    (journal.folder / "journal.json.tmp").write_bytes(b"{")
+    assert again(tmp_path).entries("factors") == NAMES
+    assert tree(journal.folder) == before
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 50, b"[]", b'{"format": "eckart jour', None, "flip"])
+def test_damaged_record_starts_afresh(content, tmp_path, caplog):
+    journal = fill(tmp_path)
+    journal.path("cache").mkdir(parents=True)
+    record = journal.folder / "journal.json"
+    if content == "flip":
+        record.write_bytes(record.read_bytes().replace(b"0.5", b"0.7"))
+    elif content is None:
+        record.write_text(json.dumps({"format": "eckart journal", "version": 1}))
+    else:
+        record.write_bytes(content)
+    assert again(tmp_path).entries("factors") == []
+    assert set(tree(journal.folder)) == {"journal.json"}
+    assert "journal.json is damaged" in caplog.text
+    assert "starts afresh" in caplog.text
+
+
+def test_newer_version_is_refused(tmp_path):
+    journal = fill(tmp_path)
+    record = journal.folder / "journal.json"
+    for content in (journals._sealed({"format": "eckart journal", "version": 7, "key": KEY}), b""):
+        record.write_bytes(content or json.dumps({"format": "eckart journal", "version": 7}).encode())
+        with refused("journal.json has format version 7", "up to 1", "newer eckart", "--restart", "--output-dir"):
+            again(tmp_path)
+    assert len(tree(journal.folder)) == 11
+    assert again(tmp_path, restart=True).entries("factors") == []
+
+
+def nothing_of_ours(folder):
+    (folder / "thesis.tex").write_text("years of work")
+
+
+def record_of_another(folder):
+    (folder / "journal.json").write_text('{"title": "Journal of Vibration"}')
+
+
+def empty_record_of_another(folder):
+    (folder / "journal.json").write_text("{}")
+
+
+def garbled_record_of_another(folder):
+    (folder / "journal.json").write_text("Dear diary")
+    (folder / "thesis.tex").write_text("years of work")
+
+
+def entries_alone(folder):
+    (folder / "entries").mkdir()
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize(
+    "made", [nothing_of_ours, record_of_another, empty_record_of_another, garbled_record_of_another, entries_alone]
+)
+def test_folder_of_somebody_else_is_left_alone(made, restart, tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    made(tmp_path / "out.partial")
+    before = tree(tmp_path)
+    with refused(r"out\.partial", "not made by eckart", "found: ", "Move it away", "--output-dir"):
+        again(tmp_path, restart=restart)
+    assert tree(tmp_path) == before
+
+
+def test_places_that_cannot_be_used(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out.partial").symlink_to(tmp_path / "elsewhere")
+    with refused(r"out\.partial is a symbolic link", "Remove it", "--output-dir"):
+        again(tmp_path)
+    (tmp_path / "file").touch()
+    with refused("file", "permissions", "--output-dir"):
+        Journal.open(tmp_path / "file" / "out", KEY)
+    (tmp_path / "other.partial").touch()
+    with refused(r"other\.partial", "File exists", "--output-dir"):
+        Journal.open(tmp_path / "other", KEY)
+    (tmp_path / "third.partial").mkdir()
+    assert Journal.open(tmp_path / "deep" / "er" / ".." / "out", KEY).folder == tmp_path / "deep" / "out.partial"
+    assert Journal.open(tmp_path / "third", KEY).entries("a") == []
+
+
+def test_remove_leaves_nothing(tmp_path, caplog, monkeypatch):
+    journal = fill(tmp_path)
+    journal.path("cache").mkdir(parents=True)
+    (journal.path("cache") / "x").touch()
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+    assert journal.entries("factors") == []
+    journal = fill(tmp_path)
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(journals.shutil, "rmtree", denied)
+    journal.remove()
+    assert "out.partial, no longer needed, cannot be removed" in caplog.text
+    monkeypatch.undo()
+    caplog.clear()
+    assert again(tmp_path).entries("factors") == []  # it was being thrown away
+    assert not caplog.records
+
+
+def test_full_disk_while_removing(tmp_path, monkeypatch):
+    journal = fill(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(journals, "write_file", full)
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_for_other_files(tmp_path):
+    journal = fill(tmp_path)
+    assert journal.path("cache", "out").is_relative_to(journal.folder)
+    with Cache(0, journal.path("cache"), durable=True) as cache:
+        cache.put("out/0", {"x": torch.ones(2)})
+    journal = again(tmp_path)
+    assert journal.entries("factors") == NAMES
+    assert Cache(0, journal.path("cache"), durable=True).has("out/0")
+    for parts in (("..",), ("/etc",), ("a", "../..")):
+        with pytest.raises(ValueError, match="leaves the folder"):
+            journal.path(*parts)
+
+
+def test_room_is_checked_before(tmp_path):
+    journal = fill(tmp_path)
+    journal.check_space(1000, "The factors")
+    with refused(f"The factors needs {2**60:,} bytes in", r"out\.partial", r"[\d,]+ free\.", "--output-dir"):
+        journal.check_space(2**60, "The factors")
+
+
+@pytest.mark.parametrize("step", ["tensors", "json", "folder"])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space"), OSError(errno.EIO, "Bad disk"), KeyboardInterrupt()]
+)
+def test_write_that_fails_leaves_the_entries_before(step, error, tmp_path, monkeypatch, caplog):
+    journal = fill(tmp_path)
+    before = tree(journal.folder)
+
+    def fails(*_, **__):
+        if step == "tensors":
+            yield b"half"
+        raise error
+
+    def raises(*_, **__):
+        raise error
+
+    if step == "tensors":
+        monkeypatch.setattr(caching, "_pieces", fails)
+    else:
+        monkeypatch.setattr(journals, "write_file" if step == "json" else "sync_folder", raises)
+    with pytest.raises((CheckpointError, KeyboardInterrupt)) as caught:
+        journal.write("factors", "new", {"x": torch.ones(100)}, {})
+    monkeypatch.undo()
+    if isinstance(error, OSError):
+        words = ["full", "400 bytes", "are free"] if error.errno == errno.ENOSPC else ["Bad disk", "permissions"]
+        for word in (*words, "out.partial", "'new' (factors)", "same command again", "goes on from what is done"):
+            assert word in str(caught.value)
+    assert tree(journal.folder) == before
+    journal.write("factors", "new", {"x": torch.ones(100)}, {})  # the same process may try again
+    assert again(tmp_path).entries("factors") == [*NAMES, "new"]
+    assert not caplog.records
+
+
+def test_entry_damaged_while_the_run_goes_on(tmp_path):
+    journal = fill(tmp_path)
+    cut(journal, 1, ".safetensors")
+    with refused(r"000001-.*\.json", "damaged while the run", "same command again"):
+        journal.read("factors", NAMES[1])
+    flip(file_of(journal, 2, ".json"))
+    with refused(r"000002-.*\.json", "damaged while the run", "same command again"):
+        journal.read("factors", NAMES[2])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_lock_and_publish_leave_the_journal_alone(error, tmp_path):
+    journal = fill(tmp_path)
+    before = tree(journal.folder)
+    with pytest.raises(error), OutputLock(tmp_path / "out") as lock, publish(tmp_path / "out", lock=lock) as staging:  # noqa: PT012
+        (staging / "config.json").touch()
+        raise error
+    assert tree(journal.folder) == before
+    # A run killed while it published, and a record that names the journal itself.
+    (tmp_path / "out.partial-0123abcd").mkdir()
+    for left in ({"staging": "out.partial-0123abcd"}, {"staging": "out.partial", "aside": "out.partial"}):
+        (tmp_path / ".out.lock").write_text(json.dumps(left))
+        with OutputLock(tmp_path / "out"):
+            assert tree(journal.folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    assert again(tmp_path).entries("factors") == NAMES
+    with refused("out.partial", "--overwrite"):
+        check_output(tmp_path / "out.partial", overwrite=True)
+
+
+KILLED = """
+import os, random, signal, sys, time
+import torch
+from eckart.checkpoint.journal import Journal
+
+torch.set_num_threads(1)
+out, restart, chance = sys.argv[1], sys.argv[2] == "restart", random.Random(5)
+
+def tensors(i):
+    size = (i * 7919) % 60_000
+    return {"a": torch.arange(size) + i, "b": torch.full((size % 500,), i / 3, dtype=torch.float64)}
+
+def open_again(**options):
+    return Journal.open(out, {"model": "x"}, **options)
+
+for trial in range(15):
+    child = os.fork()
+    if child == 0:
+        while True:
+            journal = open_again(restart=restart)
+            for i in range(len(journal.entries("s")), 40 if restart else 10**9):
+                journal.write("s", f"block.{i}/x", tensors(i), {"i": i, "third": i / 3})
+            if chance.random() < 0.5:
+                journal.remove()
+    time.sleep(chance.uniform(0.02, 0.2))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    journal = open_again()
+    names = journal.entries("s")
+    assert names == [f"block.{i}/x" for i in range(len(names))]
+    for i, name in enumerate(names):
+        got, content = journal.read("s", name)
+        assert content == {"i": i, "third": i / 3}
+        expected = tensors(i)
+        assert list(got) == list(expected)
+        assert all(torch.equal(got[key], value) for key, value in expected.items())
+    print(len(names))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("mode", ["continue", "restart"])
+def test_killed_at_any_moment_it_goes_on(mode, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path / "out"), mode],
+        env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = [int(word) for word in done.stdout.split()]
+    assert len(counts) == 15
+    assert max(counts) > 10
+    if mode == "continue":
+        assert counts == sorted(counts)
+        assert "dropped" not in done.stderr  # an entry is there or not; none is found half-written
+    assert {path.name for path in tmp_path.iterdir()} == {"out.partial"}
+
+
+def test_damage_beyond_the_first_piece_is_found(tmp_path):
+    journal = fill(tmp_path, [])
+    journal.write("factors", "big", {"x": torch.zeros(3 * caching.PIECE // 4 + 1)}, {})
+    assert again(tmp_path).entries("factors") == ["big"]
+    flip(file_of(journal, 0, ".safetensors"), 2 * caching.PIECE + 5)
+    assert again(tmp_path).entries("factors") == []

@@ -1,0 +1,384 @@
+"""Several processes: each scenario runs in worlds of two and three, that are started once."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import eckart
+from eckart.errors import EckartError, NumericalError, UsageError
+from eckart.processes import ElsewhereError, Processes, is_main, quiet_others, start
+from eckart.processes.group import SMALL
+from eckart.processes.wire import PIECE
+
+SIZES = (2, 3)
+SCENARIOS: dict[str, Callable[[Processes], None]] = {}
+
+
+def scenario(function: Callable[[Processes], None]) -> Callable[[Processes], None]:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+# -- scenarios: each runs in every process of a world ------------------------------------------------
+
+
+@scenario
+def start_again_gives_the_same(here):
+    assert start("cpu") == here
+    assert here.main == is_main() == (here.rank == 0)
+
+
+@scenario
+def share_splits_all_items(here):
+    counts = {"seen": torch.tensor(here.share(range(100, 110))).sum()}
+    here.all_reduce(counts)
+    assert int(counts["seen"]) == sum(range(100, 110))
+
+
+def sums(here: Processes) -> dict[str, torch.Tensor]:
+    """Under "all" every process has something; "rank.r" is seen by process r alone, in an order of its own."""
+    mine = {
+        f"rank.{here.rank}": torch.full((2, 3), here.rank + 1.0),
+        "all.f32": torch.full((4, 4), 0.5 + here.rank),
+        "all.f64": torch.full((5,), 2.0**-52 * (here.rank + 1), dtype=torch.float64) + 1,
+        "all.count": torch.tensor(2**53 + 1 + here.rank),  # float64 could not hold it
+        "all.empty": torch.zeros(0, 3),
+    }
+    return dict(reversed(mine.items())) if here.rank % 2 else mine
+
+
+@scenario
+def reduce_sums_to_the_owner_under_different_keys(here):
+    for owner in range(here.size):
+        tensors = sums(here)
+        given = dict(tensors)
+        here.reduce(tensors, owner)
+        assert all(tensors[key] is given[key] for key in given)
+        if here.rank == owner:
+            check_sums(here, tensors)
+
+
+@scenario
+def all_reduce_sums_for_all(here):
+    tensors = sums(here)
+    here.all_reduce(tensors)
+    check_sums(here, tensors)
+
+
+def check_sums(here: Processes, tensors: dict[str, torch.Tensor]) -> None:
+    size, ranks = here.size, sum(range(here.size))
+    assert set(tensors) == {"all.f32", "all.f64", "all.count", "all.empty", *(f"rank.{r}" for r in range(size))}
+    for rank in range(size):
+        assert torch.equal(tensors[f"rank.{rank}"], torch.full((2, 3), rank + 1.0))
+    assert torch.equal(tensors["all.f32"], torch.full((4, 4), 0.5 * size + ranks))
+    exact = size + 2.0**-52 * (ranks + size)
+    assert (tensors["all.f64"] - exact).abs().max() <= 2.0**-51  # float32 would lose the second term
+    assert tensors["all.count"].dtype == torch.int64
+    assert int(tensors["all.count"]) == size * (2**53 + 1) + ranks
+
+
+@scenario
+def large_sums_travel_in_pieces(here):
+    length = PIECE // 4 * 2 + 7
+    tensors = {} if here.rank == 1 else {"gram": torch.ones(length)}
+    if here.rank == 0:
+        tensors["gram"][-1] = 5
+    here.reduce(tensors, 1)
+    if here.rank == 1:
+        others = here.size - 1
+        assert tensors["gram"].shape == (length,)
+        assert bool((tensors["gram"][:-1] == others).all())
+        assert float(tensors["gram"][-1]) == 4 + others
+
+
+@scenario
+def what_is_not_contiguous_is_summed_in_place(here):
+    for width in (6, SMALL):  # summed with others, and on its own
+        whole = torch.zeros(4, width)
+        whole[:, ::2] = here.rank + 1
+        here.all_reduce({"part": whole[:, ::2]})
+        assert bool((whole[:, ::2] == sum(range(1, here.size + 1))).all())
+        assert not whole[:, 1::2].any()
+
+
+@scenario
+def different_shapes_are_refused_by_all(here):
+    with pytest.raises(EckartError, match=r"site\.gram: process 1 holds float32 \(2, 2\) on cpu, another .*\(3, 3\)"):
+        here.all_reduce({"site.gram": torch.zeros(2, 2) if here.rank == 1 else torch.zeros(3, 3)})
+
+
+@scenario
+def send_gives_a_tree_to_one(here):
+    value = tree() if here.rank == 1 else None
+    for to in range(here.size):
+        got = here.send(value, 1, to)
+        if here.rank == to:
+            check_tree(got)
+        else:
+            assert got is None
+
+
+@scenario
+def owners_send_to_the_first(here):
+    for rank in range(here.size):
+        got = here.send({"from": here.rank, "rank": torch.tensor([here.rank])}, rank)
+        if here.main:
+            assert got["from"] == int(got["rank"]) == rank
+
+
+@scenario
+def broadcast_gives_a_tree_to_all(here):
+    source = here.size - 1
+    check_tree(here.broadcast(tree() if here.rank == source else None, source))
+    assert here.broadcast("word" if here.main else None) == "word"
+
+
+def tree() -> dict:
+    big = torch.arange(PIECE // 4 + 3, dtype=torch.int32)
+    tensors = [torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([True, False]), torch.tensor(7), torch.zeros(0, 4)]
+    return {
+        "factors": (torch.arange(6.0).view(2, 3).mT, None),
+        "many": tensors,
+        "big": big,
+        "notes": ["ä", 1, 2.5, True, float("inf")],
+        "none": {},
+    }
+
+
+def check_tree(got: dict) -> None:
+    wanted = tree()
+    assert list(got) == list(wanted)
+    assert isinstance(got["factors"], tuple)
+    assert torch.equal(got["factors"][0], wanted["factors"][0])
+    assert got["factors"][1] is None
+    for one, other in zip(got["many"], wanted["many"], strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert torch.equal(got["big"], wanted["big"])
+    assert got["notes"] == wanted["notes"]
+    assert got["none"] == {}
+
+
+@scenario
+def agree_is_silent_when_all_went_well(here):
+    here.agree(None)
+    with here.together():
+        pass
+    here.barrier()
+
+
+@scenario
+def agree_raises_in_all_when_one_failed(here):
+    failed = NumericalError("layer 3: eigh failed. Use --method svd.") if here.rank == 1 else None
+    with pytest.raises(EckartError) as caught:
+        here.agree(failed)
+    if here.rank == 1:
+        assert caught.value is failed
+    else:
+        assert isinstance(caught.value, ElsewhereError)
+        assert str(caught.value) == f"process 1 of {here.size} failed: layer 3: eigh failed. Use --method svd."
+
+
+@scenario
+def work_together_fails_together(here):
+    with pytest.raises(ZeroDivisionError if here.main else ElsewhereError, match="by zero"), here.together():
+        assert 1 / here.rank
+
+
+@scenario
+def who_fails_stops_those_who_went_on(here):
+    for go_on in (lambda: here.reduce({"a": torch.zeros(2)}, 0), lambda: here.broadcast(1), here.barrier):
+        if here.rank == 1:
+            with pytest.raises(MemoryError):
+                here.agree(MemoryError())
+        else:
+            with pytest.raises(ElsewhereError, match=r"process 1 of \d failed: MemoryError$"):
+                go_on()
+
+
+@scenario
+def out_of_step_is_noticed(here):
+    with pytest.raises(EckartError, match="out of step"):
+        here.barrier() if here.main else here.all_reduce({})
+    with pytest.raises(EckartError, match=r"out of step .*sum at 0; sum at 1"):
+        here.reduce({"a": torch.zeros(2)}, min(here.rank, 1))
+
+
+@scenario
+def who_ends_early_is_missed(here):
+    """The last one: nothing can be said after it."""
+    if here.rank == 1:
+        return
+    with pytest.raises(ElsewhereError, match="ended early"):
+        here.barrier()
+
+
+# -- running them ------------------------------------------------------------------------------------
+
+
+# Five processes that import transformers take half a minute: they get the package without what its front imports.
+WITHOUT_MODELS = f"""
+import runpy, sys, types
+sys.modules["eckart"] = types.ModuleType("eckart")
+sys.modules["eckart"].__path__ = {list(eckart.__path__)}
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def world_of(size: int, folder: Path) -> list[subprocess.Popen]:
+    processes = []
+    for rank in range(size):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", WITHOUT_MODELS, __file__, str(folder)]
+        with (folder / f"{size}-{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT))
+    return processes
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[int, list[dict[str, str]]]:
+    """Size -> rank -> scenario -> "passed", or where it failed."""
+    folder = tmp_path_factory.mktemp("worlds")
+    processes = [process for size in SIZES for process in world_of(size, folder)]
+    try:
+        for process in processes:
+            process.wait(timeout=180)
+    except subprocess.TimeoutExpired:
+        pass  # the scenario that hung has no outcome
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    found: dict[int, list[dict[str, str]]] = {size: [] for size in SIZES}
+    for size in SIZES:
+        for rank in range(size):
+            log, passed = (folder / f"{size}-{rank}.{suffix}" for suffix in ("log", "jsonl"))
+            lines = passed.read_text().splitlines() if passed.exists() else []
+            found[size].append({"log": log.read_text(), **dict(map(json.loads, lines))})
+    return found
+
+
+def run(folder: Path) -> None:
+    here = start("cpu", rendezvous=f"file://{folder}/{os.environ['WORLD_SIZE']}.rendezvous")
+    assert start("cpu") == here
+    with (folder / f"{here.size}-{here.rank}.jsonl").open("w", buffering=1) as stream:
+        for name, function in SCENARIOS.items():
+            try:
+                function(here)
+                outcome = "passed"
+            except Exception:
+                outcome = traceback.format_exc()
+            print(json.dumps([name, outcome]), file=stream)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+@pytest.mark.parametrize("size", SIZES)
+def test_scenario(name, size, outcomes):
+    for rank, found in enumerate(outcomes[size]):
+        assert found.get(name, f"hung\n{found['log']}") == "passed", f"process {rank} of {size}"
+
+
+# -- one process, and what needs no other ------------------------------------------------------------
+
+
+@pytest.fixture
+def place(monkeypatch):
+    def put(**variables: str) -> None:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    put()
+    return put
+
+
+@pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": ""}])
+def test_one_process_is_left_alone(variables, place):
+    place(**variables)
+    here = start()
+    assert here == Processes()
+    assert here.main
+    assert is_main()
+    assert here.share([1, 2, 3]) == [1, 2, 3]
+    tensors = {"a": torch.ones(2)}
+    here.reduce(tensors, 0)
+    here.all_reduce(tensors)
+    assert torch.equal(tensors["a"], torch.ones(2))
+    value = object()
+    assert here.send(value, 0) is here.broadcast(value) is value
+    here.barrier()
+    here.agree(None)
+    with pytest.raises(KeyError), here.together():
+        raise KeyError("x")
+    quiet_others(here)
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"WORLD_SIZE": "4"},
+        {"WORLD_SIZE": "4", "RANK": "1"},
+        {"WORLD_SIZE": "4", "RANK": "4", "LOCAL_RANK": "0"},
+        {"WORLD_SIZE": "many", "RANK": "1", "LOCAL_RANK": "1"},
+        {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"},
+    ],
+)
+def test_a_stray_variable_is_refused(variables, place):
+    place(**variables)
+    assert is_main()  # so that the refusal is read
+    with pytest.raises(UsageError, match=r"WORLD_SIZE=.*torchrun"):
+        start()
+
+
+@pytest.mark.parametrize(
+    ("device", "why"),
+    [("cuda:1", "a GPU of its own"), ("mps", "cpu or cuda"), ("cuda", "finds no GPU of its own among 2")],
+)
+def test_no_device_for_every_process(device, why, place, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    place(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2")
+    with pytest.raises(UsageError, match=f"--device {device}: .*{why}"):
+        start(device)
+    assert not torch.distributed.is_initialized()
+
+
+def test_owners_share_the_work_evenly():
+    costs = {"b": 3.0, "a": 3.0, "dear": 6.0, "c": 1.0, "d": 1.0, "e": 4.0}
+    owners = [Processes(rank, 3).assign(costs) for rank in range(3)]
+    assert owners[0] == owners[1] == owners[2]
+    assert list(owners[0]) == list(costs)
+    assert owners[0] == Processes(0, 3).assign(dict(reversed(costs.items())))
+    loads = [sum(cost for site, cost in costs.items() if owners[0][site] == rank) for rank in range(3)]
+    assert sorted(loads) == [6.0, 6.0, 6.0]
+    assert Processes().assign(costs) == dict.fromkeys(costs, 0)
+    assert Processes(0, 4).assign({}) == {}
+
+
+@pytest.mark.parametrize("value", [{1: 2}, {"a": [object()]}, {"a": {1, 2}}])
+def test_what_cannot_travel_is_refused_before_a_word_is_sent(value):
+    with pytest.raises(TypeError, match=r"strings|does not travel"):
+        Processes(0, 2).send(value, 0, 1)
+
+
+def test_quiet_others():
+    code = (
+        "import logging; from eckart.processes import Processes, quiet_others; quiet_others(Processes(1, 2));"
+        "from eckart.data.inference import progress; assert progress([1], what='x', disable=False).disable;"
+        "assert logging.getLogger('eckart').level == logging.ERROR"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]))

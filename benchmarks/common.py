@@ -1,18 +1,114 @@
-"""What the benchmarks share: interleaved timing and tables."""
+"""What the benchmarks share: interleaved timing, commands that are watched while they run, and tables."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+COMPRESS = (sys.executable, "-m", "eckart", "compress")
+EVERY = 0.05
+"""Seconds between two looks at the memory of a command."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a command ended.
+
+    Attributes:
+        code: exit code; negative: the signal that ended it.
+        seconds: from its start to its end.
+        peak: most bytes seen in its memory and its children's that no file backs: mapped weights do not count.
+        output: what it wrote, on stdout and stderr.
+    """
+
+    code: int
+    seconds: float
+    peak: int
+    output: str
+
+    @property
+    def last_words(self) -> str:
+        """The end of what it wrote."""
+        return "\n".join(self.output.strip().splitlines()[-3:])
+
+
+def watched(
+    command: Sequence[Any], log: Path, *, environment: Mapping[str, str] | None = None, kill_after: float | None = None
+) -> Ran:
+    """Run a command, follow its memory, and kill it at a given moment if it is not done by then.
+
+    When this process is interrupted or told to end, the command and its children are killed with it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    start = time.perf_counter()
+    peak, looked, family = 0, start, []
+    with log.open("wb") as file:
+        process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment)
+        try:
+            while process.poll() is None:
+                now = time.perf_counter()
+                if kill_after is not None and now - start >= kill_after:
+                    process.kill()
+                    break
+                if not family or now - looked > 1:  # children are few and stay long
+                    family, looked = _family(process.pid), now
+                peak = max(peak, sum(map(_held, family)))
+                left = EVERY if kill_after is None else min(EVERY, max(0.0, start + kill_after - now))
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(left)
+            code = process.wait()
+            seconds = time.perf_counter() - start
+        finally:
+            if process.poll() is None:
+                for pid in reversed(_family(process.pid)):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                process.wait()
+    return Ran(code, seconds, peak, log.read_text(encoding="utf-8", errors="replace"))
+
+
+def _held(pid: int) -> int:
+    """Bytes of a process in memory that no file backs; 0 once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it ended meanwhile
+            # The name, in parentheses, may hold anything.
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    family = [pid]
+    for one in family:
+        family += [child for child, parent in parents.items() if parent == one]
+    return family
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table as the result pages have them."""
+    cells = [[f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row] for row in (columns, *rows)]
+    head, *body = (f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join([head, f"|:--|{'--:|' * (len(columns) - 1)}", *body])
 
 
 def interleaved(functions: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -3,10 +3,11 @@
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from problems import LAYERS, answer_of, error_of, every_form, few_examples, layer
@@ -27,8 +28,10 @@ from eckart.allocate import (
 from eckart.errors import UsageError
 from eckart.linalg import factorise
 from eckart.methods import METHODS
-from eckart.model import Site
+from eckart.model import Site, Sites
+from eckart.planning import Budget, Settings
 from eckart.recipe import Recipe
+from eckart.solving import solve
 
 
 def curve(stored: list[int], losses: list[float]) -> Curve:
@@ -178,14 +181,13 @@ def named_keep(error: UsageError) -> float:
 
 def predicted_curve(found, method: str, form: str, multiple: int | None) -> tuple[Curve, object, object]:
     """What a run predicts for one site."""
-    problem = found.problem_of(method)
-    solved = factorise(problem)
-    rows, columns = problem.target.shape
-    settings = SimpleNamespace(method=METHODS[method], form=form)
-    calibration = SimpleNamespace(moments={"proj": found.moments})
+    rows, columns = found.weight.shape
+    settings = Settings(METHODS[method], form, "loss", refit=False)
     site = Site("proj", "linear", rows, columns, False)
-    made = planning._curve(site, settings, Recipe(rank_multiple=multiple), calibration, problem, solved)
-    return made, problem, solved
+    losses = solve(site, found.weight, found.moments, settings, min(rows, columns), curve=True).losses
+    problem = found.problem_of(method)
+    made = planning._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
+    return made, problem, factorise(problem)
 
 
 @pytest.mark.parametrize("multiple", [None, 1, 3])
@@ -262,6 +264,102 @@ def test_rank_steps():
     assert list(rank_steps(30, 8)) == [8, 16, 24]
     assert list(rank_steps(5, 8)) == [1, 2, 3, 4, 5]
     assert list(rank_steps(0, 8)) == []
+
+
+# -- the largest rank of each site: nothing beyond it is kept -----------------------------------------
+
+
+def sites_of(shapes: dict[str, tuple[int, int]]) -> Sites:
+    return Sites(tuple(Site(name, "linear", *shape, has_bias=False) for name, shape in shapes.items()), {})
+
+
+def budget_of(shapes: dict[str, tuple[int, int]], keep: float, outside: int = 0) -> Budget:
+    """`outside`: elements beside the sites, where keep is of the whole model."""
+    inside = sum(rows * columns for rows, columns in shapes.values())
+    return Budget(int(keep * (inside + outside)) - outside, outside, inside + outside, keep, "model")
+
+
+def limits_and_plan(
+    shapes: dict[str, tuple[int, int]],
+    form: str,
+    keep: float,
+    *,
+    reached: Iterable[str],
+    recipe: Recipe = Recipe(),  # noqa: B008 - it is frozen
+    outside: int = 0,
+) -> tuple[dict[str, int], dict[str, Choice]]:
+    """The limits, and what a plan at the same uniform budget chooses where only some sites are reached."""
+    settings, sites = Settings(METHODS["svd"], form, "uniform", refit=False), sites_of(shapes)
+    budget = budget_of(shapes, keep, outside)
+    limits = planning.largest_ranks(sites, settings, recipe, keep, budget)
+    plan = planning.make_plan(sites, settings, recipe, dict.fromkeys(reached), {}, budget, "")
+    return limits, plan.choices
+
+
+@pytest.mark.parametrize("outside", [0, 1000])
+@pytest.mark.parametrize("multiple", [None, 8])
+@every_form
+def test_uniform_factors_are_kept_up_to_the_rank_of_the_plan(form, multiple, outside):
+    recipe = Recipe(rank_multiple=multiple)
+    for keep in (0.35, 0.5, 0.7, 0.9, 0.99):
+        limits, choices = limits_and_plan(SHAPES, form, keep, reached=SHAPES, recipe=recipe, outside=outside)
+        assert limits == {name: choice.rank for name, choice in choices.items()}
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+@every_form
+def test_no_plan_asks_for_more_where_some_sites_are_not_reached(form, multiple):
+    """They stay dense, and the others get less than was counted with."""
+    smaller = 0
+    for some in itertools.chain.from_iterable(itertools.combinations(SHAPES, size) for size in (1, 2, 3)):
+        for keep in (0.9, 0.97):
+            recipe = Recipe(rank_multiple=multiple)
+            try:
+                limits, choices = limits_and_plan(SHAPES, form, keep, reached=some, recipe=recipe)
+            except UsageError:  # what stays dense leaves too little
+                continue
+            assert all(choices[name].rank <= limits[name] for name in some)
+            smaller += sum(choices[name].rank < limits[name] for name in some)
+            assert {choices[name] for name in SHAPES if name not in some} == {Choice(DENSE)}
+    assert smaller
+
+
+@every_form
+def test_a_site_that_can_only_stay_dense_limits_no_other(form):
+    """A vector cannot be made smaller; where no token reaches it nobody asks it to be."""
+    limits, choices = limits_and_plan(SHAPES | {"score": (1, 30)}, form, 0.5, reached=SHAPES)
+    assert all(0 < choices[name].rank <= limits[name] for name in SHAPES)
+
+
+@every_form
+def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
+    settings = Settings(METHODS["kfac"], form, "loss", refit=False)
+    limits = planning.largest_ranks(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1))
+    for name, (rows, columns) in SHAPES.items():
+        assert Choice(form, limits[name]).stored(rows, columns) < rows * columns
+        assert Choice(form, limits[name] + 1).stored(rows, columns) >= rows * columns
+    curves = {
+        name: planning._curve(shape, settings, Recipe(rank_multiple=1), torch.arange(100.0).flip(0))
+        for name, shape in SHAPES.items()
+    }
+    assert limits == {name: max(choice.rank for choice in c.choices) for name, c in curves.items()}
+
+
+@every_form
+def test_a_site_whose_factors_save_nothing_keeps_one_rank_all_the_same(form):
+    settings = Settings(METHODS["kfac"], form, "loss", refit=False)
+    shapes = {"score": (1, 30)}
+    assert planning.largest_ranks(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {"score": 1}
+
+
+@pytest.mark.parametrize("allocation", ["loss", "uniform"])
+def test_a_given_plan_says_how_far_factors_are_kept(allocation, tmp_path):
+    content = PLAN.to_json()
+    del content["sites"]["d"]
+    settings = Settings(METHODS["kfac"], "pivoted", allocation, refit=False)
+    recipe = Recipe(plan=str(written(tmp_path, content)))
+    limits = planning.largest_ranks(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5))
+    assert limits == {"a": 12, "b": 8, "c": 1, "d": 1}
 
 
 # -- the plan ----------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def test_kfac_is_two_sided_token_wise_and_shrunk_as_published(name):
     ):
         full = rows.mT @ rows / len(rows)
         shrunk = (1 - amount) * full + amount * full.trace() / len(full) * torch.eye(len(full), dtype=torch.float64)
-        close(metric.full, shrunk, 1e-12)
+        close(metric.matrix, shrunk, 1e-12)
 
 
 def test_centred_metric_is_the_covariance():

@@ -353,7 +353,7 @@ def test_kept_factors_are_the_first_of_all(name, solved_in):
     """Also past the directions that the metric sees, and in memory of their own."""
     problem = LAYERS[name].problem_of(solved_in)
     whole, size = factorise(problem), min(problem.target.shape)
-    for limit in (1, size - 1, size, size + 5):
+    for limit in (0, 1, size - 1, size, size + 5):
         kept = factorise(problem).kept(limit)
         assert kept.completion is None
         assert torch.equal(kept.squared, whole.squared)

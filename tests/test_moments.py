@@ -122,6 +122,26 @@ def test_inputs_that_never_vary_have_no_covariance():
         assert moments.input_metric.shrunk(0.5).mean_diagonal == 0
 
 
+@pytest.mark.parametrize("width", [6, 2 * BLOCK + 1])
+def test_a_sum_that_was_read_can_be_added_to(width):
+    first, second = normal(5, width).float(), normal(4, width, seed=1).float()
+    moment, other = second_moment(first), second_moment(second)
+    assert bool(moment.mean_gram.any())
+    moment.merge(other)
+    same(moment, second_moment(torch.cat([first, second])))
+    moment.update(second, "test")
+    same(moment, second_moment(torch.cat([first, second, second])))
+    same(SecondMoment.from_state(moment.state()), moment)
+    close(moment.gram.triu(1), moment.gram.tril(-1).mT, 1e-6)
+
+
+def test_saved_sums_are_read_and_never_written():
+    moment = second_moment(normal(5, 2 * BLOCK + 1))
+    state = moment.state()
+    with unchanged(*state.values()):
+        assert bool(SecondMoment.from_state(state).metric.matrix.any())
+
+
 def test_without_gram_only_the_gram_is_gone():
     whole = second_moment(normal(5, 4))
     light = whole.without_gram()

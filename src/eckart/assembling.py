@@ -106,7 +106,7 @@ class Assembly:
         def moments(name: str) -> Moments:
             found = shelf[name].moments
             assert found is not None, "statistics are kept where a refit is asked for"
-            return found
+            return Moments.from_state({k: v.to(place.device) for k, v in found.state().items()})
 
         work = Refit(
             {site.name: site for site in self.sites}, plan.choices, frozenset(solved), moments, settings.method,

@@ -82,19 +82,27 @@ class Shelf:
         """
         done = self._agreed({"done": self.store.entries(STAGE)})["done"]
         for window in windows(done):
-            moments = dict(window.moments) if reuse else window.moments
-            owners = self._reduced(window, moments, sites)
-            mine: Packed = ({}, {"sites": {}, "dense": {}, "seen": {}})
-            failed: BaseException | None = None
-            try:
-                for name in [n for members in window.groups.values() for n in members]:
-                    entry = moments.pop(name, None)  # freed as soon as the last of its group is solved
-                    if owners.get(name, 0) == self.processes.rank:
-                        self._solve(sites[name], entry, model, settings, limits[name], curve, mine)
-            except Exception as error:
-                failed = error
-            self.processes.agree(failed)
-            self._keep(window.name, mine)
+            self._add(window, dict(window.moments) if reuse else window.moments, model, sites, settings, limits, curve)
+
+    def _add(
+        self,
+        window: Window,
+        moments: dict[str, Moments],
+        model: nn.Module,
+        sites: Mapping[str, Site],
+        settings: Settings,
+        limits: Mapping[str, int],
+        curve: bool,
+    ) -> None:
+        """Solve a window's sites; its statistics are freed on the way, its factors when they are stored."""
+        owners = self._reduced(window, moments, sites)
+        mine: Packed = ({}, {"sites": {}, "dense": {}, "seen": {}})
+        with self.processes.together():
+            for name in [n for members in window.groups.values() for n in members]:
+                entry = moments.pop(name, None)
+                if owners.get(name, 0) == self.processes.rank:
+                    self._solve(sites[name], entry, model, settings, limits[name], curve, mine)
+        self._keep(window.name, mine)
 
     def summary(self) -> Summary:
         """What all processes may know; read from the entries, those of an earlier run included."""

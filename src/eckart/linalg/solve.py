@@ -253,7 +253,7 @@ def curve_under(solved: Factorisation, problem: Problem) -> Tensor:
     """
     dtype = torch.promote_types(problem.target.dtype, solved.left.dtype)
     target, left, right = problem.target.to(dtype), solved.left.to(dtype), solved.right.to(dtype)
-    steps = []  # (r,), what the error changes by from rank k - 1 to rank k
+    changes = [weighted_error(target, problem.left, problem.right)[None]]  # then from rank k - 1 to rank k
     for part in blocks(left.shape[1]):
         weighted_left = problem.left.times(left[:, part])  # (m, b), H B
         weighted_right = problem.right.times(right[part].mT)  # (n, b), G A^T
@@ -261,6 +261,5 @@ def curve_under(solved: Factorisation, problem: Problem) -> Tensor:
         # (B^T H B) * (A G A^T), symmetric: direction k meets itself once and each one before it twice.
         pairs = (left[:, : part.stop].mT @ weighted_left).double() * (right[: part.stop] @ weighted_right).double()
         before = torch.triu(pairs, 1 - part.start).sum(0)
-        steps.append(2 * before + pairs[part].diagonal() - 2 * cross)
-    total = weighted_error(target, problem.left, problem.right)[None]
-    return torch.cat([total, total + torch.cat(steps).cumsum(0)]).clamp_min(0)
+        changes.append(2 * before + pairs[part].diagonal() - 2 * cross)
+    return torch.cat(changes).cumsum(0).clamp_min(0)

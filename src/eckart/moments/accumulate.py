@@ -114,10 +114,8 @@ class SecondMoment:
     @property
     def metric(self) -> Metric:
         """`E[x x^T]`, which reads the sum where it lies: nothing of its size is made."""
+        self._fill_in()
         assert self.gram is not None, "this run did not gather Grams"
-        if not self._complete:
-            complete(self.gram)
-            self._complete = True
         return Metric(full=self.gram, scale=1 / max(self.count, 1))
 
     @property
@@ -143,6 +141,7 @@ class SecondMoment:
 
     def state(self) -> dict[str, Tensor]:
         """The sums themselves, not copies, and the count: what adds up over processes, and what is saved."""
+        self._fill_in()  # so that nobody has to write to what was saved
         parts = {"gram": self.gram, "total": self.total, "absolute": self.absolute}
         return _present(parts) | {"count": torch.tensor(self.count)}
 
@@ -154,7 +153,12 @@ class SecondMoment:
         """
         gram, total, absolute = (state.get(name) for name in ("gram", "total", "absolute"))
         count, width = int(state["count"]), 0 if total is None else len(total)
-        return cls(width, gram is not None or count == 0, absolute is not None, count, gram, total, absolute)
+        return cls(width, gram is not None or count == 0, absolute is not None, count, gram, total, absolute, True)
+
+    def _fill_in(self) -> None:
+        if self.gram is not None and not self._complete:
+            complete(self.gram)
+            self._complete = True
 
 
 @dataclass

@@ -84,8 +84,10 @@ class MovedInputs:
         gram.diagonal().add_(ridge * scale)
         lower = gram.mT  # symmetric, and column by column, as LAPACK writes the factor over it
         torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge
-        shift = self._times_cross(weight, centred).mT  # (n, m), (W cross)^T
-        return weight + torch.cholesky_solve(shift, lower).mT.to(weight)
+        shift = self._times_cross(weight, centred)  # (m, n); all solved in place: wide matrices in float64
+        torch.linalg.solve_triangular(lower.mT, shift, upper=True, left=False, out=shift)
+        torch.linalg.solve_triangular(lower, shift, upper=False, left=False, out=shift)
+        return weight + shift.to(weight)
 
     def _metric(self, centred: bool) -> Metric:
         """`E[x~ x~^T]`, or the covariance of x~."""

@@ -97,6 +97,7 @@ class _Gather:
         self.always = always
         self.show = show
         self.open: dict[str, Moments] = {}
+        self.most: int | None = None  # rows that memory holds, once it ran out
         last = min if needs & {"gradients", "fisher"} else max
         self.segments = {leader: walk.order.segments[leader] for leader in groups}
         self.complete_at = {leader: last(found) for leader, found in self.segments.items()}
@@ -142,6 +143,7 @@ class _Gather:
         here = {leader: m for leader, m in self.todo.items() if watching and segment in self.segments[leader]}
         walk = self.walk
         with Gatherer(walk.model, here, needs=self.needs, common=self.common, into=self.open) as gatherer:
+            gatherer.most = self.most
 
             def part(batch: Any) -> None:
                 walk.cut(batch)  # a half, where the whole was too large
@@ -150,6 +152,7 @@ class _Gather:
             with walk.at(segment):
                 walk.each(lambda batch, number: gatherer.attempt(batch, number, part))
             self.open.update(gatherer.moments)
+            self.most = gatherer.most
 
     def _complete(self, segment: int) -> Iterator[Window]:
         """The window of a segment, if there is one."""

@@ -450,3 +450,32 @@ def test_pivoting_of_a_deficient_basis_has_no_bound(rank):
     left[:, rank:] = left[:, :1]
     assert pivoted_factors(left, normal(4, 6)).bound == float("inf")
     assert pivoted_factors(torch.zeros(12, 4), normal(4, 6)).bound == float("inf")
+
+
+@pytest.mark.parametrize("shape", [(96, 96), (128, 80), (80, 128)])
+@pytest.mark.parametrize("two_sided", [False, True])
+def test_wide_float32_problems_are_decomposed_in_float32_and_lose_nothing(shape, two_sided, monkeypatch):
+    """The stored factors of every rank are as good, by the error measured in float64, as those of float64."""
+    m, n = shape
+    stream = torch.Generator().manual_seed(5)
+    weight = torch.randn(m, n, generator=stream)
+    inputs = torch.randn(4 * n, n, generator=stream) * torch.linspace(1, 0.02, n)
+    outputs = torch.randn(4 * m, m, generator=stream) * torch.linspace(1, 0.1, m)
+    left = Metric(full=outputs.mT @ outputs / (4 * m)).shrunk(0.3) if two_sided else Metric()
+    right = Metric(full=inputs.mT @ inputs / (4 * n)).shrunk(0.1 if two_sided else 0.0)
+    problem = Problem(weight, left, right)
+    exact = factorise(problem)
+    monkeypatch.setattr("eckart.linalg.decompose.WIDE", 16)
+    monkeypatch.setattr("eckart.linalg.metric.WIDE", 16)
+    quick = factorise(problem)
+    assert not torch.equal(quick.truncated(8)[0], exact.truncated(8)[0]), "nothing was done otherwise"
+    measured = [
+        Metric(full=metric.dense(torch.float64)) if not metric.is_identity else metric for metric in (left, right)
+    ]
+    for rank in (4, 20, 60):
+        errors = []
+        for solved in (exact, quick):
+            b, a = solved.truncated(rank)
+            errors.append(float(weighted_error(weight.double() - b.double() @ a.double(), *measured)))
+        assert errors[1] == pytest.approx(errors[0], rel=1e-4)
+        assert float(quick.curve[rank]) == pytest.approx(errors[0], rel=1e-3)

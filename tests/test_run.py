@@ -12,12 +12,13 @@ from architectures import Architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import eckart
-from eckart import run
+from eckart.assembling import Assembly
 from eckart.data.stdlib import documents
 from eckart.errors import DataError, ModelError, NumericalError, UsageError
 from eckart.linalg import Metric, Problem
 from eckart.measure import distance
 from eckart.methods import METHODS
+from eckart.model import shared_clone
 
 DEMO = Path(eckart.__file__).parent / "demo" / "model"
 SMALL = Architecture(
@@ -149,11 +150,12 @@ def test_default_falls_back_where_no_backward_pass_runs(model, batches):
 def test_refit_that_makes_it_worse_is_left_out(model, batches, monkeypatch):
     plain = eckart.compress(model, data=batches, keep=0.5, refit=False)
 
-    def harm(original, compressed, *rest):
-        compressed.model.norm.weight = torch.nn.Parameter(torch.randn(48))
-        return []
+    def harm(assembly, compressed, *rest):
+        fitted = shared_clone(compressed)
+        fitted.model.norm.weight = torch.nn.Parameter(torch.randn(48))
+        return fitted, []
 
-    monkeypatch.setattr(run, "refit", harm)
+    monkeypatch.setattr(Assembly, "refitted", harm)
     result = eckart.compress(model, data=batches, keep=0.5)
     assert any("refit was left out" in note for note in result.report["notes"])
     assert torch.equal(result.model(batches[0]["input_ids"]).logits, plain.model(batches[0]["input_ids"]).logits)

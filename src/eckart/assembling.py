@@ -15,9 +15,11 @@ from eckart.allocate import DENSE, Plan
 from eckart.calibrate import show_steps
 from eckart.data import Batch
 from eckart.data.inference import forward, progress
+from eckart.errors import ModelError
 from eckart.model import Site, Weights, cast, dense_weight, pack, shared_clone, store, unpack
 from eckart.moments import Moments
 from eckart.planning import Settings
+from eckart.processes import Processes
 from eckart.recover import Refit, refittable
 from eckart.running import ready
 from eckart.shelf import Shelf
@@ -119,21 +121,25 @@ class Assembly:
             self._to_all(REFITTED, str(step))
             notes += self._install(fitted, REFITTED, str(step))
         first = next((step for step in sorted(steps) if str(step) not in there), last + 1)
-        waits = first == 0 or (before.waits_at(first - 1) and now.waits_at(first - 1))
-        found_there = {"waits": torch.tensor(int(waits))}
-        processes.all_reduce(found_there)
-        start = first if int(found_there["waits"]) == processes.size else 0
-        for step in show_steps(range(start, last + 1), "refitting"):
-            if step in steps and str(step) not in there:
-                changed, found = work.step(before, now, step, steps[step])
-                if processes.main or changed:
-                    place.store.write(REFITTED, str(step), *_packed(fitted, changed, found))
-                notes += self._install(fitted, REFITTED, str(step))
-            for walk in (before, now):
-                with walk.at(step):
-                    for batch in walk.batches:
-                        walk.forward(step, batch)
-                walk.forget(step - 1)
+        start = _start(first, before, now, processes) if 0 < first <= last else first
+        try:
+            for step in show_steps(range(start, last + 1), "refitting"):
+                if step in steps and str(step) not in there:
+                    changed, found = work.step(before, now, step, steps[step])
+                    # Killed between the two writes, another process may be one entry ahead of the first.
+                    if processes.main or (changed and str(step) not in place.store.entries(REFITTED)):
+                        place.store.write(REFITTED, str(step), *_packed(fitted, changed, found))
+                    notes += self._install(fitted, REFITTED, str(step))
+                for walk in (before, now):
+                    with walk.at(step):
+                        for batch in walk.batches:
+                            walk.forward(step, batch)
+                    walk.forget(step - 1)
+        except UnwalkableError as error:  # other text takes another way than the example that was tried
+            why = f"{type(self.model).__name__} cannot be walked block by block ({error})"
+            if processes.size > 1:  # the others go on walking
+                raise ModelError(f"{why}. Leave the refit out with --no-refit.") from error
+            fitted, notes = compressed, [f"the refit was left out: {why}"]
         before.forget_all()
         now.forget_all()
         return fitted, notes
@@ -209,6 +215,14 @@ class Assembly:
             if not place.processes.main and name not in place.store.entries(stage):
                 place.store.write(stage, name, tensors, content)
         return place.store.read(stage, name)[1]
+
+
+def _start(first: int, before: Walk, now: Walk, processes: Processes) -> int:
+    """The last step up to `first` that both walks can begin at in all processes."""
+    waits = [float(before.waits_at(step) and now.waits_at(step)) for step in range(first)]
+    found = {"waits": torch.tensor(waits)}
+    processes.all_reduce(found)
+    return next((step for step in range(first, 0, -1) if int(found["waits"][step - 1]) == processes.size), 0)
 
 
 def _packed(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

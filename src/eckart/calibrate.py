@@ -20,7 +20,17 @@ from eckart.model import Weights
 from eckart.moments import Moments, Step, common_calls, gather, labelled_loss, sampled_loss, shared_inputs
 from eckart.processes import Processes
 from eckart.running import ready
-from eckart.walk import Groups, UnwalkableError, Walk, Window, blocks_of, gather_walking, split_by_block, take_apart
+from eckart.walk import (
+    Groups,
+    UnwalkableError,
+    Walk,
+    Window,
+    blocks_of,
+    gather_walking,
+    not_done,
+    split_by_block,
+    take_apart,
+)
 from eckart.walk import Store as WalkStore
 
 logger = logging.getLogger(__name__)
@@ -123,8 +133,7 @@ def calibrate(
             gather_walking(walk, groups, needs=needs, common=common)
         except UnwalkableError as error:
             walk = None
-            notes.append(f"{type(model).__name__} cannot be walked block by block ({error}): whole passes instead")
-            logger.warning(notes[-1])
+            _note_unwalkable(model, error, notes)
     failed: str | None = None
     if backward:
         failed = work.why_no_backward(groups, first, step, needs, walk)
@@ -141,28 +150,48 @@ def calibrate(
         )
         logger.warning(notes[-1])
     found = Calibration(groups, _curvature_name(backward, labelled), frozenset(common), failed, notes)
-    if walk is not None:
-        walked = walk
-        walked.run = _returning(step, walked.run)
-        found.how = f"block by block, {walk.order.tail} blocks"
-        found.gathered = lambda done: gather_walking(
-            walked, groups, needs=needs, common=common, done=done, show=show_steps
-        )
-        return found
 
-    def in_passes(done: Collection[str]) -> Iterator[Window]:
+    def part_of(batch: Batch) -> Tensor | None:
+        loss = step(batch)
+        return loss if loss is not None and loss.requires_grad else None  # it may depend on no site of a window
+
+    def in_passes(done: Collection[str], groups: Groups = groups) -> Iterator[Window]:
         for window in _parts(groups, model, at_once if waiting is not None else len(groups)):
             if window.name not in done:
                 with work.running(None):
                     batches: Iterable[Batch] = progress(runs, what="calibrating", total=len(runs))
-                    found = gather(model, window.groups, batches, step, needs=needs, common=common)
+                    found = gather(model, window.groups, batches, part_of, needs=needs, common=common)
                 window.moments.update(found)
                 del found
                 yield window
 
-    found.gathered = in_passes
-    if waiting is not None:
-        found.how = f"in whole passes, {at_once} blocks at a time"
+    passes = f"in whole passes, {at_once} blocks at a time"
+    if walk is None:
+        found.gathered = in_passes
+        found.how = passes if waiting is not None else found.how
+        return found
+    walked = walk
+    walked.run = _returning(step, walked.run)
+
+    def walking(done: Collection[str]) -> Iterator[Window]:
+        known = set(done)
+        try:
+            for window in gather_walking(walked, groups, needs=needs, common=common, done=known, show=show_steps):
+                known.add(window.name)
+                yield window
+            return
+        except UnwalkableError as error:  # other text takes another way than the example that was tried
+            if processes is not None and processes.size > 1:  # the others go on walking
+                raise ModelError(
+                    f"{type(model).__name__} cannot be walked block by block ({error}). Run it in a single process."
+                ) from error
+            _note_unwalkable(model, error, notes)
+        walked.forget_all()
+        found.how = passes
+        yield from in_passes(known, not_done(groups, walked.order, needs, known))
+
+    found.how = f"block by block, {walk.order.tail} blocks"
+    found.gathered = walking
     return found
 
 
@@ -231,6 +260,11 @@ class _Work:
         return None
 
 
+def _note_unwalkable(model: PreTrainedModel, error: UnwalkableError, notes: list[str]) -> None:
+    notes.append(f"{type(model).__name__} cannot be walked block by block ({error}): whole passes instead")
+    logger.warning(notes[-1])
+
+
 def _single(batches: Sequence[Batch]) -> list[Batch]:
     """Every example as a batch of its own."""
     return [batch.rows(i, i + 1) for batch in batches for i in range(len(batch))]
@@ -248,6 +282,8 @@ def _returning(step: Step, run: Callable[[Batch], Any]) -> Callable[[Batch], Any
 def _parts(groups: Groups, model: PreTrainedModel, at_once: int) -> Iterator[Window]:
     """Groups, so many blocks' at a time."""
     blocks = list(split_by_block(groups, model).values())
+    if len(blocks) == 1:  # there is no list of blocks
+        blocks = [{leader: members} for leader, members in groups.items()]
     for start in range(0, len(blocks), at_once):
         together = {leader: members for part in blocks[start : start + at_once] for leader, members in part.items()}
         yield Window(WHOLE if at_once >= len(blocks) else f"part-{start}", together, {})

@@ -27,6 +27,7 @@ from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
+from eckart.data.ready import digest
 from eckart.errors import CheckpointError, ModelError, NumericalError, UsageError
 from eckart.linalg import require_finite
 from eckart.measure import distance, quality, sizes
@@ -76,7 +77,7 @@ def compress(
     asked = _recipe(recipe, data, method, options)
     chosen = method_named(method if method is not None else asked.method)
     settings = Settings.of(chosen, asked)
-    work = _prepare(model, tokenizer, data, asked, [settings], source_folder, workplace or Workplace())
+    work = _prepare(model, tokenizer, data, asked, [settings], [asked.keep], source_folder, workplace or Workplace())
     settings = work.possible(settings)
     return _finish(work, settings, asked, *_shelf(work, settings, asked, asked.keep))
 
@@ -109,7 +110,7 @@ def compare(
     """
     asked = _recipe(recipe, data, None, options)
     rows = [Settings.of(method_named(method), asked) for method in methods]
-    work = _prepare(model, tokenizer, data, asked, rows, source_folder, Workplace())
+    work = _prepare(model, tokenizer, data, asked, rows, keeps, source_folder, Workplace())
     windows = list(work.timed(work.calibration.windows()))
     shared = dict(work.seconds)
     for row in rows:
@@ -184,6 +185,7 @@ def _prepare(
     data: Any,
     recipe: Recipe,
     rows: Sequence[Settings],
+    keeps: Sequence[float],
     source_folder: str | Path | None,
     workplace: Workplace,
 ) -> _Work:
@@ -208,6 +210,9 @@ def _prepare(
     work = _Work(
         model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model), stored, workplace, weights
     )
+    for row in rows:
+        for keep in keeps:
+            _can_be_met(work, row, recipe.model_copy(update={"keep": keep}))
     needs = frozenset().union(*(row.needs(planned=recipe.plan is not None) for row in rows))
     data = data if data is not None else recipe.data
     if not needs and data is None:
@@ -232,6 +237,13 @@ def _prepare(
                 processes=workplace.processes,
             )
     return work
+
+
+def _can_be_met(work: _Work, settings: Settings, recipe: Recipe) -> None:
+    """Refuse a budget that is too small, or a plan file that does not fit, before any work is done."""
+    sites = work.sites
+    flat = {site.name: torch.zeros(min(site.shape) + 1) for site in sites.chosen}
+    make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark)
 
 
 def _data(
@@ -269,12 +281,13 @@ def _same_text(work: _Work) -> None:
     """
     assert work.data is not None
     store = work.workplace.store
-    now = {key: value for key, value in work.data.description.items() if key in ("sha256", "num_tokens")}
+    batches = [*work.data.batches, *(work.held.batches if work.held is not None else ())]
+    now = {"sha256": digest(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
     if not store.entries(TEXT):
         store.write(TEXT, TEXT, {}, now)
     elif (before := store.read(TEXT, TEXT)[1]) != now:
         raise CheckpointError(
-            f"the unfinished run of this output was calibrated on other text ({before}, now {now}). "
+            f"the unfinished run of this output was calibrated on other text, tokens or labels ({before}, now {now}). "
             "Give the same --data, pass --restart to throw that run away, or choose another --output-dir."
         )
 

@@ -139,7 +139,8 @@ def workplace(
         trust_remote_code: the model brings its own code, and may.
 
     Yields:
-        The place, and in words what was chosen and what it takes. A journal is removed when all went well.
+        The place, and in words what was chosen and what it takes. A journal is removed when all went well, or if
+        nothing was done.
 
     Raises:
         CheckpointError: an unfinished run was another one, or there is no room on the disk.
@@ -163,14 +164,20 @@ def workplace(
     place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
     with processes.together():
         journal = Journal.open(place, key, restart=restart)
-        _check_space(journal, needs)
-    memory = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
-    cache = Cache(memory, journal.path("waiting"), durable=True)
-    entries = len(journal.entries("solved"))
-    words = "block by block" + (f": {needs.streamed}; {human(needs.disk)} of disk" if needs is not None else "")
-    if entries:
-        words += f"; {entries} windows are done already"
-    yield Workplace(compute, journal, cache, processes, at_once), words
+    try:
+        with processes.together():
+            _check_space(journal, needs)
+        memory = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
+        cache = Cache(memory, journal.path("waiting"), durable=True)
+        entries = len(journal.entries("solved"))
+        words = "block by block" + (f": {needs.streamed}; {human(needs.disk)} of disk" if needs is not None else "")
+        if entries:
+            words += f"; windows done already: {entries}"
+        yield Workplace(compute, journal, cache, processes, at_once), words
+    except BaseException:
+        if not (journal.folder / "entries").exists():  # nothing to go on from, and nothing to be refused by
+            journal.remove()
+        raise
     cache.close()
     journal.remove()
 

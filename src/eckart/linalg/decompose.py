@@ -8,6 +8,10 @@ from torch import Tensor
 from eckart.errors import NumericalError
 from eckart.linalg.blocks import symmetrise
 
+# Above this width a float32 matrix is decomposed as it is: the products that made it carry the same rounding, and
+# float64 takes two to three times as long on a CPU, and far longer on most GPUs.
+WIDE = 2048
+
 
 def require_finite(tensor: Tensor, what: str) -> None:
     """Refuse a tensor that holds NaN or infinity.
@@ -33,37 +37,38 @@ def checked_eigh(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor, 
     """Eigenvalues (descending, clamped at 0) and eigenvectors of a positive semi-definite matrix.
 
     Computed in float64: an eigenvalue of a Gram is the square of a singular value, so float32 would
-    lose half the digits of the small ones.
+    lose half the digits of the small ones. A float32 matrix that is wider than `WIDE` is decomposed in float32.
 
     Args:
         matrix: (n, n) symmetric positive semi-definite; only rounding may break the symmetry.
         what: name used in errors and notes.
 
     Returns:
-        values (n,) descending, vectors (n, n) with the matching columns, both float64; and notes of
-        any fallback taken.
+        values (n,) descending, float64; vectors (n, n) with the matching columns, in the type that was computed in;
+        and notes of any fallback taken.
 
     Raises:
         NumericalError: if the matrix is not finite, or no solver converges.
     """
     require_finite(matrix, what)
     # LAPACK writes the eigenvectors, column by column, over the matrix that it is given: this is its copy.
-    vectors = _symmetric(matrix).mT
+    dtype = matrix.dtype if matrix.dtype == torch.float32 and len(matrix) > WIDE else torch.float64
+    vectors = _symmetric(matrix, dtype).mT
     values = vectors.new_empty(len(vectors))
     try:
         torch.linalg.eigh(vectors, out=(values, vectors))
     except torch.linalg.LinAlgError:
         note = f"{what}: eigh did not converge on {matrix.device}; took the SVD on the CPU in float64"
-        left, values, _ = _last_resort_svd(_symmetric(matrix), what)
+        left, values, _ = _last_resort_svd(_symmetric(matrix, torch.float64), what)
         return values.to(matrix.device), left.to(matrix.device), (note,)
-    return values.flip(0).clamp_min(0), vectors.flip(1), ()
+    return values.double().flip(0).clamp_min(0), vectors.flip(1), ()
 
 
-def _symmetric(matrix: Tensor) -> Tensor:
-    """A float64 copy without the rounding that broke the symmetry."""
-    double = matrix.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    symmetrise(double)
-    return double
+def _symmetric(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy without the rounding that broke the symmetry."""
+    copy = matrix.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    symmetrise(copy)
+    return copy
 
 
 def checked_svd(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor, Tensor, tuple[str, ...]]:

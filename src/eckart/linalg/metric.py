@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eckart.linalg.blocks import blocks
-from eckart.linalg.decompose import checked_eigh
+from eckart.linalg.decompose import WIDE, checked_eigh
 
 # An eigenvalue below this fraction of the largest is rounding noise of a float64 eigh.
 RELATIVE_FLOOR = 1e-13
@@ -203,9 +203,11 @@ def root_of(metric: Metric, what: str = "metric", *, inverted: bool = True) -> R
         if not inverted or bool(diagonal.amin() > 1e-6 * diagonal.amax()):
             return Root("triangular", lower)
     del lower
+    if not inverted and len(full) > WIDE:
+        full = full.float()  # as exact as the sum that it is
     values, vectors, notes = checked_eigh(full, what)
     values = torch.where(values > values[0] * RELATIVE_FLOOR, values, torch.zeros_like(values))
-    return Root("general", vectors.mul_(values.sqrt()), notes)
+    return Root("general", vectors.mul_(values.sqrt().to(vectors.dtype)), notes)
 
 
 def weighted_error(error: Tensor, left: Metric, right: Metric) -> Tensor:

@@ -2,7 +2,7 @@
 
 from eckart.walk.blocks import Order, UnwalkableError, block_of, blocks_of, order_of, split_by_block
 from eckart.walk.check import take_apart
-from eckart.walk.gather import Groups, Window, gather_walking, split_by_segment
+from eckart.walk.gather import Groups, Window, gather_walking, not_done, split_by_segment
 from eckart.walk.walk import Store, Walk
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "block_of",
     "blocks_of",
     "gather_walking",
+    "not_done",
     "order_of",
     "split_by_block",
     "split_by_segment",

@@ -44,6 +44,19 @@ def split_by_segment(groups: Mapping[str, Sequence[str]], order: Order) -> Group
     return {members[0]: tuple(members) for members in parts.values()}
 
 
+def not_done(groups: Mapping[str, Sequence[str]], order: Order, needs: frozenset[str], done: Collection[str]) -> Groups:
+    """Groups as they are gathered on a walk, those left out whose windows are done.
+
+    Args:
+        groups: leader -> members.
+        order: of the walk.
+        needs: as for :func:`eckart.moments.gather`.
+        done: names of windows.
+    """
+    parts = split_by_segment(groups, order)
+    return {leader: m for leader, m in parts.items() if _name(_complete_at(leader, order, needs)) not in done}
+
+
 def gather_walking(
     walk: Walk,
     groups: Mapping[str, Sequence[str]],
@@ -76,7 +89,7 @@ def gather_walking(
     several = [leader for leader in parts if len(walk.order.segments[leader]) > 1]
     if several and "fisher" in needs:
         raise UnwalkableError(f"{several[0]} is called by several blocks, and its squared gradients come in one piece")
-    gather = _Gather(walk, parts, needs, common, set(done), always, show)
+    gather = _Gather(walk, not_done(groups, walk.order, needs, done), needs, common, always, show)
     return gather.backwards() if needs & {"gradients", "fisher"} else gather.forwards()
 
 
@@ -87,7 +100,6 @@ class _Gather:
         groups: Groups,
         needs: frozenset[str],
         common: Mapping[str, frozenset[int]],
-        done: set[str],
         always: bool,
         show: Show,
     ) -> None:
@@ -98,10 +110,9 @@ class _Gather:
         self.show = show
         self.open: dict[str, Moments] = {}
         self.most: int | None = None  # rows that memory holds, once it ran out
-        last = min if needs & {"gradients", "fisher"} else max
+        self.todo = groups
         self.segments = {leader: walk.order.segments[leader] for leader in groups}
-        self.complete_at = {leader: last(found) for leader, found in self.segments.items()}
-        self.todo = {leader: m for leader, m in groups.items() if _name(self.complete_at[leader]) not in done}
+        self.complete_at = {leader: _complete_at(leader, walk.order, needs) for leader in groups}
 
     def forwards(self) -> Iterator[Window]:
         if not self.todo:
@@ -164,6 +175,11 @@ class _Gather:
         for entry in moments.values():
             entry.sequences = examples  # each saw all of them, in one segment or in several
         yield Window(_name(segment), groups, moments)
+
+
+def _complete_at(leader: str, order: Order, needs: frozenset[str]) -> int:
+    """The last segment on the walk in which a group is called."""
+    return (min if needs & {"gradients", "fisher"} else max)(order.segments[leader])
 
 
 def _at(method: Callable[..., Any], step: int) -> Callable[[Any, Any], Any]:

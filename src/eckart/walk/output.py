@@ -42,11 +42,13 @@ class Structure:
         spec: the tree.
         leaves: what stands at each leaf.
         stream: the leaf that the next step works on: the first floating-point tensor that the step makes.
+        shapes: of the leaves, () for what is no tensor, on the batch that was run first: one example.
     """
 
     spec: Any
     leaves: tuple[Made | Passed | Constant, ...]
     stream: int
+    shapes: tuple[tuple[int, ...], ...]
 
     @property
     def made(self) -> list[int]:
@@ -57,6 +59,11 @@ class Structure:
         """Whether another batch's output is made up alike, constants included."""
         alike = self.spec == other.spec and self.stream == other.stream
         return alike and all(_alike(a, b) for a, b in zip(self.leaves, other.leaves, strict=True))
+
+    def examples_axis(self, leaf: int, tensor: Tensor, examples: int) -> int | None:
+        """The axis of a leaf's tensor that has one entry for each of some examples; None if all share the tensor."""
+        sizes = zip(self.shapes[leaf], tensor.shape, strict=False)
+        return next((axis for axis, (one, all_) in enumerate(sizes) if one == 1 and all_ == examples), None)
 
 
 def structure_of(output: Any, known: Mapping[int, Key], where: str) -> Structure:
@@ -82,7 +89,8 @@ def structure_of(output: Any, known: Mapping[int, Key], where: str) -> Structure
     made = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Made) and flat[i].is_floating_point()]
     if not made:
         raise UnwalkableError(f"{where} puts out no floating-point tensor of its own")
-    return Structure(spec, tuple(leaves), made[0])
+    shapes = tuple(tuple(value.shape) if isinstance(value, Tensor) else () for value in flat)
+    return Structure(spec, tuple(leaves), made[0], shapes)
 
 
 def _alike(one: Made | Passed | Constant, other: Made | Passed | Constant) -> bool:

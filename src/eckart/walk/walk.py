@@ -182,7 +182,11 @@ class Walk:
             what(batch, number)
 
     def cut(self, part: Any) -> None:
-        """Take notice that a batch turned out too large, and `part` is some of its rows: cut what waits for it."""
+        """Take notice that a batch turned out too large, and `part` is some of its rows: cut what waits for it.
+
+        Raises:
+            UnwalkableError: a block puts out its examples in a way that cannot be told apart.
+        """
         if any(batch.examples == part.examples for batch in self.batches):
             return
         whole = next(batch for batch in self.batches if set(part.examples) <= set(batch.examples))
@@ -196,10 +200,11 @@ class Walk:
                 if not self.store.has(key):
                     continue
                 tensors = self.store.get(key)
+                axes = {name: self._axis(name, step, tensor, len(whole.examples)) for name, tensor in tensors.items()}
                 for piece, (a, b) in zip(pieces, spans, strict=True):
                     self.store.put(
                         f"{self.name}/{kind}/{step}/{_label(piece)}",
-                        {name: _rows(t, a, b, len(whole.examples), kind) for name, t in tensors.items()},
+                        {name: _rows(t, a, b, axes[name], kind) for name, t in tensors.items()},
                     )
                 self.store.drop(key)
         place = next(i for i, batch in enumerate(self.batches) if batch is whole)
@@ -265,6 +270,15 @@ class Walk:
 
     def _up(self, step: int, batch: BatchLike) -> str:
         return f"{self.name}/up/{step}/{_label(batch)}"
+
+    def _axis(self, name: str, step: int, tensor: Tensor, examples: int) -> int | None:
+        """The axis of examples of what waits: a leaf of a step's output, or the gradient of any step's leaf."""
+        made, _, leaf = name.rpartition(".")
+        source = int(made) if made else step
+        axis = self.structures[source].examples_axis(int(leaf), tensor, examples)
+        if axis is None and int(leaf) == self.structures[source].stream:
+            raise UnwalkableError(f"what {self.order.steps[source]} puts out cannot be cut between its examples")
+        return axis
 
     def _looked_at(self, step: int, output: Any, going: _Pass) -> list[Any]:
         """The leaves of a block's output, whose structure must be what it was on the batch before."""
@@ -387,8 +401,8 @@ def _label(batch: BatchLike) -> str:
     return f"{batch.examples[0]}-{batch.examples[-1]}"
 
 
-def _rows(tensor: Tensor, start: int, stop: int, size: int, kind: str) -> Tensor:
+def _rows(tensor: Tensor, start: int, stop: int, axis: int | None, kind: str) -> Tensor:
     """The rows of a tensor that has one for each example; what all share stays whole, its gradient with the first."""
-    if tensor.dim() and tensor.shape[0] == size:
-        return tensor[start:stop]
+    if axis is not None:
+        return tensor.narrow(axis, start, stop - start)
     return tensor if kind != "up" or start == 0 else torch.zeros_like(tensor)

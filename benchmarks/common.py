@@ -56,7 +56,8 @@ def watched(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     start = time.perf_counter()
-    peak, looked, family = 0, start, []
+    peak, looked = 0, start
+    family: list[int] = []
     with log.open("wb") as file:
         process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:

@@ -258,7 +258,7 @@ def main() -> None:
                 records.add(record)
             print(words(record) + (", measured before" if before else ""), flush=True)
             pair.append(record)
-        columns[method] = column(*pair, bound) if all(record["code"] == 0 for record in pair) else {}
+        columns[method] = column(pair[0], pair[1], bound) if all(record["code"] == 0 for record in pair) else {}
 
     limits = {
         f"peak memory, {many} blocks": f"{bound / GB:.2f} GB (checkpoint + {BESIDE / GB:.0f} GB)",

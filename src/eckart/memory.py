@@ -91,7 +91,8 @@ class Estimate:
         solving: what the solver takes beside them.
         text: the calibration text and its hidden states.
         outside: weights outside the blocks.
-        free: what there is; None if nobody knows.
+        program: this process before the work.
+        free: what there is beside it; None if nobody knows.
     """
 
     block: int = 0
@@ -99,21 +100,22 @@ class Estimate:
     solving: int = 0
     text: int = 0
     outside: int = 0
+    program: int = 0
     free: int | None = None
 
     @property
     def total(self) -> int:
         """All parts together."""
-        return self.block + self.statistics + self.solving + self.text + self.outside
+        return self.block + self.statistics + self.solving + self.text + self.outside + self.program
 
     @property
     def fits(self) -> bool:
         """Whether there is enough, as far as anybody knows."""
-        return self.free is None or self.total <= self.free
+        return self.free is None or self.total - self.program <= self.free
 
     def __str__(self) -> str:
         _, size = _unit(self.total)
-        names = ("block", "statistics", "solving", "text", "outside")
+        names = ("block", "statistics", "solving", "text", "outside", "program")
         parts = ", ".join(f"{name} {getattr(self, name) / size:.1f}" for name in names if getattr(self, name))
         left = "" if self.free is None else f", {human(self.free)} free"
         return f"about {human(self.total)} at the peak{f' ({parts})' if parts else ''}{left}"

@@ -36,6 +36,7 @@ from eckart.model import Sites, Weights, factored_modules, find_sites, has_head,
 from eckart.planning import Budget, Settings, largest_ranks, make_plan
 from eckart.recipe import Recipe, make_recipe
 from eckart.result import Result
+from eckart.shelf import STAGE as SOLVED
 from eckart.shelf import Shelf, Summary
 from eckart.store import Memory
 from eckart.walk import Window, blocks_of
@@ -284,6 +285,11 @@ def _same_text(work: _Work) -> None:
     batches = [*work.data.batches, *(work.held.batches if work.held is not None else ())]
     now = {"sha256": digest(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
     if not store.entries(TEXT):
+        if store.entries(SOLVED):
+            raise CheckpointError(
+                "the unfinished run of this output has lost the record of its text, so that what it has done cannot be "
+                "gone on from. Pass --restart to throw it away, or choose another --output-dir."
+            )
         store.write(TEXT, TEXT, {}, now)
     elif (before := store.read(TEXT, TEXT)[1]) != now:
         raise CheckpointError(
@@ -323,7 +329,8 @@ def _shelf(
             curve=settings.allocation == "loss" and recipe.plan is None,
             reuse=kept is not None,
         )
-    work.seconds["factorisation"] -= round(work.seconds.get("calibration", 0.0) - before, 3)
+    gathering = work.seconds.get("calibration", 0.0) - before
+    work.seconds["factorisation"] = round(work.seconds["factorisation"] - gathering, 3)
     summary = shelf.summary()
     if not summary.losses:
         raise ModelError(

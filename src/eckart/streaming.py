@@ -19,8 +19,8 @@ from eckart.checkpoint.journal import Journal
 from eckart.checkpoint.load import blank
 from eckart.checkpoint.lock import output_path
 from eckart.data import kind_of
-from eckart.errors import ModelError
-from eckart.memory import Estimate, free, human, solving_bytes, statistics_bytes
+from eckart.errors import EckartError
+from eckart.memory import Estimate, free, human, rss, solving_bytes, statistics_bytes
 from eckart.model import Compute, Sites, find_sites
 from eckart.planning import Budget, Settings, largest_ranks
 from eckart.processes import Processes
@@ -96,6 +96,7 @@ def needs_of(model: nn.Module, recipe: Recipe, settings: Settings, room: int | N
         statistics=sum(statistics.values()),
         solving=solving + sum(factors.values()),
         text=running * (max(len(blocks), 1) if needs & {"gradients", "fisher"} else 1),
+        program=rss(),
         free=room,
     )
     largest = max(per_block.values(), default=elements)
@@ -104,8 +105,9 @@ def needs_of(model: nn.Module, recipe: Recipe, settings: Settings, room: int | N
         block=largest * FLOAT32,
         statistics=max(statistics.values(), default=0),
         solving=solving + in_block,
-        text=cache + running,
+        text=min(cache, _waiting(model, sites, needs, text)) + running,
         outside=min(outside, largest) * FLOAT32,
+        program=rss(),
         free=room,
     )
     spare = (room or 0) * ROOM - whole.block - solving - running
@@ -201,7 +203,7 @@ def _tried(
         shared = 1 if processes.device.type == "cuda" else processes.size
         room = free(processes.device)
         return needs_of(model, recipe, settings, None if room is None else room // shared)
-    except ModelError:
+    except EckartError:
         raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
         logger.info("%s: no estimate of memory (%s)", folder, error)
@@ -211,7 +213,7 @@ def _tried(
 def _too_large(needs: Needs | None) -> bool:
     if needs is None or needs.whole.free is None:
         return False
-    return needs.whole.total > ROOM * needs.whole.free
+    return needs.whole.total - needs.whole.program > ROOM * needs.whole.free
 
 
 def _key(folder: Path, recipe: Recipe, settings: Settings, processes: Processes, dtype: torch.dtype) -> dict[str, Any]:
@@ -266,16 +268,21 @@ def _disk(
     text: _Text,
 ) -> int:
     """Room for factors, modules, what the refit keeps, and hidden states."""
+    needs = settings.needs(planned=recipe.plan is not None)
+    streams = _waiting(model, sites, needs, text)
+    total = sum(factors.values()) + stored
+    if settings.refit:
+        outputs = sum(site.out_features**2 for site in sites.chosen) * FLOAT32 if "gradients" in needs else 0
+        total += stored + outputs + 2 * _waiting(model, sites, frozenset({"gram"}), text)
+    return total + streams
+
+
+def _waiting(model: nn.Module, sites: Sites, needs: frozenset[str], text: _Text) -> int:
+    """Hidden states that wait between blocks: two blocks' on the way forwards, all blocks' for the way back."""
     config: Any = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None) or max(site.in_features for site in sites.chosen)
     steps = len(blocks_of([site.name for site in sites.chosen], model))
-    backward = bool(settings.needs(planned=recipe.plan is not None) & {"gradients", "fisher"})
-    streams = text.all * width * FLOAT32 * ((steps + 2) if backward else 2)
-    total = sum(factors.values()) + stored
-    if settings.refit:
-        outputs = sum(site.out_features**2 for site in sites.chosen) * FLOAT32 if backward else 0
-        total += stored + outputs + text.all * width * FLOAT32 * 4
-    return total + streams
+    return text.all * width * FLOAT32 * (steps + 2 if needs & {"gradients", "fisher"} else 2)
 
 
 def scratch(place: Workplace) -> Path:

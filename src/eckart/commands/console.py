@@ -55,7 +55,11 @@ def guarded(function: F) -> F:
                 say(f"error: {error}", "red")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
-            say("interrupted; nothing was published. What an unfinished run block by block has done is kept.", "red")
+            say(
+                "interrupted; an output is published whole or not at all. What an unfinished run block by block has "
+                "done is kept.",
+                "red",
+            )
             raise typer.Exit(INTERRUPTED) from None
         except (MemoryError, torch.OutOfMemoryError) as error:
             say(

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.allocate import DENSE, Plan
 from eckart.calibrate import show_steps
+from eckart.checkpoint.cache import SUFFIX
+from eckart.checkpoint.mapped import SMALL, spool
 from eckart.data import Batch
 from eckart.data.inference import forward, progress
 from eckart.errors import ModelError
@@ -23,7 +25,7 @@ from eckart.processes import Processes
 from eckart.recover import Refit, refittable
 from eckart.running import ready
 from eckart.shelf import Shelf
-from eckart.walk import UnwalkableError, Walk, blocks_of, split_by_block, take_apart
+from eckart.walk import UnwalkableError, Walk, all_blocks, split_by_block, take_apart
 from eckart.workplace import Workplace
 
 logger = logging.getLogger(__name__)
@@ -61,14 +63,15 @@ class Assembly:
         parts = split_by_block(chosen, self.model)
         for block, groups in progress(parts.items(), what="storing", total=len(parts)):
             name = block or "outside"
-            if processes.main and name not in there:
-                place.store.write(STORED, name, *self._stored([by_name[site] for site in groups], plan, shelf))
+            with processes.together():
+                if processes.main and name not in there:
+                    place.store.write(STORED, name, *self._stored([by_name[site] for site in groups], plan, shelf))
             content = self._to_all(STORED, name)
             notes += self._install(compressed, STORED, name)
             for note in content["notes"]:
                 logger.warning(note)
         if self.dtype is not None:
-            cast(compressed, self.dtype)
+            cast(compressed, self.dtype, changed=self._moved_away)
         return compressed, notes
 
     def refitted(
@@ -108,7 +111,7 @@ class Assembly:
         def moments(name: str) -> Moments:
             found = shelf[name].moments
             assert found is not None, "statistics are kept where a refit is asked for"
-            return Moments.from_state({k: v.to(place.device) for k, v in found.state().items()})
+            return Moments.from_state({k: v.to(self.weights.device) for k, v in found.state().items()})
 
         work = Refit(
             {site.name: site for site in self.sites}, plan.choices, frozenset(solved), moments, settings.method,
@@ -127,7 +130,7 @@ class Assembly:
                 if step in steps and str(step) not in there:
                     changed, found = work.step(before, now, step, steps[step])
                     # Killed between the two writes, another process may be one entry ahead of the first.
-                    if processes.main or (changed and str(step) not in place.store.entries(REFITTED)):
+                    if processes.main or (str(step) not in place.store.entries(REFITTED)):
                         place.store.write(REFITTED, str(step), *_packed(fitted, changed, found))
                     notes += self._install(fitted, REFITTED, str(step))
                 for walk in (before, now):
@@ -144,6 +147,12 @@ class Assembly:
         now.forget_all()
         return fitted, notes
 
+    def _moved_away(self, module: nn.Module, name: str) -> None:
+        """What has been cast lies in memory: of a model that is larger, it is written to a file."""
+        folder = self.workplace.scratch
+        if folder is not None and sum(p.numel() for p in module.parameters(recurse=False)) > SMALL:
+            spool(module, folder / f"cast-{name}{SUFFIX}", recurse=False)
+
     def _walks(
         self, fitted: PreTrainedModel, names: Sequence[str], batches: Sequence[Batch]
     ) -> tuple[Walk, Walk] | str:
@@ -157,12 +166,11 @@ class Assembly:
             ("before", self.model, self.weights),
             ("now", fitted, Weights(fitted, place.compute_stored)),
         ):
-            blocks = blocks_of(names, model)
 
             def run(batch: Batch, model: PreTrainedModel = model) -> Any:
                 return forward(model, batch.inputs)
 
-            held = ready(model, weights, blocks)
+            held = ready(model, weights, all_blocks(model))
             try:
                 with held(None):
                     order, structures = take_apart(model, names, run, first, waiting, held=held, device=weights.device)

@@ -17,7 +17,16 @@ from eckart.data.inference import device_of, forward, progress
 from eckart.errors import EckartError, ModelError, NumericalError
 from eckart.memory import human, rss
 from eckart.model import Weights
-from eckart.moments import Moments, Step, common_calls, gather, labelled_loss, sampled_loss, shared_inputs
+from eckart.moments import (
+    Moments,
+    Step,
+    common_calls,
+    gather,
+    is_out_of_memory,
+    labelled_loss,
+    sampled_loss,
+    shared_inputs,
+)
 from eckart.processes import Processes
 from eckart.running import ready
 from eckart.walk import (
@@ -25,7 +34,7 @@ from eckart.walk import (
     UnwalkableError,
     Walk,
     Window,
-    blocks_of,
+    all_blocks,
     gather_walking,
     not_done,
     split_by_block,
@@ -119,10 +128,13 @@ def calibrate(
     backward = bool(needs & {"gradients", "fisher"})
     labelled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
     step = _labelled_step(model) if labelled else _sampled_step(model, seed, pooling) if backward else _plain(model)
-    work = _Work(model, weights, blocks_of(names, model))
+    work = _Work(model, weights, all_blocks(model))
     first = data.batches[0].rows(0, 1)
     with work.running(None):
-        groups = shared_inputs(model, names, lambda: forward(model, first.inputs))
+        apart = work.blocks if waiting is not None else ()
+        groups = shared_inputs(model, names, lambda: forward(model, first.inputs), apart)
+        called = {name for members in groups.values() for name in members}
+        groups |= {name: (name,) for name in names if name not in called}  # other examples may: an expert, say
         common = _common_calls(model, names, first)
     notes: list[str] = []
     walk: Walk | None = None
@@ -213,6 +225,7 @@ class _Work:
     def __init__(self, model: PreTrainedModel, weights: Weights, blocks: Sequence[str]) -> None:
         self.model = model
         self.device = weights.device
+        self.blocks = blocks
         self.running = ready(model, weights, blocks)
 
     def walk(
@@ -256,6 +269,8 @@ class _Work:
         except EckartError:
             raise
         except Exception as error:  # whatever a model's own code raises
+            if is_out_of_memory(error):
+                raise
             return f"{type(error).__name__}: {error}"
         return None
 
@@ -286,7 +301,10 @@ def _parts(groups: Groups, model: PreTrainedModel, at_once: int) -> Iterator[Win
         blocks = [{leader: members} for leader, members in groups.items()]
     for start in range(0, len(blocks), at_once):
         together = {leader: members for part in blocks[start : start + at_once] for leader, members in part.items()}
-        yield Window(WHOLE if at_once >= len(blocks) else f"part-{start}", together, {})
+        # By what it holds: another run may cut the blocks into other parts.
+        leaders = list(together)
+        name = WHOLE if at_once >= len(blocks) else f"{leaders[0]} to {leaders[-1]}, {len(leaders)} inputs"
+        yield Window(name, together, {})
 
 
 def show_steps(steps: Sequence[int], what: str) -> Iterator[int]:

@@ -190,7 +190,6 @@ def compress_checkpoint(
                 recipe,
                 settings,
                 processes,
-                found.dtype,
                 restart=restart,
                 trust_remote_code=recipe.trust_remote_code,
             )

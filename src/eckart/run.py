@@ -22,7 +22,7 @@ from eckart import report as reporting
 from eckart.allocate import DENSE, Choice, Plan
 from eckart.assembling import Assembly
 from eckart.calibrate import Calibration, calibrate, hold_out, too_few, without_data
-from eckart.checkpoint.fingerprint import fingerprint
+from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
 from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
@@ -34,12 +34,13 @@ from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
 from eckart.model import Sites, Weights, factored_modules, find_sites, has_head, own_storage
 from eckart.planning import Budget, Settings, largest_ranks, make_plan
+from eckart.processes import ElsewhereError
 from eckart.recipe import Recipe, make_recipe
 from eckart.result import Result
 from eckart.shelf import STAGE as SOLVED
 from eckart.shelf import Shelf, Summary
 from eckart.store import Memory
-from eckart.walk import Window, blocks_of
+from eckart.walk import Window, all_blocks
 from eckart.workplace import Workplace
 
 TEXT = "text"
@@ -284,6 +285,8 @@ def _same_text(work: _Work) -> None:
     store = work.workplace.store
     batches = [*work.data.batches, *(work.held.batches if work.held is not None else ())]
     now = {"sha256": digest(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
+    if work.workplace.streaming:
+        now["weights"] = weights_checksum(work.model)
     if not store.entries(TEXT):
         if store.entries(SOLVED):
             raise CheckpointError(
@@ -293,8 +296,8 @@ def _same_text(work: _Work) -> None:
         store.write(TEXT, TEXT, {}, now)
     elif (before := store.read(TEXT, TEXT)[1]) != now:
         raise CheckpointError(
-            f"the unfinished run of this output was calibrated on other text, tokens or labels ({before}, now {now}). "
-            "Give the same --data, pass --restart to throw that run away, or choose another --output-dir."
+            f"the unfinished run of this output was calibrated on other text, tokens, labels or weights ({before}, now "
+            f"{now}). Give the same --data, pass --restart to throw that run away, or choose another --output-dir."
         )
 
 
@@ -312,7 +315,7 @@ def _shelf(
     """
     sites = {site.name: site for site in work.sites.chosen}
     budget = Budget.of_recipe(work.model, work.sites, recipe.model_copy(update={"keep": keep}))
-    shelf = Shelf(work.workplace.store, work.workplace.processes, work.workplace.device)
+    shelf = Shelf(work.workplace.store, work.workplace.processes, work.weights.device)
     limits = largest_ranks(work.sites, settings, recipe, keep, budget)
 
     def windows(done: Collection[str]) -> Iterator[Window]:
@@ -356,14 +359,16 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
         compressed, found = assembly.put(plan, shelf)
     notes += found
     _lean(compressed, work.workplace.streaming)
+    measured: dict[str, Any] | None = None
     if settings.refit and work.data is not None:
         with work.clock("refit"):
-            compressed = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
+            compressed, measured = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites))
     if any(choice.form != DENSE for choice in plan.choices.values()):
         mark(compressed)
     with work.clock("measuring"):
-        measured = _measured(work, compressed) if work.held is not None else None
+        if work.held is not None and measured is None:
+            measured = _measured(work, compressed)
     _lean(compressed, False)
     names = _names(sites)
     report = reporting.make(
@@ -384,6 +389,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
         seconds=work.seconds,
         effective_ranks=summary.effective_ranks,
     )
+    report["calibrated"] = calibration.how
     if not work.workplace.streaming:
         own_storage(compressed, model)
     return Result(compressed, plan, report, recipe, work.tokenizer, work.source_folder)
@@ -399,13 +405,18 @@ def _refitted(
     shelf: Shelf,
     summary: Summary,
     notes: list[str],
-) -> PreTrainedModel:
-    """The model solved again on its own inputs, unless held-out text says that it was better before."""
+) -> tuple[PreTrainedModel, dict[str, Any] | None]:
+    """The model solved again on its own inputs, unless held-out text says that it was better before.
+
+    Returns:
+        The better of the two, and what was measured of it, if it was.
+    """
     assert work.data is not None
     if work.held is None and not recipe.refit:
         notes.append("the refit was left out: there is too little text to hold some out and check it by")
-        return compressed
+        return compressed, None
     calibration = work.calibration
+    measured: dict[str, Any] | None = None
     try:
         fitted, found = assembly.refitted(
             compressed, plan, shelf, settings, calibration.groups, work.data.batches,
@@ -413,16 +424,20 @@ def _refitted(
         )  # fmt: skip
         _lean(fitted, work.workplace.streaming)
         if work.held is not None and fitted is not compressed:
-            before, after = (distance(_measured(work, m)) for m in (compressed, fitted))
-            if after > before:
-                found = [f"held-out distance to the original {before:.4g} before it, {after:.4g} after"]
+            before = measured = _measured(work, compressed)
+            after = _measured(work, fitted)
+            if distance(after) > distance(before):
+                far, farther = distance(before), distance(after)
+                found = [f"held-out distance to the original {far:.4g} before it, {farther:.4g} after"]
                 fitted = compressed
-    except NumericalError as error:
+            else:
+                measured = after
+    except (NumericalError, ElsewhereError) as error:  # all processes take the same way
         found, fitted = [str(error)], compressed
     if fitted is compressed:
         found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
     notes += found
-    return fitted
+    return fitted, measured
 
 
 def _measured(work: _Work, compressed: PreTrainedModel) -> dict[str, Any]:
@@ -432,7 +447,7 @@ def _measured(work: _Work, compressed: PreTrainedModel) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     failed: BaseException | None = None
     if processes.main:
-        blocks = blocks_of(_names(work.sites), work.model)
+        blocks = all_blocks(work.model)
         smaller = Weights(compressed, work.workplace.compute_stored)
         try:
             with work.weights.streaming(blocks), smaller.streaming(blocks):

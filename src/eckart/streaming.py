@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,20 +13,23 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from eckart.checkpoint.cache import Cache
 from eckart.checkpoint.fingerprint import files_fingerprint
-from eckart.checkpoint.journal import Journal
+from eckart.checkpoint.journal import RECORD, Journal
 from eckart.checkpoint.load import blank
 from eckart.checkpoint.lock import output_path
 from eckart.data import kind_of
-from eckart.errors import EckartError
+from eckart.errors import EckartError, UsageError
+from eckart.measure.divergence import PIECE
 from eckart.memory import Estimate, free, human, rss, solving_bytes, statistics_bytes
 from eckart.model import Compute, Sites, find_sites
 from eckart.planning import Budget, Settings, largest_ranks
 from eckart.processes import Processes
 from eckart.recipe import Recipe
-from eckart.walk import blocks_of, split_by_block
+from eckart.shelf import STAGE as SOLVED
+from eckart.walk import all_blocks, blocks_of, split_by_block
 from eckart.workplace import Workplace
 
 logger = logging.getLogger(__name__)
@@ -49,7 +53,8 @@ class Needs:
     Attributes:
         whole: of memory, everything at once.
         streamed: of memory, block by block.
-        disk: of room for the journal and the hidden states, block by block; without the result itself.
+        disk: of room for the journal, the hidden states and the result, block by block.
+        modules: the part of it that every process has.
         blocks: how many there are.
         at_once: how many blocks' statistics fit, where a model must be run as a whole.
     """
@@ -57,6 +62,7 @@ class Needs:
     whole: Estimate
     streamed: Estimate
     disk: int
+    modules: int
     blocks: int
     at_once: int
 
@@ -86,34 +92,38 @@ def needs_of(model: nn.Module, recipe: Recipe, settings: Settings, room: int | N
     limits = _limits(model, sites, recipe, settings)
     factors = {name: (sum(shape) * limits[name]) * FLOAT32 for name, shape in shapes.items()}
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
-    stored = _stored(recipe, elements)
+    budget = Budget.of_recipe(model, sites, recipe)
+    stored = _stored(recipe, elements - sum(site.elements for site in sites.chosen) + budget.elements)
     text = _text(model, recipe)
     cache = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
     width = max(columns for _, columns in shapes.values())
     running = text.batch * width * FLOAT32 * (8 if needs & {"gradients", "fisher"} else 4)
+    logits = _logits(model, text)
     whole = Estimate(
         block=elements * FLOAT32 + stored,
         statistics=sum(statistics.values()),
         solving=solving + sum(factors.values()),
-        text=running * (max(len(blocks), 1) if needs & {"gradients", "fisher"} else 1),
+        text=running * (max(len(blocks), 1) if needs & {"gradients", "fisher"} else 1) + logits,
         program=rss(),
         free=room,
     )
     largest = max(per_block.values(), default=elements)
-    outside = elements - sum(per_block.values())
+    inside = {id(part) for block in all_blocks(model) for part in model.get_submodule(block).modules()}
+    own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules() if id(m) not in inside)
+    outside = max(own, default=0)  # one large module at a time: an embedding, a head
     streamed = Estimate(
         block=largest * FLOAT32,
         statistics=max(statistics.values(), default=0),
         solving=solving + in_block,
-        text=min(cache, _waiting(model, sites, needs, text)) + running,
-        outside=min(outside, largest) * FLOAT32,
+        text=min(cache, _waiting(model, sites, needs, text)) + running + logits,
+        outside=outside * FLOAT32,
         program=rss(),
         free=room,
     )
-    spare = (room or 0) * ROOM - whole.block - solving - running
+    spare = (room or 0) * ROOM - whole.block - solving - running - logits
     at_once = int(spare // max(1, *statistics.values())) if needs else len(blocks)
-    return Needs(whole, streamed, _disk(model, sites, settings, recipe, factors, stored, text), len(blocks),
-                 max(1, at_once))  # fmt: skip
+    disk = _disk(model, sites, settings, recipe, factors, stored, text)
+    return Needs(whole, streamed, disk, stored * (2 if settings.refit else 1), len(blocks), max(1, at_once))
 
 
 @contextmanager
@@ -123,7 +133,6 @@ def workplace(
     recipe: Recipe,
     settings: Settings,
     processes: Processes,
-    dtype: torch.dtype,
     *,
     restart: bool = False,
     trust_remote_code: bool = False,
@@ -136,7 +145,6 @@ def workplace(
         recipe: what is asked for.
         settings: the method.
         processes: who works.
-        dtype: the checkpoint's own type.
         restart: throw an unfinished run away.
         trust_remote_code: the model brings its own code, and may.
 
@@ -161,36 +169,50 @@ def workplace(
         yield Workplace(processes=processes), words
         return
     compute = Compute(device, None if on_accelerator else torch.float32)
-    key = _key(folder, recipe, settings, processes, dtype)
+    key = _key(folder, recipe, processes)
     target = output_path(output_dir)
     place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
     with processes.together():
+        if restart and processes.main:
+            _clear(target)
         journal = Journal.open(place, key, restart=restart)
     try:
         with processes.together():
-            _check_space(journal, needs)
+            _check_space(journal, needs, processes)
         memory = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
         cache = Cache(memory, journal.path("waiting"), durable=True)
-        entries = len(journal.entries("solved"))
+        entries = len(journal.entries(SOLVED))
         words = "block by block" + (f": {needs.streamed}; {human(needs.disk)} of disk" if needs is not None else "")
         if entries:
             words += f"; windows done already: {entries}"
-        yield Workplace(compute, journal, cache, processes, at_once), words
-    except BaseException:
-        if not (journal.folder / "entries").exists():  # nothing to go on from, and nothing to be refused by
+        yield Workplace(compute, journal, cache, processes, at_once, journal.path("cast")), words
+    except BaseException as error:
+        begun = journal.entries(SOLVED) if isinstance(error, EckartError) else (journal.folder / "entries").exists()
+        if not begun:  # nothing to go on from, and nothing to be refused by
             journal.remove()
         raise
     cache.close()
     journal.remove()
+    if processes.main:
+        _clear(target)
 
 
-def _check_space(journal: Journal, needs: Needs | None) -> None:
-    """Refuse a disk that is too small, before hours of work."""
+def _clear(target: Path) -> None:
+    """Remove what other processes of an earlier run, of which there were more, have left."""
+    for folder in target.parent.glob(f"{target.name}.rank*.partial"):
+        if (folder / RECORD).is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_space(journal: Journal, needs: Needs | None, processes: Processes) -> None:
+    """Refuse a disk that is too small, before hours of work; each process keeps modules of its own."""
     if needs is None:
         return
     # What an unfinished run has written already is not needed again.
     there = sum(file.stat().st_size for file in journal.folder.rglob("*") if file.is_file())
-    journal.check_space(max(0, needs.disk - there), "the factors and hidden states of all blocks")
+    needed = max(0, needs.disk - there) if processes.main else 0
+    needed += (processes.size - 1) * needs.modules if processes.main else 0
+    journal.check_space(needed, "the factors and hidden states of all blocks, and the result")
 
 
 def _tried(
@@ -203,9 +225,9 @@ def _tried(
         shared = 1 if processes.device.type == "cuda" else processes.size
         room = free(processes.device)
         return needs_of(model, recipe, settings, None if room is None else room // shared)
-    except EckartError:
+    except UsageError:
         raise
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except Exception as error:  # the model itself, with its numbers, will say what is wrong with it
         logger.info("%s: no estimate of memory (%s)", folder, error)
         return None
 
@@ -216,7 +238,7 @@ def _too_large(needs: Needs | None) -> bool:
     return needs.whole.total - needs.whole.program > ROOM * needs.whole.free
 
 
-def _key(folder: Path, recipe: Recipe, settings: Settings, processes: Processes, dtype: torch.dtype) -> dict[str, Any]:
+def _key(folder: Path, recipe: Recipe, processes: Processes) -> dict[str, Any]:
     """What the result depends on; the text joins it when it has been read."""
     asked = {name: value for name, value in recipe.model_dump(mode="json").items() if name not in FREE}
     if recipe.plan is not None:
@@ -238,9 +260,8 @@ def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings) 
 
 
 def _stored(recipe: Recipe, elements: int) -> int:
-    """Bytes of the compressed model."""
-    size = getattr(torch, recipe.dtype).itemsize if recipe.dtype else FLOAT32
-    return int(elements * size * recipe.keep)
+    """Bytes of so many numbers in the stored type."""
+    return elements * (getattr(torch, recipe.dtype).itemsize if recipe.dtype else FLOAT32)
 
 
 @dataclass(frozen=True)
@@ -258,6 +279,14 @@ def _text(model: nn.Module, recipe: Recipe) -> _Text:
     return _Text(samples * length, (recipe.batch_size or 8) * length)
 
 
+def _logits(model: nn.Module, text: _Text) -> int:
+    """What a batch's predictions take where they are over a vocabulary: two models', what is made of them in pieces."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    weight = getattr(head, "weight", None)
+    numbers = text.batch * len(weight) if weight is not None else 0
+    return FLOAT32 * (4 * numbers + 5 * min(numbers, PIECE))
+
+
 def _disk(
     model: nn.Module,
     sites: Sites,
@@ -270,7 +299,7 @@ def _disk(
     """Room for factors, modules, what the refit keeps, and hidden states."""
     needs = settings.needs(planned=recipe.plan is not None)
     streams = _waiting(model, sites, needs, text)
-    total = sum(factors.values()) + stored
+    total = sum(factors.values()) + 2 * stored  # in the journal, and as it is published
     if settings.refit:
         outputs = sum(site.out_features**2 for site in sites.chosen) * FLOAT32 if "gradients" in needs else 0
         total += stored + outputs + 2 * _waiting(model, sites, frozenset({"gram"}), text)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
-
-import torch
+from pathlib import Path
 
 from eckart.checkpoint.cache import Cache
 from eckart.model import Compute
@@ -23,6 +22,7 @@ class Workplace:
         waiting: keeps hidden states between blocks. Given one, the model is walked block by block.
         processes: share the text and the sites.
         at_once: blocks that make a window of statistics where a model cannot be walked.
+        scratch: a folder for numbers that have no file and are too many for memory.
     """
 
     compute: Compute | None = None
@@ -30,11 +30,7 @@ class Workplace:
     waiting: Cache | None = None
     processes: Processes = field(default_factory=Processes)
     at_once: int = 1
-
-    @property
-    def device(self) -> torch.device:
-        """Where factors are made."""
-        return self.compute.device if self.compute is not None else torch.device("cpu")
+    scratch: Path | None = None
 
     @property
     def compute_stored(self) -> Compute | None:

@@ -62,12 +62,16 @@ def ready_batches(
         DataError: If a batch is not of tensors with a row per example; the message names batch and key.
     """
     seen = 0
+    taken: set[int] = set()
     for number, item in enumerate(items):
         if limit is not None and seen >= limit:
             return
         batch = item if isinstance(item, Batch) else _from_mapping(item, number, seen, shift, pad_id)
         if limit is not None and seen + len(batch) > limit:
             batch = batch.rows(0, limit - seen)
+        if taken & set(batch.examples):  # two examples of one number would be taken for one
+            batch = Batch(batch.inputs, tuple(range(max(taken) + 1, max(taken) + 1 + len(batch))))
+        taken |= set(batch.examples)
         seen += len(batch)
         yield batch
 

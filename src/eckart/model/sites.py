@@ -198,8 +198,8 @@ def _reason(
 
 def _is_affine(module: nn.Module) -> bool:
     """Whether a Linear subclass with its own forward still computes `x W^T + b`."""
-    if module.weight.is_meta:
-        return False
+    if module.weight.is_meta:  # shows when the numbers are there
+        return True
     weight = dense_weight(module)
     stream = torch.Generator().manual_seed(0)
     x = torch.randn(3, weight.shape[1], generator=stream).to(weight)

@@ -9,30 +9,41 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def shared_inputs(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> dict[str, tuple[str, ...]]:
+def shared_inputs(
+    model: nn.Module, names: Sequence[str], run: Callable[[], Any], apart: Sequence[str] = ()
+) -> dict[str, tuple[str, ...]]:
     """Group modules that are called on one and the same tensor.
 
     Args:
         model: the model.
         names: modules to group.
         run: makes one small forward pass.
+        apart: modules after each of which what was given before is let go of, so that the inputs of a deep model are
+            not all kept; modules on both sides of one of these are never grouped.
 
     Returns:
         Leader -> all members, leader first, in order of the first call. Modules never called are absent.
     """
     calls: dict[str, list[tuple[Any, ...]]] = {}
+    passed = [0]
     alive: list[Tensor] = []  # a freed tensor's address would be reused by another
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = argument(args, kwargs)
             alive.append(x)
-            key = (x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
+            key = (passed[0], x.data_ptr(), x.storage_offset(), tuple(x.shape), x.stride(), x._version)
             calls.setdefault(name, []).append(key)
 
         return hook
 
-    with hooked(model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names):
+    def leave(*_: Any) -> None:
+        passed[0] += 1
+        alive.clear()
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+    handles += [model.get_submodule(name).register_forward_hook(leave) for name in apart]
+    with hooked(handles):
         run()
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, keys in calls.items():

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from eckart.allocate import DENSE, Choice
+from eckart.errors import NumericalError
 from eckart.linalg import factorise
 from eckart.methods import Method
 from eckart.model import Site, dense_weight, pack, replace, set_dense, store, unpack
@@ -80,9 +81,13 @@ class Refit:
     def _seen(self, before: Walk, now: Walk, step: int, leader: str) -> MovedInputs:
         """Pairs of what a group was given and is given now; over all processes, on the first one."""
         moved = MovedInputs.empty(self.sites[leader].in_features, now.device)
-        with before.at(step), now.at(step):
+        with self.processes.together(), before.at(step), now.at(step):
             for batch in now.batches:
                 x, y = before.look(step, batch, leader), now.look(step, batch, leader)
+                if x.shape != y.shape:
+                    raise NumericalError(
+                        f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
+                    )
                 moved.update(real_rows(x, batch), real_rows(y, batch), f"input of {leader} in the compressed model")
         if self.processes.size == 1:
             return moved
@@ -150,6 +155,7 @@ def refittable(
     notes = [f"{name}: not refitted, it reads more than one input" for name in leave]
     outside: list[str] = []
     several: list[str] = []
+    routed: list[str] = []
     for leader, members in split_by_segment(groups, order).items():
         if set(members) & set(leave):
             continue
@@ -157,10 +163,14 @@ def refittable(
             outside.append(leader)
         elif len(order.segments[leader]) > 1:
             several.append(leader)
+        elif any("expert" in part for part in leader.split(".")):
+            routed.append(leader)  # the compressed model sends it other tokens, so that they come in no pairs
         else:
             steps.setdefault(order.segments[leader][0], {})[leader] = members
     if several:
         notes.append(f"not refitted, called by several layers: {', '.join(several[:5])}")
+    if routed:
+        notes.append(f"not refitted, routed experts: {', '.join(routed[:5])}")
     if outside:
         notes.append(f"not refitted, outside the blocks: {', '.join(outside[:5])}")
     return steps, notes

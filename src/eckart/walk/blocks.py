@@ -29,6 +29,12 @@ def blocks_of(names: Sequence[str], model: nn.Module) -> list[str]:
     return [f"{parent}.{i}" for parent, blocks in lists.items() for i in range(len(blocks))]
 
 
+def all_blocks(model: nn.Module) -> list[str]:
+    """Every item of an outermost ModuleList that is called as a whole: what is brought in while it runs."""
+    blocks = blocks_of([name for name, _ in model.named_modules()], model)
+    return [b for b in blocks if not isinstance(model.get_submodule(b), nn.ModuleList | nn.ModuleDict)]
+
+
 @dataclass(frozen=True)
 class Order:
     """A forward pass as a chain of steps, each the call of a block, and of segments.
@@ -103,9 +109,13 @@ def order_of(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) -> 
     finally:
         for handle in handles:
             handle.remove()
+    for name in names:
+        if name not in segments:  # not called this time, as an expert that no token was routed to
+            block = block_of(name, model)
+            segments[name] = [step for step, called in enumerate(steps) if called == block]
     if len(steps) < 2:
         raise UnwalkableError("it has no list of blocks")
-    return Order(tuple(steps), {name: tuple(found) for name, found in segments.items()}, frozenset(between))
+    return Order(tuple(steps), {name: tuple(found) for name, found in segments.items() if found}, frozenset(between))
 
 
 def split_by_block(groups: Mapping[str, Sequence[str]], model: nn.Module) -> dict[str, dict[str, tuple[str, ...]]]:

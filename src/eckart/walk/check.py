@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from eckart.moments import is_out_of_memory
 from eckart.walk.blocks import Order, UnwalkableError, order_of
 from eckart.walk.output import Structure
 from eckart.walk.walk import Store, Walk
@@ -59,6 +60,8 @@ def take_apart(
         except UnwalkableError:
             raise
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
             # Whatever a model's own code makes of a stand-in.
             raise UnwalkableError(f"with stand-ins for its blocks it fails: {type(error).__name__}: {error}") from error
         finally:
@@ -91,10 +94,12 @@ def _compare(plain: Any, walked: Any) -> None:
         compared += 1
         if found.shape != expected.shape:
             raise UnwalkableError(f"walked, it puts out {tuple(found.shape)} instead of {tuple(expected.shape)}")
-        scale = expected.abs().nan_to_num().amax() if expected.numel() else expected.new_zeros(())
-        off = (found - expected).abs().nan_to_num(nan=float("inf")).amax() if expected.numel() else scale
-        both = torch.isfinite(expected).all()  # what is not finite to begin with is for others to refuse
-        if both and not bool(off <= TOLERANCE * scale + 1e-12):
+        finite = torch.isfinite(expected)  # a logit may be minus infinity
+        if not bool((torch.isfinite(found) == finite).all()):
+            raise UnwalkableError("walked, other numbers of its output are finite")
+        scale = expected[finite].abs().amax() if finite.any() else expected.new_zeros(())
+        off = (found - expected)[finite].abs().amax() if finite.any() else scale
+        if not bool(off <= TOLERANCE * scale + 1e-12):
             raise UnwalkableError(f"walked, its output differs by {float(off):.2g} of {float(scale):.2g}")
     if not compared:
         raise UnwalkableError("its output holds no floating-point tensor")

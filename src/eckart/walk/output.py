@@ -6,10 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from eckart.walk.blocks import UnwalkableError
+
+PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+"""Types of leaves that are the same for every batch, or seen to differ."""
 
 Key = tuple[int, int]
 """(step, leaf): a tensor, named by the step that made it and its place in that step's output."""
@@ -81,6 +85,8 @@ def structure_of(output: Any, known: Mapping[int, Key], where: str) -> Structure
     leaves: list[Made | Passed | Constant] = []
     for value in flat:
         if not isinstance(value, Tensor):
+            if not isinstance(value, PLAIN):  # it might hold tensors, of one batch
+                raise UnwalkableError(f"{where} puts out a {type(value).__name__}")
             leaves.append(Constant(value))
         elif id(value) in known:
             leaves.append(Passed(known[id(value)]))

@@ -186,13 +186,17 @@ def largest_ranks(sites: Sites, settings: Settings, recipe: Recipe, keep: float,
         return {name: given[name].rank if name in given and given[name].form != DENSE else 1 for name in shapes}
     if settings.allocation == "loss" or keep >= 1:
         return {name: max(rank, 1) for name, rank in most.items()}
+    # Sites that no data reaches stay dense, and leave the others less than this.
+    share = budget.elements / sum(rows * columns for rows, columns in shapes.values())
+    return {name: _uniform_rank(shape, share, settings, recipe) for name, shape in shapes.items()}
+
+
+def _uniform_rank(shape: tuple[int, int], keep: float, settings: Settings, recipe: Recipe) -> int:
+    """The rank of a weight that keeps a fraction of its numbers; 1 where none is that small."""
     try:
-        # Sites that no data reaches stay dense, and leave the others less than this.
-        inside = sum(rows * columns for rows, columns in shapes.values())
-        choices = uniform(shapes, budget.elements / inside, settings.form, multiple=recipe.rank_multiple or 1)
+        return uniform({"": shape}, keep, settings.form, multiple=recipe.rank_multiple or 1)[""].rank or 1
     except OverBudgetError:  # refused when the plan is made, which knows the smallest keep
-        return dict.fromkeys(shapes, 1)
-    return {name: max(choice.rank, 1) if choice.form != DENSE else 1 for name, choice in choices.items()}
+        return 1
 
 
 def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: Tensor | None) -> Curve:

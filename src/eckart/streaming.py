@@ -21,12 +21,12 @@ from eckart.checkpoint.journal import RECORD, Journal
 from eckart.checkpoint.load import blank
 from eckart.checkpoint.lock import output_path
 from eckart.data import kind_of
-from eckart.errors import EckartError, UsageError
+from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.measure.divergence import PIECE
 from eckart.memory import Estimate, free, human, rss, solving_bytes, statistics_bytes
 from eckart.model import Compute, Sites, find_sites
 from eckart.planning import Budget, Settings, largest_ranks
-from eckart.processes import Processes
+from eckart.processes import ElsewhereError, Processes
 from eckart.recipe import Recipe
 from eckart.shelf import STAGE as SOLVED
 from eckart.walk import all_blocks, blocks_of, split_by_block
@@ -172,9 +172,10 @@ def workplace(
     key = _key(folder, recipe, processes)
     target = output_path(output_dir)
     place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
-    with processes.together():
+    with processes.together():  # before any of them begins anew
         if restart and processes.main:
             _clear(target)
+    with processes.together():
         journal = Journal.open(place, key, restart=restart)
     try:
         with processes.together():
@@ -187,7 +188,8 @@ def workplace(
             words += f"; windows done already: {entries}"
         yield Workplace(compute, journal, cache, processes, at_once, journal.path("cast")), words
     except BaseException as error:
-        begun = journal.entries(SOLVED) if isinstance(error, EckartError) else (journal.folder / "entries").exists()
+        refused = isinstance(error, EckartError) and not isinstance(error, CheckpointError | ElsewhereError)
+        begun = journal.entries(SOLVED) if refused else (journal.folder / "entries").exists()
         if not begun:  # nothing to go on from, and nothing to be refused by
             journal.remove()
         raise

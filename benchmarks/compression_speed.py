@@ -69,10 +69,10 @@ def main() -> None:
             forward(model, batch.inputs)
 
     def grams() -> None:
-        calibrate(model, names, data, needs=frozenset({"gram"}))
+        assert calibrate(model, names, data, needs=frozenset({"gram"})).moments  # gathered when asked for
 
     def gradients() -> None:
-        calibrate(model, names, data, needs=needs)
+        assert calibrate(model, names, data, needs=needs).moments
 
     gathering = interleaved({"forward": plain_forward, "gram": grams, "gradients": gradients}, options.repeats)
     rows: list[list[object]] = [

@@ -1,0 +1,320 @@
+"""Runs that several processes share: the result of one, one voice, and an end for all where one of them ends."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import ENVIRONMENT, Done, Room, Server, furnished, published
+from torch import Tensor
+
+import eckart
+from eckart.model import dense_weight, factored_modules
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+CASES: dict[str, tuple[str, ...]] = {
+    "drone": ("--method", "drone", "--stream", "off"),
+    "drone streamed": ("--method", "drone", "--stream", "on"),
+    "kfac": ("--method", "kfac", "--stream", "off"),
+    "kfac streamed": ("--method", "kfac", "--stream", "on"),
+    "eckart": ("--refit", "--stream", "off"),
+    "eckart streamed": ("--refit", "--stream", "on"),
+    "svd streamed": ("--method", "svd", "--stream", "on"),
+}
+KILLED = -9
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def products(folder: Path) -> dict[str, Tensor]:
+    """The weights that the factors of all sites stand for."""
+    return {name: dense_weight(form).double() for name, form in factored_modules(eckart.load(folder)).items()}
+
+
+class Worlds:
+    """Commands in worlds of several processes, and what an undisturbed one gives."""
+
+    def __init__(self, server: Server, room: Room, folder: Path) -> None:
+        self.server = server
+        self.room = room
+        self.folder = folder
+        self.made: dict[tuple[str, int], tuple[Path, list[Done]]] = {}
+
+    def words(self, home: Path, case: str, *more: Any) -> list[str]:
+        return self.room.words(home / "out", "--dtype", "float32", *CASES[case], *more)
+
+    def run(
+        self, words: list[str], size: int = 2, *, rank: int = 0, at: int | None = None, what: str = "kill"
+    ) -> list[Done]:
+        """A command in so many processes; at a tick of one of them something happens."""
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            port = found.getsockname()[1]
+        shared = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        started = [
+            self.server.start(
+                words,
+                at if i == rank else None,
+                what,
+                environ={**shared, "RANK": str(i), "LOCAL_RANK": str(i)} if size > 1 else {},
+            )
+            for i in range(size)
+        ]
+        return [self.server.wait(one) for one in started]
+
+    def undisturbed(self, case: str, size: int = 2) -> tuple[Path, list[Done]]:
+        """What a world publishes that nobody disturbs; all its processes end well."""
+        if (case, size) not in self.made:
+            home = self.folder / f"{case}-{size}"
+            home.mkdir()
+            done = self.run(self.words(home, case), size)
+            assert [one.code for one in done] == [0] * size, [one.said for one in done]
+            assert [one.said for one in done[1:]] == [""] * (size - 1)  # the first one alone speaks
+            assert listed(home) == ["out"]  # no journal, no lock, nothing of others
+            self.made[case, size] = home / "out", done
+        return self.made[case, size]
+
+    def finish(self, case: str, home: Path, *more: Any) -> list[Done]:
+        """Run again; it publishes what an undisturbed world of two does."""
+        done = self.run(self.words(home, case, *more))
+        assert [one.code for one in done] == [0, 0], [one.said for one in done]
+        found, expected = published(home / "out"), published(self.undisturbed(case)[0])
+        assert found.keys() == expected.keys()
+        assert [name for name in found if found[name] != expected[name]] == []
+        assert listed(home) == ["out"]
+        return done
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Room:
+    return furnished(tmp_path_factory.mktemp("room"))
+
+
+@pytest.fixture(scope="module")
+def worlds(room, tmp_path_factory) -> Iterator[Worlds]:
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield Worlds(server, room, tmp_path_factory.mktemp("worlds"))
+
+
+# -- the result of one -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "size"), [*((case, 2) for case in CASES), ("kfac streamed", 3), ("drone", 5)])
+def test_many_give_what_one_gives(case, size, worlds):
+    """Five are more than there are batches of text."""
+    alone, _ = worlds.undisturbed(case, 1)
+    folder, done = worlds.undisturbed(case, size)
+    plans = [json.loads((home / "eckart/plan.json").read_text())["sites"] for home in (alone, folder)]
+    predicted = [{site: entry.pop("predicted_loss", None) for site, entry in plan.items()} for plan in plans]
+    assert plans[0] == plans[1]
+    for site, loss in predicted[0].items():
+        assert predicted[1][site] == (None if loss is None else pytest.approx(loss, rel=1e-3)), site
+    expected, found = products(alone), products(folder)
+    assert expected.keys() == found.keys() != set()
+    for name, product in expected.items():
+        assert (found[name] - product).norm() <= 1e-4 * product.norm(), name
+    reports = [json.loads((home / "eckart/report.json").read_text()) for home in (alone, folder)]
+    for name in ("data", "kept", "sizes", "method", "curvature", "notes"):
+        assert reports[1][name] == reports[0][name], name
+    if case != "svd streamed":
+        assert reports[1]["data"]["calibration_tokens"] == 12 * 32  # of the whole text
+        one, other = (report["quality"]["agreement"]["kl"] for report in reports)
+        assert other == pytest.approx(one, rel=1e-3)
+    assert "published in" in done[0].said
+
+
+@pytest.mark.parametrize("case", ["drone", "kfac streamed"])
+def test_text_and_sites_are_shared(case, worlds):
+    alone = worlds.undisturbed(case, 1)[1][0]
+    first, second = worlds.undisturbed(case)[1]
+    assert first["solve"] + second["solve"] == alone["solve"] == 28
+    assert min(first["solve"], second["solve"]) >= 8  # the costs of the sites differ
+    if "streamed" in case:
+        trial = 4
+        calls = [one["Walk.backward"] - trial for one in (first, second)]
+        assert sorted(calls) == [4, 8]  # a batch and two, four blocks each
+        assert alone["Walk.backward"] - trial == sum(calls)
+
+
+# -- an end for all ----------------------------------------------------------------------------------
+
+
+def refused(done: list[Done], *parts: str) -> None:
+    """All ended, none with a traceback, and somebody said why."""
+    for one in done:
+        assert one.code in (1, 2), (one.code, one.said)
+        assert "Traceback" not in one.said
+    said = " ".join(one.message for one in done)
+    for part in parts:
+        assert part in said
+
+
+@pytest.mark.parametrize("stream", ["on", "off"])
+def test_what_is_wrong_everywhere_ends_all(stream, worlds, tmp_path):
+    words = worlds.words(tmp_path, "drone", "--stream", stream, "--data", "gone.txt")
+    refused(worlds.run(words), "gone.txt: no such file")
+    assert listed(tmp_path) == []
+
+
+def test_output_that_is_there_ends_all_with_one_message(worlds, tmp_path):
+    (tmp_path / "out").mkdir()
+    done = worlds.run(worlds.words(tmp_path, "drone"))
+    refused(done, "is there already")
+    assert done[1].said == ""
+    assert listed(tmp_path) == ["out"]
+
+
+def test_output_that_another_run_holds_ends_all_with_one_message(worlds, tmp_path):
+    with eckart.checkpoint.lock.OutputLock(tmp_path / "out"):
+        done = worlds.run(worlds.words(tmp_path, "drone"))
+    refused(done, f"Another run (pid {os.getpid()}")
+    assert done[1].said == ""
+
+
+def moment(done: Done, name: str, part: float) -> int:
+    """The tick at which something has come so far: 0 is the first time, 1 the last."""
+    times = [i for i, tick in enumerate(done.ticks, 1) if tick == name]
+    return times[int(part * (len(times) - 1))]
+
+
+TROUBLE = [
+    ("drone streamed", "full", 0, ">Walk.forward", 0.8, "is full"),
+    ("drone streamed", "denied", 1, ">Walk.forward", 0.8, "Permission denied"),
+    ("kfac streamed", "full", 1, ">Walk.backward", 0.5, "is full"),
+    ("eckart streamed", "full", 0, ">factorise", 0.5, "is full"),
+]
+
+
+@pytest.mark.parametrize(("case", "what", "rank", "name", "part", "words"), TROUBLE)
+def test_trouble_of_one_ends_all_and_they_go_on(case, what, rank, name, part, words, worlds, tmp_path):
+    at = moment(worlds.undisturbed(case)[1][rank], name, part)
+    done = worlds.run(worlds.words(tmp_path, case), rank=rank, at=at, what=what)
+    refused(done, words, "run the same command again")
+    assert "out" not in listed(tmp_path)
+    assert "out.partial" in listed(tmp_path)
+    worlds.finish(case, tmp_path)
+
+
+def test_interrupt_ends_all(worlds, tmp_path):
+    """As a terminal does it: all are interrupted. Here one is, and the other loses touch."""
+    case = "kfac streamed"
+    at = moment(worlds.undisturbed(case)[1][0], ">Walk.backward", 0.7)
+    done = worlds.run(worlds.words(tmp_path, case), at=at, what="interrupt")
+    assert done[0].code == 130
+    assert done[1].code == 1
+    assert "Traceback" not in done[0].said + done[1].said
+    worlds.finish(case, tmp_path)
+
+
+KILLS = [
+    ("drone streamed", 0, "<Journal.write", 0.4),
+    ("drone streamed", 1, ">solve", 0.6),
+    ("kfac streamed", 0, ">Walk.backward", 0.5),
+    ("kfac streamed", 1, "<Walk.forward", 0.9),
+    ("eckart streamed", 0, "<Journal.write", 0.8),
+    ("eckart streamed", 1, "<Journal.write", 0.9),
+    ("eckart streamed", 0, ">factorise", 0.9),
+    ("eckart streamed", 0, ">_place", 0.0),
+]
+
+
+@pytest.mark.parametrize(("case", "rank", "name", "part"), KILLS)
+def test_one_killed_ends_all_and_they_go_on(case, rank, name, part, worlds, tmp_path):
+    at = moment(worlds.undisturbed(case)[1][rank], name, part)
+    done = worlds.run(worlds.words(tmp_path, case), rank=rank, at=at)
+    assert done[rank].code == KILLED
+    assert done[1 - rank].code == 1, done[1 - rank].said
+    assert "Traceback" not in done[1 - rank].said
+    assert "out" not in listed(tmp_path)
+    worlds.finish(case, tmp_path)
+
+
+def test_what_one_has_stored_and_the_first_has_not(worlds, tmp_path):
+    """All were killed between two writes of the same entry."""
+    case = "eckart streamed"
+    at = moment(worlds.undisturbed(case)[1][0], ">_sync", 0.0)
+    worlds.run(worlds.words(tmp_path, case), at=at)
+    for folder, stage in (("out.partial", "refitted"), ("out.partial", "stored")):
+        for path in sorted((tmp_path / folder / "entries" / stage).iterdir())[-2:]:
+            path.unlink()
+    done = worlds.finish(case, tmp_path)
+    assert done[0]["Journal.write"] == 2
+    assert done[1]["Journal.write"] == 0
+
+
+def test_what_the_first_has_stored_and_another_has_not(worlds, tmp_path):
+    case = "eckart streamed"
+    at = moment(worlds.undisturbed(case)[1][0], ">_sync", 0.0)
+    worlds.run(worlds.words(tmp_path, case), at=at)
+    shutil.rmtree(tmp_path / "out.rank1.partial")
+    done = worlds.finish(case, tmp_path)
+    assert done[0]["Journal.write"] == 0
+
+
+# -- another run -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begun(worlds, tmp_path) -> Path:
+    """A folder with an unfinished run of two."""
+    case = "drone streamed"
+    at = moment(worlds.undisturbed(case)[1][0], "<Journal.write", 0.4)
+    assert worlds.run(worlds.words(tmp_path, case), at=at)[0].code == KILLED
+    assert {"out.partial", "out.rank1.partial"} <= set(listed(tmp_path))
+    return tmp_path
+
+
+def test_another_number_of_processes_is_refused(worlds, begun):
+    words = worlds.words(begun, "drone streamed")
+    refused(worlds.run(words, 1), "processes: 2 then, 1 now", "--restart")
+    assert worlds.run([*words, "--restart"], 1)[0].code == 0
+    assert listed(begun) == ["out"]
+
+
+def test_other_arguments_are_refused(worlds, begun):
+    refused(worlds.run(worlds.words(begun, "drone streamed", "--keep", 0.5)), "options.keep: 0.7 then, 0.5 now")
+    worlds.finish("drone streamed", begun)
+
+
+@pytest.mark.parametrize("again", range(3))
+def test_restart_starts_all_afresh(again, worlds, begun):
+    done = worlds.finish("drone streamed", begun, "--restart")
+    assert done[0]["solve"] == worlds.undisturbed("drone streamed")[1][0]["solve"]
+
+
+# -- as it is started --------------------------------------------------------------------------------
+
+
+def launched(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eckart"]
+    return subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=240, env={**os.environ, **ENVIRONMENT}
+    )
+
+
+def test_torchrun(worlds, tmp_path):
+    done = launched(*worlds.words(tmp_path, "kfac streamed"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("published in") == done.stdout.count("against the original") == 1
+    assert listed(tmp_path) == ["out"]
+    expected = products(worlds.undisturbed("kfac streamed")[0])
+    for name, product in products(tmp_path / "out").items():
+        torch.testing.assert_close(product, expected[name])
+
+
+def test_torchrun_that_is_refused(worlds, tmp_path):
+    (tmp_path / "out").mkdir()
+    done = launched(*worlds.words(tmp_path, "drone"))
+    assert done.returncode != 0
+    assert len(re.findall("is there already", done.stderr)) == 1
+    assert listed(tmp_path / "out") == []

@@ -1,0 +1,583 @@
+"""A streamed run that is killed, interrupted or runs out of room, and goes on: same bits, and nothing left behind."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME
+from safetensors.torch import load_file, save_file
+from tiny import Done, Room, Server, furnished, place, published
+
+from eckart.checkpoint.lock import OutputLock
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+METHODS = {"drone": ("--method", "drone"), "kfac": ("--method", "kfac"), "eckart": ()}
+"""One that walks forwards, one backwards, and the default: backwards, then both models forwards."""
+
+STREAM = ("--stream", "on")
+KILLED = -9
+
+
+def listed(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """All files but the lock, which a killed run leaves."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".out.lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def entry(home: Path, stage: str, suffix: str = ".json") -> Path:
+    """A file of the last entry of a stage."""
+    return sorted((home / "out.partial/entries" / stage).glob(f"*{suffix}"))[-1]
+
+
+class Runs:
+    """Commands on the tiny model, each with its output in a folder of its own."""
+
+    def __init__(self, server: Server, room: Room, folder: Path) -> None:
+        self.server = server
+        self.room = room
+        self.folder = folder
+        self.whole: dict[str, tuple[Done, dict[str, Any]]] = {}
+        self.states: dict[tuple[str, int], Path] = {}
+
+    def words(self, home: Path, method: str, *more: Any) -> list[str]:
+        return self.room.words(home / "out", *STREAM, *METHODS[method], *more)
+
+    def undisturbed(self, method: str) -> tuple[Done, dict[str, Any]]:
+        """A run and what it published."""
+        if method not in self.whole:
+            home = self.folder / method
+            home.mkdir()
+            done = self.server(self.words(home, method))
+            assert done.code == 0, done.said
+            assert listed(home) == ["out"]  # no journal, no lock, no rank
+            self.whole[method] = done, published(home / "out")
+        return self.whole[method]
+
+    def moment(self, method: str, name: str, part: float = 1.0) -> int:
+        """The tick at which something has come so far: 0 is the first time, 1 the last."""
+        ticks = self.undisturbed(method)[0].ticks
+        times = [i + 1 for i, tick in enumerate(ticks) if tick == name]
+        return times[int(part * (len(times) - 1))]
+
+    def unfinished(self, method: str, at: int, home: Path) -> Path:
+        """A folder in which a run was killed at a tick."""
+        if (method, at) not in self.states:
+            state = self.folder / f"{method}-{at}"
+            state.mkdir()
+            assert self.server(self.words(state, method), at).code == KILLED
+            self.states[method, at] = state
+        shutil.copytree(self.states[method, at], home, dirs_exist_ok=True)
+        return home
+
+    def finish(self, method: str, home: Path, *more: Any) -> Done:
+        """Run again; it publishes what an undisturbed run does."""
+        done = self.server(self.words(home, method, *more))
+        assert done.code == 0, done.said
+        assert "Traceback" not in done.said
+        same(published(home / "out"), self.undisturbed(method)[1])
+        assert listed(home) == ["out"]
+        return done
+
+    def refused(self, home: Path, *parts: str, words: list[str], **more: Any) -> str:
+        """Run something that ends with a message; it leaves all that is there."""
+        before = tree(home)
+        done = self.server(words, **more)
+        message = done.message
+        assert done.code == 1, message
+        assert "Traceback" not in message
+        for part in parts:
+            assert part in message
+        assert tree(home) == before
+        return message
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Room:
+    return furnished(tmp_path_factory.mktemp("room"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def runs(server, room, tmp_path_factory) -> Runs:
+    return Runs(server, room, tmp_path_factory.mktemp("runs"))
+
+
+def same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+# -- killed ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chain", range(4))
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_again_and_again_at_any_moment_it_gives_the_same_bits(method, chain, runs, tmp_path):
+    ticks = len(runs.undisturbed(method)[0].ticks)
+    chance = random.Random(f"{method} {chain}")
+    at = int(ticks * (chain + 0.5) / 4)  # the first moments are spread over a whole run
+    for _ in range(4):
+        done = runs.server(runs.words(tmp_path, method), at)
+        if done.code == 0 or (tmp_path / "out").exists():
+            break
+        assert done.code == KILLED, done.said
+        assert "out" not in listed(tmp_path)
+        assert (tmp_path / "out.partial").is_dir()
+        at = chance.randint(ticks // 20, ticks)
+    if not (tmp_path / "out").exists():
+        runs.finish(method, tmp_path)
+    same(published(tmp_path / "out"), runs.undisturbed(method)[1])
+
+
+CRITICAL = [
+    ("drone", "<load_data", 0.0),
+    ("drone", ">Journal.write", 0.4),
+    ("drone", "<Journal.write", 0.4),
+    ("drone", ">Cache.drop", 0.3),
+    ("kfac", "<Cache.put", 0.6),
+    ("kfac", "<Walk.backward", 0.5),
+    ("kfac", "<Journal.write", 0.3),
+    ("eckart", "<Journal.write", 0.7),
+    ("eckart", ">factorise", 0.8),
+    ("eckart", ">_verify", 0.0),
+    ("eckart", ">_place", 0.0),
+]
+
+
+@pytest.mark.parametrize(("method", "name", "part"), CRITICAL)
+def test_killed_at_a_critical_moment(method, name, part, runs, tmp_path):
+    assert runs.server(runs.words(tmp_path, method), runs.moment(method, name, part)).code == KILLED
+    assert "out" not in listed(tmp_path)
+    done = runs.finish(method, tmp_path)
+    if name in (">_verify", ">_place"):
+        assert "left behind by a run that was killed" in done.said
+    else:
+        assert "warning" not in done.said
+
+
+def test_a_run_that_never_does_more_than_half_comes_to_its_end(runs, tmp_path):
+    whole, expected = runs.undisturbed("eckart")
+    for _ in range(6):
+        done = runs.server(runs.words(tmp_path, "eckart"), len(whole.ticks) // 2)
+        if done.code == 0:
+            break
+        assert done.code == KILLED
+    same(published(tmp_path / "out"), expected)
+    assert listed(tmp_path) == ["out"]
+
+
+def test_killed_after_it_was_published(runs, tmp_path):
+    words = runs.words(tmp_path, "drone")
+    assert runs.server(words, runs.moment("drone", ">rmtree", 0.0)).code == KILLED  # of the journal's folders
+    expected = runs.undisturbed("drone")[1]
+    same(published(tmp_path / "out"), expected)
+    runs.refused(tmp_path, "is there already", "--overwrite", words=words)
+    assert runs.finish("drone", tmp_path, "--overwrite")["load_data"] == 1
+
+
+# -- it goes on --------------------------------------------------------------------------------------
+
+
+def solved(home: Path) -> int:
+    """Sites that the journal holds."""
+    folder = home / "out.partial/entries/solved"
+    return sum(len(json.loads(path.read_text())["content"]["sites"]) for path in folder.glob("*.json"))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_solved_sites_and_walked_blocks_are_not_done_again(method, runs, tmp_path):
+    whole = runs.undisturbed(method)[0]
+    step = "Walk.forward" if method == "drone" else "Walk.backward"
+    at = whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1
+    runs.unfinished(method, at, tmp_path)
+    first = solved(tmp_path)
+    assert 0 < first < whole["solve"]
+    done = runs.finish(method, tmp_path)
+    assert "windows done already: 1" in done.said
+    assert done["solve"] == whole["solve"] - first
+    calls = 3  # a batch each for a block; before them, one example is tried
+    assert done[step] == whole[step] - calls
+    assert done["Journal.write"] == whole["Journal.write"] - 2  # the text and the window
+
+
+def test_forwards_that_wait_are_not_run_again(runs, tmp_path):
+    whole = runs.undisturbed("kfac")[0]
+    runs.unfinished("kfac", runs.moment("kfac", "<Walk.forward"), tmp_path)
+    done = runs.finish("kfac", tmp_path)
+    assert done["solve"] == whole["solve"]
+    # What is tried on one example, and the one call whose kill came before it was kept.
+    assert done["Walk.forward"] <= 4 + 4 + 3 < whole["Walk.forward"]
+
+
+def test_refitted_blocks_are_not_refitted_again(runs, tmp_path):
+    whole = runs.undisturbed("eckart")[0]
+    runs.unfinished("eckart", runs.moment("eckart", ">factorise"), tmp_path)
+    stages = tmp_path / "out.partial/entries"
+    done_before = len(list((stages / "refitted").glob("*.json")))
+    assert done_before == 3
+    done = runs.finish("eckart", tmp_path)
+    assert done["solve"] == 0
+    assert 0 < done["factorise"] < whole["factorise"] / 2
+    assert done["Walk.look"] == whole["Walk.look"] / 4
+    assert done["Walk.forward"] < whole["Walk.forward"] / 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_computed_again_before_publishing(method, runs, tmp_path):
+    runs.unfinished(method, runs.moment(method, ">_sync"), tmp_path)
+    done = runs.finish(method, tmp_path)
+    assert done["solve"] == done["factorise"] == done["Walk.look"] == done["Journal.write"] == 0
+    tried = {"drone": 4, "kfac": 4 + 4, "eckart": 4 + 4 + 2 * 4}  # one example through each block
+    assert done["Walk.forward"] == tried[method]
+
+
+# -- damage ------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+HARM = {
+    "flipped": (".safetensors", flip, "its checksum differs"),
+    "truncated": (".safetensors", cut, "bytes, not"),
+    "gone": (".safetensors", Path.unlink, "cannot be read"),
+    "garbled": (".json", flip, "it is damaged"),
+    "cut": (".json", cut, "it is damaged"),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "stage", "harm"),
+    [*(("drone", "solved", harm) for harm in HARM), ("kfac", "solved", "flipped"), ("eckart", "solved", "flipped"),
+     ("eckart", "stored", "truncated"), ("eckart", "refitted", "garbled")],
+)  # fmt: skip
+def test_damaged_last_entry_is_made_again(method, stage, harm, runs, tmp_path):
+    runs.unfinished(method, runs.moment(method, ">_sync"), tmp_path)
+    before = len(list((tmp_path / "out.partial/entries" / stage).glob("*.json")))
+    suffix, spoil, words = HARM[harm]
+    damaged = entry(tmp_path, stage)
+    last_but_one = sorted(damaged.parent.glob("*.json"))[-2:][0]
+    spoil(entry(tmp_path, stage, suffix))
+    done = runs.finish(method, tmp_path)
+    message = done.message
+    assert f"warning: {damaged}: " in message
+    assert words in message
+    name = json.loads(last_but_one.read_bytes())["name"] if before > 1 and last_but_one.exists() else None
+    goes_on = f"goes on after '{name}'" if name else f"goes on from the beginning of {stage}"
+    assert goes_on in message or name is None
+    assert done["Journal.write"] == 1
+
+
+def test_lost_record_of_the_text_is_refused(runs, tmp_path):
+    """What was solved may be of other text."""
+    runs.unfinished("drone", runs.moment("drone", ">_sync"), tmp_path)
+    flip(entry(tmp_path, "text"))
+    done = runs.server(runs.words(tmp_path, "drone"))
+    assert done.code == 1
+    assert "has lost the record of its text" in done.message
+    assert "--restart" in done.message
+    runs.finish("drone", tmp_path, "--restart")
+
+
+def test_damaged_record_starts_afresh(runs, tmp_path):
+    runs.unfinished("drone", runs.moment("drone", ">_sync"), tmp_path)
+    flip(tmp_path / "out.partial/journal.json")
+    done = runs.finish("drone", tmp_path)
+    assert "is damaged: the run starts afresh" in done.message
+    assert done["solve"] == runs.undisturbed("drone")[0]["solve"]
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, cut, lambda path: path.write_bytes(b"")], ids=["gone", "cut", "empty"])
+@pytest.mark.parametrize(
+    ("method", "name", "part"),
+    [("drone", ">Walk.forward", 0.7), ("kfac", ">Walk.backward", 0.8), ("eckart", ">factorise", 0.7)],
+)
+def test_hidden_states_that_are_lost_are_made_again(method, name, part, harm, runs, tmp_path):
+    runs.unfinished(method, runs.moment(method, name, part), tmp_path)
+    waiting = list((tmp_path / "out.partial/files/waiting").iterdir())
+    assert waiting
+    for path in waiting:
+        harm(path)
+    whole = runs.undisturbed(method)[0]
+    done = runs.finish(method, tmp_path)
+    assert done["solve"] + done["factorise"] < whole["solve"] + whole["factorise"]
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_one_lost_hidden_state_is_enough(which, runs, tmp_path):
+    runs.unfinished("kfac", runs.moment("kfac", ">Walk.backward", 0.8), tmp_path)
+    sorted((tmp_path / "out.partial/files/waiting").iterdir())[which].unlink()
+    runs.finish("kfac", tmp_path)
+
+
+# -- another run -------------------------------------------------------------------------------------
+
+
+CHANGED = {
+    "keep": (("--keep", 0.6), "options.keep: 0.7 then, 0.6 now"),
+    "method": (("--method", "svd"), 'options.method: "drone" then, "svd" now'),
+    "num-samples": (("--num-samples", 11), "options.num_samples: 12 then, 11 now"),
+    "seed": (("--seed", 1), "options.seed: 0 then, 1 now"),
+    "dtype": (("--dtype", "float32"), 'options.dtype: "bfloat16" then, "float32" now'),
+    "targets": (("--targets", "*mlp*"), 'options.targets: absent then, ["*mlp*"] now'),
+    "form": (("--form", "pivoted"), 'options.form: absent then, "pivoted" now'),
+    "refit": (("--refit",), "options.refit: absent then, true now"),
+}
+
+
+@pytest.fixture
+def begun(runs, tmp_path) -> Path:
+    """A folder with an unfinished run: some sites are solved."""
+    return runs.unfinished("drone", runs.moment("drone", "<Journal.write", 0.5), tmp_path)
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_other_arguments_are_refused(what, runs, begun):
+    more, difference = CHANGED[what]
+    message = runs.refused(
+        begun, "out.partial holds an unfinished run", difference, "Give the same arguments", "--restart",
+        "another --output-dir", words=runs.words(begun, "drone", *more),
+    )  # fmt: skip
+    assert message.count(" then, ") == 1
+
+
+def copy_of(room: Room, folder: Path) -> Room:
+    shutil.copytree(room.folder, folder)
+    return Room(folder)
+
+
+@pytest.mark.parametrize("changed", ["model.norm.weight", "model.layers.2.mlp.up_proj.weight"])
+def test_other_weights_are_refused(changed, runs, begun, tmp_path_factory):
+    other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
+    weights = load_file(other.model / "model.safetensors")
+    weights[changed][-1] *= 2  # few numbers of one tensor
+    save_file(weights, other.model / "model.safetensors", {"format": "pt"})
+    words = other.words(begun / "out", *STREAM, *METHODS["drone"])
+    assert "Give the same" in runs.refused(begun, "--restart", "--output-dir", words=words)
+
+
+def test_other_text_is_refused(runs, begun, tmp_path_factory):
+    other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
+    other.text.write_text("Something else.\n" + other.text.read_text())
+    words = other.words(begun / "out", *STREAM, *METHODS["drone"])
+    runs.refused(begun, "other text", "Give the same --data", "--restart", "--output-dir", words=words)
+
+
+def test_other_text_before_anything_is_solved_is_refused_too(runs, tmp_path, tmp_path_factory):
+    """The forward pass may have taken hours."""
+    runs.unfinished("kfac", runs.moment("kfac", ">Walk.forward"), tmp_path)
+    other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
+    other.text.write_text("Something else.\n" + other.text.read_text())
+    runs.refused(tmp_path, "other text", words=other.words(tmp_path / "out", *STREAM, *METHODS["kfac"]))
+
+
+def test_other_labels_of_the_same_text_are_refused(runs, tmp_path):
+    model = place(BY_NAME["bert-classes"].model(vocab_size=8192), tmp_path / "classifier", torch.float32)
+    file = tmp_path / "rows.csv"
+    lines = runs.room.text.read_text().splitlines()
+    rows = [line.replace(",", " ").replace('"', " ") for line in lines if line.strip()][:40]
+
+    def labelled(shift: int) -> None:
+        content = [f"{row},{(i + shift) % 3}" for i, row in enumerate(rows)]
+        file.write_text("\n".join(["sentence,label", *content]))
+
+    home = tmp_path / "home"
+    home.mkdir()
+    words = ["compress", model, "--data", file, "--data-column", "sentence", "--data-label-column", "label", *STREAM,
+             "--method", "kfac", "--num-samples", 24, "--max-seq-length", 16, "--output-dir", home / "out"]  # fmt: skip
+    words = list(map(str, words))
+    labelled(0)
+    whole = runs.server(words)
+    assert whole.code == 0, whole.said
+    expected = published(home / "out")
+    shutil.rmtree(home / "out")
+    assert runs.server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1).code == KILLED
+    labelled(1)
+    runs.refused(home, "other text", "--restart", words=words)
+    labelled(0)
+    assert runs.server(words).code == 0
+    same(published(home / "out"), expected)
+
+
+def test_restart_starts_afresh(runs, begun):
+    done = runs.finish("drone", begun, "--restart")
+    assert "is thrown away" in done.message
+    assert done["solve"] == runs.undisturbed("drone")[0]["solve"]
+
+
+def test_restart_with_other_arguments(runs, begun, tmp_path):
+    words = runs.words(begun, "drone", "--keep", 0.5, "--restart")
+    assert runs.server(words).code == 0
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    assert runs.server(runs.words(fresh, "drone", "--keep", 0.5)).code == 0
+    same(published(begun / "out"), published(fresh / "out"))
+
+
+MOVED = ("eckart/recipe.yaml", "eckart/report.json", "README.md", "eckart/plan.json")
+
+
+def test_what_changes_no_number_may_change(runs, begun, tmp_path_factory):
+    other = copy_of(runs.room, tmp_path_factory.mktemp("moved") / "room")
+    other.model.rename(other.folder / "renamed")
+    other.text.rename(other.folder / "renamed.txt")
+    words = ["compress", other.folder / "renamed", *other.words(begun / "out", *METHODS["drone"])[2:]]
+    words += ["--data", other.folder / "renamed.txt", "--cache-memory", 0.00001, "--stream", "auto"]
+    done = runs.server(list(map(str, words)))
+    assert done.code == 0, done.said
+    assert "windows done already: " in done.said
+    assert done["solve"] < runs.undisturbed("drone")[0]["solve"]
+    found, expected = published(begun / "out"), dict(runs.undisturbed("drone")[1])
+    for name in ("eckart/recipe.yaml", "README.md"):  # they name the model, and the recipe how it was worked on
+        del found[name], expected[name]
+    reports = [found.pop("eckart/report.json"), expected.pop("eckart/report.json")]
+    assert reports[0]["quality"] == reports[1]["quality"]
+    same(found, expected)
+    assert listed(begun) == ["out"]
+
+
+# -- trouble -----------------------------------------------------------------------------------------
+
+
+def test_second_run_on_the_same_output_names_the_first(runs, tmp_path):
+    words = runs.words(tmp_path, "drone")
+    first = runs.server.start(words, runs.moment("drone", "<Journal.write", 0.5), "stop")
+    assert runs.server.wait(first).code < 0  # it has stopped, and holds the lock
+    try:
+        runs.refused(tmp_path, f"Another run (pid {first[0]}", "--output-dir", words=words)
+        runs.refused(tmp_path, f"Another run (pid {first[0]}", words=[*words, "--restart"])
+    finally:
+        os.kill(first[0], 18)  # SIGCONT
+    assert runs.server.wait(first).code == 0
+    same(published(tmp_path / "out"), runs.undisturbed("drone")[1])
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "part"),
+    [("drone", "<load_data", 0.0), ("drone", ">solve", 0.5), ("drone", ">Path.replace", 0.5),
+     ("kfac", ">Walk.backward", 0.9), ("eckart", ">factorise", 0.5), ("drone", ">_verify", 0.0),
+     ("drone", ">_sync", 0.0)],
+)  # fmt: skip
+def test_interrupted(method, name, part, runs, tmp_path):
+    done = runs.server(runs.words(tmp_path, method), runs.moment(method, name, part), "interrupt")
+    assert done.code == 130, done.said
+    assert "interrupted" in done.said
+    assert "Traceback" not in done.said
+    left = listed(tmp_path)
+    assert left in ([], ["out.partial"])  # neither lock nor staging
+    assert bool(left) == (name != "<load_data")  # nothing was done yet
+    runs.finish(method, tmp_path)
+
+
+TROUBLE = {
+    "full": ("is full", "bytes, ", "Free some"),
+    "denied": ("Permission denied", "Change the permissions"),
+}
+
+
+@pytest.mark.parametrize("what", TROUBLE)
+@pytest.mark.parametrize(
+    ("method", "name", "part"),
+    [("drone", ">Walk.forward", 0.7), ("drone", ">solve", 0.6), ("kfac", ">Walk.forward", 1.0),
+     ("kfac", ">Walk.backward", 0.4), ("eckart", ">factorise", 0.5)],
+)  # fmt: skip
+def test_disk_that_takes_no_more(what, method, name, part, runs, tmp_path):
+    done = runs.server(runs.words(tmp_path, method), runs.moment(method, name, part), what)
+    message = done.message
+    assert done.code == 1, message
+    for words in (*TROUBLE[what], str(tmp_path / "out.partial"), "run the same command again"):
+        assert words in message
+    assert "Traceback" not in message
+    assert listed(tmp_path) == ["out.partial"]
+    runs.finish(method, tmp_path)
+
+
+def test_disk_that_is_full_when_publishing(runs, tmp_path):
+    done = runs.server(runs.words(tmp_path, "drone"), runs.moment("drone", ">_verify"), "full")
+    message = done.message
+    assert done.code == 1, message
+    assert "is full; nothing was published" in message
+    assert listed(tmp_path) == ["out.partial"]
+    assert runs.finish("drone", tmp_path)["solve"] == 0
+
+
+def test_room_is_checked_before(runs, tmp_path):
+    done = runs.server(runs.words(tmp_path, "drone"), 0, "no room")
+    assert done.code == 1
+    assert "has 1,000 free" in done.said
+    assert done["load_data"] == 0
+    assert listed(tmp_path) == []
+
+
+def test_disk_that_is_full_from_the_beginning(runs, tmp_path):
+    done = runs.server(runs.words(tmp_path, "drone"), 0, "full")
+    message = done.message
+    assert done.code == 1
+    assert "out.partial" in message
+    assert "the room on its disk" in message
+    assert "out" not in listed(tmp_path)
+    runs.finish("drone", tmp_path)
+
+
+@pytest.mark.parametrize("what", ["file", "link"])
+def test_journal_that_has_no_place(what, runs, tmp_path):
+    place = tmp_path / "out.partial"
+    if what == "file":
+        place.write_text("mine")
+    else:
+        (tmp_path / "elsewhere").mkdir()
+        place.symlink_to(tmp_path / "elsewhere")
+    runs.refused(tmp_path, str(place), "--output-dir", words=runs.words(tmp_path, "drone"))
+    assert place.is_symlink() == (what == "link")
+
+
+@pytest.mark.parametrize("more", [(), ("--restart",), ("--stream", "auto"), ("--stream", "off"), ("--overwrite",)])
+def test_folder_of_somebody_else_is_never_removed(more, runs, tmp_path):
+    mine = tmp_path / "out.partial"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years")
+    words = runs.words(tmp_path, "drone", *more)
+    if "off" in more:
+        assert runs.server(words).code == 0
+        assert listed(tmp_path) == ["out", "out.partial"]
+    else:
+        runs.refused(tmp_path, str(mine), "not made by eckart", "thesis.tex", "Move it away", words=words)
+    assert tree(mine) == {"thesis.tex": b"years"}
+
+
+@pytest.mark.parametrize(
+    "more", [("--data", "gone.txt"), ("--keep", 0.001), ("--method", "drone", "--targets", "nothing")]
+)
+def test_what_is_refused_before_any_work_leaves_no_journal(more, runs, tmp_path):
+    done = runs.server(runs.words(tmp_path, "drone", *more))
+    assert done.code in (1, 2)
+    assert listed(tmp_path) == []
+
+
+def test_a_lock_that_a_killed_run_left_does_not_block(runs, begun):
+    assert (begun / ".out.lock").exists()
+    with OutputLock(begun / "out"):
+        pass
+    runs.finish("drone", begun)

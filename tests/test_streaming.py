@@ -1,0 +1,407 @@
+"""Block by block or as a whole: the same result, chosen by what there is of memory, which it tells beforehand."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME, scaled
+from safetensors.torch import load
+from tiny import Done, Room, Server, furnished, llama, place, published
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import eckart
+from eckart import streaming
+from eckart.methods import method_named
+from eckart.model import dense_weight, factored_modules
+from eckart.planning import Settings
+from eckart.recipe import Recipe
+from eckart.streaming import Needs, needs_of
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+GB = 10**9
+
+
+@pytest.fixture(scope="module")
+def room(tmp_path_factory) -> Room:
+    return furnished(tmp_path_factory.mktemp("room"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+def recipe_of(model: Path, text: Path, **more: Any) -> Recipe:
+    small: dict[str, Any] = {"num_samples": 12, "max_seq_length": 32, "batch_size": 4}
+    return Recipe(**{"model": str(model), "data": str(text), **small, **more})
+
+
+def compressed(output: Path, recipe: Recipe, **more: Any) -> tuple[eckart.Result, list[str]]:
+    """A run, and what it told before it began."""
+    told: list[str] = []
+    result, folder = eckart.compress_checkpoint(recipe, output, tell=told.append, **more)
+    assert folder == output
+    return result, told
+
+
+def products(result: eckart.Result) -> dict[str, Tensor]:
+    """The weights that the factors of all sites stand for."""
+    return {name: dense_weight(form).double() for name, form in factored_modules(result.model).items()}
+
+
+def alike(one: Any, other: Any, place: str = "report") -> None:
+    """Two reports say the same, numbers but for rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one.keys() - {"seconds", "stream", "calibrated"}:
+            alike(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), place
+        for i, (first, second) in enumerate(zip(one, other, strict=True)):
+            alike(first, second, f"{place}[{i}]")
+    else:
+        assert other == (pytest.approx(one, rel=1e-3, abs=1e-6) if isinstance(one, float) else one), place
+
+
+# -- the same, whichever way -------------------------------------------------------------------------
+
+CASES: dict[str, dict[str, Any]] = {
+    "drone": {"method": "drone"},
+    "kfac": {"method": "kfac"},
+    "eckart": {},
+    "svd": {"method": "svd"},
+    "float32": {"method": "drone", "checkpoint": torch.float32},
+    "float16": {"method": "drone", "checkpoint": torch.float16},
+    "other type": {"method": "drone", "dtype": "float32"},
+    "shards": {"method": "drone", "shards": "100KB"},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_streamed_and_whole_give_the_same(case, room, tmp_path):
+    options = dict(CASES[case])
+    checkpoint, shards = options.pop("checkpoint", torch.bfloat16), options.pop("shards", "1GB")
+    source = place(llama(), tmp_path / "source", checkpoint, max_shard_size=shards)
+    assert len(list(source.glob("*.safetensors"))) == (1 if shards == "1GB" else 3)
+    results = {}
+    for stream in ("off", "on"):
+        results[stream], told = compressed(tmp_path / stream, recipe_of(source, room.text, stream=stream, **options))
+        assert told[0].startswith("in memory, as a whole" if stream == "off" else "block by block")
+    whole, streamed = results["off"], results["on"]
+    if case != "svd":
+        assert streamed.report["calibrated"] == "block by block, 4 blocks"
+    assert streamed.plan.choices == whole.plan.choices
+    alike(whole.report, streamed.report)
+    expected, found = products(whole), products(streamed)
+    assert expected.keys() == found.keys() != set()
+    stored = getattr(torch, options.get("dtype") or str(checkpoint).removeprefix("torch."))
+    assert {p.dtype for p in streamed.model.parameters()} == {stored}
+    tolerance = 1e-4 if stored == torch.float32 else 2e-2  # what rounds the other way is off by a bit
+    for name, wanted in expected.items():
+        assert (found[name] - wanted).norm() <= tolerance * wanted.norm(), name
+
+
+FRESH = """
+import sys
+import torch
+import eckart
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
+    with torch.no_grad():
+        torch.save(model(torch.arange(5, 25)[None]).logits, f"{folder}.logits")
+"""
+
+
+def test_what_was_streamed_loads_in_a_fresh_process(room, tmp_path, monkeypatch):
+    """Written in several files; tied and untied; experts that lie fused in memory and apart in files."""
+    mixtral = BY_NAME["mixtral"].model(vocab_size=8192)
+    sources = {
+        "tied": place(llama(tie_word_embeddings=True), tmp_path / "source-tied", max_shard_size="200KB"),
+        "float16": place(llama(), tmp_path / "source-float16", torch.float16),
+        "experts": place(mixtral, tmp_path / "source-experts", max_shard_size="200KB"),
+    }
+    monkeypatch.setattr("eckart.job.STREAMED_SHARD", "100KB")
+    logits = {}
+    for name, source in sources.items():
+        result, _ = compressed(tmp_path / name, recipe_of(source, room.text, stream="on", method="drone", keep=0.6))
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
+        with torch.no_grad():
+            logits[name] = result.model(torch.arange(5, 25)[None]).logits
+    assert any("fused" in reason for reason in result.report["skipped"].values())
+    words = [sys.executable, "-W", "ignore", "-c", FRESH, *(str(tmp_path / name) for name in sources)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    for name, expected in logits.items():
+        assert torch.equal(torch.load(tmp_path / f"{name}.logits"), expected), name
+
+
+# -- which way is chosen -----------------------------------------------------------------------------
+
+
+def test_it_says_first_how_it_works_and_what_that_takes(server, room, tmp_path):
+    for stream, words in (
+        ("off", r"in memory, as a whole: about [\d.]+ [GMk]?B at the peak \(.*block [\d.]+.*\), [\d.]+ GB free"),
+        (
+            "on",
+            r"block by block: about [\d.]+ [GMk]?B at the peak \(.*statistics .*\), .* free; [\d.]+ [GMk]?B of disk",
+        ),
+    ):
+        done = server(room.words(tmp_path / stream, "--method", "drone", "--stream", stream))
+        assert done.code == 0, done.said
+        assert re.fullmatch(words, done.said.splitlines()[0]), done.said
+    refused = server(room.words(tmp_path / "no", "--stream", "on", "--data", "gone.txt"))
+    assert refused.code == 1
+    assert refused.said.startswith("block by block: about")  # before the text is read
+
+
+@pytest.mark.parametrize(("part", "way"), [(1.3, "in memory"), (1.2, "block by block"), (0.1, "block by block")])
+def test_auto_streams_where_memory_is_short(part, way, room, tmp_path, monkeypatch):
+    recipe = recipe_of(room.model, room.text, method="svd", stream="auto")
+    monkeypatch.setattr(streaming, "rss", lambda: 0)
+    total = estimated(recipe).whole.total
+    monkeypatch.setattr(streaming, "free", lambda _: int(part * total))
+    _, told = compressed(tmp_path / "out", recipe)
+    assert told[0].startswith(way)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "free", lambda _: None)
+    _, told = compressed(tmp_path / "out", recipe_of(room.model, room.text, method="svd"))
+    assert told[0].startswith("in memory")
+    assert "free" not in told[0]
+
+
+def test_asked_for_is_done_whatever_memory_there_is(room, tmp_path, monkeypatch):
+    for stream, free, way in (("off", 1000, "in memory"), ("on", 10**15, "block by block")):
+        monkeypatch.setattr(streaming, "free", lambda _, free=free: free)
+        _, told = compressed(tmp_path / stream, recipe_of(room.model, room.text, method="svd", stream=stream))
+        assert told[0].startswith(way)
+
+
+def test_auto_goes_on_with_what_was_begun(server, room, tmp_path):
+    words = room.words(tmp_path / "out", "--method", "drone")
+    whole = server(words, free=10_000)
+    assert whole.said.startswith("block by block")
+    expected = published(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    killed = server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1, free=10_000)
+    assert killed.code < 0
+    done = server(words)  # there is memory enough now
+    assert done.said.startswith("block by block")
+    assert "windows done already: 1" in done.said
+    assert 0 < done["solve"] < whole["solve"]
+    assert published(tmp_path / "out") == expected
+
+
+# -- what it will take -------------------------------------------------------------------------------
+
+
+def estimated(recipe: Recipe, room_for: int | None = None, model: Any = None, **config: Any) -> Needs:
+    if model is None:
+        options = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+                   "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+        with torch.device("meta"):
+            model = LlamaForCausalLM(LlamaConfig(**{**options, **config}))
+    return needs_of(model, recipe, Settings.of(method_named(recipe.method), recipe), room_for)
+
+
+def parts(estimate: Any) -> int:
+    """All but the program itself, which has grown meanwhile."""
+    return estimate.total - estimate.program
+
+
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+         "vocab_size": 32000, "max_position_embeddings": 2048}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["svd", "drone", "kfac", "eckart"])
+def test_memory_grows_with_depth_as_a_whole_and_does_not_block_by_block(method):
+    found = [estimated(Recipe(method=method, dtype="bfloat16"), num_hidden_layers=n, **LARGE) for n in (4, 8, 16)]
+    assert [needs.blocks for needs in found] == [4, 8, 16]
+    assert len({parts(needs.streamed) for needs in found}) == 1
+    block = 4 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)  # of its matrices, in float32
+    for fewer, more in pairwise(found):
+        grown = parts(more.whole) - parts(fewer.whole)
+        assert grown > block * (more.blocks - fewer.blocks)
+        assert parts(more.whole) > parts(more.streamed)
+        assert more.disk > fewer.disk
+        assert found[0].streamed.block > block
+
+
+def test_what_makes_an_estimate_larger():
+    less = estimated(Recipe(method="drone", batch_size=1), **LARGE)
+    for more in (
+        {"batch_size": 8},
+        {"method": "kfac", "batch_size": 1},
+        {"method": "drone", "batch_size": 1, "keep": 1},
+    ):
+        found = estimated(Recipe(**{"method": "drone", **more}), **LARGE)
+        assert parts(found.whole) > parts(less.whole), more
+        assert parts(found.streamed) >= parts(less.streamed), more
+    wide = estimated(Recipe(method="drone", batch_size=1), **{**LARGE, "vocab_size": 128_000})
+    # Two models' predictions of 512 tokens at least.
+    assert parts(wide.streamed) - parts(less.streamed) > 2 * 512 * 96_000 * 4
+    assert estimated(Recipe(method="drone", cache_memory=0), **LARGE).streamed.text < 10 * GB
+
+
+def test_blocks_at_once_follow_the_room_there_is():
+    recipe = Recipe(method="kfac", batch_size=1)
+    whole = parts(estimated(recipe, num_hidden_layers=8, **LARGE).whole)
+    counts = [estimated(recipe, part * whole // 4, num_hidden_layers=8, **LARGE).at_once for part in (0, 1, 4, 8)]
+    assert counts == sorted(counts)
+    assert counts[0] == 1
+    assert counts[-1] >= 8
+
+
+BIG = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8192, "max_position_embeddings": 64,
+       "tie_word_embeddings": True}  # fmt: skip
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what memory is no file's")
+def test_measured_memory_stays_below_the_estimate_and_does_not_grow_with_depth(server, room, tmp_path):
+    few = ("--num-samples", 4, "--batch-size", 2, "--method", "drone", "--keep", 0.3, "--cache-memory", 0.001)
+    grown: dict[tuple[str, int], int] = {}
+    for depth in (4, 16):
+        place(llama(num_hidden_layers=depth, **BIG), tmp_path / str(depth), max_shard_size="5MB")
+    for stream, depth in (
+        ("on", 4),
+        ("on", 4),
+        ("on", 16),
+        ("off", 4),
+        ("off", 16),
+    ):  # once more: it imports on the way
+        output = tmp_path / f"{stream}-{depth}"
+        shutil.rmtree(output, ignore_errors=True)
+        words = Room(tmp_path).words(output, *few, "--stream", stream, "--data", room.text)
+        words[1] = str(tmp_path / str(depth))
+        done = server(words, watch=True, shard="5MB")
+        assert done.code == 0, done.said
+        grown[stream, depth] = done.grown
+        print(stream, depth, done.grown / 1e6, done.said.splitlines()[0])
+    assert grown["on", 16] < 1.15 * grown["on", 4], grown
+    layers = 12 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)
+    assert grown["off", 16] - grown["off", 4] > layers, grown
+
+
+# -- models that cannot be walked --------------------------------------------------------------------
+
+DENSELY = '''
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class DenselyConfig(PretrainedConfig):
+    model_type = "densely"
+    vocab_size, hidden_size, max_position_embeddings = 8192, 32, 64
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 48), nn.Linear(48, 32)
+
+    def forward(self, x, first):
+        return x + self.down((self.up(x) * self.up(first)).tanh())
+
+
+class DenselyForCausalLM(PreTrainedModel):
+    """Every block reads what the first one put out."""
+
+    config_class = DenselyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, 32)
+        self.blocks = nn.ModuleList(Block() for _ in range(5))
+        self.head = nn.Linear(32, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        x = first = self.embed(input_ids)
+        for i, block in enumerate(self.blocks):
+            x = block(x, first)
+            first = x if i == 0 else first
+        return CausalLMOutput(logits=self.head(x))
+'''
+OWN_CODE = {
+    "architectures": ["DenselyForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "modeling_densely.DenselyConfig",
+        "AutoModelForCausalLM": "modeling_densely.DenselyForCausalLM",
+    },
+    "model_type": "densely",
+}
+
+
+@pytest.fixture(scope="module")
+def densely(tmp_path_factory) -> Path:
+    """A checkpoint with code of its own, of a model that cannot be walked block by block."""
+    folder = tmp_path_factory.mktemp("densely") / "model"
+    folder.mkdir()
+    code: dict[str, Any] = {}
+    exec(DENSELY, code)
+    torch.manual_seed(0)
+    place(scaled(code["DenselyForCausalLM"](code["DenselyConfig"]())), folder, torch.float32)
+    (folder / "modeling_densely.py").write_text(DENSELY)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | OWN_CODE))
+    return folder
+
+
+def unwalkable(server, room, densely, output: Path, stream: str = "on", at: int | None = None, **more: Any) -> Done:
+    words = ["compress", densely, *room.words(output)[2:], "--trust-remote-code", "--stream", stream]
+    return server([*map(str, words), "--method", "kfac"], at, **more)
+
+
+def test_unwalkable_model_falls_back_and_says_so(server, room, densely, tmp_path):
+    made = {}
+    for stream in ("on", "off"):
+        done = unwalkable(server, room, densely, tmp_path / stream, stream)
+        assert done.code == 0, done.said
+        made[stream] = published(tmp_path / stream)
+    report = made["on"]["eckart/report.json"]
+    words = r"DenselyForCausalLM cannot be walked block by block \(walked, .*\): whole passes instead"
+    assert [note for note in report["notes"] if re.fullmatch(words, note)]
+    assert report["calibrated"].startswith("in whole passes")
+    assert made["on"]["eckart/plan.json"] == made["off"]["eckart/plan.json"]
+    weights = [load(made[stream]["model.safetensors"]) for stream in made]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("then", "now"), [(3, 2), (2, 3), (1, 5), (5, 1), (2, 2)])
+def test_unwalkable_model_goes_on_with_other_memory(then, now, server, room, densely, tmp_path):
+    """So many blocks' statistics fit then and now."""
+    whole = unwalkable(server, room, densely, tmp_path / "whole", at_once=then)
+    assert whole.code == 0, whole.said
+    first = whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1
+    assert unwalkable(server, room, densely, tmp_path / "out", at=first, at_once=then).code < 0
+    done = unwalkable(server, room, densely, tmp_path / "out", at_once=now)
+    assert done.code == 0, done.said
+    found, expected = published(tmp_path / "out"), published(tmp_path / "whole")
+    for content in (found, expected):
+        del content["README.md"], content["eckart/report.json"]["calibrated"]
+    assert found["eckart/report.json"] == expected["eckart/report.json"]
+    assert found == expected
+    assert done["solve"] == 10 - 2 * then or now != then

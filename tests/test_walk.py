@@ -1,0 +1,917 @@
+"""Block by block: what a walk sees, gathers, keeps and leaves behind, against whole passes of the same model."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME, Architecture
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+import eckart
+from eckart.calibrate import Calibration, calibrate
+from eckart.checkpoint.cache import Cache
+from eckart.data import Batch, CalibrationData, load
+from eckart.data.inference import evaluating, forward
+from eckart.errors import ModelError
+from eckart.model import find_sites
+from eckart.moments import Moments, common_calls, gather, halving, shared_inputs
+from eckart.processes import Processes
+from eckart.walk import UnwalkableError, Walk, Window, gather_walking, split_by_segment, take_apart
+
+NAMES = list(BY_NAME)
+FORWARDS = frozenset({"gram"})
+BACKWARDS = frozenset({"gram", "absolute", "gradients", "fisher"})
+# With two layers the last stand-in is the only one: none holds NaN before the tail.
+LAYERS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Collecting garbage takes longer than all the rest."""
+    monkeypatch.setattr(halving.gc, "collect", lambda: 0)
+
+
+@dataclass
+class Case:
+    """A model, what it is run on, and what one pass over it showed."""
+
+    model: PreTrainedModel
+    batches: list[Batch]
+    names: list[str]
+    groups: dict[str, tuple[str, ...]]
+    common: dict[str, frozenset[int]]
+
+    def run(self, batch: Batch) -> Any:
+        """The output, or a loss to which every token adds a term of its own."""
+        made = forward(self.model, batch.inputs)
+        return loss_of(made) if torch.is_grad_enabled() else made
+
+    def whole(self, needs: frozenset[str]) -> dict[str, Moments]:
+        """By whole passes."""
+        with evaluating(self.model):
+            return gather(self.model, self.groups, self.batches, self.run, needs=needs, common=self.common)
+
+    def walk(self, store: Any, *, backward: bool = True, run: Callable[[Batch], Any] | None = None) -> Walk:
+        """Before its first step, the model in evaluation mode."""
+        first = self.batches[0].rows(0, 1)
+        order, structures = take_apart(self.model, self.names, self.run, first, store, backward=backward)
+        walk = Walk(self.model, order, run or self.run, self.batches, store)
+        walk.structures = structures
+        return walk
+
+    def windows(self, walk: Walk, needs: frozenset[str], **more: Any) -> Iterator[Window]:
+        return gather_walking(walk, self.groups, needs=needs, common=self.common, **more)
+
+
+def loss_of(made: Any) -> Tensor:
+    logits = getattr(made, "logits", None)
+    return (logits if logits is not None else made.last_hidden_state).sin().sum()
+
+
+def deep(kind: Architecture) -> PreTrainedModel:
+    return kind.model(**{key: 3 for key in LAYERS if key in kind.options})
+
+
+def shorter(inputs: dict[str, Tensor], padding: str) -> dict[str, Tensor]:
+    """The same texts with three tokens less on the padded side; images as they are."""
+    cut = slice(3, None) if padding == "left" else slice(None, -3)
+    return {key: value[:, cut] if value.dim() == 2 else value for key, value in inputs.items()}
+
+
+@cache
+def case(name: str, rows: int = 3) -> Case:
+    """Batches of several lengths and sizes; of one row each where examples share a call."""
+    kind = BY_NAME[name]
+    inputs = kind.batches(rows=rows)
+    inputs[1] = shorter(inputs[1], kind.padding)
+    inputs[2] = {key: value[: rows - 1] for key, value in inputs[2].items()}
+    model = deep(kind)
+    return made_case(model, load(inputs, model=model).batches)
+
+
+def made_case(model: PreTrainedModel, batches: list[Batch]) -> Case:
+    names = [site.name for site in find_sites(model).chosen]
+    first = batches[0].rows(0, 1).inputs
+    twice = {key: torch.cat([value, value]) for key, value in first.items()}
+    with evaluating(model):
+        groups = shared_inputs(model, names, lambda: forward(model, first))
+        common = common_calls(model, names, lambda: forward(model, first), lambda: forward(model, twice))
+    if common:
+        batches = [batch.rows(i, i + 1) for batch in batches for i in range(len(batch))]
+    return Case(model, batches, names, groups, common)
+
+
+@cache
+def expected(name: str, needs: frozenset[str], rows: int = 3) -> dict[str, Moments]:
+    return case(name, rows).whole(needs)
+
+
+def needs_of(name: str, needs: frozenset[str]) -> frozenset[str]:
+    """Albert calls one block several times: its squared gradients are of all calls together."""
+    return needs - {"fisher"} if name == "albert" else needs
+
+
+def waiting() -> Cache:
+    return Cache(sys.maxsize, None)
+
+
+def agree(found: dict[str, Moments], known: dict[str, Moments], tolerance: float = 1e-5) -> None:
+    """Counts exactly; sums relative to their largest entry, or to what they are a difference of."""
+    assert set(found) == set(known)
+    for name, entry in known.items():
+        state, other = entry.state(), found[name].state()
+        assert other.keys() == state.keys(), name
+        for key, tensor in state.items():
+            if tensor.dim() == 0:
+                assert int(other[key]) == int(tensor), (name, key)
+                continue
+            assert torch.isfinite(tensor).all()
+            scale = tensor.abs().max()
+            if key == "gradients.total":  # a key's gradients all but cancel: |sum g| <= sqrt(count sum g^2)
+                scale = (state["gradients.count"] * state["gradients.gram"].diagonal().max()).sqrt()
+            off = (other[key] - tensor).abs().max()
+            assert off <= tolerance * scale, f"{name}, {key}: {float(off):.2g} of {float(scale):.2g}"
+
+
+def together(windows: Iterator[Window]) -> dict[str, Moments]:
+    """All statistics; each site in one window alone."""
+    found: dict[str, Moments] = {}
+    for window in windows:
+        own = [name for members in window.groups.values() for name in members]
+        assert sorted(window.moments) == sorted(own)
+        assert not set(own) & set(found)
+        found |= window.moments
+    return found
+
+
+# -- what a walk gives ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_walk_ends_in_the_models_own_output(name):
+    it, store = case(name), waiting()
+    with evaluating(it.model):
+        walk = it.walk(store)
+        assert walk.order.tail >= 3
+        for step in range(walk.order.tail):
+            with walk.at(step):
+                walk.each(lambda batch, _, step=step: walk.forward(step, batch))
+            walk.forget(step - 1)
+        compared = 0
+        for batch in it.batches:
+            plain, walked = (pytree.tree_leaves(made) for made in (it.run(batch), walk.finish(batch)))
+            for one, other in zip(plain, walked, strict=True):
+                if isinstance(one, Tensor):
+                    torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+                    compared += 1
+        walk.forget_all()
+    assert compared >= len(it.batches)
+    assert store.keys() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_forwards_are_those_of_whole_passes(name):
+    it, store = case(name), waiting()
+    with evaluating(it.model):
+        windows = list(it.windows(it.walk(store, backward=False), FORWARDS))
+    agree(together(iter(windows)), expected(name, FORWARDS))
+    numbers = [int(window.name.rpartition("-")[2]) for window in windows]
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) >= (1 if name == "albert" else 3)  # what a shared block says is complete at its last call
+    assert store.keys() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_statistics_backwards_are_those_of_whole_passes(name):
+    it, store = case(name), waiting()
+    needs = needs_of(name, BACKWARDS)
+    with evaluating(it.model):
+        windows = list(it.windows(it.walk(store), needs))
+    agree(together(iter(windows)), expected(name, needs))
+    numbers = [int(window.name.rpartition("-")[2]) for window in windows]
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert store.keys() == []
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom", "t5"])
+def test_no_more_waits_than_the_steps_ahead_will_read(name):
+    it = case(name)
+    with evaluating(it.model):
+        for needs in (FORWARDS, BACKWARDS):
+            store = waiting()
+            walk = it.walk(store, backward=needs != FORWARDS)
+            for window in it.windows(walk, needs):
+                here = int(window.name.rpartition("-")[2])
+                kept: dict[str, set[int]] = {"out": set(), "kept": set(), "up": set()}
+                for key in store.keys("walk/"):
+                    kept[key.split("/")[1]].add(int(key.split("/")[2]))
+                if needs == FORWARDS:  # all that is read later, of earlier steps, is what each put out for several
+                    last = {step for step in range(here) if walk.order.ends_run(step)}
+                    assert kept["out"] == last | ({here - 1, here} & set(range(walk.order.tail)))
+                    several = {step for step in range(here - 1) if len(walk.structures[step].made) > 1}
+                    assert kept["kept"] == several - last
+                    assert not kept["up"]
+                    continue
+                assert kept["out"] == set(range(min(here + 1, walk.order.tail)))
+                assert kept["up"] == {here, here + 1} & set(range(walk.order.tail + 1))
+                assert not kept["kept"]
+
+
+def test_squared_gradients_of_a_shared_block_come_in_one_piece():
+    it = case("albert")
+    with evaluating(it.model), pytest.raises(UnwalkableError, match=r"albert_layers\.0\..* called by several blocks"):
+        it.windows(it.walk(waiting()), BACKWARDS)
+
+
+def test_the_zoo_holds_what_makes_walking_hard():
+    """Shared tensors that blocks pass on, several of their own, masks, shared blocks, groups over many blocks."""
+    with evaluating(*(case(name).model for name in NAMES)):
+        walks = {name: case(name).walk(waiting(), backward=False) for name in ("t5", "bloom", "albert", "bart", "opt")}
+    kinds = {type(leaf).__name__ for s in walks["t5"].structures.values() for leaf in s.leaves}
+    assert kinds == {"Made", "Passed", "Constant"}
+    assert len(walks["t5"].structures[3].made) == 3  # the stream, and two position biases for all that follow
+    assert walks["bart"].order.ends_run(2)
+    assert not walks["bart"].order.ends_run(3)
+    assert len(set(walks["albert"].order.steps)) == 1
+    assert walks["opt"].order.between
+    groups = case("t5").groups
+    assert max(map(len, groups.values())) == 6  # keys and values of three layers read the encoder's output
+    assert max(map(len, split_by_segment(groups, walks["t5"].order).values())) == 3
+    assert case("deberta").common
+
+
+# -- broken off and taken up again ---------------------------------------------------------------------------
+
+RESUMED = ("llama", "t5", "bloom", "opt", "albert", "deberta")
+
+
+@contextmanager
+def counted(it: Case, walk: Walk) -> Iterator[Counter[int]]:
+    """How often each step's own block ran, watched at a site inside it; a shared one counts at its first step."""
+    calls: Counter[int] = Counter()
+    inside = {block: next(n for n in it.names if n.startswith(f"{block}.")) for block in walk.order.steps}
+    handles = []
+    for block, name in inside.items():
+        step = walk.order.steps.index(block)
+
+        def count(*_: Any, step: int = step) -> None:
+            calls[step] += 1
+
+        handles.append(it.model.get_submodule(name).register_forward_hook(count))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("needs", [FORWARDS, BACKWARDS], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_walk_that_was_broken_off_goes_on_behind_its_last_window(name, needs, tmp_path):
+    it = case(name)
+    needs, backward = needs_of(name, needs), needs != FORWARDS
+    known = expected(name, needs)
+    with evaluating(it.model):
+        every = [window.name for window in it.windows(it.walk(waiting(), backward=backward), needs)]
+        for stop in sorted({1, len(every) // 2, len(every) - 1, len(every)} - {0}):
+            folder = tmp_path / str(stop)
+            first = it.windows(it.walk(Cache(0, folder, durable=True), backward=backward), needs)
+            done = list(itertools.islice(first, stop))
+            first.close()
+
+            store = Cache(0, folder, durable=True)
+            walk = it.walk(store, backward=backward)
+            with counted(it, walk) as calls:
+                rest = list(it.windows(walk, needs, done=[window.name for window in done]))
+            assert [window.name for window in (*done, *rest)] == every
+            agree(together(iter([*done, *rest])), known)
+            if name == "albert":  # a single block
+                continue
+            each = len(it.batches) * (2 if name == "deberta" else 1)  # its site is called twice a pass
+            number = int(done[-1].name.rpartition("-")[2])
+            last = int(every[-1].rpartition("-")[2])
+            todo = range(last, number) if backward else range(number + 1, min(last + 1, walk.order.tail))
+            assert calls == dict.fromkeys(todo, each)
+            if rest:
+                assert store.keys() == []
+
+
+@pytest.mark.parametrize("needs", [FORWARDS, BACKWARDS], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_with_nothing_at_hand_it_begins_anew(name, needs):
+    it = case(name)
+    needs, backward = needs_of(name, needs), needs != FORWARDS
+    known = expected(name, needs)
+    with evaluating(it.model):
+        every = list(it.windows(it.walk(waiting(), backward=backward), needs))
+        for stop in {1, len(every) - 1} & set(range(1, len(every))):
+            store = waiting()
+            walk = it.walk(store, backward=backward)
+            with counted(it, walk) as calls:
+                rest = list(it.windows(walk, needs, done=[window.name for window in every[:stop]]))
+            assert [window.name for window in rest] == [window.name for window in every[stop:]]
+            agree(together(iter([*every[:stop], *rest])), known)
+            assert calls[0] >= len(it.batches)
+            assert store.keys() == []
+
+
+def test_windows_may_be_done_in_any_order():
+    it = case("llama")
+    for needs in (FORWARDS, BACKWARDS):
+        with evaluating(it.model):
+            every = [window.name for window in it.windows(it.walk(waiting()), needs)]
+            for done in ([every[1]], [every[0], every[2]], every):
+                found = list(it.windows(it.walk(waiting()), needs, done=done))
+                assert [window.name for window in found] == [name for name in every if name not in done]
+                known = expected("llama", needs)
+                agree(together(iter(found)), {n: known[n] for w in found for n in w.moments})
+
+
+class Stop(BaseException):
+    """Breaks a run off wherever it is, as a user at the keyboard does."""
+
+
+@pytest.mark.parametrize("needs", [FORWARDS, BACKWARDS], ids=["forwards", "backwards"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_broken_off_in_the_middle_of_a_step(name, needs, tmp_path):
+    """At any pass of any batch: what was written of a step by then is not taken for all of it."""
+    it = case(name)
+    needs, backward = needs_of(name, needs), needs != FORWARDS
+    known = expected(name, needs)
+    with evaluating(it.model):
+        for after in itertools.count(1, 4 if name == "llama" else 11):
+            passes = itertools.count(1)
+
+            def run(batch: Batch, passes: Iterator[int] = passes, after: int = after) -> Any:
+                if next(passes) == after:
+                    raise Stop
+                return it.run(batch)
+
+            folder = tmp_path / str(after)
+            done: list[Window] = []
+            try:
+                for window in it.windows(it.walk(Cache(0, folder, durable=True), backward=backward, run=run), needs):
+                    done.append(window)
+                break
+            except Stop:
+                pass
+            store = Cache(0, folder, durable=True)
+            walk = it.walk(store, backward=backward)
+            rest = list(it.windows(walk, needs, done=[window.name for window in done]))
+            agree(together(iter([*done, *rest])), known)
+            assert store.keys() == []
+    assert after >= 9
+
+
+# -- memory that runs out in the middle of a walk ------------------------------------------------------------
+
+
+class Full:
+    """Runs a case's model, and once runs out of memory at some place, the n-th time that five rows are there."""
+
+    def __init__(self, it: Case, place: str, after: int) -> None:
+        self.it = it
+        self.place = place
+        self.left = after
+        self.rows = 0
+
+    def raises(self, place: str) -> None:
+        if place == self.place and self.rows == 5:
+            self.left -= 1
+            if self.left == 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 bytes.")
+
+    def run(self, batch: Batch) -> Any:
+        self.rows = len(batch)
+        return self.it.run(batch)
+
+    def step(self, _: nn.Module, args: tuple[Any, ...], made: Tensor) -> Tensor:
+        """At the end of a site in the second step's block."""
+        if not torch.is_grad_enabled():
+            self.raises("step")
+            return made
+        self.raises("step again")
+        made = made if made.requires_grad else made.detach().requires_grad_().clone()
+        made.register_hook(lambda _: self.raises("gradient"))
+        return made
+
+    def finish(self, _: nn.Module, args: Any, made: Any) -> None:
+        if torch.is_grad_enabled():
+            self.raises("tail")
+
+
+@contextmanager
+def full(it: Case, walk: Walk, place: str, after: int) -> Iterator[Full]:
+    failing = Full(it, place, after)
+    walk.run = failing.run
+    site = next(name for name in it.names if name.startswith(f"{walk.order.steps[1]}."))
+    handles = [
+        it.model.get_submodule(site).register_forward_hook(failing.step),
+        it.model.register_forward_hook(failing.finish),
+    ]
+    try:
+        yield failing
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+CUT = ("bert-classes", "albert", "xlnet", "opt", "bloom", "llama", "mixtral", "t5")
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_a_batch_that_is_cut_on_the_way_changes_nothing(name):
+    """`after` 2: when the first batch went through that place."""
+    it = case(name, rows=5)
+    both = needs_of(name, BACKWARDS)
+    places = [("step", both, 1), ("step again", both, 2), ("gradient", both, 1), ("tail", both, 2)]
+    with evaluating(it.model):
+        for place, needs, after in (("step", FORWARDS, 2), *places):
+            store = waiting()
+            walk = it.walk(store, backward=needs != FORWARDS)
+            with full(it, walk, place, after) as failing:
+                found = together(it.windows(walk, needs))
+            assert failing.left <= 0
+            assert max(len(batch) for batch in walk.batches) == 2  # from then on no more is run at once
+            assert [e for batch in walk.batches for e in batch.examples] == list(range(14))
+            agree(found, expected(name, needs, rows=5))
+            assert store.keys() == []
+
+
+def test_what_all_examples_share_is_cut_for_none_of_them():
+    """Of an outer loss's gradients at it each piece has a part: the first one all of it."""
+    it, store = case("t5", rows=5), waiting()
+    with evaluating(it.model):
+        walk = it.walk(store)
+        batch = walk.batches[0]
+        for step in (0, 1):
+            walk.forward(step, batch)
+        stream, bias = (walk.waiting(0, batch)[str(leaf)] for leaf in walk.structures[0].made)
+        assert (len(stream), len(bias)) == (5, 1)
+        store.put("walk/up/1/0-4", {"0.0": stream, "0.1": bias})
+        whole = walk.waiting(1, batch)["0"]
+        walk.cut(batch.rows(2, 3))
+        assert [piece.examples for piece in walk.batches[:4]] == [(0, 1), (2,), (3, 4), (5, 6, 7, 8, 9)]
+        pieces = walk.batches[:3]
+        for number, piece in enumerate(pieces):
+            assert torch.equal(walk.waiting(0, piece)["1"], bias)
+            gradient = store.get(f"walk/up/1/{piece.examples[0]}-{piece.examples[-1]}")["0.1"]
+            assert torch.equal(gradient, bias if number == 0 else torch.zeros_like(bias))
+        assert torch.equal(torch.cat([walk.waiting(0, piece)["0"] for piece in pieces]), stream)
+        assert torch.equal(torch.cat([walk.waiting(1, piece)["0"] for piece in pieces]), whole)
+        assert not store.has("walk/up/1/0-4")
+        before = list(walk.batches)
+        walk.cut(before[1])  # is there
+        assert walk.batches == before
+        walk.forget_all()
+    assert store.keys() == []
+
+
+# -- models that cannot be walked ----------------------------------------------------------------------------
+
+
+class Config(PretrainedConfig):
+    model_type = "small"
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12)
+
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return x + self.down((self.up(x) + sum(m.mean(-1, keepdim=True) for m in more)).tanh())
+
+
+class Small(PreTrainedModel):
+    """A chain of four blocks, which can be walked."""
+
+    config_class = Config
+    block: type[nn.Module] = Block
+
+    def __init__(self) -> None:
+        super().__init__(Config())
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(96, 12)
+        self.side = nn.Linear(12, 12)
+        self.blocks = nn.ModuleList(self.block() for _ in range(4))
+        self.head = nn.Linear(12, 96)
+        self.eval()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> CausalLMOutput:
+        return CausalLMOutput(logits=self.head(self.through(self.side(self.embed(input_ids)), input_ids)))
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Skips(Small):
+    """Block 3 reads what block 0 put out, as in a U-Net."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        return self.blocks[3](first + self.blocks[2](self.blocks[1](first)))
+
+
+class SkipsOne(Small):
+    """Block 2 reads what block 0 put out, beside what block 1 did."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        return self.blocks[3](self.blocks[2](self.blocks[1](first), first))
+
+
+class Refuses(Small):
+    """Looks at what skips its blocks."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        first = self.blocks[0](x)
+        x = self.blocks[2](self.blocks[1](first))
+        if first.isnan().any():
+            raise ValueError("these are no numbers")
+        return self.blocks[3](x)
+
+
+class Listless(Small):
+    """Its blocks have names of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third, self.fourth = self.blocks
+        del self.blocks
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.fourth(self.third(self.second(self.first(x))))
+
+
+class Inside(Small):
+    """A block that runs another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        second = self.blocks[1]
+        second.forward = lambda x: Block.forward(second, self.blocks[2](x))
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        return self.blocks[3](self.blocks[1](self.blocks[0](x)))
+
+
+class Writing(Block):
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return x.add_(super().forward(x).tanh())
+
+
+class InPlace(Small):
+    """Each block gives back the tensor that it was given, with other numbers in it."""
+
+    block = Writing
+
+
+class Everywhere(Small):
+    """Every block reads what a weight between the embedding and the blocks puts out."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        side = x
+        for block in self.blocks:
+            x = block(x, side)
+        return x
+
+
+class Wanders(Small):
+    """The order of its blocks depends on the text."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        order = (0, 1, 2, 3) if ids.shape[1] == 9 else (0, 2, 1, 3)
+        for i in order:
+            x = self.blocks[i](x)
+        return x
+
+
+class Exits(Small):
+    """How many blocks run depends on the text."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        for block in self.blocks[: 4 if ids.shape[1] == 9 else 3]:
+            x = block(x)
+        return x
+
+
+class Counting(Block):
+    def forward(self, x: Tensor, *more: Tensor) -> Any:
+        return super().forward(x), x.shape[1]
+
+
+class Changes(Small):
+    """Beside the stream each block puts out a number that depends on the text."""
+
+    block = Counting
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        for block in self.blocks:
+            x, length = block(x)
+            x = x / length
+        return x
+
+
+TRIED = {
+    Skips: r"walked, other numbers of its output are finite",
+    SkipsOne: r"walked, other numbers of its output are finite",
+    Refuses: r"with stand-ins for its blocks it fails: ValueError: these are no numbers",
+    Listless: r"it has no list of blocks",
+    Inside: r"blocks\.2 is called inside blocks\.1",
+    InPlace: r"blocks\.1 puts out no floating-point tensor of its own",
+}
+"""Found out on one example."""
+
+LATER = {
+    Wanders: r"blocks\.[12] is called out of order",
+    Exits: r"blocks\.3 is not called",
+    Changes: r"blocks\.0 puts out something else for each batch",
+}
+"""Found out on the way, on text that is not like the first."""
+
+
+def texts() -> CalibrationData:
+    """Two lengths, the first one twice."""
+    stream = torch.Generator().manual_seed(3)
+    return load([{"input_ids": torch.randint(4, 96, (3, length), generator=stream)} for length in (9, 7, 9)])
+
+
+def calibrated(model: PreTrainedModel, needs: frozenset[str], **more: Any) -> Calibration:
+    names = [site.name for site in find_sites(model).chosen]
+    return calibrate(model, names, texts(), needs=needs, **more)
+
+
+every_need = pytest.mark.parametrize("needs", [FORWARDS, BACKWARDS], ids=["forwards", "backwards"])
+UNWALKABLE = {**TRIED, **LATER}
+
+
+@every_need
+@pytest.mark.parametrize("kind", UNWALKABLE, ids=lambda kind: kind.__name__)
+def test_what_cannot_be_walked_is_run_whole_and_says_why(kind, needs):
+    known = together(calibrated(kind(), needs).windows())
+    groups = len(calibrated(kind(), needs).groups)
+    # Four blocks, and all that is outside; without a list of blocks every group is one of its own.
+    for at_once, parts in ((1, 5), (2, 3), (5, 1)) if kind is not Listless else ((1, groups), (2, groups // 2)):
+        store = waiting()
+        found = calibrated(kind(), needs, waiting=store, at_once=at_once)
+        if kind in TRIED:
+            assert found.how == f"in whole passes, {at_once} blocks at a time"
+        windows = list(found.windows())
+        agree(together(iter(windows)), known)
+        assert found.how == f"in whole passes, {at_once} blocks at a time"
+        assert len(found.notes) == 1
+        why = rf"{kind.__name__} cannot be walked block by block \(.*{UNWALKABLE[kind]}.*\): whole passes instead"
+        assert re.fullmatch(why, found.notes[0])
+        if kind in TRIED or needs != FORWARDS:
+            assert len(windows) == parts
+        assert len({window.name for window in windows}) == len(windows) >= parts
+        assert store.keys() == []
+
+
+def test_a_weight_that_every_block_reads_is_walked_forwards_alone():
+    for at_once in (1, 2):
+        found = calibrated(Everywhere(), FORWARDS, waiting=waiting(), at_once=at_once)
+        assert found.how == "block by block, 4 blocks"
+        assert found.notes == []
+        windows = list(found.windows())
+        assert len(windows) == 5  # the weight comes with the first block
+        agree(together(iter(windows)), together(calibrated(Everywhere(), FORWARDS).windows()))
+
+        found = calibrated(Everywhere(), BACKWARDS, waiting=waiting(), at_once=at_once)
+        assert found.how == f"in whole passes, {at_once} blocks at a time"
+        assert "Everywhere cannot be walked block by block (walked, other numbers of its output are" in found.notes[0]
+        windows = list(found.windows())
+        assert len(windows) == (5 if at_once == 1 else 3)
+        agree(together(iter(windows)), together(calibrated(Everywhere(), BACKWARDS).windows()))
+
+
+class Spoiling(Block):
+    def forward(self, x: Tensor, *more: Tensor) -> Tensor:
+        return super().forward(x.mul_(0.9))
+
+
+class Spoils(Small):
+    """Each block changes what it is given, and puts out something new."""
+
+    block = Spoiling
+
+
+@every_need
+def test_blocks_may_change_what_they_are_given(needs):
+    found = calibrated(Spoils(), needs, waiting=waiting())
+    assert (found.how, found.notes) == ("block by block, 4 blocks", [])
+    agree(together(found.windows()), together(calibrated(Spoils(), needs).windows()))
+
+
+class Counts(Small):
+    """Puts out something else every time."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        self.passes = getattr(self, "passes", 0) + 1
+        return super().through(x, ids) + 0.01 * self.passes
+
+
+def test_a_model_whose_passes_differ_is_not_walked():
+    it = made_case(Counts(), texts().batches)
+    with evaluating(it.model), pytest.raises(UnwalkableError, match=r"walked, its output differs by 0\.\d+ of \d"):
+        it.walk(waiting())
+
+
+class Again(Small):
+    """Between the blocks a weight is called that was called in front of them."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = self.blocks[1](self.blocks[0](x))
+        return self.blocks[3](self.blocks[2](x + self.side(x)))
+
+
+def test_each_call_of_a_weight_between_the_blocks_counts_once():
+    for needs in (FORWARDS, BACKWARDS - {"fisher"}):
+        found = calibrated(Again(), needs, waiting=waiting())
+        assert found.how == "block by block, 4 blocks"
+        agree(together(found.windows()), together(calibrated(Again(), needs).windows()))
+    found = calibrated(Again(), BACKWARDS, waiting=waiting())
+    assert "side is called by several blocks, and its squared gradients come in one piece" in found.notes[0]
+    agree(together(found.windows()), together(calibrated(Again(), BACKWARDS).windows()))
+
+
+@every_need
+def test_a_chain_is_walked(needs):
+    """The model that the others differ from."""
+    found = calibrated(Small(), needs, waiting=waiting())
+    windows = list(found.windows())
+    assert (found.how, found.notes, len(windows)) == ("block by block, 4 blocks", [], 5)
+    agree(together(iter(windows)), together(calibrated(Small(), needs).windows()))
+
+
+@every_need
+@pytest.mark.parametrize("kind", [Skips, Wanders, Exits], ids=lambda kind: kind.__name__)
+def test_windows_of_whole_passes_that_are_done_are_not_made_again(kind, needs, tmp_path):
+    known = together(calibrated(kind(), needs).windows())
+    every = [window.name for window in calibrated(kind(), needs, waiting=waiting()).windows()]
+    for stop in range(1, len(every) + 1):
+        folder = tmp_path / str(stop)
+        windows = calibrated(kind(), needs, waiting=Cache(0, folder, durable=True)).windows()
+        done = list(itertools.islice(windows, stop))
+        windows.close()
+        again = calibrated(kind(), needs, waiting=Cache(0, folder, durable=True))
+        rest = list(again.windows([window.name for window in done]))
+        assert [window.name for window in (*done, *rest)] == every
+        agree(together(iter([*done, *rest])), known)
+
+
+@pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.__name__)
+def test_what_turns_out_not_to_be_a_chain_ends_work_that_is_shared(kind):
+    """The other processes go on walking, and would wait for windows that never come."""
+    found = calibrated(kind(), BACKWARDS, waiting=waiting(), processes=Processes(1, 2))  # its share: the second batch
+    with pytest.raises(ModelError, match=rf"{kind.__name__} cannot be walked .*{LATER[kind]}.* in a single process"):
+        list(found.windows())
+
+
+def test_no_refit_where_the_text_shows_that_the_blocks_are_no_chain():
+    batches = [batch.inputs for batch in texts().batches] * 3
+    for kind, reason in LATER.items():
+        result = eckart.compress(kind(), data=batches, keep=0.7, method="drone", refit=True)
+        left_out = [note for note in result.report["notes"] if "refit was left out" in note]
+        assert len(left_out) == 1
+        assert re.search(rf"{kind.__name__} cannot be walked block by block \({reason}\)", left_out[0])
+
+
+class Flat(Small):
+    """Blocks that see all tokens of all examples in a row."""
+
+    def through(self, x: Tensor, ids: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        for block in self.blocks:
+            flat = block(flat)
+        return flat.reshape(x.shape)
+
+
+@every_need
+def test_what_cannot_be_cut_on_the_way_is_run_whole(needs):
+    model, store = Flat(), waiting()
+    failing = iter([False, True])
+
+    def full(*_: Any) -> None:
+        if next(failing, False):
+            raise MemoryError
+
+    known = together(calibrated(Flat(), needs).windows())
+    found = calibrated(model, needs, waiting=store)
+    assert found.how == "block by block, 4 blocks"
+    handle = model.blocks[1].down.register_forward_hook(full)
+    windows = list(found.windows())
+    handle.remove()
+    assert next(failing, None) is None
+    assert "what blocks.0 puts out cannot be cut between its examples" in found.notes[0]
+    agree(together(iter(windows)), known)
+    assert store.keys() == []
+
+
+# -- errors, and what is left behind -------------------------------------------------------------------------
+
+
+def state_of(model: nn.Module) -> tuple[Any, ...]:
+    """All that a walk touches: modes, flags, gradients, hooks, `forward` attributes."""
+    modules = {
+        name: (
+            module.training,
+            vars(module).get("forward"),
+            [len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")],
+        )
+        for name, module in model.named_modules()
+    }
+    parameters = {name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    return modules, parameters, torch.is_grad_enabled()
+
+
+def mixed(model: PreTrainedModel) -> PreTrainedModel:
+    """In every mode at once."""
+    for i, module in enumerate(model.modules()):
+        module.training = i % 3 == 0
+    for i, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(i % 2 == 0)
+    own = model.blocks[2]
+    own.forward = lambda *args: Block.forward(own, *args)  # as offloading libraries put it there
+    return model
+
+
+class BrokenError(RuntimeError):
+    """Of a model's own."""
+
+
+@every_need
+@pytest.mark.parametrize("where", ["embed", "blocks.0.up", "blocks.2", "head"])
+def test_a_models_own_errors_are_raised_and_nothing_is_left_behind(where, needs):
+    """At any pass, on trial or on the walk. Only while it walks on trial is one a reason to run it whole instead."""
+    raised = 0
+    for after in itertools.count():
+        model = mixed(Small())
+        before = state_of(model)
+        calls = itertools.count()
+        found = None
+
+        def fail(*_: Any, calls: Iterator[int] = calls, after: int = after) -> None:
+            if next(calls) == after:
+                raise BrokenError("the block's own")
+
+        handle = model.get_submodule(where).register_forward_hook(fail)
+        try:
+            found = calibrated(model, needs, waiting=waiting())
+            list(found.windows())
+        except (BrokenError, ModelError) as error:
+            seen = error
+        else:
+            seen = None
+        handle.remove()
+        assert state_of(model) == before
+        if next(calls) <= after:
+            break
+        if seen is None:
+            assert found is not None
+            assert "with stand-ins for its blocks it fails: BrokenError: the block's own" in found.notes[0]
+            continue
+        raised += 1
+        assert "the block's own" in str(seen)
+        assert isinstance(seen, BrokenError) or found is None  # before the walk a backward pass is tried as well
+    assert raised >= 5
+
+
+@every_need
+def test_a_walk_that_is_given_up_leaves_nothing_behind(needs):
+    every = 5
+    for stop in range(every + 1):
+        model = mixed(Small())
+        before = state_of(model)
+        windows = calibrated(model, needs, waiting=waiting()).windows()
+        assert len(list(itertools.islice(windows, stop))) == stop
+        windows.close()
+        assert state_of(model) == before
+
+
+@pytest.mark.parametrize("kind", UNWALKABLE, ids=lambda kind: kind.__name__)
+def test_a_trial_that_fails_leaves_nothing_behind(kind):
+    for needs in (FORWARDS, BACKWARDS):
+        model = kind()
+        for i, module in enumerate(model.modules()):
+            module.training = i % 2 == 0
+        before = state_of(model)
+        list(calibrated(model, needs, waiting=waiting()).windows())
+        assert state_of(model) == before

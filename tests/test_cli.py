@@ -3,10 +3,9 @@
 import json
 import logging
 import os
-import signal
+import shutil
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import transformers
 import yaml
 from huggingface_hub import utils as hub_utils
 from safetensors import safe_open
+from tiny import Server
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForCausalLM,
@@ -230,6 +230,8 @@ REFUSALS = {
     "a pattern without a match": (2, ["llama", "--method", "svd", "--targets", "q_prj"], ["'q_prj'", "q_proj"]),
     "a plan that is not there": (2, ["llama", "--plan", "gone.json", "--method", "svd"], ["gone.json"]),
     "labels for a causal model": (2, ["llama", "--data", "rows.csv", "--data-label-column", "label"], ["label"]),
+    "a way of working that there is not": (2, ["llama", "--stream", "sometimes"], ["stream", "sometimes", "auto"]),
+    "less than no memory": (2, ["llama", "--cache-memory", "-1"], ["cache_memory", "-1"]),
     "a run file that is not there": (2, ["--config", "gone.yaml"], ["gone.yaml"]),
 }
 
@@ -310,31 +312,20 @@ def test_sentence_transformers_folder_with_the_model_in_a_subfolder(cli, room, t
     assert "Spearman" in text
 
 
-def test_interrupt_publishes_nothing(tmp_path):
-    code = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-from eckart.cli import main
-main()
-"""
-    model = Path(eckart.__file__).parent / "demo/model"
-    words = ["compress", model, "--data", "stdlib", "--num-samples", "2000", "--output-dir", tmp_path / "out"]
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    until = time.monotonic() + 90
-    while not (tmp_path / ".out.lock").exists() and time.monotonic() < until:
-        time.sleep(0.1)
-    time.sleep(4)  # into the calibration
-    run.send_signal(signal.SIGINT)
-    _, error = run.communicate(timeout=60)
-    assert run.returncode == 130, error
-    assert "interrupted" in error
-    assert "Traceback" not in error
-    assert os.listdir(tmp_path) == []
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_interrupt_publishes_nothing(room, tmp_path, tmp_path_factory):
+    words = ["compress", room / "llama", "--data", room / "text.txt", *SMALL, "--output-dir", tmp_path / "out"]
+    words = list(map(str, words))
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        whole = server(words)
+        assert whole.code == 0, whole.said
+        shutil.rmtree(tmp_path / "out")
+        for moment in ("<load_data", ">solve", ">_verify", "<_sync"):
+            done = server(words, whole.ticks.index(moment) + 1, "interrupt")
+            assert done.code == 130, done.said
+            assert "interrupted" in done.said
+            assert "Traceback" not in done.said
+            assert os.listdir(tmp_path) == []
 
 
 # -- the other commands ------------------------------------------------------------------------------

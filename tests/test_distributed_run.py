@@ -286,8 +286,7 @@ def test_other_arguments_are_refused(worlds, begun):
     worlds.finish("drone streamed", begun)
 
 
-@pytest.mark.parametrize("again", range(3))
-def test_restart_starts_all_afresh(again, worlds, begun):
+def test_restart_starts_all_afresh(worlds, begun):
     done = worlds.finish("drone streamed", begun, "--restart")
     assert done[0]["solve"] == worlds.undisturbed("drone streamed")[1][0]["solve"]
 

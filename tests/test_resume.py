@@ -154,6 +154,7 @@ CRITICAL = [
     ("kfac", "<Journal.write", 0.3),
     ("eckart", "<Journal.write", 0.7),
     ("eckart", ">factorise", 0.8),
+    ("eckart", ">Path.replace", 0.6),
     ("eckart", ">_verify", 0.0),
     ("eckart", ">_place", 0.0),
 ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny import ENVIRONMENT, Done, Room, Server, furnished, published
 from torch import Tensor
@@ -294,15 +295,13 @@ def test_restart_starts_all_afresh(worlds, begun):
 # -- as it is started --------------------------------------------------------------------------------
 
 
-def launched(*words: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eckart"]
-    return subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=240, env={**os.environ, **ENVIRONMENT}
-    )
+def launched(*what: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *what]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **ENVIRONMENT})
 
 
 def test_torchrun(worlds, tmp_path):
-    done = launched(*worlds.words(tmp_path, "kfac streamed"))
+    done = launched("-m", "eckart", *worlds.words(tmp_path, "kfac streamed"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("published in") == done.stdout.count("against the original") == 1
     assert listed(tmp_path) == ["out"]
@@ -313,7 +312,20 @@ def test_torchrun(worlds, tmp_path):
 
 def test_torchrun_that_is_refused(worlds, tmp_path):
     (tmp_path / "out").mkdir()
-    done = launched(*worlds.words(tmp_path, "drone"))
+    done = launched("-m", "eckart", *worlds.words(tmp_path, "drone"))
     assert done.returncode != 0
     assert len(re.findall("is there already", done.stderr)) == 1
     assert listed(tmp_path / "out") == []
+
+
+def test_torchrun_whose_first_process_is_killed(worlds, tmp_path):
+    case, home = "kfac streamed", tmp_path / "home"
+    home.mkdir()
+    at = moment(worlds.undisturbed(case)[1][0], ">Walk.backward", 0.7)
+    job = {"words": worlds.words(home, case), "at": at, "what": "kill", "rank": 0, "log": str(tmp_path / "log")}
+    done = launched(tiny.__file__, json.dumps(job))
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "out.partial" in listed(home)
+    assert "out" not in listed(home)
+    worlds.finish(case, home)

@@ -269,34 +269,35 @@ def test_blocks_at_once_follow_the_room_there_is():
     assert counts[-1] >= 8
 
 
-BIG = {"hidden_size": 256, "intermediate_size": 1024, "vocab_size": 8192, "max_position_embeddings": 64,
-       "tie_word_embeddings": True}  # fmt: skip
+DEEP = {"hidden_size": 256, "intermediate_size": 1024}
+WIDE = {"vocab_size": 65_536}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what memory is no file's")
-def test_measured_memory_stays_below_the_estimate_and_does_not_grow_with_depth(server, room, tmp_path):
-    few = ("--num-samples", 4, "--batch-size", 2, "--method", "drone", "--keep", 0.3, "--cache-memory", 0.001)
-    grown: dict[tuple[str, int], int] = {}
-    for depth in (4, 16):
-        place(llama(num_hidden_layers=depth, **BIG), tmp_path / str(depth), max_shard_size="5MB")
-    for stream, depth in (
-        ("on", 4),
-        ("on", 4),
-        ("on", 16),
-        ("off", 4),
-        ("off", 16),
-    ):  # once more: it imports on the way
-        output = tmp_path / f"{stream}-{depth}"
+def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(server, room, tmp_path):
+    def grown(stream: str, **config: Any) -> int:
+        """Bytes at the peak of a run, what is imported on the way included."""
+        model = tmp_path / "-".join(map(str, config.values()))
+        if not model.exists():
+            place(llama(tie_word_embeddings=True, **config), model, max_shard_size="5MB")
+        output = tmp_path / "out"
         shutil.rmtree(output, ignore_errors=True)
-        words = Room(tmp_path).words(output, *few, "--stream", stream, "--data", room.text)
-        words[1] = str(tmp_path / str(depth))
-        done = server(words, watch=True, shard="5MB")
+        words = room.words(output, "--method", "drone", "--stream", stream, "--cache-memory", 0.001)
+        done = server([words[0], str(model), *words[2:]], watch=True, shard="5MB")
         assert done.code == 0, done.said
-        grown[stream, depth] = done.grown
-        print(stream, depth, done.grown / 1e6, done.said.splitlines()[0])
-    assert grown["on", 16] < 1.15 * grown["on", 4], grown
+        return done.grown
+
+    def expected(**config: Any) -> int:
+        return parts(estimated(recipe_of(room.model, room.text, method="drone", cache_memory=0.001), **config).streamed)
+
+    least = grown("on", num_hidden_layers=2)
+    shallow, deep = (grown("on", num_hidden_layers=depth, **DEEP) for depth in (4, 16))
+    assert deep < 1.15 * shallow
+    assert deep - least < expected(**DEEP)
     layers = 12 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)
-    assert grown["off", 16] - grown["off", 4] > layers, grown
+    assert grown("off", num_hidden_layers=16, **DEEP) - grown("off", num_hidden_layers=4, **DEEP) > layers
+    wide = grown("on", **WIDE) - least
+    assert 2 * 128 * 57_344 * 4 < wide < expected(**WIDE)  # two models' predictions of 128 tokens at least
 
 
 # -- models that cannot be walked --------------------------------------------------------------------

@@ -155,7 +155,7 @@ def test_without_gram_only_the_gram_is_gone():
 def test_half_precision_inputs_do_not_overflow():
     rows = torch.full((64, 3), 3e4, dtype=torch.float16)
     moment = second_moment(rows)
-    assert moment.gram.dtype == torch.float32
+    assert moment.gram.dtype == torch.float64
     close(moment.mean_gram.double(), torch.full((3, 3), float(rows[0, 0]) ** 2, dtype=torch.float64), 1e-6)
 
 
@@ -677,3 +677,29 @@ def test_hooks_go_when_entering_fails():
         pass
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+# -- the order in which text comes -------------------------------------------------------------------
+
+
+def sums_both_ways(width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Gram of many batches in their order, and of the odd ones after the even ones."""
+    batches = [normal(40, width, seed=i).float() for i in range(24)]
+    moments = []
+    for order in (batches, batches[::2] + batches[1::2]):
+        moment = SecondMoment(width)
+        for rows in order:
+            moment.update(rows, "x")
+        moments.append(moment)
+    return moments[0].mean_gram, moments[1].mean_gram
+
+
+def test_the_order_of_batches_does_not_show_in_a_sum(monkeypatch):
+    one, other = sums_both_ways(48)
+    assert one.dtype == torch.float64
+    close(one, other, 1e-14)
+    monkeypatch.setattr("eckart.moments.accumulate.WIDE", 40)
+    wide, moved = sums_both_ways(48)
+    assert wide.dtype == torch.float32
+    assert not torch.equal(wide, moved)
+    close(wide, moved, 1e-5)

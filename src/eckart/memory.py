@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from eckart.linalg import WIDE
+
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
@@ -136,16 +138,16 @@ def statistics_bytes(sites: Sequence[tuple[int, int]], groups: Sequence[Sequence
         needs: any of "gram", "gradients", "fisher", "absolute".
 
     Returns:
-        Bytes: Grams in float32, vectors in float64.
+        Bytes: vectors in float64, Grams too as long as they are not wide.
     """
     total = 0
     for group in groups:
         n = sites[group[0]][1]
         total += FLOAT64 * n  # the sum of x, that any of them needs
-        total += FLOAT32 * n * n if "gram" in needs else 0
+        total += _gram(n) if "gram" in needs else 0
         total += FLOAT64 * n if "absolute" in needs else 0
         for m, _ in (sites[place] for place in group):
-            total += FLOAT32 * m * m + FLOAT64 * m if "gradients" in needs else 0
+            total += _gram(m) + FLOAT64 * m if "gradients" in needs else 0
             total += FLOAT64 * (m + n) if "fisher" in needs else 0
     return total
 
@@ -166,8 +168,13 @@ def solving_bytes(out_features: int, in_features: int, needs: frozenset[str]) ->
         Bytes, the full factors included that the solver hands back.
     """
     m, n = out_features, in_features
-    grams = FLOAT32 * ((n * n if "gram" in needs else 0) + (m * m if "gradients" in needs else 0))
+    grams = (_gram(n) if "gram" in needs else 0) + (_gram(m) if "gradients" in needs else 0)
     return max(3 * grams, grams + SQUARE * min(m, n) ** 2 + RECTANGLE * m * n)
+
+
+def _gram(width: int) -> int:
+    """Bytes of a Gram, see :func:`eckart.moments.accumulate.empty_gram`."""
+    return width * width * (FLOAT32 if width > WIDE else FLOAT64)
 
 
 def _unit(number: float) -> tuple[str, float]:

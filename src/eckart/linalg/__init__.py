@@ -1,11 +1,12 @@
 """The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
 
-from eckart.linalg.decompose import checked_eigh, checked_svd, require_finite
+from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
 
 __all__ = [
+    "WIDE",
     "Factorisation",
     "Metric",
     "PivotedFactors",

@@ -1,8 +1,9 @@
 """Running statistics of a site's inputs and output gradients.
 
 Sums and token counts, never means, so that two accumulators over different text add up to the one over both.
-Grams are summed in float32, everything else in float64. An update that runs out of memory has added nothing: what
-it needs is allocated before anything is added.
+Everything is summed in float64, but for Grams too wide for that (:data:`eckart.linalg.WIDE`): products of one batch are
+those of float32, and their sum is the same in whatever order batches come and processes share them. An update that
+runs out of memory has added nothing: what it needs is allocated before anything is added.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import NumericalError
-from eckart.linalg import Metric
+from eckart.linalg import WIDE, Metric
 from eckart.linalg.blocks import blocks
 
 # A Gram is symmetric: from this width on only blocks on and above the diagonal are computed.
@@ -23,19 +24,34 @@ BLOCK = 384
 FISHER_ENTRIES = 2**24
 
 
-def add_gram(total: Tensor, rows: Tensor) -> None:
+def add_gram(total: Tensor, rows: Tensor, room: Tensor | None = None) -> None:
     """Add `rows^T rows` to the upper block triangle of `total`, in place.
 
     Args:
-        total: (n, n) running sum; below the block diagonal it is not touched.
-        rows: (tokens, n), in the dtype of `total`.
+        total: (n, n) running sum, float32 or float64; below the block diagonal it is not touched.
+        rows: (tokens, n), float32.
+        room: see :func:`add_product`; found here where it is not given.
     """
     width = rows.shape[1]
-    if width < 2 * BLOCK:
-        total.addmm_(rows.mT, rows)
-        return
-    for part in blocks(width, BLOCK):
-        total[part, part.start :].addmm_(rows[:, part].mT, rows[:, part.start :])
+    parts = list(blocks(width, BLOCK)) if width >= 2 * BLOCK else [slice(0, width)]
+    if room is None and total.dtype != rows.dtype:  # before anything is added
+        room = rows.new_empty(parts[0].stop * width)
+    for part in parts:
+        add_product(total[part, part.start :], rows[:, part].mT, rows[:, part.start :], room)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, room: Tensor | None = None) -> None:
+    """`total += left @ right` in place; a float64 total gets the float32 product, made in `room` (float32, flat)."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        room = left.new_empty(total.numel()) if room is None else room
+        total += torch.mm(left, right, out=room[: total.numel()].view(total.shape))
+
+
+def empty_gram(width: int, like: Tensor) -> Tensor:
+    """(width, width) zeros on the device of `like`, in the type that a Gram of this width is summed in."""
+    return like.new_zeros(width, width, dtype=torch.float32 if width > WIDE else torch.float64)
 
 
 def complete(total: Tensor) -> None:
@@ -53,8 +69,8 @@ class SecondMoment:
     Attributes:
         width: n; 0 if that is not known before the first token.
         count: tokens seen.
-        gram: (n, n), the sum; below its block diagonal it may lag behind, until a mean is asked for. None when not
-            gathered.
+        gram: (n, n), the sum, float64 up to a width of `WIDE`, else float32; below its block diagonal it may lag
+            behind, until a mean is asked for. None when not gathered.
         total: (n,) sum of x, float64.
         absolute: (n,) sum of |x|, float64, or None when not gathered.
     """
@@ -89,7 +105,7 @@ class SecondMoment:
             )
         magnitudes = rows.abs().sum(0).double() if self.with_absolute else None
         if self.with_gram and self.gram is None:
-            self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.gram = empty_gram(rows.shape[1], rows)
         if self.total is None:
             self.total = torch.zeros_like(sums)
         if magnitudes is not None and self.absolute is None:
@@ -237,8 +253,7 @@ class Moments:
         if not self.centred:
             return metric
         centred = replace(metric, mean=self.inputs.mean)
-        assert metric.full is not None
-        rounding = 4 * torch.finfo(metric.full.dtype).eps
+        rounding = 4 * torch.finfo(torch.float32).eps  # of a batch's products, whatever they are summed in
         # Of inputs that never varied nothing but rounding is left, which must not look like a direction.
         return replace(metric, scale=0.0) if centred.mean_diagonal <= rounding * metric.mean_diagonal else centred
 

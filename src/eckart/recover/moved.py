@@ -11,7 +11,7 @@ from torch import Tensor
 from eckart.linalg import Metric, require_finite
 from eckart.linalg.blocks import blocks
 from eckart.moments import SecondMoment
-from eckart.moments.accumulate import add_gram
+from eckart.moments.accumulate import add_gram, add_product, empty_gram
 
 # lambda, relative to the mean of the diagonal of E[x~ x~^T], for as many tokens as features. The regression of x on x~
 # has n coefficients an output to learn from N tokens: its noise, and the ridge that it needs, go with n / N.
@@ -40,8 +40,8 @@ class MovedInputs:
     @classmethod
     def empty(cls, width: int, device: torch.device) -> MovedInputs:
         """Nothing seen yet."""
-        square = torch.zeros(width, width, device=device)
         vector = torch.zeros(width, device=device, dtype=torch.float64)
+        square = empty_gram(width, vector)
         return cls(0, square, square.clone(), vector, vector.clone())
 
     def update(self, before: Tensor, now: Tensor, where: str) -> None:
@@ -54,8 +54,9 @@ class MovedInputs:
         require_finite(now, where)
         difference = before - now
         total, moved = before.sum(0, dtype=torch.float64), now.sum(0, dtype=torch.float64)
-        add_gram(self.gram, now)
-        self.cross.addmm_(difference.mT, now)
+        room = None if self.cross.dtype == now.dtype else now.new_empty(self.cross.numel())
+        add_gram(self.gram, now, room)
+        add_product(self.cross, difference.mT, now, room)
         self.total += total
         self.moved += moved
         self.count += len(now)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms.base import FactoredLinear, Size
+from eckart.forms.base import Factored, FactoredLinear, Size
 from eckart.forms.lowrank import LowRank
 from eckart.forms.pivoted import Pivoted
 
 FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted)}
 
-__all__ = ["FORMS", "FactoredLinear", "LowRank", "Pivoted", "Size", "build", "form_named"]
+__all__ = ["FORMS", "Factored", "FactoredLinear", "LowRank", "Pivoted", "Size", "build", "form_named"]
 
 
 def form_named(name: str) -> type[FactoredLinear]:
@@ -35,7 +35,7 @@ def build(spec: dict[str, Any]) -> FactoredLinear:
         raise UsageError(f"module spec {spec!r} names no form; it needs form, sizes and bias.")
     form = form_named(spec["form"])
     sizes = {}
-    for key in ("in_features", "out_features", "rank"):
+    for key in form.sizes:
         value = spec.get(key)
         if isinstance(value, bool) or not isinstance(value, int):
             raise UsageError(f"module spec of form {spec['form']}: {key} must be a whole number, not {value!r}.")

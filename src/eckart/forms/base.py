@@ -32,7 +32,41 @@ class Size:
         return (self.parameters - self.index_elements) * dtype.itemsize + 4 * self.index_elements
 
 
-class FactoredLinear(nn.Module):
+class Factored(nn.Module):
+    """A module that holds a weight in a stored form, wherever the weight stood.
+
+    Attributes:
+        form: the form's name.
+        sizes: names of the whole numbers that say how large it is: arguments of `__init__`, attributes, and entries of
+            the spec.
+        lean: do without working memory, where many such modules run and few may be in memory at a time.
+    """
+
+    form: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]]
+    lean: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A checkpoint of ours, opened by transformers without eckart, must fail instead of filling the
+        # missing dense weight with random numbers: an empty tensor sits under the dense weight's key.
+        self.register_state_dict_post_hook(_write_guard)
+        self.register_load_state_dict_pre_hook(_drop_guard)
+
+    def to_dense(self) -> Tensor:
+        """W', (out, in) or (vocabulary, width), in the module's dtype, computed in float32 at least."""
+        raise NotImplementedError
+
+    def multiply_adds(self) -> int:
+        """Multiply-adds per token."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
+        return {"form": self.form} | {name: getattr(self, name) for name in self.sizes}
+
+
+class FactoredLinear(Factored):
     """`y = x W'^T + b` with W' (out, in) in a stored form.
 
     A subclass sets `form`, builds its leaves in `__init__` (plain `nn.Linear`, so that adapters and
@@ -43,11 +77,9 @@ class FactoredLinear(nn.Module):
         out_features: m.
         rank: k.
         source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
-        lean: do without working memory, where many such modules run and few may be in memory at a time.
     """
 
-    form: ClassVar[str]
-    lean: bool = False
+    sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
 
     def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, source: str) -> None:
         super().__init__()
@@ -63,10 +95,6 @@ class FactoredLinear(nn.Module):
         self.rank = rank
         self.has_bias = bias
         self.source = source
-        # A checkpoint of ours, opened by transformers without eckart, must fail instead of filling the
-        # missing dense weight with random numbers: an empty tensor sits under the dense weight's key.
-        self.register_state_dict_post_hook(_write_guard)
-        self.register_load_state_dict_pre_hook(_drop_guard)
 
     # -- what a form must say ------------------------------------------------------------------------
 
@@ -102,10 +130,6 @@ class FactoredLinear(nn.Module):
         """
         raise NotImplementedError
 
-    def to_dense(self) -> Tensor:
-        """W', (out, in), in the module's dtype, computed in float32 at least."""
-        raise NotImplementedError
-
     def dense_bias(self) -> Tensor | None:
         """b, (out,), as the dense layer had it."""
         raise NotImplementedError
@@ -114,14 +138,7 @@ class FactoredLinear(nn.Module):
 
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
-        return {
-            "form": self.form,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "rank": self.rank,
-            "bias": self.has_bias,
-            "source": self.source,
-        }
+        return super().spec() | {"bias": self.has_bias, "source": self.source}
 
     def multiply_adds(self) -> int:
         """Multiply-adds per token."""

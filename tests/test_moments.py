@@ -642,16 +642,6 @@ def test_gatherer_adds_what_is_missing_to_statistics_that_are_there():
     agree(gatherer.moments, gathered(model))
 
 
-def test_sequences_are_counted_by_one_of_several_gatherers():
-    model = Tiny()
-    groups = groups_of(model)
-    moments = gathered(model)
-    with Gatherer(model, groups, needs=NEEDS, into=moments, count_sequences=False) as gatherer:
-        gatherer.attempt(batches()[0], 0, lambda batch: run_through(model, gatherer, batch))
-    assert {entry.sequences for entry in moments.values()} == {6}
-    assert {entry.inputs.count for entry in moments.values()} == {2 * 26}
-
-
 def test_disarmed_hooks_do_nothing():
     model = Tiny()
     (batch,) = batches()

@@ -98,14 +98,6 @@ class Metric:
             ridge=rest * self.ridge + amount * self.mean_diagonal,
         )
 
-    def to(self, device: torch.device) -> Metric:
-        """The same metric on another device."""
-        moved = {
-            name: None if part is None else part.to(device)
-            for name, part in (("diagonal", self.diagonal), ("full", self.full), ("mean", self.mean))
-        }
-        return replace(self, **moved)  # type: ignore[arg-type]
-
 
 def _times(full: Tensor, matrix: Tensor) -> Tensor:
     """`full @ matrix`, a new tensor in the dtype of `matrix`."""

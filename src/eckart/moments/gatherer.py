@@ -40,7 +40,6 @@ class Gatherer:
         needs: frozenset[str],
         common: Mapping[str, frozenset[int]] | None = None,
         into: Mapping[str, Moments] | None = None,
-        count_sequences: bool = True,
     ) -> None:
         """Prepare; the hooks are there from entering to leaving.
 
@@ -50,8 +49,6 @@ class Gatherer:
             needs: any of "gram", "absolute", "gradients", "fisher".
             common: as :func:`common_calls` gives it; batches must then be of one example each.
             into: statistics to go on with; what is missing there is made new.
-            count_sequences: whether the batches' rows are counted; not where an earlier gatherer, at another call of
-                the same sites, has counted them.
         """
         self.model = model
         self.groups = groups
@@ -60,7 +57,6 @@ class Gatherer:
         self.armed = True
         self.most: int | None = None
         self.halved = 0
-        self._count_sequences = count_sequences
         self._running = Running(common)
         self._rows = 0
         self._open = ExitStack()
@@ -97,7 +93,7 @@ class Gatherer:
             inputs, gradients = (torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
             self._add_fisher(name, inputs, gradients)
         running.forget()
-        for entry in self.moments.values() if self._count_sequences else ():
+        for entry in self.moments.values():
             entry.sequences += self._rows
 
     def attempt(self, batch: BatchLike, number: int, run: Callable[[Any], Any]) -> None:

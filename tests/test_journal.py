@@ -13,10 +13,12 @@ import torch
 
 from eckart.checkpoint import cache as caching
 from eckart.checkpoint import journal as journals
+from eckart.checkpoint import record as records
 from eckart.checkpoint.cache import Cache
 from eckart.checkpoint.journal import Journal
 from eckart.checkpoint.lock import OutputLock
 from eckart.checkpoint.publish import check_output, publish
+from eckart.checkpoint.sealed import sealed
 from eckart.errors import CheckpointError, NumericalError
 
 SOURCE = str(Path(caching.__file__).parents[2])
@@ -272,7 +274,7 @@ def test_damaged_record_starts_afresh(content, tmp_path, caplog):
 def test_newer_version_is_refused(tmp_path):
     journal = fill(tmp_path)
     record = journal.folder / "journal.json"
-    for content in (journals._sealed({"format": "eckart journal", "version": 7, "key": KEY}), b""):
+    for content in (sealed({"format": "eckart journal", "version": 7, "key": KEY}), b""):
         record.write_bytes(content or json.dumps({"format": "eckart journal", "version": 7}).encode())
         with refused("journal.json has format version 7", "up to 1", "newer eckart", "--restart", "--output-dir"):
             again(tmp_path)
@@ -342,7 +344,7 @@ def test_remove_leaves_nothing(tmp_path, caplog, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(journals.shutil, "rmtree", denied)
+    monkeypatch.setattr(records.shutil, "rmtree", denied)
     journal.remove()
     assert "out.partial, no longer needed, cannot be removed" in caplog.text
     monkeypatch.undo()
@@ -357,7 +359,7 @@ def test_full_disk_while_removing(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(journals, "write_file", full)
+    monkeypatch.setattr(records, "write_file", full)
     journal.remove()
     assert list(tmp_path.iterdir()) == []
 

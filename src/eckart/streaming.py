@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.cache import Cache
 from eckart.checkpoint.fingerprint import files_fingerprint
-from eckart.checkpoint.journal import RECORD, Journal
+from eckart.checkpoint.journal import Journal
 from eckart.checkpoint.load import blank
 from eckart.checkpoint.lock import output_path
+from eckart.checkpoint.record import RECORD
 from eckart.data import kind_of
 from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.measure.divergence import PIECE

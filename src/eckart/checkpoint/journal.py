@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,12 @@ from eckart.checkpoint.cache import (
 )
 from eckart.checkpoint.layout import unsafe
 from eckart.checkpoint.lock import output_path
-from eckart.checkpoint.publish import disk_full, sync_folder
+from eckart.checkpoint.publish import sync_folder
+from eckart.checkpoint.record import RECORD, begin, continues, discard
+from eckart.checkpoint.sealed import not_finite, sealed, unsealed
 from eckart.errors import CheckpointError, NumericalError
 
 logger = logging.getLogger(__name__)
-
-RECORD = "journal.json"
-FORMAT = "eckart journal"
-VERSION = 1
-SHOWN = 60  # characters of a value in a message
 
 
 class Journal:
@@ -87,8 +83,8 @@ class Journal:
                     f"{folder} is a symbolic link. Remove it, or choose another --output-dir: eckart keeps "
                     "unfinished runs there."
                 )
-            if not folder.is_dir() or not _continues(folder, plain, restart):
-                _begin(folder, plain)
+            if not folder.is_dir() or not continues(folder, plain, restart):
+                begin(folder, plain)
             (folder / (RECORD + TEMPORARY)).unlink(missing_ok=True)
             return cls(folder, {path.name: _verified(path) for path in _stages(folder)})
         except OSError as error:
@@ -127,7 +123,7 @@ class Journal:
             raise ValueError(f"stage {stage!r}: lower-case letters, digits and ._- only")
         if name in self._entries.get(stage, {}):
             raise ValueError(f"entry {name!r} of stage {stage!r} is written already")
-        for place in _not_finite(dict(content), "content"):
+        for place in not_finite(dict(content), "content"):
             raise NumericalError(
                 f"{place} of {name!r} ({stage}) is not finite, so {self.folder} does not keep it. Check the model's "
                 "weights and the calibration data for NaN and infinite values."
@@ -145,7 +141,7 @@ class Journal:
                 sync_folder(folder.parent)
                 sync_folder(self.folder)
             size, checksum = write_tensors(_tensors(path), tensors, sync=True)
-            write_file(path, [_sealed({**body, "bytes": size, "crc32": checksum})], sync=True)
+            write_file(path, [sealed({**body, "bytes": size, "crc32": checksum})], sync=True)
             sync_folder(folder)
             self._entries.setdefault(stage, {})[name] = path
         except BaseException as error:
@@ -174,7 +170,7 @@ class Journal:
         """
         path = self._entries[stage][name]
         try:
-            body = _unsealed(path.read_bytes())
+            body = unsealed(path.read_bytes())
             if body is None:
                 raise CheckpointError(f"{path} is garbled.")
             return read_tensors(_tensors(path)), body["content"]
@@ -220,76 +216,12 @@ class Journal:
     def remove(self) -> None:
         """Remove the whole folder: the run is finished. Its tensors must not be looked at any more."""
         try:
-            _discard(self.folder)
+            discard(self.folder)
             (self.folder / RECORD).unlink()
             self.folder.rmdir()
         except OSError as error:
             logger.warning("%s, no longer needed, cannot be removed (%s).", self.folder, error)
         self._entries.clear()
-
-
-def _continues(folder: Path, key: dict[str, Any], restart: bool) -> bool:
-    """Whether a folder holds the run with this key; otherwise it is left without a run, or refused."""
-    record = folder / RECORD
-    ours = {RECORD, RECORD + TEMPORARY, "entries", "files"}
-    names = {path.name for path in folder.iterdir()}
-    if not names - {RECORD + TEMPORARY}:
-        return False
-    content = _object(record.read_bytes()) if record.is_file() else None
-    if content is None:
-        # A damaged record proves nothing: on its word only what every journal holds is thrown away.
-        foreign = RECORD not in names or bool(names - ours)
-    else:
-        foreign = content.get("format") != FORMAT
-    if foreign:
-        raise CheckpointError(
-            f"{folder} is where the unfinished run is kept, but what is there was not made by eckart (found: "
-            f"{', '.join(sorted(names)[:8])}). Move it away, or choose another --output-dir."
-        )
-    version = (content or {}).get("version")
-    body = _unsealed(record.read_bytes())
-    if restart:
-        logger.warning("The unfinished run in %s is thrown away.", folder)
-    elif isinstance(version, int) and version > VERSION:
-        raise CheckpointError(
-            f"{record} has format version {version}; this eckart reads up to {VERSION}. Continue with the newer "
-            "eckart, or give --restart to throw the unfinished run away, or choose another --output-dir."
-        )
-    elif body is None or "key" not in body:
-        logger.warning("%s is damaged: the run starts afresh.", record)
-    elif body["key"] is not None:  # None: it was being thrown away
-        if body["key"] != key:
-            listed = "".join(f"\n  - {line}" for line in _differences(body["key"], key))
-            raise CheckpointError(
-                f"{folder} holds an unfinished run that cannot be continued by this one:{listed}\nGive the same "
-                "arguments to continue it, --restart to throw the unfinished run away, or another --output-dir."
-            )
-        return True
-    _discard(folder)
-    return False
-
-
-def _begin(folder: Path, key: dict[str, Any] | None) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
-        sync_folder(folder.parent)
-    record = {"format": FORMAT, "version": VERSION, "key": key}
-    write_file(folder / RECORD, [_sealed(record)], sync=True)
-    sync_folder(folder)
-
-
-def _discard(folder: Path) -> None:
-    """Remove all but the record. It says so first: killed half-way, the rest is not taken for a run."""
-    try:
-        _begin(folder, None)
-    except OSError as error:
-        if not disk_full(error):  # then removing is the way out
-            raise
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif path.name != RECORD:
-            path.unlink()
 
 
 def _stages(folder: Path) -> list[Path]:
@@ -330,7 +262,7 @@ def _check(path: Path, stage: str, sequence: int) -> tuple[dict[str, Any], str]:
     """What an entry's JSON file says, and what is wrong with the entry; nothing if that is empty."""
     file, size, checksum = path, 0, 0
     try:
-        body = _unsealed(file.read_bytes())
+        body = unsealed(file.read_bytes())
         if body is None or not isinstance(body.get("name"), str) or not isinstance(body.get("content"), dict):
             return {}, "it is damaged"
         if (body.get("stage"), body.get("sequence")) != (stage, sequence):
@@ -359,59 +291,3 @@ def _remove(path: Path) -> None:
     # The JSON file first: without it the tensors count for nothing.
     path.unlink(missing_ok=True)
     _tensors(path).unlink(missing_ok=True)
-
-
-def _sealed(body: Mapping[str, Any]) -> bytes:
-    """JSON with a checksum of its own: a digit that changed would still be JSON."""
-    return json.dumps({"seal": zlib.crc32(json.dumps(body).encode()), **body}).encode()
-
-
-def _unsealed(raw: bytes) -> dict[str, Any] | None:
-    body = _object(raw)
-    if body is None:
-        return None
-    seal = body.pop("seal", None)
-    return body if seal == zlib.crc32(json.dumps(body).encode()) else None
-
-
-def _object(raw: bytes) -> dict[str, Any] | None:
-    try:
-        content = json.loads(raw)
-    except (ValueError, RecursionError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def _not_finite(value: Any, place: str) -> Iterator[str]:
-    if isinstance(value, float) and not math.isfinite(value):
-        yield place
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _not_finite(item, f"{place}.{key}")
-    elif isinstance(value, (list, tuple)):
-        for index, item in enumerate(value):
-            yield from _not_finite(item, f"{place}.{index}")
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    lines = []
-    for name in dict.fromkeys((*before, *now)):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += _differences(old, new, f"{prefix}{name}.")
-        elif old != new or (name in before) != (name in now):
-            texts = [json.dumps(side[name]) if name in side else "absent" for side in (before, now)]
-            lines.append(f"{prefix}{name}: {_shown(*texts)} then, {_shown(*reversed(texts))} now")
-    return lines
-
-
-def _shown(text: str, other: str) -> str:
-    """A value shortened to where it begins to differ from another."""
-    if len(text) <= SHOWN:
-        return text
-    same = next(
-        (i for i, (one, two) in enumerate(zip(text, other, strict=False)) if one != two), min(len(text), len(other))
-    )
-    start = max(0, min(same - 10, len(text) - SHOWN))
-    end = start + SHOWN
-    return f"{'…' if start else ''}{text[start:end]}{'…' if end < len(text) else ''}"

@@ -48,9 +48,13 @@ class Ran:
 
 
 def watched(
-    command: Sequence[Any], log: Path, *, environment: Mapping[str, str] | None = None, kill_after: float | None = None
+    command: Sequence[Any],
+    log: Path,
+    *,
+    environment: Mapping[str, str] | None = None,
+    kill: Callable[[], bool] = lambda: False,
 ) -> Ran:
-    """Run a command, follow its memory, and kill it at a given moment if it is not done by then.
+    """Run a command, follow its memory, and kill it once `kill()`, asked all the time, says so.
 
     When this process is interrupted or told to end, the command and its children are killed with it.
     """
@@ -63,15 +67,14 @@ def watched(
         try:
             while process.poll() is None:
                 now = time.perf_counter()
-                if kill_after is not None and now - start >= kill_after:
+                if kill():
                     process.kill()
                     break
                 if not family or now - looked > 1:  # children are few and stay long
                     family, looked = _family(process.pid), now
                 peak = max(peak, sum(map(_held, family)))
-                left = EVERY if kill_after is None else min(EVERY, max(0.0, start + kill_after - now))
                 with suppress(subprocess.TimeoutExpired):
-                    process.wait(left)
+                    process.wait(EVERY)
             code = process.wait()
             seconds = time.perf_counter() - start
         finally:

@@ -1,4 +1,4 @@
-"""A run that is killed at a random moment and started again, against one that nobody disturbed.
+"""A run that is killed at random moments and started again, against one that nobody disturbed.
 
     python benchmarks/resume.py --model FOLDER --methods drone,eckart
 
@@ -15,7 +15,10 @@ import os
 import random
 import re
 import shutil
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +72,26 @@ def differences(one: Path, other: Path) -> list[str]:
     return [name for name in sorted({*first, *second}) if first.get(name) != second.get(name)]
 
 
-def run(model: str, method: str, options: argparse.Namespace, output: Path, kill_after: float | None = None) -> Ran:
+class Moment:
+    """Comes a while after a number of entries has been written: in any part of a run, however fast the machine is."""
+
+    def __init__(self, partial: Path, count: int, seconds: float) -> None:
+        self.partial = partial
+        self.count = count
+        self.seconds = seconds
+        self.seen = 0
+        self.since = time.perf_counter()
+
+    def __call__(self) -> bool:
+        now = sum(map(len, entries(self.partial).values()))
+        if now > self.seen:
+            self.seen, self.since = now, time.perf_counter()
+        return self.seen > self.count or (self.seen == self.count and time.perf_counter() - self.since >= self.seconds)
+
+
+def run(
+    model: str, method: str, options: argparse.Namespace, output: Path, kill: Callable[[], bool] = lambda: False
+) -> Ran:
     """`eckart compress`, block by block."""
     asked = {
         "method": method, "keep": options.keep, "data": options.data, "stream": "on",
@@ -78,12 +100,12 @@ def run(model: str, method: str, options: argparse.Namespace, output: Path, kill
     }  # fmt: skip
     command = [*COMPRESS, model, *(word for name, value in asked.items() for word in (f"--{name}", value))]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"} if Path(model).is_dir() else None
-    return watched(command, output.with_name("log"), environment=environment, kill_after=kill_after)
+    return watched(command, output.with_name("log"), environment=environment, kill=kill)
 
 
 def disturbed(
-    number: int, method: str, options: argparse.Namespace, home: Path, undisturbed: float, chance: random.Random,
-    flips: bool,
+    number: int, method: str, options: argparse.Namespace, home: Path, undisturbed: Ran, total: int,
+    chance: random.Random, flips: bool,
 ) -> tuple[list[str], bool]:  # fmt: skip
     """Kill one run and start it again.
 
@@ -94,8 +116,10 @@ def disturbed(
     partial = output.with_name("output.partial")
     shutil.rmtree(output.parent, ignore_errors=True)
     output.parent.mkdir()
-    moment = chance.uniform(0, undisturbed)
-    run(options.model, method, options, output, kill_after=moment)
+    count = chance.randint(0, total)
+    # Before the first entry there is the start of the program, half of a short run.
+    moment = Moment(partial, count, chance.uniform(0, undisturbed.seconds / (total if count else 2)))
+    killed = run(options.model, method, options, output, moment)
     done = entries(partial)
     counts = [str(len(done[stage])) for stage in STAGES[1:]]
     flipped = None
@@ -106,16 +130,16 @@ def disturbed(
         flipped = flip(partial, chance) if flips else None
         again = run(options.model, method, options, output)
         if again.code != 0:
-            return [method, f"{moment:.2f}", *counts, flipped or "-", f"failed: {again.last_words}", "-"], False
+            return [method, f"{killed.seconds:.2f}", *counts, flipped or "-", f"failed: {again.last_words}", "-"], False
         noticed = "-" if flipped is None else flipped if "dropped" in again.output else f"{flipped}, not noticed"
-        saved = f"{undisturbed - again.seconds:.1f}"
+        saved = f"{undisturbed.seconds - again.seconds:.1f}"
     different = differences(home / "undisturbed" / "output", output)
     same = "same" if not different else f"differ: {', '.join(different)}"
     if partial.exists():
         same += ", and the journal is still there"
     if not different:
         shutil.rmtree(output.parent)
-    return [method, f"{moment:.2f}", *counts, noticed, same, saved], flipped is not None
+    return [method, f"{killed.seconds:.2f}", *counts, noticed, same, saved], flipped is not None
 
 
 def main() -> None:
@@ -139,16 +163,18 @@ def main() -> None:
             home = work / method
             shutil.rmtree(home, ignore_errors=True)
             (home / "undisturbed").mkdir(parents=True)
-            whole = run(options.model, method, options, home / "undisturbed" / "output")
+            output = home / "undisturbed" / "output"
+            watch = Moment(output.with_name("output.partial"), sys.maxsize, 0)
+            whole = run(options.model, method, options, output, watch)
             if whole.code != 0:
                 print(f"{method}, undisturbed: failed: {whole.last_words}", flush=True)
                 continue
-            print(f"{method}, undisturbed: {whole.seconds:.1f} s", flush=True)
+            print(f"{method}, undisturbed: {whole.seconds:.1f} s, {watch.seen} entries", flush=True)
             owed = False
             for number in range(1, options.kills + 1):
                 # A run that was killed too early to have a journal passes its flip on to the next.
                 owed = owed or number % FLIPPED == 0
-                row, flipped = disturbed(number, method, options, home, whole.seconds, chance, owed)
+                row, flipped = disturbed(number, method, options, home, whole, watch.seen, chance, owed)
                 owed = owed and not flipped
                 rows.append(row)
                 print(f"{number}: {', '.join(row)}", flush=True)

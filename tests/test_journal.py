@@ -463,15 +463,19 @@ def open_again(**options):
     return Journal.open(out, {"model": "x"}, **options)
 
 for trial in range(15):
+    told, tell = os.pipe()
     child = os.fork()
     if child == 0:
         while True:
             journal = open_again(restart=restart)
             for i in range(len(journal.entries("s")), 40 if restart else 10**9):
                 journal.write("s", f"block.{i}/x", tensors(i), {"i": i, "third": i / 3})
+                os.write(tell, b".")
             if chance.random() < 0.5:
                 journal.remove()
-    time.sleep(chance.uniform(0.02, 0.2))
+    for _ in range(chance.randrange(30)):
+        os.read(told, 1)
+    time.sleep(chance.uniform(0, 0.01))  # somewhere in the next write
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     journal = open_again()

@@ -10,6 +10,7 @@ from eckart.checkpoint.plugin import unmark as _unmark
 from eckart.errors import EckartError
 from eckart.evaluation import evaluate
 from eckart.job import compress_checkpoint
+from eckart.model import fuse as _fuse
 from eckart.model import to_dense_modules as _to_dense_modules
 from eckart.recipe import Recipe
 from eckart.result import Result
@@ -45,5 +46,6 @@ def densify(model):  # type: ignore[no-untyped-def]
         EckartError: if the model holds no factored weight.
     """
     _to_dense_modules(model)
+    _fuse(model)
     _unmark(model)
     return model

@@ -32,7 +32,7 @@ from eckart.measure import (
     similarity,
     sizes,
 )
-from eckart.model import factored_modules, find_sites, has_head
+from eckart.model import factored_modules, find_sites, has_head, with_single_experts
 
 TASKS = ("perplexity", "classification", "regression", "similarity", "agreement", "embedding")
 AGREEMENT_TOKENS = 16_384
@@ -197,8 +197,9 @@ def _open(model: str | Path, device: str | None) -> _Model:
 @contextmanager
 def _rounded(original: _Model, bits: int) -> Iterator[tuple[PreTrainedModel, dict[str, int]]]:
     """The original with all its sites rounded, and what that would take when stored."""
-    sites = find_sites(original.model).chosen
-    quantised = quantised_baseline(original.model, [site.name for site in sites], bits)
+    model = with_single_experts(original.model)
+    sites = find_sites(model).chosen
+    quantised = quantised_baseline(model, [site.name for site in sites], bits)
     matrices = sum(site.elements for site in sites) * original.dtype.itemsize
     assert isinstance(quantised.model, PreTrainedModel)
     yield quantised.model, {**original.size, "bytes": original.bytes - matrices + quantised.named_bytes}

@@ -15,7 +15,7 @@ from eckart.data import kind_of
 from eckart.data.inference import evaluating, forward, progress
 from eckart.forms import FORMS
 from eckart.measure import sizes
-from eckart.model import Site, dense_weight, find_sites
+from eckart.model import Site, dense_weight, find_sites, with_single_experts
 from eckart.moments import shared_inputs
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,7 @@ def inspect_model(
         UsageError: for a pattern that matches nothing.
         ModelError: if there is nothing to factor, or the model is factored already.
     """
+    model = with_single_experts(model)
     sites = find_sites(model, targets, ignore)
     kinds: dict[str, dict[str, Any]] = {}
     for site in progress(sites.chosen, what="spectra", total=len(sites.chosen)):

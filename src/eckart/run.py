@@ -32,7 +32,7 @@ from eckart.errors import CheckpointError, ModelError, NumericalError, UsageErro
 from eckart.linalg import require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
-from eckart.model import Sites, Weights, factored_modules, find_sites, has_head, own_storage
+from eckart.model import Sites, Weights, factored_modules, find_sites, fuse, has_head, own_storage, with_single_experts
 from eckart.planning import Budget, Settings, largest_ranks, make_plan
 from eckart.processes import ElsewhereError
 from eckart.recipe import Recipe, make_recipe
@@ -197,6 +197,7 @@ def _prepare(
             f"model: {model if isinstance(model, str) else type(model).__name__} is no transformers model. Pass what "
             "from_pretrained returns; a name or folder goes to eckart.compress_checkpoint or the command line."
         )
+    model = with_single_experts(model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
@@ -364,6 +365,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
         with work.clock("refit"):
             compressed, measured = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites))
+    fuse(compressed)
     if any(choice.form != DENSE for choice in plan.choices.values()):
         mark(compressed)
     with work.clock("measuring"):

@@ -25,7 +25,7 @@ from eckart.data import kind_of
 from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.measure.divergence import PIECE
 from eckart.memory import Estimate, free, human, rss, solving_bytes, statistics_bytes
-from eckart.model import Compute, Sites, find_sites
+from eckart.model import Compute, Sites, find_sites, with_single_experts
 from eckart.planning import Budget, Settings, largest_ranks
 from eckart.processes import ElsewhereError, Processes
 from eckart.recipe import Recipe
@@ -68,7 +68,7 @@ class Needs:
     at_once: int
 
 
-def needs_of(model: nn.Module, recipe: Recipe, settings: Settings, room: int | None) -> Needs:
+def needs_of(model: PreTrainedModel, recipe: Recipe, settings: Settings, room: int | None) -> Needs:
     """Estimate before anything is read.
 
     Args:
@@ -77,6 +77,7 @@ def needs_of(model: nn.Module, recipe: Recipe, settings: Settings, room: int | N
         settings: the method.
         room: bytes of free memory; None if nobody knows.
     """
+    model = with_single_experts(model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
     shapes = {site.name: site.shape for site in sites.chosen}
     needs = settings.needs(planned=recipe.plan is not None)

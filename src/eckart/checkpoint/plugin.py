@@ -18,7 +18,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.forms import FactoredLinear, build
-from eckart.model import factored_modules
+from eckart.model import Experts, experts_apart, factored_modules, fused_experts
+from eckart.model.experts import FORM as EXPERTS
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -90,7 +91,11 @@ class EckartQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         assert isinstance(self.quantization_config, EckartConfig)
         factored = {}
-        for name, spec in self.quantization_config.modules.items():
+        specs = dict(self.quantization_config.modules)
+        for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == EXPERTS]:
+            del specs[name]
+            _take_apart(model, name)
+        for name, spec in specs.items():
             place = _locate(model, name)
             if place is not None:
                 factored[place] = _form(name, spec, model.get_submodule(place))
@@ -159,7 +164,13 @@ def mark(model: PreTrainedModel) -> None:
                 f"Module {name} is factored, but the model still ties its weight. Untie it first: set "
                 "config.tie_word_embeddings = False and take it out of all_tied_weights_keys."
             )
-    model.config.quantization_config = EckartConfig({name: form.spec() for name, form in forms.items()})
+    model.config.quantization_config = EckartConfig(described(model))
+
+
+def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What the config says of a model's modules: experts that are taken apart, and forms."""
+    specs = {name: experts.spec() for name, experts in experts_apart(model).items()}
+    return specs | {name: form.spec() for name, form in factored_modules(model).items()}
 
 
 def unmark(model: PreTrainedModel) -> None:
@@ -206,6 +217,20 @@ def _locate(model: PreTrainedModel, name: str) -> str | None:
             "again."
         )
     return None
+
+
+def _take_apart(model: PreTrainedModel, name: str) -> None:
+    """Put single experts where the model's class has fused ones."""
+    place = _locate(model, name)
+    if place is None:
+        return
+    if place not in dict(fused_experts(model)):
+        raise CheckpointError(
+            f"Module {name} in quantization_config of config.json are experts taken apart, but "
+            f"{type(model.get_submodule(place)).__name__} there holds none that eckart can take apart. Load it "
+            "with the transformers that it was saved with, or a newer eckart: pip install -U eckart"
+        )
+    model.set_submodule(place, Experts(model.get_submodule(place)))
 
 
 def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> FactoredLinear:

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter
 
 from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.checkpoint.lock import OutputLock, output_path
-from eckart.checkpoint.plugin import METHOD, mark, unmark
+from eckart.checkpoint.plugin import METHOD, described, mark, unmark
 from eckart.checkpoint.publish import publish
 from eckart.checkpoint.shards import read_weights
 from eckart.checkpoint.stored import stored_size
@@ -189,8 +189,8 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
             f"Tensors are missing from what was written to {folder}: {', '.join(sorted(lost)[:8])}; nothing "
             "was published. Please report this with the model's name."
         )
-    described = (read_json(folder / "config.json").get("quantization_config") or {}).get("modules", {})
-    if described != {name: form.spec() for name, form in factored_modules(model).items()}:
+    said = (read_json(folder / "config.json").get("quantization_config") or {}).get("modules", {})
+    if said != described(model):
         raise CheckpointError(
             f"quantization_config in {folder / 'config.json'} does not describe the factored modules "
             f"({METHOD}); nothing was published. Please report this with the model's name."

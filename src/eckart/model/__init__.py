@@ -1,19 +1,24 @@
 """The rooms that know transformers' module types: find sites, replace them."""
 
 from eckart.model.clone import cast, own_storage, shared_clone
+from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
 from eckart.model.replace import factored_modules, pack, replace, set_dense, store, to_dense_modules, unpack
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 from eckart.model.weights import Compute, Weights
 
 __all__ = [
     "Compute",
+    "Experts",
     "Site",
     "Sites",
     "Weights",
     "cast",
     "dense_weight",
+    "experts_apart",
     "factored_modules",
     "find_sites",
+    "fuse",
+    "fused_experts",
     "has_head",
     "own_storage",
     "pack",
@@ -23,4 +28,5 @@ __all__ = [
     "store",
     "to_dense_modules",
     "unpack",
+    "with_single_experts",
 ]

@@ -1,0 +1,177 @@
+"""Experts of a mixture that a model holds as 3-D parameters, taken apart into one Linear each, and put together again.
+
+Many models store all experts of a layer as `gate_up_proj (E, 2f, h)` and `down_proj (E, h, f)`, some of them transposed
+or with biases. Taken apart, each expert's slice is a weight like any other: it has a name, sees the tokens that are
+routed to it, and may be stored in a form and at a rank of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.forms import FactoredLinear
+from eckart.model.clone import shared_clone
+from eckart.model.replace import replace
+
+FORM = "experts"
+"""In place of a form's name: experts that are taken apart."""
+
+FLAGS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
+"""What transformers says of experts that are stored as 3-D parameters; modules without these are left alone."""
+
+
+class Experts(nn.Module):
+    """`sum over the experts e of a token: weight_e down_e(gate(up_e(x)))`, one Linear a slice.
+
+    The names of the children are none that checkpoints of fused experts use, so that no conversion on loading or saving
+    takes them for those.
+
+    Args:
+        fused: the module that holds the slices; its numbers are shared, not copied.
+    """
+
+    def __init__(self, fused: nn.Module) -> None:
+        super().__init__()
+        rule = copy.copy(fused)
+        rule._parameters = {}
+        # What the model's class says of gates and activations is asked of it; in a tuple, it is no child.
+        self._rule: tuple[Any] = (rule,)
+        self.each = nn.ModuleList(_expert(fused, i) for i in range(_count(fused)))
+        self.train(fused.training)
+
+    def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
+        """Experts and weights of each token, (tokens, k) both, as the fused module takes them; x is (tokens, h)."""
+        index, weights = (*routing, *named.values())
+        (rule,) = self._rule
+        result = torch.zeros_like(hidden_states)
+        for number in torch.unique(index).tolist():
+            if number >= len(self.each):  # stands for no expert
+                continue
+            token, place = torch.where(index == number)
+            expert: Any = self.each[number]
+            inner = expert.up(hidden_states[token])
+            inner = rule._apply_gate(inner) if rule.has_gate else rule.act_fn(inner)
+            result.index_add_(0, token, (expert.down(inner) * weights[token, place, None]).to(result.dtype))
+        return result
+
+    def spec(self) -> dict[str, Any]:
+        """As it stands in a checkpoint's config."""
+        return {"form": FORM}
+
+    def multiply_adds(self) -> int:
+        """Per token: those of as many experts as a token is sent to, of average size."""
+        (rule,) = self._rule
+        total = sum(_multiply_adds(part) for expert in self.each for part in expert.children())
+        chosen = next(
+            (n for key in ("num_experts_per_tok", "top_k", "moe_topk") if (n := getattr(rule.config, key, None))), 1
+        )
+        return round(total * min(int(chosen), len(self.each)) / len(self.each))
+
+    def fused(self) -> nn.Module:
+        """The module that it was, with the numbers that its dense slices have now."""
+        (rule,) = self._rule
+        module = copy.copy(rule)
+        module._parameters = {}
+        for part, name in (("up", _up(rule)), ("down", "down_proj")):
+            parts: list[Any] = [getattr(expert, part) for expert in self.each]
+            weights = [p.weight.detach().mT if rule.is_transposed else p.weight.detach() for p in parts]
+            module._parameters[name] = nn.Parameter(torch.stack(weights))
+            if rule.has_bias:
+                module._parameters[f"{name}_bias"] = nn.Parameter(torch.stack([p.bias.detach() for p in parts]))
+        return module.train(self.training)
+
+
+def with_single_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, or a copy over the same numbers whose fused experts are taken apart, where it has any.
+
+    Experts that would compute something else apart, tried on a few random tokens, stay fused.
+    """
+    if not any(_is_fused(module) for module in model.modules()):
+        return model
+    apart = shared_clone(model)
+    for name, module in list(fused_experts(apart)):
+        experts = Experts(module)
+        if _same(module, experts):
+            replace(apart, name, experts)
+    return apart
+
+
+def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of all experts that are 3-D parameters of the layout that is understood."""
+    return ((name, module) for name, module in model.named_modules() if _is_fused(module))
+
+
+def experts_apart(model: nn.Module) -> dict[str, Experts]:
+    """Name -> module of all experts that are taken apart."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def fuse(model: nn.Module) -> None:
+    """Put experts together again, in place, where none of their slices is stored in a form."""
+    for name, experts in experts_apart(model).items():
+        if not any(isinstance(part, FactoredLinear) for part in experts.modules()):
+            replace(model, name, experts.fused())
+
+
+def _is_fused(module: nn.Module) -> bool:
+    if not all(hasattr(module, flag) for flag in FLAGS) or getattr(module, "has_post_expert_norm", False):
+        return False
+    down, up = module._parameters.get("down_proj"), module._parameters.get(_up(module))
+    names = {_up(module), "down_proj", *((f"{_up(module)}_bias", "down_proj_bias") if module.has_bias else ())}
+    own = {name for name, parameter in module._parameters.items() if parameter is not None}
+    return down is not None and up is not None and down.dim() == up.dim() == 3 and own == names
+
+
+def _up(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _count(fused: nn.Module) -> int:
+    down = fused._parameters["down_proj"]
+    assert down is not None
+    return len(down)
+
+
+def _expert(fused: Any, number: int) -> nn.Module:
+    """One expert's two Linears, whose weights are views of the 3-D parameters."""
+    expert = nn.Module()
+    for part, name in (("up", _up(fused)), ("down", "down_proj")):
+        parameter = fused._parameters[name]
+        weight = parameter.data[number]
+        weight = weight.mT if fused.is_transposed else weight
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=fused.has_bias, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
+        if fused.has_bias:
+            linear.bias = nn.Parameter(
+                fused._parameters[f"{name}_bias"].data[number], requires_grad=parameter.requires_grad
+            )
+        setattr(expert, part, linear)
+    return expert
+
+
+def _same(fused: Any, experts: Experts) -> bool:
+    """Whether both compute the same; on the meta device that shows when the numbers are there."""
+    down: Any = experts.each[0].down
+    up: Any = experts.each[0].up
+    if down.weight.is_meta:
+        return True
+    stream = torch.Generator().manual_seed(0)
+    x = torch.randn(4, up.weight.shape[1], generator=stream).to(up.weight)
+    index = torch.randint(len(experts.each), (4, 1), generator=stream).to(up.weight.device)
+    weights = torch.rand(4, 1, generator=stream).to(up.weight)
+    try:
+        with torch.no_grad():
+            wanted, found = fused(x, index, weights), experts(x, index, weights)
+    except Exception:  # whatever a model's own code raises: it wants something else
+        return False
+    return bool(torch.allclose(wanted, found, rtol=1e-2, atol=1e-3 * float(wanted.abs().amax())))
+
+
+def _multiply_adds(part: Any) -> int:
+    return int(part.multiply_adds()) if isinstance(part, FactoredLinear) else int(part.weight.numel())

@@ -91,10 +91,11 @@ class EckartQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         assert isinstance(self.quantization_config, EckartConfig)
         factored = {}
+        guarded: list[str] = []  # names of the empty tensors
         specs = dict(self.quantization_config.modules)
         for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == EXPERTS]:
             del specs[name]
-            _take_apart(model, name)
+            guarded += self._take_apart(model, name)
         for name, spec in specs.items():
             place = _locate(model, name)
             if place is not None:
@@ -109,12 +110,29 @@ class EckartQuantizer(HfQuantizer):
             # Otherwise the loader would expect the guard, the empty tensor under the dense weight's name.
             self._handles.append(form.register_state_dict_post_hook(_without_guard))
             model.set_submodule(place, form)
-        if factored:
+        guarded += [f"{place}.weight" for place in factored]
+        if guarded:
             prefix = re.escape(model.base_model_prefix)
-            names = "|".join(re.escape(place.removeprefix(f"{model.base_model_prefix}.")) for place in factored)
-            self._pattern = rf"^(?:{prefix}\.)?(?:{names})\.weight$"
+            names = "|".join(re.escape(place.removeprefix(f"{model.base_model_prefix}.")) for place in guarded)
+            self._pattern = rf"^(?:{prefix}\.)?(?:{names})$"
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {self._pattern}
+
+    def _take_apart(self, model: PreTrainedModel, name: str) -> list[str]:
+        """Put single experts where the model's class has fused ones; returns the names of their guards."""
+        place = _locate(model, name)
+        if place is None:
+            return []
+        if place not in dict(fused_experts(model)):
+            raise CheckpointError(
+                f"Module {name} in quantization_config of config.json are experts taken apart, but "
+                f"{type(model.get_submodule(place)).__name__} there holds none that eckart can take apart. Load it "
+                "with the transformers that it was saved with, or a newer eckart: pip install -U eckart"
+            )
+        experts = Experts(model.get_submodule(place))
+        self._handles.append(experts.register_state_dict_post_hook(_without_guard))
+        model.set_submodule(place, experts)
+        return [f"{place}.{guard}" for guard in experts.guards]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for handle in self._handles:
@@ -219,20 +237,6 @@ def _locate(model: PreTrainedModel, name: str) -> str | None:
     return None
 
 
-def _take_apart(model: PreTrainedModel, name: str) -> None:
-    """Put single experts where the model's class has fused ones."""
-    place = _locate(model, name)
-    if place is None:
-        return
-    if place not in dict(fused_experts(model)):
-        raise CheckpointError(
-            f"Module {name} in quantization_config of config.json are experts taken apart, but "
-            f"{type(model.get_submodule(place)).__name__} there holds none that eckart can take apart. Load it "
-            "with the transformers that it was saved with, or a newer eckart: pip install -U eckart"
-        )
-    model.set_submodule(place, Experts(model.get_submodule(place)))
-
-
 def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> FactoredLinear:
     try:
         form = build(spec)
@@ -253,7 +257,8 @@ def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> FactoredLinear:
 
 
 def _without_guard(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    state.pop(prefix + "weight", None)
+    for name in module.guards if isinstance(module, Experts) else ("weight",):
+        state.pop(prefix + name, None)
 
 
 register()

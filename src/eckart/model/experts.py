@@ -43,6 +43,9 @@ class Experts(nn.Module):
         # What the model's class says of gates and activations is asked of it; in a tuple, it is no child.
         self._rule: tuple[Any] = (rule,)
         self.each = nn.ModuleList(_expert(fused, i) for i in range(_count(fused)))
+        # As for stored forms: transformers without eckart must fail, not fill the fused numbers at random.
+        self.register_state_dict_post_hook(_write_guards)
+        self.register_load_state_dict_pre_hook(_drop_guards)
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
@@ -59,6 +62,13 @@ class Experts(nn.Module):
             inner = rule._apply_gate(inner) if rule.has_gate else rule.act_fn(inner)
             result.index_add_(0, token, (expert.down(inner) * weights[token, place, None]).to(result.dtype))
         return result
+
+    @property
+    def guards(self) -> tuple[str, ...]:
+        """Names of the fused module's parameters, under which a checkpoint holds empty tensors."""
+        (rule,) = self._rule
+        names = (_up(rule), "down_proj")
+        return (*names, *(f"{name}_bias" for name in names)) if rule.has_bias else names
 
     def spec(self) -> dict[str, Any]:
         """As it stands in a checkpoint's config."""
@@ -85,6 +95,17 @@ class Experts(nn.Module):
             if rule.has_bias:
                 module._parameters[f"{name}_bias"] = nn.Parameter(torch.stack([p.bias.detach() for p in parts]))
         return module.train(self.training)
+
+
+def _write_guards(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    leaf = next(module.parameters())
+    # Of a shape that conversions to the names of single experts can cut: experts first, then the gate from the rest.
+    state |= {prefix + name: torch.empty(len(module.each), 2, 0, dtype=leaf.dtype) for name in module.guards}
+
+
+def _drop_guards(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name in module.guards:
+        state.pop(prefix + name, None)
 
 
 def with_single_experts(model: PreTrainedModel) -> PreTrainedModel:

@@ -26,7 +26,7 @@ import eckart
 from eckart.calibrate import Calibration, calibrate
 from eckart.data import Batch, load
 from eckart.forms import FactoredLinear
-from eckart.model import find_sites
+from eckart.model import find_sites, with_single_experts
 from eckart.moments import Moments, gather, generator, shared_inputs
 
 NAMES = [architecture.name for architecture in ZOO]
@@ -64,7 +64,7 @@ def forms(model: nn.Module) -> dict[str, FactoredLinear]:
 @pytest.mark.parametrize("name", NAMES)
 def test_svd_factors_the_sites_of_every_family(name):
     it = made(name)
-    chosen = find_sites(it.model).chosen
+    chosen = find_sites(with_single_experts(it.model)).chosen
     factored = forms(it.plain.model)
     assert set(factored) <= {site.name for site in chosen}
     assert len(factored) >= 0.9 * len(chosen) > 0
@@ -82,7 +82,7 @@ def test_the_default_method_runs_on_every_family(name):
     assert it.best.report["method"] == "eckart"
     assert it.best.report["allocation"] == "loss"
     assert it.best.report["kept"]["of_sites"] <= 0.5
-    assert len(forms(it.best.model)) >= 0.5 * len(find_sites(it.model).chosen)
+    assert len(forms(it.best.model)) >= 0.5 * len(find_sites(with_single_experts(it.model)).chosen)
     after = output(it.best.model, it.batches[0])
     assert torch.isfinite(after).all()
     assert not torch.equal(after, output(it.model, it.batches[0]))
@@ -262,7 +262,7 @@ def test_a_model_that_keeps_modules_in_float32_keeps_their_factors_too(tmp_path)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_module_that_holds_a_matrix_is_a_site_or_skipped_with_a_reason(name):
-    model = BY_NAME[name].model()
+    model = with_single_experts(BY_NAME[name].model())
     sites = find_sites(model)
     chosen = {site.name for site in sites.chosen}
     assert not chosen & set(sites.skipped)
@@ -276,13 +276,16 @@ def test_every_module_that_holds_a_matrix_is_a_site_or_skipped_with_a_reason(nam
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
-def test_experts_and_routers_are_skipped_by_name(name):
-    sites = find_sites(BY_NAME[name].model())
+def test_experts_are_sites_once_they_are_apart_and_routers_are_skipped(name):
+    model = BY_NAME[name].model()
+    fused, apart = find_sites(model), find_sites(with_single_experts(model))
     for layer in (0, 1):
-        assert "fused experts" in sites.skipped[f"model.layers.{layer}.mlp.experts"]
-        assert "Router" in sites.skipped[f"model.layers.{layer}.mlp.gate"]
+        assert "fused experts" in fused.skipped[f"model.layers.{layer}.mlp.experts"]
+        assert "Router" in apart.skipped[f"model.layers.{layer}.mlp.gate"]
     # k_proj of the second model has as many outputs as there are experts, and is no router for that.
-    assert {site.name.rsplit(".", 1)[1] for site in sites.chosen} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert {site.name.rsplit(".", 1)[1] for site in fused.chosen} == attention
+    assert {site.name.rsplit(".", 1)[1] for site in apart.chosen} == attention | {"up", "down"}
 
 
 def test_shapes_and_orientation_are_those_of_the_products():
@@ -304,7 +307,7 @@ def calibrated(
     model: PreTrainedModel | None = None,
     **options,
 ) -> Calibration:
-    model = model if model is not None else kind.model()
+    model = with_single_experts(model if model is not None else kind.model())
     data = load(batches if batches is not None else kind.batches(), model=model)
     return calibrate(model, [site.name for site in find_sites(model).chosen], data, needs=needs, **options)
 

@@ -325,19 +325,20 @@ def why_useless(entry: Moments) -> str | None:
     return None
 
 
-def too_few(seen: Sequence[tuple[int, int]]) -> list[str]:
+def too_few(seen: Mapping[str, tuple[int, int]]) -> list[str]:
     """A note where sites saw fewer tokens than they have features: their Grams are singular.
 
     Args:
         seen: for each site, tokens and features.
     """
-    few = [(count, width) for count, width in seen if count < width]
+    few = {name: (count, width) for name, (count, width) in seen.items() if count < width}
     if not few:
         return []
+    fewest = sorted(few, key=lambda name: few[name][0] / few[name][1])[:3]
+    named = ", ".join(f"{name} {few[name][0]} for {few[name][1]}" for name in fewest)
     note = (
-        f"sites that saw fewer tokens than they have features: {len(few)} (as few as {min(c for c, _ in few)} for "
-        f"{max(w for _, w in few)}); what the text does not show is kept by plain SVD; "
-        "give more text with --num-samples"
+        f"sites that saw fewer tokens than they have features: {len(few)} (the fewest: {named}); "
+        "what the text does not show is kept by plain SVD; give more text with --num-samples"
     )
     logger.warning(note)
     return [note]

@@ -31,14 +31,14 @@ class Summary:
     Attributes:
         losses: solved site -> predicted loss at every rank, or None where ranks are uniform.
         dense: sites that stay dense -> why.
-        seen: (tokens, features) of every site that was solved from statistics.
+        seen: site -> (tokens, features), of every site that was solved from statistics.
         effective_ranks: of every solved site.
         notes: fallbacks taken.
     """
 
     losses: dict[str, Tensor | None]
     dense: dict[str, str]
-    seen: list[tuple[int, int]]
+    seen: dict[str, tuple[int, int]]
     effective_ranks: dict[str, float]
     notes: list[str]
 
@@ -123,7 +123,7 @@ class Shelf:
         return Summary(
             {site: losses.get(site) for site in found["solved"]},
             found["dense"],
-            [(int(count), int(width)) for count, width in found["seen"].values()],
+            {site: (int(count), int(width)) for site, (count, width) in found["seen"].items()},
             found["effective"],
             found["notes"],
         )

@@ -1,0 +1,210 @@
+"""Fused experts taken apart: the same function, statistics of routed tokens, and checkpoints that load."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from problems import close
+from safetensors.torch import load_file, save_file
+
+import eckart
+from eckart.calibrate import calibrate
+from eckart.data import load
+from eckart.forms import FactoredLinear
+from eckart.model import experts_apart, find_sites, with_single_experts
+
+SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+         "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}  # fmt: skip
+KINDS = {
+    "mixtral": ("Mixtral", {"num_local_experts": 4}),
+    "qwen3-moe": ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 24, "decoder_sparse_step": 1, "head_dim": 8}),
+    "gpt-oss": ("GptOss", {"num_local_experts": 4, "head_dim": 8}),  # transposed, interleaved, with biases
+}
+LOADER = """
+import json, sys
+import torch, transformers
+import eckart
+from safetensors.torch import load_file
+torch.set_num_threads(1)
+answers = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    kept = load_file(f"{folder}.logits")
+    with torch.no_grad():
+        logits = model.eval()(kept["ids"]).logits
+        dense = eckart.densify(model)(kept["ids"]).logits
+    answers[name] = {
+        "info": {key: sorted(map(str, value)) for key, value in info.items() if value},
+        "apart": float((logits - kept["logits"]).abs().max()),
+        "dense": float((dense - logits).abs().max()),
+        "fused": type(model.model.layers[0].mlp.experts).__name__,
+    }
+print(json.dumps(answers))
+"""
+STOCK = """
+import json, sys
+import transformers
+refused = {}
+for name, folder in json.loads(sys.argv[1]).items():
+    try:
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+        refused[name] = False
+    except RuntimeError:
+        refused[name] = True
+print(json.dumps(refused))
+"""
+
+
+def drawn(name: str) -> transformers.PreTrainedModel:
+    family, more = KINDS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**SMALL, **more)
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+def ids(rows: int = 6, length: int = 16) -> torch.Tensor:
+    return torch.randint(0, 128, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [{"input_ids": part} for part in ids().split(2)]
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(ids()).logits
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_apart_they_compute_the_same_and_share_the_numbers(name):
+    model = drawn(name)
+    apart = with_single_experts(model)
+    assert len(experts_apart(apart)) == 2
+    assert not experts_apart(model)  # the caller's is as it was
+    close(logits(apart), logits(model), 1e-5)
+    fused = model.model.layers[1].mlp.experts.down_proj
+    assert apart.model.layers[1].mlp.experts.each[3].down.weight.data_ptr() == fused[3].data_ptr()
+    back = experts_apart(apart)["model.layers.1.mlp.experts"].fused()
+    for key, value in model.model.layers[1].mlp.experts.state_dict().items():
+        assert torch.equal(back.state_dict()[key], value)
+
+
+def test_experts_that_compute_something_else_apart_stay_fused():
+    model = drawn("mixtral")
+    layer = model.model.layers[0].mlp.experts
+    layer._apply_gate = lambda inner: inner.chunk(2, dim=-1)[0]  # not what the forward does
+    layer.forward = lambda x, index, weights: x * 2
+    assert list(experts_apart(with_single_experts(model))) == ["model.layers.1.mlp.experts"]
+
+
+def test_a_model_without_experts_is_handed_through():
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{k: v for k, v in SMALL.items() if k != "num_experts_per_tok"})
+    )
+    assert with_single_experts(model) is model
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_statistics_are_those_of_the_tokens_that_are_routed_to_an_expert(name):
+    model = with_single_experts(drawn(name))
+    experts = model.model.layers[1].mlp.experts
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = experts.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((*args, *kwargs.values())[:2]), with_kwargs=True
+    )
+    data = load(batches(), model=model)
+    for batch in data.batches:
+        with torch.no_grad():
+            model(batch.inputs["input_ids"])
+    handle.remove()
+    sites = [site.name for site in find_sites(model).chosen]
+    moments = calibrate(model, sites, data, needs=frozenset({"gram"})).moments
+    total = 0
+    for number in range(4):
+        rows = torch.cat([x[(index == number).any(-1)] for x, index in seen]).double()
+        entry = moments.get(f"model.layers.1.mlp.experts.each.{number}.up")
+        assert (entry is None) == (len(rows) == 0)
+        if entry is not None:
+            assert entry.inputs.count == len(rows)
+            close(entry.input_gram.double(), rows.mT @ rows / len(rows), 1e-5)
+            total += len(rows)
+    assert total == 2 * ids().numel()
+
+
+def test_an_expert_that_no_token_reaches_is_named_and_left_dense():
+    model = drawn("mixtral")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.gate.weight[3] = 0
+            layer.mlp.gate.weight[:3] *= 100
+    few = [{"input_ids": ids(1, 4)}]
+    result = eckart.compress(model, data=few, method="drone", keep=0.6)
+    unreached = [name for name, choice in result.plan.choices.items() if choice.form == "dense" and "experts" in name]
+    assert unreached
+    notes = "\n".join(result.report["notes"])
+    for name in unreached:
+        assert f"{name}: left dense, no token of the calibration data reached it" in notes
+    assert "sites that saw fewer tokens than they have features" in notes
+    assert "model.layers." in next(note for note in result.report["notes"] if "fewer tokens" in note)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> dict[str, Path]:
+    home = tmp_path_factory.mktemp("experts")
+    folders = {}
+    for name in KINDS:
+        model = drawn(name)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        for method in ("drone", "kfac", "eckart"):
+            result = eckart.compress(model, data=batches(), method=method, keep=0.5)
+            assert any("experts" in key for key, c in result.plan.choices.items() if c.form != "dense")
+            folder = home / f"{name}-{method}"
+            result.save_pretrained(folder)
+            save_file({"ids": ids(), "logits": logits(result.model.eval()).contiguous()}, f"{folder}.logits")
+            folders[folder.name] = folder
+        only = eckart.compress(model, method="svd", keep=0.5, targets=["*experts*"])
+        only.save_pretrained(home / f"{name}-only")
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    return folders
+
+
+def asked(code: str, folders: dict[str, Path]) -> dict:
+    words = json.dumps({name: str(folder) for name, folder in folders.items()})
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, words], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_fresh_process_loads_them_and_makes_them_dense_and_fused_again(published):
+    for name, answer in asked(LOADER, published).items():
+        assert answer["info"] == {}, name
+        assert answer["apart"] < 1e-6, name
+        assert answer["dense"] < 1e-5, name
+        assert answer["fused"].endswith("Experts"), name
+        assert answer["fused"] != "Experts", name
+
+
+def test_transformers_alone_refuses_them(published):
+    only = {name: folder.with_name(f"{name.rpartition('-')[0]}-only") for name, folder in published.items()}
+    assert all(asked(STOCK, only).values())
+
+
+def test_sizes_count_what_is_stored_and_the_experts_that_a_token_is_sent_to(published):
+    for name, folder in published.items():
+        report = json.loads((folder / "eckart" / "report.json").read_text())
+        after = report["sizes"]["model"]["after"]
+        assert after["elements"] == sum(value.numel() for value in load_file(folder / "model.safetensors").values())
+        model = eckart.load(folder)
+        experts = model.model.layers[0].mlp.experts
+        parts = [part for part in experts.modules() if isinstance(part, (FactoredLinear, torch.nn.Linear))]
+        inside = {id(child) for part in parts if isinstance(part, FactoredLinear) for child in part.modules()}
+        own = [part for part in parts if id(part) not in inside or isinstance(part, FactoredLinear)]
+        total = sum(p.multiply_adds() if isinstance(p, FactoredLinear) else p.weight.numel() for p in own)
+        assert experts.multiply_adds() == round(total * 2 / 4), name

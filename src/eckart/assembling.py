@@ -18,6 +18,7 @@ from eckart.checkpoint.mapped import SMALL, spool
 from eckart.data import Batch
 from eckart.data.inference import forward, progress
 from eckart.errors import ModelError
+from eckart.forms import FORMS
 from eckart.model import Site, Weights, cast, dense_weight, pack, shared_clone, store, unpack
 from eckart.moments import Moments
 from eckart.planning import Settings
@@ -189,16 +190,17 @@ class Assembly:
             choice, solved = plan.choices[site.name], shelf[site.name]
             old: Any = self.model.get_submodule(site.name)
             weight = dense_weight(old)
-            left, right = solved.factors.truncated(choice.rank)
+            left, right = solved.factors[choice.block].truncated(choice.rank)
             bias = old.bias.detach() if site.has_bias else None
             if bias is not None and solved.mean is not None:
                 # The metric was the covariance: the mean's share of the error goes into the bias.
                 mean = solved.mean.to(weight.device)
-                rest = weight.double() @ mean - left.to(weight.device).double() @ (
-                    right.to(weight.device).double() @ mean
-                )
+                factors = (factor.to(weight.device).double() for factor in (left, right))
+                rest = weight.double() @ mean - FORMS[choice.form].times(*factors, mean, choice.block)
                 bias = bias.double() + rest
-            module, fallback = store(site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype)
+            module, fallback = store(
+                site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype, choice.block
+            )
             if fallback is not None:
                 content["notes"].append(fallback)
             packed, spec = pack(module)

@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms.base import Factored, FactoredLinear, Size
+from eckart.forms.base import Block, Factored, FactoredLinear, Size
+from eckart.forms.kronecker import Kronecker
 from eckart.forms.lowrank import LowRank
 from eckart.forms.pivoted import Pivoted
 
-FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted)}
+FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted, Kronecker)}
 
-__all__ = ["FORMS", "Factored", "FactoredLinear", "LowRank", "Pivoted", "Size", "build", "form_named"]
+__all__ = [
+    "FORMS",
+    "Block",
+    "Factored",
+    "FactoredLinear",
+    "Kronecker",
+    "LowRank",
+    "Pivoted",
+    "Size",
+    "build",
+    "form_named",
+]
 
 
 def form_named(name: str) -> type[FactoredLinear]:

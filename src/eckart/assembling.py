@@ -68,7 +68,7 @@ class Assembly:
                 if processes.main and name not in there:
                     place.store.write(STORED, name, *self._stored([by_name[site] for site in groups], plan, shelf))
             content = self._to_all(STORED, name)
-            notes += self._install(compressed, STORED, name)
+            notes += content["solved"] + self._install(compressed, STORED, name)
             for note in content["notes"]:
                 logger.warning(note)
         if self.dtype is not None:
@@ -185,7 +185,7 @@ class Assembly:
     def _stored(self, sites: Sequence[Site], plan: Plan, shelf: Shelf) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The modules of some sites, packed."""
         tensors: dict[str, Tensor] = {}
-        content: dict[str, Any] = {"sites": {}, "notes": []}
+        content: dict[str, Any] = {"sites": {}, "notes": [], "solved": []}
         for site in sites:
             choice, solved = plan.choices[site.name], shelf[site.name]
             old: Any = self.model.get_submodule(site.name)
@@ -203,6 +203,8 @@ class Assembly:
             )
             if fallback is not None:
                 content["notes"].append(fallback)
+            if len(solved.factors) > 1:
+                content["solved"] += solved.factors[choice.block].notes
             packed, spec = pack(module)
             content["sites"][site.name] = spec
             tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}

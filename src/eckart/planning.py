@@ -87,6 +87,8 @@ class Settings:
                     f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form pivoted or lowrank."
                 )
             refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
+        if method.needs and not form_named(form).weighted_exactly:
+            method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
         return cls(method, form, allocation, refit, notes)
 
     def needs(self, *, planned: bool = False) -> frozenset[str]:

@@ -42,8 +42,8 @@ class Solved:
 
     @property
     def notes(self) -> list[str]:
-        """Fallbacks taken by any of them, each once."""
-        return list(dict.fromkeys(note for found in self.factors.values() for note in found.notes))
+        """Fallbacks taken; of several factorisations, those of the chosen one are told when it is stored."""
+        return [note for found in self.factors.values() for note in found.notes] if len(self.factors) == 1 else []
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Named tensors and JSON values."""

@@ -46,7 +46,7 @@ def build(spec: dict[str, Any]) -> FactoredLinear:
     if not isinstance(spec, dict) or "form" not in spec:
         raise UsageError(f"module spec {spec!r} names no form; it needs form, sizes and bias.")
     form = form_named(spec["form"])
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for key in form.sizes:
         value = spec.get(key)
         if isinstance(value, bool) or not isinstance(value, int):

@@ -83,10 +83,12 @@ class FactoredLinear(Factored):
         source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
         block: shape of the blocks that it cuts the weight into; None for a form without blocks.
         refits: whether it can be solved again on moved inputs.
+        weighted_exactly: whether :meth:`solve` is optimal under every metric, not under the identity alone.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
     refits: ClassVar[bool] = True
+    weighted_exactly: ClassVar[bool] = True
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool, source: str, block: Block | None = None

@@ -12,7 +12,7 @@ from eckart.errors import UsageError
 from eckart.forms.base import Block, FactoredLinear, Size, compute_dtype, copy_into
 from eckart.linalg import Factorisation, Problem, kronecker_curve_under, kronecker_factorise, rearranged_back
 
-FACTORS = (2, 4)
+FACTORS = (2, 16)
 """Blocks of so many rows or columns are tried beside the balanced one."""
 
 
@@ -32,6 +32,7 @@ class Kronecker(FactoredLinear):
     form: ClassVar[str] = "kronecker"
     sizes: ClassVar[tuple[str, ...]] = (*FactoredLinear.sizes, "block_out", "block_in")
     refits: ClassVar[bool] = False
+    weighted_exactly: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -71,10 +72,11 @@ class Kronecker(FactoredLinear):
 
     @classmethod
     def blocks(cls, out_features: int, in_features: int) -> tuple[Block, ...]:
-        """The balanced block, then f x 1 and 1 x f for f = 2 and 4 where they divide the weight.
+        """The balanced block, then f x 1 and 1 x f for f = 2 and 16 where they divide the weight.
 
         Balanced: of all divisors, those for which a term stores the fewest numbers, m1 n1 + m2 n2, and of these the
-        block whose shape is nearest to the weight's. It has the finest steps of size; f x 1 has f of them at most.
+        block whose shape is nearest to the weight's. Terms of f x 1 or 1 x f store a share 1 / f of the weight each
+        and take the same share of its multiply-adds; all that r of f = 2, 4 or 8 can be, 16 r / f of f = 16 can be.
         """
         found = [_balanced(out_features, in_features)]
         found += [(factor, 1) for factor in FACTORS if out_features % factor == 0]
@@ -104,6 +106,17 @@ class Kronecker(FactoredLinear):
         inner = block[0] * block[1]
         numbers = rank * (out_features * in_features // inner + inner)
         return Size(numbers, min(_multiply_adds(out_features, in_features, rank, block)))
+
+    @classmethod
+    def max_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:
+        """The largest rank that stores fewer numbers than the dense weight and computes no more; 0 if none does.
+
+        A balanced block is small long before it is fast: at half the numbers of a square weight of 768 it would take
+        sixteen times the multiply-adds.
+        """
+        once = cls.size(out_features, in_features, 1, block).multiply_adds  # r terms take r times as many
+        stored = super().max_rank(out_features, in_features, block)
+        return min(stored, out_features * in_features // once)
 
     # -- solving ---------------------------------------------------------------------------------------
 

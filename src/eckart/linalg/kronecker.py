@@ -165,21 +165,21 @@ def alternating(problem: Problem, block: Block, start: Factors) -> tuple[Tensor,
         error = target - rearranged_back(left @ right, shape, block)
         return float(weighted_error(error, problem.left, problem.right))
 
-    rows = rearranged(target, block)
+    def of_left(fixed: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda left: weighted(left @ fixed) @ fixed.mT
+
+    def of_right(fixed: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda right: fixed.mT @ weighted(fixed @ right)
+
+    wanted = weighted(rearranged(target, block))
     left, right = start
     history = [objective(left, right)]
     for _ in range(SWEEPS):
         # Orthonormal rows or columns of the side that stays: the same problem, better conditioned.
-        triangle = torch.linalg.qr(right.mT)
-        fixed = triangle.Q.mT
-        new_left = _least_squares(
-            lambda x, b=fixed: weighted(x @ b) @ b.mT, weighted(rows) @ fixed.mT, left @ triangle.R.mT
-        )  # type: ignore[misc]
-        turned = torch.linalg.qr(new_left)
-        basis = turned.Q
-        new_right = _least_squares(
-            lambda x, a=basis: a.mT @ weighted(a @ x), basis.mT @ weighted(rows), turned.R @ fixed
-        )  # type: ignore[misc]
+        rest, triangle = torch.linalg.qr(right.mT)
+        new_left = _least_squares(of_left(rest.mT), wanted @ rest, left @ triangle.mT)
+        basis, triangle = torch.linalg.qr(new_left)
+        new_right = _least_squares(of_right(basis), basis.mT @ wanted, triangle @ rest.mT)
         now = objective(basis, new_right)
         if not now < history[-1]:  # rounding is all that is left
             break

@@ -59,7 +59,7 @@ def _empty(
     site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype, block: Block | None = None
 ) -> FactoredLinear:
     """A module without numbers: none are drawn, so that the global random state stays as it is."""
-    sizes = {} if block is None else {"block_out": block[0], "block_in": block[1]}
+    sizes: dict[str, Any] = {} if block is None else {"block_out": block[0], "block_in": block[1]}
     with torch.device("meta"):
         module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source, **sizes)
     return module.to(dtype=dtype).to_empty(device=device)

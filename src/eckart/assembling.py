@@ -195,8 +195,8 @@ class Assembly:
             if bias is not None and solved.mean is not None:
                 # The metric was the covariance: the mean's share of the error goes into the bias.
                 mean = solved.mean.to(weight.device)
-                factors = (factor.to(weight.device).double() for factor in (left, right))
-                rest = weight.double() @ mean - FORMS[choice.form].times(*factors, mean, choice.block)
+                one, other = (factor.to(weight.device).double() for factor in (left, right))
+                rest = weight.double() @ mean - FORMS[choice.form].times(one, other, mean, choice.block)
                 bias = bias.double() + rest
             module, fallback = store(
                 site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype, choice.block

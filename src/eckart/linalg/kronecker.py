@@ -163,7 +163,7 @@ def alternating(problem: Problem, block: Block, start: Factors) -> tuple[Tensor,
 
     def objective(left: Tensor, right: Tensor) -> float:
         error = target - rearranged_back(left @ right, shape, block)
-        return float(weighted_error(error, problem.left, problem.right))
+        return max(0.0, float(weighted_error(error, problem.left, problem.right)))
 
     def of_left(fixed: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda left: weighted(left @ fixed) @ fixed.mT

@@ -181,7 +181,7 @@ def test_runs_as_the_sum_it_stands_for(case, bias, dtype, tolerance):
             y = module(x.to(dtype))
             assert (y.dtype, y.shape) == (dtype, (*x.shape[:-1], rows))
             wanted = x @ expected.mT + (normal(rows, seed=2) if bias else 0)
-            assert float((y.double() - wanted).abs().max()) <= tolerance * (1 + float(wanted.abs().max()))
+            assert float((y.double() - wanted).abs().max().detach()) <= tolerance * (1 + float(wanted.abs().max()))
         assert (module.bias is None) == (not bias)
 
 
@@ -294,8 +294,10 @@ def test_every_shape_has_blocks_that_save_without_computing_more(shape):
             possible = rank <= Kronecker.full_rank(*shape, block)
             return possible and size.parameters < dense and size.multiply_adds <= dense
 
-        assert [saves(rank) for rank in (largest, largest + 1)] == [largest > 0 and saves(largest), False]
-    assert max(Kronecker.max_rank(*shape, block) for block in Kronecker.blocks(*shape)) >= 1
+        assert saves(largest)
+        assert not saves(largest + 1)
+    possible = max(Kronecker.max_rank(*shape, block) for block in Kronecker.blocks(*shape)) >= 1
+    assert possible == (min(shape) > 1)  # a vector is cheapest as it is
 
 
 @pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])

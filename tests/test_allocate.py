@@ -184,7 +184,8 @@ def predicted_curve(found, method: str, form: str, multiple: int | None) -> tupl
     rows, columns = found.weight.shape
     settings = Settings(METHODS[method], form, "loss", refit=False)
     site = Site("proj", "linear", rows, columns, False)
-    losses = solve(site, found.weight, found.moments, settings, min(rows, columns), curve=True).losses
+    largest = [Choice(form, min(rows, columns))]
+    losses = solve(site, found.weight, found.moments, settings, largest, curve=True).losses
     problem = found.problem_of(method)
     made = planning._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
     return made, problem, factorise(problem)
@@ -287,11 +288,11 @@ def limits_and_plan(
     reached: Iterable[str],
     recipe: Recipe = Recipe(),  # noqa: B008 - it is frozen
     outside: int = 0,
-) -> tuple[dict[str, int], dict[str, Choice]]:
+) -> tuple[planning.Limits, dict[str, Choice]]:
     """The limits, and what a plan at the same uniform budget chooses where only some sites are reached."""
     settings, sites = Settings(METHODS["svd"], form, "uniform", refit=False), sites_of(shapes)
     budget = budget_of(shapes, keep, outside)
-    limits = planning.largest_ranks(sites, settings, recipe, keep, budget)
+    limits = planning.largest_choices(sites, settings, recipe, keep, budget)
     plan = planning.make_plan(sites, settings, recipe, dict.fromkeys(reached), {}, budget, "")
     return limits, plan.choices
 
@@ -303,7 +304,7 @@ def test_uniform_factors_are_kept_up_to_the_rank_of_the_plan(form, multiple, out
     recipe = Recipe(rank_multiple=multiple)
     for keep in (0.35, 0.5, 0.7, 0.9, 0.99):
         limits, choices = limits_and_plan(SHAPES, form, keep, reached=SHAPES, recipe=recipe, outside=outside)
-        assert limits == {name: choice.rank for name, choice in choices.items()}
+        assert limits == {name: (choice,) for name, choice in choices.items()}
 
 
 @pytest.mark.parametrize("multiple", [None, 8])
@@ -318,8 +319,8 @@ def test_no_plan_asks_for_more_where_some_sites_are_not_reached(form, multiple):
                 limits, choices = limits_and_plan(SHAPES, form, keep, reached=some, recipe=recipe)
             except UsageError:  # what stays dense leaves too little
                 continue
-            assert all(choices[name].rank <= limits[name] for name in some)
-            smaller += sum(choices[name].rank < limits[name] for name in some)
+            assert all(choices[name].rank <= limits[name][0].rank for name in some)
+            smaller += sum(choices[name].rank < limits[name][0].rank for name in some)
             assert {choices[name] for name in SHAPES if name not in some} == {Choice(DENSE)}
     assert smaller
 
@@ -328,18 +329,19 @@ def test_no_plan_asks_for_more_where_some_sites_are_not_reached(form, multiple):
 def test_a_site_that_can_only_stay_dense_limits_no_other(form):
     """A vector cannot be made smaller; where no token reaches it nobody asks it to be."""
     limits, choices = limits_and_plan(SHAPES | {"score": (1, 30)}, form, 0.5, reached=SHAPES)
-    assert all(0 < choices[name].rank <= limits[name] for name in SHAPES)
+    assert all(0 < choices[name].rank <= limits[name][0].rank for name in SHAPES)
 
 
 @every_form
 def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
-    limits = planning.largest_ranks(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1))
+    found = planning.largest_choices(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1))
+    limits = {name: choice.rank for name, (choice,) in found.items()}
     for name, (rows, columns) in SHAPES.items():
         assert Choice(form, limits[name]).stored(rows, columns) < rows * columns
         assert Choice(form, limits[name] + 1).stored(rows, columns) >= rows * columns
     curves = {
-        name: planning._curve(shape, settings, Recipe(rank_multiple=1), torch.arange(100.0).flip(0))
+        name: planning._curve(shape, settings, Recipe(rank_multiple=1), {None: torch.arange(100.0).flip(0)})
         for name, shape in SHAPES.items()
     }
     assert limits == {name: max(choice.rank for choice in c.choices) for name, c in curves.items()}
@@ -349,7 +351,9 @@ def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
 def test_a_site_whose_factors_save_nothing_keeps_one_rank_all_the_same(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
     shapes = {"score": (1, 30)}
-    assert planning.largest_ranks(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {"score": 1}
+    assert planning.largest_choices(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {
+        "score": (Choice(form, 1),)
+    }
 
 
 @pytest.mark.parametrize("allocation", ["loss", "uniform"])
@@ -358,8 +362,9 @@ def test_a_given_plan_says_how_far_factors_are_kept(allocation, tmp_path):
     del content["sites"]["d"]
     settings = Settings(METHODS["kfac"], "pivoted", allocation, refit=False)
     recipe = Recipe(plan=str(written(tmp_path, content)))
-    limits = planning.largest_ranks(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5))
-    assert limits == {"a": 12, "b": 8, "c": 1, "d": 1}
+    limits = planning.largest_choices(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5))
+    assert {name: choice.rank for name, (choice,) in limits.items()} == {"a": 12, "b": 8, "c": 1, "d": 1}
+    assert [limits[name][0].form for name in "abcd"] == ["pivoted", "lowrank", "pivoted", "pivoted"]
 
 
 # -- the plan ----------------------------------------------------------------------------------------

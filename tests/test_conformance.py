@@ -305,7 +305,8 @@ def test_centred_metric_is_the_covariance():
 def test_presets_are_known(method):
     assert METHODS[method.name] is method
     assert method.form in FORMS
-    assert method.allocation in ("uniform", "loss")
+    assert method.allocation in ("uniform", "loss", "own")
+    assert (method.allocation == "own") == (method.own_size is not None)
     assert method.needs <= {"gram", "absolute", "gradients", "fisher"}
     assert all((method.title, method.paper, method.exact_for))
 

@@ -18,6 +18,7 @@ from eckart.checkpoint.mapped import SMALL, spool
 from eckart.data import Batch
 from eckart.data.inference import forward, progress
 from eckart.errors import ModelError
+from eckart.forms import FORMS
 from eckart.model import Site, Weights, cast, dense_weight, pack, shared_clone, store, unpack
 from eckart.moments import Moments
 from eckart.planning import Settings
@@ -67,7 +68,7 @@ class Assembly:
                 if processes.main and name not in there:
                     place.store.write(STORED, name, *self._stored([by_name[site] for site in groups], plan, shelf))
             content = self._to_all(STORED, name)
-            notes += self._install(compressed, STORED, name)
+            notes += content["solved"] + self._install(compressed, STORED, name)
             for note in content["notes"]:
                 logger.warning(note)
         if self.dtype is not None:
@@ -184,23 +185,26 @@ class Assembly:
     def _stored(self, sites: Sequence[Site], plan: Plan, shelf: Shelf) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The modules of some sites, packed."""
         tensors: dict[str, Tensor] = {}
-        content: dict[str, Any] = {"sites": {}, "notes": []}
+        content: dict[str, Any] = {"sites": {}, "notes": [], "solved": []}
         for site in sites:
             choice, solved = plan.choices[site.name], shelf[site.name]
             old: Any = self.model.get_submodule(site.name)
             weight = dense_weight(old)
-            left, right = solved.factors.truncated(choice.rank)
+            left, right = solved.factors[choice.block].truncated(choice.rank)
             bias = old.bias.detach() if site.has_bias else None
             if bias is not None and solved.mean is not None:
                 # The metric was the covariance: the mean's share of the error goes into the bias.
                 mean = solved.mean.to(weight.device)
-                rest = weight.double() @ mean - left.to(weight.device).double() @ (
-                    right.to(weight.device).double() @ mean
-                )
+                one, other = (factor.to(weight.device).double() for factor in (left, right))
+                rest = weight.double() @ mean - FORMS[choice.form].times(one, other, mean, choice.block)
                 bias = bias.double() + rest
-            module, fallback = store(site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype)
+            module, fallback = store(
+                site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype, choice.block
+            )
             if fallback is not None:
                 content["notes"].append(fallback)
+            if len(solved.factors) > 1:
+                content["solved"] += solved.factors[choice.block].notes
             packed, spec = pack(module)
             content["sites"][site.name] = spec
             tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}

@@ -16,17 +16,21 @@ from eckart.allocate import (
     OverBudgetError,
     Plan,
     allocate,
+    fitting_choices,
     rank_steps,
     read_plan,
     smallest_keep,
     uniform,
 )
 from eckart.errors import UsageError
-from eckart.forms import form_named
+from eckart.forms import Block, form_named
 from eckart.measure import sizes
 from eckart.methods import METHODS, Method
 from eckart.model import Sites
 from eckart.recipe import Recipe
+
+Losses = Mapping[Block | None, Tensor]
+"""Shape of block -> (r + 1,) loss at rank 0 .. r; a form without blocks has one curve, under None."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +40,24 @@ class Settings:
     Attributes:
         method: with the metric that is used.
         form: name of the stored form.
-        allocation: "uniform" or "loss".
+        allocation: "uniform", "loss", or "own": the sizes that the method states.
         refit: whether sites are solved again on the compressed model's own inputs.
+        notes: what was asked for and is not done.
     """
 
     method: Method
     form: str
     allocation: str
     refit: bool
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, method: Method, recipe: Recipe) -> Settings:
         """What the recipe says, and the method where it says nothing.
 
         Raises:
-            UsageError: if a refit is asked of a metric that knows no input Gram.
+            UsageError: if a refit is asked of a metric that knows no input Gram or of a form that has none, or another
+                form of a method that states sizes of its own.
         """
         if recipe.metric is not None:
             other = METHODS[recipe.metric]
@@ -65,7 +72,24 @@ class Settings:
                     "nothing to fit again; use --metric drone or kfac, or leave --refit out."
                 )
             refit = False
-        return cls(method, recipe.form or method.form, recipe.allocation or method.allocation, refit)
+        form, allocation = recipe.form or method.form, recipe.allocation or method.allocation
+        notes: tuple[str, ...] = ()
+        if allocation == "own" and form != method.form:
+            raise UsageError(
+                f"--form {form}: {method.name} states sizes of form {method.form} only; "
+                "pass --allocation uniform or loss as well."
+            )
+        if allocation == "own" and recipe.plan is None:
+            notes = (f"{method.name} states its own sizes: --keep is not used, unless --allocation is given",)
+        if refit and not form_named(form).refits:
+            if recipe.refit:
+                raise UsageError(
+                    f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form pivoted or lowrank."
+                )
+            refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
+        if method.needs and not form_named(form).weighted_exactly:
+            method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
+        return cls(method, form, allocation, refit, notes)
 
     def needs(self, *, planned: bool = False) -> frozenset[str]:
         """Statistics to gather; `planned`: ranks are given, so no curve in units of loss is needed."""
@@ -114,7 +138,7 @@ def make_plan(
     sites: Sites,
     settings: Settings,
     recipe: Recipe,
-    solved: Mapping[str, Tensor | None],
+    solved: Mapping[str, Losses | None],
     dense: Mapping[str, str],
     budget: Budget,
     mark: str,
@@ -125,7 +149,8 @@ def make_plan(
         sites: what was found.
         settings: method, form and allocation.
         recipe: keep, plan file, rank multiple.
-        solved: site -> (r + 1,) predicted loss at rank 0 .. r, or None where ranks are uniform.
+        solved: site -> predicted losses, or, where ranks are uniform and there are several shapes of block to choose
+            from, errors in the method's own metric; None where nothing is chosen by them.
         dense: sites that stay dense -> why.
         budget: what all sites together may store.
         mark: fingerprint of the model, written into the plan.
@@ -152,11 +177,13 @@ def make_plan(
     fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
     predicted: dict[str, float] = {}
     try:
-        if settings.allocation == "uniform":
+        if settings.allocation == "own":
+            choices = {name: _own(settings.method, name, shape) for name, shape in reached.items()}
+        elif settings.allocation == "uniform":
             inside = sum(rows * columns for rows, columns in reached.values())
             # What stays dense counts too, so the others keep a little less than was asked for.
             keep = (budget.elements - fixed) / inside
-            choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1)
+            choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1, errors=solved)
         else:
             curves = {name: _curve(shape, settings, recipe, solved[name]) for name, shape in reached.items()}
             choices = allocate(curves, budget.elements - fixed)
@@ -169,8 +196,19 @@ def make_plan(
     return Plan(choices, mark, predicted)
 
 
-def largest_ranks(sites: Sites, settings: Settings, recipe: Recipe, keep: float, budget: Budget) -> dict[str, int]:
-    """For each site the largest rank that any plan may give it: factors beyond it need not be kept.
+def _own(method: Method, name: str, shape: tuple[int, int]) -> Choice:
+    """What the method itself makes of a site."""
+    assert method.own_size is not None, f"{method.name} states no sizes"
+    stated = method.own_size(name, *shape)
+    return Choice(DENSE) if stated is None else Choice(method.form, *stated)
+
+
+Limits = dict[str, tuple[Choice, ...]]
+"""Site -> for each shape of block that may be chosen, the largest choice."""
+
+
+def largest_choices(sites: Sites, settings: Settings, recipe: Recipe, keep: float, budget: Budget) -> Limits:
+    """For each site the largest choices that any plan may make: factors beyond them need not be kept.
 
     Args:
         sites: what was found.
@@ -180,33 +218,50 @@ def largest_ranks(sites: Sites, settings: Settings, recipe: Recipe, keep: float,
         budget: at that fraction.
     """
     shapes = {site.name: site.shape for site in sites.chosen}
-    most = {name: form_named(settings.form).max_rank(*shape) for name, shape in shapes.items()}
     if recipe.plan is not None:
         given = read_plan(Path(recipe.plan), shapes).choices
-        return {name: given[name].rank if name in given and given[name].form != DENSE else 1 for name in shapes}
-    if settings.allocation == "loss" or keep >= 1:
-        return {name: max(rank, 1) for name, rank in most.items()}
+        return {name: _or_smallest([given[name]], shape, settings.form) for name, shape in shapes.items()}
+    if settings.allocation == "own":
+        own = {name: _own(settings.method, name, shape) for name, shape in shapes.items()}
+        return {name: _or_smallest([own[name]], shape, settings.form) for name, shape in shapes.items()}
     # Sites that no data reaches stay dense, and leave the others less than this.
     share = budget.elements / sum(rows * columns for rows, columns in shapes.values())
-    return {name: _uniform_rank(shape, share, settings, recipe) for name, shape in shapes.items()}
+    limits = {}
+    for name, shape in shapes.items():
+        if settings.allocation == "loss" or keep >= 1:
+            found = _smaller_than_dense(shape, settings.form)
+        else:
+            found = fitting_choices(shape, share, settings.form, multiple=recipe.rank_multiple or 1)
+        # Nothing that fits is refused when the plan is made, which knows the smallest keep.
+        limits[name] = _or_smallest(found, shape, settings.form)
+    return limits
 
 
-def _uniform_rank(shape: tuple[int, int], keep: float, settings: Settings, recipe: Recipe) -> int:
-    """The rank of a weight that keeps a fraction of its numbers; 1 where none is that small."""
-    try:
-        return uniform({"": shape}, keep, settings.form, multiple=recipe.rank_multiple or 1)[""].rank or 1
-    except OverBudgetError:  # refused when the plan is made, which knows the smallest keep
-        return 1
+def _smaller_than_dense(shape: tuple[int, int], form: str) -> list[Choice]:
+    kind = form_named(form)
+    found = [Choice(form, kind.max_rank(*shape, block), block) for block in kind.blocks(*shape)]
+    return [choice for choice in found if choice.rank > 0]
 
 
-def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: Tensor | None) -> Curve:
+def _or_smallest(found: list[Choice], shape: tuple[int, int], form: str) -> tuple[Choice, ...]:
+    """The choices that are not dense; rank 1 of the form where there are none."""
+    factored = tuple(choice for choice in found if choice.form != DENSE)
+    return factored or (Choice(form, 1, form_named(form).blocks(*shape)[0]),)
+
+
+def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: Losses | None) -> Curve:
     """What the site can be, and the loss that each option is predicted to cost."""
     assert losses is not None, "ranks are allocated by curves that were not made"
-    form = form_named(settings.form)
-    ranks = rank_steps(form.max_rank(*shape), recipe.rank_multiple or default_multiple(shape))
-    choices = [Choice(settings.form, rank) for rank in ranks] + [Choice(DENSE)]
-    stored = [choice.stored(*shape) for choice in choices]
-    return Curve(choices, stored, [float(losses[rank]) for rank in ranks] + [0.0])
+    form, multiple = form_named(settings.form), recipe.rank_multiple or default_multiple(shape)
+    points: dict[int, tuple[float, Choice]] = {shape[0] * shape[1]: (0.0, Choice(DENSE))}
+    for block, curve in losses.items():
+        for rank in rank_steps(form.max_rank(*shape, block), multiple):
+            choice, loss = Choice(settings.form, rank, block), float(curve[rank])
+            stored = choice.stored(*shape)
+            if stored not in points or loss < points[stored][0]:  # of one size the better shape of block
+                points[stored] = loss, choice
+    ordered = sorted(points)
+    return Curve([points[n][1] for n in ordered], ordered, [points[n][0] for n in ordered])
 
 
 def default_multiple(shape: tuple[int, int]) -> int:

@@ -30,7 +30,7 @@ class Recipe(BaseModel):
     revision: str | None = Field(None, description="Revision of the model on the hub.")
     method: str = Field("eckart", description="A method by name; `eckart methods` lists them.")
     metric: str | None = Field(None, description="Another method's metric in place of this method's own.")
-    form: str | None = Field(None, description="Stored form: pivoted or lowrank. Default: the method's.")
+    form: str | None = Field(None, description="Stored form: pivoted, lowrank or kronecker. Default: the method's.")
     allocation: Literal["uniform", "loss"] | None = Field(
         None, description="How ranks are chosen: the same fraction everywhere, or by predicted loss."
     )

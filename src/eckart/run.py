@@ -29,11 +29,12 @@ from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
 from eckart.data.ready import digest
 from eckart.errors import CheckpointError, ModelError, NumericalError, UsageError
+from eckart.forms import FORMS
 from eckart.linalg import require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
 from eckart.model import Sites, Weights, factored_modules, find_sites, fuse, has_head, own_storage, with_single_experts
-from eckart.planning import Budget, Settings, largest_ranks, make_plan
+from eckart.planning import Budget, Losses, Settings, largest_choices, make_plan
 from eckart.processes import ElsewhereError
 from eckart.recipe import Recipe, make_recipe
 from eckart.result import Result
@@ -245,7 +246,11 @@ def _prepare(
 def _can_be_met(work: _Work, settings: Settings, recipe: Recipe) -> None:
     """Refuse a budget that is too small, or a plan file that does not fit, before any work is done."""
     sites = work.sites
-    flat = {site.name: torch.zeros(min(site.shape) + 1) for site in sites.chosen}
+    form = FORMS[settings.form]
+    flat: dict[str, Losses] = {
+        site.name: {b: torch.zeros(form.full_rank(*site.shape, b) + 1) for b in form.blocks(*site.shape)}
+        for site in sites.chosen
+    }
     make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark)
 
 
@@ -317,7 +322,7 @@ def _shelf(
     sites = {site.name: site for site in work.sites.chosen}
     budget = Budget.of_recipe(work.model, work.sites, recipe.model_copy(update={"keep": keep}))
     shelf = Shelf(work.workplace.store, work.workplace.processes, work.weights.device)
-    limits = largest_ranks(work.sites, settings, recipe, keep, budget)
+    limits = largest_choices(work.sites, settings, recipe, keep, budget)
 
     def windows(done: Collection[str]) -> Iterator[Window]:
         return work.timed(work.calibration.windows(done) if kept is None else iter(kept))
@@ -349,7 +354,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
     sites, model, calibration = work.sites, work.model, work.calibration
     dense = {n: "no token of the calibration data reached it" for n in _names(sites) if n not in summary.losses}
     dense |= summary.dense
-    notes = [*calibration.notes, *too_few(summary.seen)]
+    notes = [*settings.notes, *calibration.notes, *too_few(summary.seen)]
     notes += [f"{name}: left dense, {reason}" for name, reason in dense.items()]
     notes += summary.notes
     budget = Budget.of_recipe(model, sites, recipe)
@@ -419,10 +424,12 @@ def _refitted(
         return compressed, None
     calibration = work.calibration
     measured: dict[str, Any] | None = None
+    fixed = {n for n, c in plan.choices.items() if c.form != DENSE and not FORMS[c.form].refits}
+    notes += [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in sorted(fixed)]
     try:
         fitted, found = assembly.refitted(
             compressed, plan, shelf, settings, calibration.groups, work.data.batches,
-            list(summary.losses), sorted(calibration.common),
+            [name for name in summary.losses if name not in fixed], sorted(calibration.common),
         )  # fmt: skip
         _lean(fitted, work.workplace.streaming)
         if work.held is not None and fitted is not compressed:
@@ -476,5 +483,7 @@ def _as_stored(compressed: PreTrainedModel, sites: Sites) -> dict[str, Choice]:
     choices: dict[str, Choice] = {}
     for site in sites.chosen:
         module: Any = compressed.get_submodule(site.name)
-        choices[site.name] = Choice(module.form, module.rank) if hasattr(module, "form") else Choice(DENSE)
+        choices[site.name] = (
+            Choice(module.form, module.rank, module.block) if hasattr(module, "form") else Choice(DENSE)
+        )
     return choices

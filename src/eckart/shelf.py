@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from eckart.allocate import Choice
 from eckart.calibrate import why_useless
+from eckart.forms import Block
 from eckart.model import Site, dense_weight
 from eckart.moments import Moments, pack, unpack
-from eckart.planning import Settings
+from eckart.planning import Losses, Settings
 from eckart.processes import Processes
 from eckart.solving import Solved, solve
 from eckart.store import Store
@@ -29,14 +31,14 @@ class Summary:
     """What is known of all sites, small enough for every process.
 
     Attributes:
-        losses: solved site -> predicted loss at every rank, or None where ranks are uniform.
+        losses: solved site -> predicted loss (or error) at every rank, or None where nothing is chosen by it.
         dense: sites that stay dense -> why.
         seen: site -> (tokens, features), of every site that was solved from statistics.
         effective_ranks: of every solved site.
         notes: fallbacks taken.
     """
 
-    losses: dict[str, Tensor | None]
+    losses: dict[str, Losses | None]
     dense: dict[str, str]
     seen: dict[str, tuple[int, int]]
     effective_ranks: dict[str, float]
@@ -64,7 +66,7 @@ class Shelf:
         model: nn.Module,
         sites: Mapping[str, Site],
         settings: Settings,
-        limits: Mapping[str, int],
+        limits: Mapping[str, Sequence[Choice]],
         *,
         curve: bool,
         reuse: bool = False,
@@ -76,7 +78,7 @@ class Shelf:
             model: holds the weights.
             sites: by name.
             settings: method, form, allocation.
-            limits: site -> largest rank that may be asked for.
+            limits: site -> largest choices that may be made.
             curve: whether predicted losses are wanted.
             reuse: leave the windows' statistics as they are, for another method.
         """
@@ -91,7 +93,7 @@ class Shelf:
         model: nn.Module,
         sites: Mapping[str, Site],
         settings: Settings,
-        limits: Mapping[str, int],
+        limits: Mapping[str, Sequence[Choice]],
         curve: bool,
     ) -> None:
         """Solve a window's sites; its statistics are freed on the way, its factors when they are stored."""
@@ -107,21 +109,24 @@ class Shelf:
     def summary(self) -> Summary:
         """What all processes may know; read from the entries, those of an earlier run included."""
         losses: dict[str, Tensor] = {}
-        found: dict[str, Any] = {"solved": [], "dense": {}, "seen": {}, "effective": {}, "notes": []}
+        found: dict[str, Any] = {"blocks": {}, "dense": {}, "seen": {}, "effective": {}, "notes": []}
         for name in self.store.entries(STAGE):
             tensors, content = self.store.read(STAGE, name)
             found["dense"] |= content["dense"]
             found["seen"] |= content["seen"]
             for site, own in content["sites"].items():
                 solved = Solved.unpack(_of(tensors, site), own)
-                found["solved"].append(site)
-                found["effective"][site] = solved.factors.effective_rank
-                found["notes"] += solved.factors.notes
-                if solved.losses is not None:
-                    losses[site] = solved.losses.clone()
+                found["blocks"][site] = [] if solved.losses is None else [_listed(block) for block in solved.losses]
+                found["effective"][site] = solved.effective_rank
+                found["notes"] += solved.notes
+                for place, curve in enumerate((solved.losses or {}).values()):
+                    losses[f"{site}/{place}"] = curve.clone()
         losses, found = self.processes.broadcast((losses, found))
         return Summary(
-            {site: losses.get(site) for site in found["solved"]},
+            {
+                site: {_block(block): losses[f"{site}/{i}"] for i, block in enumerate(blocks)} or None
+                for site, blocks in found["blocks"].items()
+            },
             found["dense"],
             {site: (int(count), int(width)) for site, (count, width) in found["seen"].items()},
             found["effective"],
@@ -142,7 +147,7 @@ class Shelf:
         moments: Moments | None,
         model: nn.Module,
         settings: Settings,
-        limit: int,
+        limits: Sequence[Choice],
         curve: bool,
         found: Packed,
     ) -> None:
@@ -155,7 +160,7 @@ class Shelf:
         if moments is not None:
             content["seen"][site.name] = [moments.inputs.count, moments.inputs.width]
         weight = dense_weight(model.get_submodule(site.name)).to(self.device)
-        solved = solve(site, weight, moments, settings, limit, curve=curve)
+        solved = solve(site, weight, moments, settings, limits, curve=curve)
         packed, own = solved.pack()
         content["sites"][site.name] = own
         tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}
@@ -194,6 +199,14 @@ class Shelf:
 
 def _of(tensors: Mapping[str, Tensor], site: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{site}/"): value for key, value in tensors.items() if key.startswith(f"{site}/")}
+
+
+def _listed(block: Block | None) -> list[int] | None:
+    return None if block is None else list(block)
+
+
+def _block(listed: Sequence[int] | None) -> Block | None:
+    return None if listed is None else (listed[0], listed[1])
 
 
 def _cost(site: Site) -> float:

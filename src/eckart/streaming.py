@@ -26,7 +26,7 @@ from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.measure.divergence import PIECE
 from eckart.memory import Estimate, free, human, rss, solving_bytes, statistics_bytes
 from eckart.model import Compute, Sites, find_sites, with_single_experts
-from eckart.planning import Budget, Settings, largest_ranks
+from eckart.planning import Budget, Limits, Settings, largest_choices
 from eckart.processes import ElsewhereError, Processes
 from eckart.recipe import Recipe
 from eckart.shelf import STAGE as SOLVED
@@ -92,7 +92,7 @@ def needs_of(model: PreTrainedModel, recipe: Recipe, settings: Settings, room: i
     }
     solving = max(solving_bytes(*shape, needs) for shape in shapes.values())
     limits = _limits(model, sites, recipe, settings)
-    factors = {name: (sum(shape) * limits[name]) * FLOAT32 for name, shape in shapes.items()}
+    factors = {name: sum(c.working(*shapes[name]) for c in limits[name]) * FLOAT32 for name in shapes}
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
     budget = Budget.of_recipe(model, sites, recipe)
     stored = _stored(recipe, elements - sum(site.elements for site in sites.chosen) + budget.elements)
@@ -259,8 +259,8 @@ def _key(folder: Path, recipe: Recipe, processes: Processes) -> dict[str, Any]:
     }
 
 
-def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings) -> dict[str, int]:
-    return largest_ranks(sites, settings, recipe, recipe.keep, Budget.of_recipe(model, sites, recipe))
+def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings) -> Limits:
+    return largest_choices(sites, settings, recipe, recipe.keep, Budget.of_recipe(model, sites, recipe))
 
 
 def _stored(recipe: Recipe, elements: int) -> int:

@@ -11,7 +11,7 @@ from eckart.allocate.plan import (
     smallest_keep,
     stored_elements,
 )
-from eckart.allocate.uniform import uniform
+from eckart.allocate.uniform import fitting_choices, uniform
 
 __all__ = [
     "DENSE",
@@ -20,6 +20,7 @@ __all__ = [
     "OverBudgetError",
     "Plan",
     "allocate",
+    "fitting_choices",
     "lower_hull",
     "rank_steps",
     "read_plan",

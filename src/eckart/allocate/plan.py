@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms import FORMS, form_named
+from eckart.forms import FORMS, Block, form_named
 
 FORMAT_VERSION = 1
 DENSE = "dense"
@@ -22,16 +22,34 @@ class Choice:
     Attributes:
         form: a form's name, or "dense".
         rank: k; 0 for dense.
+        block: (rows, columns) of the blocks that the form cuts the weight into; None where it cuts none.
     """
 
     form: str
     rank: int = 0
+    block: Block | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in `plan.json`: without what the form does not have."""
+        entry: dict[str, Any] = {"form": self.form}
+        if self.form != DENSE:
+            entry["rank"] = self.rank
+        if self.block is not None:
+            entry["block"] = list(self.block)
+        return entry
 
     def stored(self, out_features: int, in_features: int) -> int:
         """Stored elements, indices included, the bias left out."""
         if self.form == DENSE:
             return out_features * in_features
-        return FORMS[self.form].size(out_features, in_features, self.rank).parameters
+        return FORMS[self.form].size(out_features, in_features, self.rank, self.block).parameters
+
+    def working(self, out_features: int, in_features: int) -> int:
+        """Numbers of the two factors that it is made from, (m, k) and (k, n) or those of the rearranged weight."""
+        if self.block is None:
+            return self.rank * (out_features + in_features)
+        inner = self.block[0] * self.block[1]
+        return self.rank * (out_features * in_features // inner + inner)
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Plan:
         """As it is written to `plan.json`."""
         sites: dict[str, dict[str, Any]] = {}
         for name, choice in self.choices.items():
-            sites[name] = {"form": choice.form} if choice.form == DENSE else vars(choice).copy()
+            sites[name] = choice.to_json()
             if name in self.predicted:
                 sites[name]["predicted_loss"] = self.predicted[name]
         return {"format_version": FORMAT_VERSION, "model": self.model, "sites": sites}
@@ -112,15 +130,30 @@ def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
     if entry["form"] == DENSE:
         return Choice(DENSE)
     try:
-        form_named(entry["form"])
+        kind = form_named(entry["form"])
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
-    rank = entry.get("rank")
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape):
+    block = _block(entry.get("block"), kind.blocks(*shape) != (None,), where, shape)
+    full, rank = kind.full_rank(*shape, block), entry.get("rank")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full:
         raise UsageError(
-            f"{where}: rank {rank!r} must be a whole number in 1..{min(shape)} for a weight of {shape[0]} x {shape[1]}."
+            f"{where}: rank {rank!r} must be a whole number in 1..{full} for a weight of {shape[0]} x {shape[1]}."
         )
-    return Choice(entry["form"], rank)
+    return Choice(entry["form"], rank, block)
+
+
+def _block(value: Any, wanted: bool, where: str, shape: tuple[int, int]) -> Block | None:
+    if not wanted:
+        if value is not None:
+            raise UsageError(f"{where}: block {value!r} means nothing to this form; remove it.")
+        return None
+    whole = isinstance(value, list) and len(value) == 2 and all(type(part) is int and part >= 1 for part in value)
+    if not whole or shape[0] % value[0] or shape[1] % value[1]:
+        raise UsageError(
+            f"{where}: block {value!r} must be two whole numbers [rows, columns] that divide a weight of "
+            f"{shape[0]} x {shape[1]}."
+        )
+    return value[0], value[1]
 
 
 def stored_elements(choices: Mapping[str, Choice], shapes: Mapping[str, tuple[int, int]]) -> int:

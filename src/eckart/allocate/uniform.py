@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from eckart.allocate.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
-from eckart.forms import FactoredLinear, form_named
+from eckart.forms import Block, form_named
 
 
-def uniform(shapes: Mapping[str, tuple[int, int]], keep: float, form: str, *, multiple: int = 1) -> dict[str, Choice]:
+def uniform(
+    shapes: Mapping[str, tuple[int, int]],
+    keep: float,
+    form: str,
+    *,
+    multiple: int = 1,
+    errors: Mapping[str, Mapping[Block | None, Sequence[float] | Tensor] | None] | None = None,
+) -> dict[str, Choice]:
     """The largest rank of each site whose stored numbers are at most `keep` of its matrix.
+
+    Of a form that cuts weights into blocks, the shape of block whose error at that rank is least.
 
     Args:
         shapes: site -> (out, in).
         keep: fraction of each matrix, in (0, 1]; 1 leaves everything dense.
         form: name of the form.
         multiple: ranks are multiples of this where the site is large enough.
+        errors: site -> shape of block -> error at rank 0, 1, ...; where they are not known, the shape that stores most
+            of what may be stored is taken.
 
     Returns:
         Site -> choice.
@@ -26,23 +39,21 @@ def uniform(shapes: Mapping[str, tuple[int, int]], keep: float, form: str, *, mu
     """
     if keep >= 1:
         return {name: Choice(DENSE) for name in shapes}
-    kind = form_named(form)
     choices: dict[str, Choice] = {}
     least, tightest = 0.0, ""
-    for name, (rows, columns) in shapes.items():
-        budget = keep * rows * columns
-        fitting = [
-            rank
-            for rank in rank_steps(kind.max_rank(rows, columns), multiple)
-            if kind.size(rows, columns, rank).parameters <= budget
-        ]
-        # A site too small for a multiple that fits falls back to the largest rank that does.
-        rank = fitting[-1] if fitting else _largest(kind, rows, columns, budget)
-        if rank == 0:
-            smallest = smallest_keep(kind.size(rows, columns, 1).parameters, rows * columns)
-            if smallest > least:
-                least, tightest = smallest, name
-        choices[name] = Choice(form, max(rank, 1))
+    for name, shape in shapes.items():
+        fitting = fitting_choices(shape, keep, form, multiple=multiple)
+        if not fitting:
+            smallest = min(Choice(form, 1, block).stored(*shape) for block in form_named(form).blocks(*shape))
+            needed = smallest_keep(smallest, shape[0] * shape[1])
+            if needed > least:
+                least, tightest = needed, name
+            continue
+        known = (errors or {}).get(name)
+        if known is None:
+            choices[name] = max(fitting, key=lambda choice: choice.stored(*shape))
+        else:
+            choices[name] = min((c for c in fitting if c.block in known), key=lambda c: float(known[c.block][c.rank]))
     if tightest:
         raise OverBudgetError(
             f"--keep {keep:g}: {tightest} cannot be stored that small in form {form}; the smallest keep that "
@@ -52,9 +63,23 @@ def uniform(shapes: Mapping[str, tuple[int, int]], keep: float, form: str, *, mu
     return choices
 
 
-def _largest(kind: type[FactoredLinear], rows: int, columns: int, budget: float) -> int:
-    ranks = range(1, kind.max_rank(rows, columns) + 1)
-    return max(
-        (r for r in ranks if kind.size(rows, columns, r).parameters <= budget),
-        default=0,
-    )
+def fitting_choices(shape: tuple[int, int], keep: float, form: str, *, multiple: int = 1) -> list[Choice]:
+    """For each shape of block the largest rank whose stored numbers are at most `keep` of the matrix, if there is one.
+
+    Args:
+        shape: (out, in).
+        keep: fraction of the matrix.
+        form: name of the form.
+        multiple: ranks are multiples of this where the matrix is large enough.
+    """
+    kind, budget = form_named(form), keep * shape[0] * shape[1]
+    found: list[Choice] = []
+    for block in kind.blocks(*shape):
+        largest = kind.max_rank(*shape, block)
+        # A site too small for a multiple that fits falls back to the largest rank that does.
+        for ranks in (rank_steps(largest, multiple), range(1, largest + 1)):
+            fitting = [rank for rank in ranks if Choice(form, rank, block).stored(*shape) <= budget]
+            if fitting:
+                found.append(Choice(form, fitting[-1], block))
+                break
+    return found

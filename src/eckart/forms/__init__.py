@@ -5,13 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms.base import Factored, FactoredLinear, Size
+from eckart.forms.base import Block, Factored, FactoredLinear, Size
+from eckart.forms.kronecker import Kronecker
 from eckart.forms.lowrank import LowRank
 from eckart.forms.pivoted import Pivoted
 
-FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted)}
+FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted, Kronecker)}
 
-__all__ = ["FORMS", "Factored", "FactoredLinear", "LowRank", "Pivoted", "Size", "build", "form_named"]
+__all__ = [
+    "FORMS",
+    "Block",
+    "Factored",
+    "FactoredLinear",
+    "Kronecker",
+    "LowRank",
+    "Pivoted",
+    "Size",
+    "build",
+    "form_named",
+]
 
 
 def form_named(name: str) -> type[FactoredLinear]:
@@ -34,7 +46,7 @@ def build(spec: dict[str, Any]) -> FactoredLinear:
     if not isinstance(spec, dict) or "form" not in spec:
         raise UsageError(f"module spec {spec!r} names no form; it needs form, sizes and bias.")
     form = form_named(spec["form"])
-    sizes = {}
+    sizes: dict[str, Any] = {}
     for key in form.sizes:
         value = spec.get(key)
         if isinstance(value, bool) or not isinstance(value, int):

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.forms.lazy import LazyWeight
+from eckart.linalg import Factorisation, Problem, curve_under, factorise
+
+Block = tuple[int, int]
+"""(rows, columns) of the blocks that a form cuts a weight into."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +81,23 @@ class FactoredLinear(Factored):
         out_features: m.
         rank: k.
         source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
+        block: shape of the blocks that it cuts the weight into; None for a form without blocks.
+        refits: whether it can be solved again on moved inputs.
+        weighted_exactly: whether :meth:`solve` is optimal under every metric, not under the identity alone.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
+    refits: ClassVar[bool] = True
+    weighted_exactly: ClassVar[bool] = True
 
-    def __init__(self, in_features: int, out_features: int, rank: int, bias: bool, source: str) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, bias: bool, source: str, block: Block | None = None
+    ) -> None:
         super().__init__()
-        if not 1 <= rank <= min(in_features, out_features):
+        full = self.full_rank(out_features, in_features, block)
+        if not 1 <= rank <= full:
             raise UsageError(
-                f"form {self.form}: rank {rank} is outside 1..{min(in_features, out_features)} "
+                f"form {self.form}: rank {rank} is outside 1..{full} "
                 f"for a weight of {out_features} x {in_features}; choose a rank inside."
             )
         if source not in ("linear", "conv1d"):
@@ -99,22 +111,47 @@ class FactoredLinear(Factored):
     # -- what a form must say ------------------------------------------------------------------------
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> Size:
         """What the form stores and computes at a rank, the bias left out."""
         raise NotImplementedError
 
     @classmethod
-    def max_rank(cls, out_features: int, in_features: int) -> int:
+    def blocks(cls, out_features: int, in_features: int) -> tuple[Block | None, ...]:
+        """The shapes of blocks to choose from; None alone for a form without blocks."""
+        return (None,)
+
+    @classmethod
+    def full_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:
+        """The rank at which any weight of this shape can be held."""
+        return min(out_features, in_features)
+
+    @classmethod
+    def max_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:
         """The largest rank that still stores fewer numbers than the dense weight; 0 if none does."""
         dense = out_features * in_features
-        low, high = 0, min(out_features, in_features)
+        low, high = 0, cls.full_rank(out_features, in_features, block)
         while low < high:  # size grows with the rank
             middle = (low + high + 1) // 2
-            if cls.size(out_features, in_features, middle).parameters < dense:
+            if cls.size(out_features, in_features, middle, block).parameters < dense:
                 low = middle
             else:
                 high = middle - 1
         return low
+
+    @classmethod
+    def solve(cls, problem: Problem, block: Block | None, limit: int, what: str) -> Factorisation:
+        """The factors that :meth:`store` takes, for every rank up to `limit` at least."""
+        return factorise(problem, what)
+
+    @classmethod
+    def errors_under(cls, solved: Factorisation, problem: Problem, block: Block | None, limit: int) -> Tensor:
+        """Squared error of ranks 0, 1, ..., `limit` at least, measured in another problem's metric."""
+        return curve_under(solved, problem)
+
+    @classmethod
+    def times(cls, left: Tensor, right: Tensor, vector: Tensor, block: Block | None) -> Tensor:
+        """`W' v` of the factors that :meth:`store` takes."""
+        return left @ (right @ vector)
 
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Fill the module with `W' = left @ right` and the bias.
@@ -136,13 +173,18 @@ class FactoredLinear(Factored):
 
     # -- what is the same for all --------------------------------------------------------------------
 
+    @property
+    def block(self) -> Block | None:
+        """Shape of its blocks, if it has any."""
+        return None
+
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
         return super().spec() | {"bias": self.has_bias, "source": self.source}
 
     def multiply_adds(self) -> int:
         """Multiply-adds per token."""
-        return self.size(self.out_features, self.in_features, self.rank).multiply_adds
+        return self.size(self.out_features, self.in_features, self.rank, self.block).multiply_adds
 
     @property
     def weight(self) -> Tensor:

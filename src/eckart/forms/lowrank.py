@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from eckart.forms.base import FactoredLinear, Size, compute_dtype, copy_into
+from eckart.forms.base import Block, FactoredLinear, Size, compute_dtype, copy_into
 
 
 class LowRank(FactoredLinear):
@@ -22,7 +22,7 @@ class LowRank(FactoredLinear):
         self.second = nn.Linear(rank, out_features, bias=bias)
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> Size:
         """k (m + n) numbers and as many multiply-adds."""
         numbers = rank * (out_features + in_features)
         return Size(numbers, numbers)

@@ -1,6 +1,7 @@
 """The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
 
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
+from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorise, rearranged, rearranged_back
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
@@ -15,7 +16,11 @@ __all__ = [
     "checked_svd",
     "curve_under",
     "factorise",
+    "kronecker_curve_under",
+    "kronecker_factorise",
     "pivoted_factors",
+    "rearranged",
+    "rearranged_back",
     "require_finite",
     "weighted_error",
 ]

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from eckart.forms import Block
 from eckart.linalg import Problem
 from eckart.moments import Moments
 
 # (weight (out, in), moments) -> problem. Moments hold what the method's `needs` ask for.
 MetricFunction = Callable[[Tensor, Moments], Problem]
+
+SizeRule = Callable[[str, int, int], tuple[int, Block | None] | None]
 
 
 @dataclass(frozen=True)
@@ -26,9 +29,11 @@ class Method:
         needs: statistics the metric reads: "gram", "absolute", "gradients", "fisher"; empty: no data.
         exact_for: what error the factors are optimal for, in words.
         form: the stored form of the paper.
-        allocation: "uniform" or "loss".
+        allocation: "uniform", "loss", or "own": what `own_size` says.
         centred: whether means are folded into the bias of sites that have one, and the metric is centred.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
+        own_size: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
+            None for a site that stays dense.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Method:
     allocation: str = "uniform"
     centred: bool = False
     refit: bool = False
+    own_size: SizeRule | None = None
 
     @property
     def needs_data(self) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
-from eckart.forms import FORMS, FactoredLinear, build
+from eckart.forms import FORMS, Block, FactoredLinear, build
 from eckart.model.sites import Site
 
 DENSE = "dense"
@@ -26,6 +26,7 @@ def store(
     right: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
+    block: Block | None = None,
 ) -> tuple[FactoredLinear, str | None]:
     """A module holding `W' = left @ right` in the form; low-rank where the form cannot hold it.
 
@@ -37,12 +38,13 @@ def store(
         right: A, (k, in).
         bias: (out,) or None.
         dtype: of the stored numbers.
+        block: shape of the form's blocks; then the factors are those of the rearranged weight.
 
     Returns:
         The module, and the reason of a fallback or None. The fallback keeps to the form's size: it is
         low-rank at the largest rank that stores no more numbers.
     """
-    module = _empty(site, form, rank, bias is not None, left.device, dtype)
+    module = _empty(site, form, rank, bias is not None, left.device, dtype, block)
     reason = _try(module, site, left, right, bias)
     if reason is None:
         return module.eval(), None
@@ -53,10 +55,13 @@ def store(
     return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
 
 
-def _empty(site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype) -> FactoredLinear:
+def _empty(
+    site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype, block: Block | None = None
+) -> FactoredLinear:
     """A module without numbers: none are drawn, so that the global random state stays as it is."""
+    sizes: dict[str, Any] = {} if block is None else {"block_out": block[0], "block_in": block[1]}
     with torch.device("meta"):
-        module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source)
+        module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source, **sizes)
     return module.to(dtype=dtype).to_empty(device=device)
 
 

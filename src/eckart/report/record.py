@@ -45,6 +45,7 @@ def make(
                 "shape": list(site.shape),
                 "form": choice.form,
                 "rank": choice.rank if choice.form != DENSE else min(site.shape),
+                **({"block": list(choice.block)} if choice.block is not None else {}),
                 "before": before.modules[site.name].as_dict(),
                 "after": after.modules[site.name].as_dict(),
                 **({"left_dense": unreached[site.name]} if site.name in unreached else {}),

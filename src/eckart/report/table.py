@@ -65,6 +65,8 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
     recipe, data = report["recipe"], report["data"]
     of = "the sites' numbers" if recipe["keep_of"] == "sites" else "the whole model's numbers"
     budget = f"keep {recipe['keep']:g} of {of}" if report["allocation"] != "plan" else f"the plan {recipe['plan']}"
+    if report["allocation"] == "own":
+        budget = "the sizes that it states"
     lines = [
         f"{report['model']} by {report['method']}: {budget}",
         f"form {report['form']}, allocation {report['allocation']}; exact for {report['exact_for']}",

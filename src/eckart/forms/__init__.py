@@ -6,12 +6,46 @@ from typing import Any
 
 from eckart.errors import UsageError
 from eckart.forms.base import Factored, FactoredLinear, Size
+from eckart.forms.embedding import (
+    FactoredEmbedding,
+    KroneckerEmbedding,
+    LowRankEmbedding,
+    SafeEmbedding,
+    TiedHead,
+)
 from eckart.forms.lowrank import LowRank
 from eckart.forms.pivoted import Pivoted
 
 FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted)}
+"""Of a Linear or Conv1D, by name."""
 
-__all__ = ["FORMS", "Factored", "FactoredLinear", "LowRank", "Pivoted", "Size", "build", "form_named"]
+EMBEDDINGS: dict[str, type[FactoredEmbedding]] = {
+    "lowrank": LowRankEmbedding,
+    "kronecker": KroneckerEmbedding,
+    "safe": SafeEmbedding,
+}
+"""Of a token embedding, by the word of `--embeddings`."""
+
+STORED: dict[str, type[Factored]] = {**FORMS, **{form.form: form for form in (*EMBEDDINGS.values(), TiedHead)}}
+"""Everything that a checkpoint may hold, by the name in its spec."""
+
+__all__ = [
+    "EMBEDDINGS",
+    "FORMS",
+    "STORED",
+    "Factored",
+    "FactoredEmbedding",
+    "FactoredLinear",
+    "KroneckerEmbedding",
+    "LowRank",
+    "LowRankEmbedding",
+    "Pivoted",
+    "SafeEmbedding",
+    "Size",
+    "TiedHead",
+    "build",
+    "form_named",
+]
 
 
 def form_named(name: str) -> type[FactoredLinear]:
@@ -25,19 +59,20 @@ def form_named(name: str) -> type[FactoredLinear]:
     return FORMS[name]
 
 
-def build(spec: dict[str, Any]) -> FactoredLinear:
-    """An uninitialised module from its JSON spec, as :meth:`FactoredLinear.spec` gives it.
+def build(spec: dict[str, Any]) -> Factored:
+    """An uninitialised module from its JSON spec, as :meth:`Factored.spec` gives it.
 
     Raises:
         UsageError: if the form is unknown, a size is missing, of the wrong type or out of range.
     """
     if not isinstance(spec, dict) or "form" not in spec:
         raise UsageError(f"module spec {spec!r} names no form; it needs form, sizes and bias.")
-    form = form_named(spec["form"])
+    name = spec["form"]
+    form = STORED[name] if isinstance(name, str) and name in STORED else form_named(name)
     sizes = {}
     for key in form.sizes:
         value = spec.get(key)
         if isinstance(value, bool) or not isinstance(value, int):
             raise UsageError(f"module spec of form {spec['form']}: {key} must be a whole number, not {value!r}.")
         sizes[key] = value
-    return form(**sizes, bias=bool(spec.get("bias", True)), source=spec.get("source", "linear"))
+    return form(**sizes, **form.options(spec))

@@ -1,6 +1,7 @@
 """The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
 
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
+from eckart.linalg.embedding import TableFactors, in_blocks, smoothed, table_factors, tied_factors
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
@@ -11,11 +12,16 @@ __all__ = [
     "Metric",
     "PivotedFactors",
     "Problem",
+    "TableFactors",
     "checked_eigh",
     "checked_svd",
     "curve_under",
     "factorise",
+    "in_blocks",
     "pivoted_factors",
     "require_finite",
+    "smoothed",
+    "table_factors",
+    "tied_factors",
     "weighted_error",
 ]

@@ -1,26 +1,36 @@
 """The rooms that know transformers' module types: find sites, replace them."""
 
 from eckart.model.clone import cast, own_storage, shared_clone
+from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
 from eckart.model.replace import factored_modules, pack, replace, set_dense, store, to_dense_modules, unpack
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
+from eckart.model.ties import ties_of, ties_of_factored
 from eckart.model.weights import Compute, Weights
 
 __all__ = [
     "Compute",
     "Site",
     "Sites",
+    "Table",
+    "Tables",
     "Weights",
     "cast",
+    "chosen_size",
     "dense_weight",
     "factored_modules",
     "find_sites",
+    "find_tables",
     "has_head",
     "own_storage",
     "pack",
+    "put_table",
     "replace",
+    "saved_numbers",
     "set_dense",
     "shared_clone",
     "store",
+    "ties_of",
+    "ties_of_factored",
     "to_dense_modules",
     "unpack",
 ]

@@ -80,7 +80,9 @@ def factor_embeddings(
     found = find_tables(original, recipe.ignore)
     done = Embedded(skipped=found.skipped)
     if not found.chosen:
-        done.notes.append(f"--embeddings {recipe.embeddings}: {type(original).__name__} has no token embedding to factor")
+        done.notes.append(
+            f"--embeddings {recipe.embeddings}: {type(original).__name__} has no token embedding to factor"
+        )
     else:
         listed = ", ".join(f"{table.name}" for table in found.chosen)
         if len(found.chosen) > 1:

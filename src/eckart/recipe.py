@@ -85,7 +85,15 @@ class Recipe(BaseModel):
     trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
 
     @field_validator(
-        "keep", "embeddings_keep", "rank_multiple", "num_samples", "max_seq_length", "batch_size", "seed", "cache_memory", mode="before"
+        "keep",
+        "embeddings_keep",
+        "rank_multiple",
+        "num_samples",
+        "max_seq_length",
+        "batch_size",
+        "seed",
+        "cache_memory",
+        mode="before",
     )
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:

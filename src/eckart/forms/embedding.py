@@ -3,9 +3,10 @@
 All store `codes`, a few numbers for each token, and `expand`, which makes them wide:
 
     low-rank     e_i = P c_i,                    codes (v, k),    P (d, k)
-    Kronecker    e_i = a_i (x) b,                codes (v, d/f),  b (f, 1)     KnGPT2, Edalati et al. 2021, arXiv 2110.08152
-    SAFE         e_i = P (c_i + attention_i(c)), codes (v, k),    P (d, k)     Subformer, Reid et al. 2021, arXiv 2101.00234
+    Kronecker    e_i = a_i (x) b,                codes (v, d/f),  b (f, 1)
+    SAFE         e_i = P (c_i + attention_i(c)), codes (v, k),    P (d, k)
 
+Kronecker: KnGPT2, Edalati et al. 2021, arXiv 2110.08152. SAFE: Subformer, Reid et al. 2021, arXiv 2101.00234.
 The table is never made to look rows up. A tied head multiplies with it in the same two steps, on the same numbers.
 """
 

@@ -132,11 +132,13 @@ def tied_factors(
 
     def objective(factors: Factors) -> float:
         error = table - factors[0] @ factors[1]
-        return (float(weighted_error(error, weights, Metric())) + strength * float(weighted_error(error, rows, head))) / first
+        return (
+            float(weighted_error(error, weights, Metric())) + strength * float(weighted_error(error, rows, head))
+        ) / first
 
     best = start.left, start.right
     history = [objective(best)]
-    # Where both terms weigh the rows alike, the first of these is (2) itself, solved exactly. Else better places to begin.
+    # Where both terms weigh the rows alike, the first of these is (2) itself, solved exactly.
     joint = Metric(full=H, scale=float(P.mean() / D.mean()), ridge=1.0)
     for begin in (Problem(table, weights, joint), Problem(table, rows, head)):
         candidate = factorise(begin, what).truncated(rank)
@@ -158,7 +160,9 @@ def tied_factors(
     return TableFactors(*best, lookup, _share(table, *best, rows, head), tuple(history), start.notes + notes)
 
 
-def in_blocks(table: Tensor, lookups: Tensor, inputs: Tensor | None, blocks: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def in_blocks(
+    table: Tensor, lookups: Tensor, inputs: Tensor | None, blocks: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Lay each row out in blocks: a Kronecker product of one row becomes a matrix of rank one.
 
     `A (x) b` with A (v, c) and b (1, f) is, its rows cut into c blocks of f numbers, the outer product of the numbers
@@ -192,7 +196,7 @@ def _share(table: Tensor, left: Tensor, right: Tensor, outer: Metric, inner: Met
 
 
 def _jointly_diagonal(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """W (k, s) with `W^T first W = I` and `W^T second W = diag(values)`; directions that `first` has none of left out."""
+    """W (k, s) with `W^T first W = I` and `W^T second W = diag(values)`; what `first` does not see is left out."""
     values, vectors, _ = checked_eigh(first)
     seen = values > values[0] * FLOOR
     basis = (vectors[:, seen] / values[seen].sqrt()).to(first.dtype)
@@ -202,15 +206,15 @@ def _jointly_diagonal(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 def _codes(table: Tensor, seen: Tensor, right: Tensor, D: Tensor, P: Tensor, head: Metric) -> Tensor:
     """B, (v, k), for a fixed A."""
-    basis, values = _jointly_diagonal(right.double() @ right.mT.double(), right.double() @ head.times(right.mT).double())
+    basis, values = _jointly_diagonal(
+        right.double() @ right.mT.double(), right.double() @ head.times(right.mT).double()
+    )
     mixed = right.mT @ basis.to(table.dtype)  # (d, s)
     wanted = D[:, None] * (table @ mixed) + P[:, None] * (seen @ mixed)
     return wanted / (D[:, None] + P[:, None] * values.to(table.dtype)) @ basis.to(table.dtype).mT
 
 
-def _basis(
-    table: Tensor, seen: Tensor, left: Tensor, D: Tensor, P: Tensor, values: Tensor, vectors: Tensor
-) -> Tensor:
+def _basis(table: Tensor, seen: Tensor, left: Tensor, D: Tensor, P: Tensor, values: Tensor, vectors: Tensor) -> Tensor:
     """A, (k, d), for a fixed B; `H = vectors diag(values) vectors^T`."""
     for_lookups, for_head = D[:, None] * left, P[:, None] * left
     basis, shares = _jointly_diagonal((left.mT @ for_lookups).double(), (left.mT @ for_head).double())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_objective_of_a_tied_table_falls_and_is_what_it_says():
     made = tied_factors(table, lookups, inputs, 5)
     history = made.history
     assert len(history) > 2
-    assert all(after < before for before, after in zip(history, history[1:], strict=False))
+    assert all(after < before for before, after in pairwise(history))
     alone = table_factors(table, lookups, 5)
     assert history[0] == pytest.approx(objective(table, lookups, inputs, alone.left @ alone.right), rel=1e-9)
     assert history[-1] == pytest.approx(objective(table, lookups, inputs, made.left @ made.right), rel=1e-9)
@@ -224,7 +225,7 @@ def made():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_saved_and_loaded(made, name, form, tmp_path):
-    model, result = made(name, form)
+    _, result = made(name, form)
     batch = BY_NAME[name].batches()[0]
     logits = output(result.model, batch)
     result.save_pretrained(tmp_path / "m")

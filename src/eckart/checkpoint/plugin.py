@@ -109,7 +109,8 @@ class EckartQuantizer(HfQuantizer):
                     "tie_word_embeddings to false in config.json."
                 )
             prefix = re.escape(model.base_model_prefix)
-            names = "|".join(re.escape(place.removeprefix(f"{model.base_model_prefix}.")) for place in factored)
+            known = (*factored, *self.quantization_config.modules)  # another class's head has a guard as well
+            names = "|".join(re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in known)
             self._pattern = rf"^(?:{prefix}\.)?(?:{names})\.weight$"
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {self._pattern}

@@ -26,7 +26,8 @@ EMBEDDINGS: dict[str, type[FactoredEmbedding]] = {
 }
 """Of a token embedding, by the word of `--embeddings`."""
 
-STORED: dict[str, type[Factored]] = {**FORMS, **{form.form: form for form in (*EMBEDDINGS.values(), TiedHead)}}
+_OTHERS: tuple[type[Factored], ...] = (*EMBEDDINGS.values(), TiedHead)
+STORED: dict[str, type[Factored]] = {**FORMS, **{form.form: form for form in _OTHERS}}
 """Everything that a checkpoint may hold, by the name in its spec."""
 
 __all__ = [

@@ -129,7 +129,7 @@ class FactoredEmbedding(Factored):
         """The ordinary embedding that this one stands for."""
         table = self.to_dense().detach()
         kind = nn.Embedding if self.scale == 1 else ScaledEmbedding
-        module = kind(*table.shape, padding_idx=self.padding_idx, device="meta")
+        module = kind(self.num_embeddings, self.embedding_dim, padding_idx=self.padding_idx, device="meta")
         module.weight = nn.Parameter(table)
         if isinstance(module, ScaledEmbedding):
             module.scale = self.scale
@@ -350,7 +350,7 @@ class TiedHead(Factored):
         """The ordinary Linear; its weight is to be tied again, its bias is this module's own."""
         module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
         module.weight = nn.Parameter(self.to_dense().detach())
-        module.bias = self.bias
+        module.register_parameter("bias", self.bias)
         return module
 
     @property

@@ -26,7 +26,7 @@ from eckart.errors import UsageError
 from eckart.forms import Block, form_named
 from eckart.measure import sizes
 from eckart.methods import METHODS, Method
-from eckart.model import Sites
+from eckart.model import Sites, saved_numbers
 from eckart.recipe import Recipe
 
 Losses = Mapping[Block | None, Tensor]
@@ -122,8 +122,11 @@ class Budget:
         """The budget of a recipe's keep."""
         inside = sum(site.elements for site in sites.chosen)
         whole = inside if recipe.keep_of == "sites" else sizes(model).model.elements
-        elements = int(round(recipe.keep * whole, 6)) - (whole - inside)
-        return cls(elements, whole - inside, whole, recipe.keep, recipe.keep_of)
+        outside = whole - inside
+        if recipe.keep_of == "model":  # embeddings count as they will be stored
+            outside -= saved_numbers(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
+        elements = int(round(recipe.keep * whole, 6)) - outside
+        return cls(elements, outside, whole, recipe.keep, recipe.keep_of)
 
     def refusal(self, needed: int, why: str) -> UsageError:
         """The error of a budget that is too small: `needed` elements of the sites would do."""

@@ -41,6 +41,13 @@ class Recipe(BaseModel):
     keep_of: Literal["sites", "model"] = Field(
         "sites", description="What `keep` is a fraction of: the eligible weights, or the whole model."
     )
+    embeddings: Literal["keep", "lowrank", "kronecker", "safe"] = Field(
+        "keep",
+        description="How token embeddings, and output heads tied to them, are stored; safe needs `eckart tune` after.",
+    )
+    embeddings_keep: float = Field(
+        0.5, gt=0, le=1, description="Fraction of the numbers of the token embeddings that is stored afterwards."
+    )
     rank_multiple: int | None = Field(None, ge=1, description="Ranks are multiples of this.")
     plan: str | None = Field(None, description="A plan.json to replay instead of allocating.")
     targets: tuple[str, ...] | None = Field(None, description="Only these modules: names, globs or regexes.")
@@ -78,7 +85,15 @@ class Recipe(BaseModel):
     trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
 
     @field_validator(
-        "keep", "rank_multiple", "num_samples", "max_seq_length", "batch_size", "seed", "cache_memory", mode="before"
+        "keep",
+        "embeddings_keep",
+        "rank_multiple",
+        "num_samples",
+        "max_seq_length",
+        "batch_size",
+        "seed",
+        "cache_memory",
+        mode="before",
     )
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:

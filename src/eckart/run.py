@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -28,6 +28,7 @@ from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
 from eckart.data.ready import digest
+from eckart.embedding import factor_embeddings
 from eckart.errors import CheckpointError, ModelError, NumericalError, UsageError
 from eckart.forms import FORMS
 from eckart.linalg import require_finite
@@ -364,6 +365,11 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
     with work.clock("replacement"):
         compressed, found = assembly.put(plan, shelf)
     notes += found
+    with work.clock("embeddings") if recipe.embeddings != "keep" else nullcontext():
+        embedded = factor_embeddings(
+            model, compressed, recipe, work.data, work.weights, work.workplace.processes, dtype
+        )
+    notes += embedded.notes
     _lean(compressed, work.workplace.streaming)
     measured: dict[str, Any] | None = None
     if settings.refit and work.data is not None:
@@ -371,7 +377,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
             compressed, measured = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites))
     fuse(compressed)
-    if any(choice.form != DENSE for choice in plan.choices.values()):
+    if factored_modules(compressed):
         mark(compressed)
     with work.clock("measuring"):
         if work.held is not None and measured is None:
@@ -397,6 +403,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
         effective_ranks=summary.effective_ranks,
     )
     report["calibrated"] = calibration.how
+    embedded.join(report)
     if not work.workplace.streaming:
         own_storage(compressed, model)
     return Result(compressed, plan, report, recipe, work.tokenizer, work.source_folder)

@@ -17,8 +17,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import CheckpointError, ModelError, UsageError
-from eckart.forms import FactoredLinear, build
-from eckart.model import Experts, experts_apart, factored_modules, fused_experts
+from eckart.forms import Factored, FactoredLinear, build
+from eckart.model import Experts, experts_apart, factored_modules, fused_experts, ties_of, ties_of_factored
 from eckart.model.experts import FORM as EXPERTS
 
 if TYPE_CHECKING:
@@ -100,20 +100,25 @@ class EckartQuantizer(HfQuantizer):
             place = _locate(model, name)
             if place is not None:
                 factored[place] = _form(name, spec, model.get_submodule(place))
-        tied = model.all_tied_weights_keys
+        before = ties_of(model)
         for place, form in factored.items():
-            if f"{place}.weight" in tied or f"{place}.weight" in tied.values():
-                raise CheckpointError(
-                    f"Module {place} is factored, but the config ties its weight (tie_word_embeddings). Set "
-                    "tie_word_embeddings to false in config.json."
-                )
             # Otherwise the loader would expect the guard, the empty tensor under the dense weight's name.
             self._handles.append(form.register_state_dict_post_hook(_without_guard))
             model.set_submodule(place, form)
-        guarded += [f"{place}.weight" for place in factored]
+        # Another class's head has a guard as well.
+        guarded += [f"{name}.weight" for name in dict.fromkeys((*factored, *specs))]
+        if factored:
+            ties_of_factored(model, before, tie=False)
+            tied = model.all_tied_weights_keys
+            half = next((n for n in factored if f"{n}.weight" in tied or f"{n}.weight" in tied.values()), None)
+            if half is not None:
+                raise CheckpointError(
+                    f"Module {half} is factored, but the config ties its weight (tie_word_embeddings). Set "
+                    "tie_word_embeddings to false in config.json."
+                )
         if guarded:
             prefix = re.escape(model.base_model_prefix)
-            names = "|".join(re.escape(place.removeprefix(f"{model.base_model_prefix}.")) for place in guarded)
+            names = "|".join(re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in guarded)
             self._pattern = rf"^(?:{prefix}\.)?(?:{names})$"
             ignored = set(model._keys_to_ignore_on_load_unexpected or ())
             model._keys_to_ignore_on_load_unexpected = ignored | {self._pattern}
@@ -237,7 +242,7 @@ def _locate(model: PreTrainedModel, name: str) -> str | None:
     return None
 
 
-def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> FactoredLinear:
+def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> Factored:
     try:
         form = build(spec)
     except UsageError as error:
@@ -247,10 +252,14 @@ def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> FactoredLinear:
         ) from error
     weight = getattr(dense, "weight", None)
     shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else None
-    if shape is None or sorted(shape) != sorted((form.out_features, form.in_features)):
+    if isinstance(form, FactoredLinear):
+        rows, columns = form.out_features, form.in_features
+    else:
+        rows, columns = form.weight.shape  # type: ignore[misc]
+    if shape is None or sorted(shape) != sorted((rows, columns)):
         raise CheckpointError(
-            f"Module {name} in quantization_config of config.json is {form.out_features} x "
-            f"{form.in_features}, but {type(dense).__name__} there has the shape {shape}. Load the model "
+            f"Module {name} in quantization_config of config.json is {rows} x "
+            f"{columns}, but {type(dense).__name__} there has the shape {shape}. Load the model "
             "with the config it was saved with."
         )
     return form

@@ -17,8 +17,8 @@ from eckart.recipe import Recipe, make_recipe
 F = TypeVar("F", bound=Callable[..., Any])
 
 PANELS = {
-    "What": ("method", "metric", "form", "allocation", "refit", "keep", "keep_of", "rank_multiple", "plan", "targets",
-             "ignore", "dtype"),
+    "What": ("method", "metric", "form", "allocation", "refit", "keep", "keep_of", "embeddings", "embeddings_keep",
+             "rank_multiple", "plan", "targets", "ignore", "dtype"),
     "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
              "data_revision", "num_samples", "max_seq_length", "batch_size", "curvature", "seed"),
     "Model and machine": ("revision", "device", "stream", "cache_memory", "trust_remote_code"),

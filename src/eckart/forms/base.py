@@ -57,8 +57,17 @@ class Factored(nn.Module):
         self.register_state_dict_post_hook(_write_guard)
         self.register_load_state_dict_pre_hook(_drop_guard)
 
+    @classmethod
+    def options(cls, spec: dict[str, Any]) -> dict[str, Any]:
+        """What `__init__` takes besides the sizes, read and checked from a spec."""
+        return {}
+
     def to_dense(self) -> Tensor:
         """W', (out, in) or (vocabulary, width), in the module's dtype, computed in float32 at least."""
+        raise NotImplementedError
+
+    def dense(self) -> nn.Module:
+        """The ordinary module that this one stands for."""
         raise NotImplementedError
 
     def multiply_adds(self) -> int:
@@ -177,6 +186,11 @@ class FactoredLinear(Factored):
     def block(self) -> Block | None:
         """Shape of its blocks, if it has any."""
         return None
+
+    @classmethod
+    def options(cls, spec: dict[str, Any]) -> dict[str, Any]:
+        """Bias and kind of module replaced."""
+        return {"bias": bool(spec.get("bias", True)), "source": spec.get("source", "linear")}
 
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
-from eckart.forms import FORMS, Block, FactoredLinear, build
+from eckart.forms import FORMS, Block, Factored, FactoredLinear, SafeEmbedding, build
 from eckart.model.sites import Site
+from eckart.model.ties import ties_of_dense
 
 DENSE = "dense"
 """In place of a form's name: an ordinary module."""
@@ -107,7 +108,7 @@ def pack(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a module at a site stores: its tensors by name, and how to rebuild it, as JSON values."""
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
     tensors |= dict(module.named_buffers())
-    return tensors, module.spec() if isinstance(module, FactoredLinear) else {"form": DENSE}
+    return tensors, module.spec() if isinstance(module, Factored) else {"form": DENSE}
 
 
 def unpack(model: nn.Module, name: str, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
@@ -137,32 +138,43 @@ def unpack(model: nn.Module, name: str, tensors: Mapping[str, Tensor], spec: Map
     replace(model, name, new)
 
 
-def factored_modules(model: nn.Module) -> dict[str, FactoredLinear]:
+def factored_modules(model: nn.Module) -> dict[str, Factored]:
     """Name -> module of everything that is stored in a form."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FactoredLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
 
 
 def to_dense_modules(model: nn.Module) -> nn.Module:
-    """Replace every stored form by the Linear or Conv1D that it stands for, in place.
+    """Replace every stored form by the ordinary module that it stands for, in place; ties are ties again.
 
     Raises:
-        ModelError: if the model holds no stored form.
+        ModelError: if the model holds no stored form, or one that is no matrix; nothing is changed then.
     """
     factored = factored_modules(model)
     if not factored:
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
-        weight, bias = module.to_dense().detach(), module.dense_bias()
-        dense: nn.Module
-        if module.source == "conv1d":
-            with torch.device("meta"):
-                dense = Conv1D(module.out_features, module.in_features)
-            dense.weight = nn.Parameter(weight.mT.contiguous())
-            dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().clone())
-        else:
-            dense = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
-            dense.weight = nn.Parameter(weight)
-            if bias is not None:
-                dense.bias = nn.Parameter(bias.detach().clone())
-        replace(model, name, dense)
+        if isinstance(module, SafeEmbedding):
+            try:
+                module.to_dense()
+            except ModelError as error:
+                raise ModelError(f"{name}: {error}") from None
+    for name, module in factored.items():
+        replace(model, name, _dense_linear(module) if isinstance(module, FactoredLinear) else module.dense())
+    ties_of_dense(model, factored)
     return model
+
+
+def _dense_linear(module: FactoredLinear) -> nn.Module:
+    weight, bias = module.to_dense().detach(), module.dense_bias()
+    dense: nn.Module
+    if module.source == "conv1d":
+        with torch.device("meta"):
+            dense = Conv1D(module.out_features, module.in_features)
+        dense.weight = nn.Parameter(weight.mT.contiguous())
+        dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().clone())
+    else:
+        dense = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().clone())
+    return dense

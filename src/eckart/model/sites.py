@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
-from eckart.forms import FactoredLinear
+from eckart.forms import Factored
 
 # Configuration keys under which models keep their number of experts: a Linear of that many outputs beside
 # the experts is a router.
@@ -235,7 +235,7 @@ def _uses(model: nn.Module) -> dict[int, int]:
 
 
 def _refuse_factored(model: nn.Module) -> None:
-    factored = next((n for n, m in model.named_modules() if isinstance(m, FactoredLinear)), None)
+    factored = next((n for n, m in model.named_modules() if isinstance(m, Factored)), None)
     if factored is not None:
         raise ModelError(
             f"{factored} is already factored. Compress the original model, "
@@ -251,10 +251,10 @@ def _refuse_factored(model: nn.Module) -> None:
 def _matching(patterns: Sequence[str], names: Sequence[str], option: str) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
-        hits = {name for name in names if _matches(pattern, name)}
+        hits = {name for name in names if matches(pattern, name)}
         if not hits:
             ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-            near = difflib.get_close_matches(pattern, [*names, *ends], 3, 0.4) or ends[:5]
+            near = difflib.get_closematches(pattern, [*names, *ends], 3, 0.4) or ends[:5]
             raise UsageError(
                 f"{option}: {pattern!r} matches no module with a weight matrix. "
                 f"Near misses: {', '.join(near)}. `eckart inspect` lists all names."
@@ -263,7 +263,8 @@ def _matching(patterns: Sequence[str], names: Sequence[str], option: str) -> set
     return matched
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a name, glob or regular expression means a module."""
     if name == pattern or name.endswith("." + pattern):
         return True
     if fnmatch.fnmatchcase(name, pattern):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from eckart.forms import FactoredLinear
+from eckart.forms import Factored
 from eckart.forms.lazy import LazyWeight
 
 # Bytes at the place of computing: above that, a module outside the blocks comes when it is called.
@@ -167,7 +167,7 @@ class Weights:
                 self._release(slot)
             if any(not slot.holders for slot in taken):
                 for module in modules:
-                    if isinstance(module, FactoredLinear):
+                    if isinstance(module, Factored):
                         module.train(module.training)  # which drops the working memory it made of the copies
 
     def _slots_of(self, modules: Iterable[nn.Module]) -> list[_Slot]:

@@ -77,7 +77,16 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"calibrated on {unit} of {data.get('source', 'the data given')}{curvature}")
     kept = report["kept"]
     lines.append(f"kept: {kept['of_sites']:.4f} of the sites' numbers, {kept['of_model']:.4f} of the whole model's")
-    return lines
+    return lines + [_embedding(row) for row in report.get("embeddings", ())]
+
+
+def _embedding(row: Mapping[str, Any]) -> str:
+    size = f"factor {row['factor']}" if "factor" in row else f"rank {row['rank']}"
+    heads = f" with {', '.join(row['heads'])}" if row["heads"] else ""
+    error = f"squared error {row['lookup_error']:.4f} of its look-ups"
+    error += f", {row['head_error']:.4f} of its logits" if "head_error" in row else ""
+    kept = f"{count(row['after'])} of {count(row['before'])} numbers"
+    return f"embedding {row['table']}{heads}: {row['form']}, {size}, {kept}; {error}"
 
 
 _CURVATURE = {"sampled": "draws of the model itself", "labels": "the labels"}

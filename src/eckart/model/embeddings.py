@@ -1,0 +1,268 @@
+"""The token embeddings of a model with what is tied to them, and factored ones in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.errors import UsageError
+from eckart.forms import EMBEDDINGS, Factored, FactoredEmbedding, TiedHead
+from eckart.model.replace import replace
+from eckart.model.sites import matches
+from eckart.model.ties import ties_of, ties_of_factored
+
+KEEP = "keep"
+"""In place of a form: embeddings stay as they are."""
+
+PROBED = 64
+"""Rows that are looked up to see what an embedding does with them."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One embedding matrix and all modules that read it.
+
+    Attributes:
+        embeddings: modules that look tokens up, the first one gives the table its name.
+        heads: output layers that multiply with it.
+        shape: (v, d).
+        scales: embedding -> what it multiplies rows with.
+        padding: embedding -> its `padding_idx`.
+    """
+
+    embeddings: tuple[str, ...]
+    heads: tuple[str, ...]
+    shape: tuple[int, int]
+    scales: Mapping[str, float]
+    padding: Mapping[str, int | None]
+
+    @property
+    def name(self) -> str:
+        """Of the table: that of its first embedding."""
+        return self.embeddings[0]
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """All that read it."""
+        return (*self.embeddings, *self.heads)
+
+    @property
+    def elements(self) -> int:
+        """Numbers in it."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What was found.
+
+    Attributes:
+        chosen: tables that can be factored.
+        skipped: every other embedding -> why it is left alone.
+    """
+
+    chosen: tuple[Table, ...]
+    skipped: dict[str, str]
+
+
+def find_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> Tables:
+    """Every matrix that tokens are looked up in: the input embeddings of the model and of the models inside it.
+
+    Args:
+        model: a transformers model; on the meta device what an embedding does with its rows is taken on trust.
+        ignore: names, globs or regular expressions of modules that are left alone, as for :func:`find_sites`.
+    """
+    tokens = _token_embeddings(model)
+    readers: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            readers.setdefault(id(weight), []).append(name)
+    tables: list[Table] = []
+    skipped: dict[str, str] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Embedding) or id(module.weight) in seen:
+            continue
+        together = readers[id(module.weight)]
+        if not any(id(model.get_submodule(reader)) in tokens for reader in together):
+            skipped[name] = "no token is looked up in it (positions, token types)"
+            continue
+        seen.add(id(module.weight))
+        reason = _reason(model, together, ignore or ())
+        if reason is not None:
+            skipped |= dict.fromkeys(together, reason)
+            continue
+        embeddings = [n for n in together if isinstance(model.get_submodule(n), nn.Embedding)]
+        rows, width = module.weight.shape
+        tables.append(
+            Table(
+                tuple(embeddings),
+                tuple(n for n in together if n not in embeddings),
+                (rows, width),
+                {n: _scale(model.get_submodule(n)) or 1.0 for n in embeddings},
+                {n: model.get_submodule(n).padding_idx for n in embeddings},  # type: ignore[misc]
+            )
+        )
+    return Tables(tuple(tables), skipped)
+
+
+def chosen_size(table: Table, form: str, keep: float) -> int:
+    """Rank, or Kronecker factor, that stores a fraction of a table.
+
+    Raises:
+        UsageError: if none does, naming the smallest fraction.
+    """
+    kind = EMBEDDINGS[form]
+    size = kind.largest(*table.shape, keep)
+    if size < 1:
+        rows, width = table.shape
+        least = kind.size(rows, width, 1).parameters / table.elements if form != "kronecker" else 1 / width
+        raise UsageError(
+            f"--embeddings-keep {keep:g}: {table.name} is {rows} x {width}, and its smallest {form} form stores "
+            f"{least:.4f} of that. Raise --embeddings-keep to that or more."
+        )
+    return size
+
+
+def saved_numbers(model: nn.Module, form: str, keep: float, ignore: Sequence[str] | None = None) -> int:
+    """How many numbers fewer a model stores with its token embeddings in a form; 0 for `keep`."""
+    if form == KEEP:
+        return 0
+    saved = 0
+    for table in find_tables(model, ignore).chosen:
+        size = chosen_size(table, form, keep)
+        saved += table.elements - EMBEDDINGS[form].size(*table.shape, size).parameters
+    return saved
+
+
+def put_table(
+    model: PreTrainedModel,
+    table: Table,
+    form: str,
+    size: int,
+    left: Tensor,
+    right: Tensor,
+    *,
+    causal: Mapping[str, bool],
+    dtype: torch.dtype,
+) -> None:
+    """Put factored modules where a table was read, and tie them.
+
+    Args:
+        model: changed in place.
+        table: of this model.
+        form: a word of `--embeddings`.
+        size: rank or Kronecker factor.
+        left: (v blocks, k).
+        right: (k, d / blocks).
+        causal: embedding -> whether later tokens are hidden from it, where its form asks.
+        dtype: of the stored numbers.
+    """
+    before = ties_of(model)
+    rows, width = table.shape
+    first: FactoredEmbedding | None = None
+    for name in table.embeddings:
+        old: Any = model.get_submodule(name)
+        options = {"padding_idx": table.padding[name], "scale": table.scales[name]}
+        options |= {"causal": causal[name]} if form == "safe" else {}
+        with torch.device("meta"):
+            made = EMBEDDINGS[form](rows, width, size, **options)
+        made.to(dtype=dtype).to_empty(device=left.device)
+        made.store(left, right)
+        first = first or made
+        _placed(model, name, made, old.weight.requires_grad)
+    assert first is not None
+    for name in table.heads:
+        old = model.get_submodule(name)
+        with torch.device("meta"):
+            head = TiedHead(width, rows, first.rank, first.blocks, bias=False)
+        head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight
+        head.bias = old.bias
+        _placed(model, name, head, old.weight.requires_grad)
+    ties_of_factored(model, before)
+
+
+def _placed(model: nn.Module, name: str, module: Factored, trains: bool) -> None:
+    for parameter in module.parameters():
+        parameter.requires_grad_(trains)
+    replace(model, name, module.eval())
+
+
+def _token_embeddings(model: nn.Module) -> set[int]:
+    """The modules that the model, and models inside it, name as their input embeddings."""
+    found: set[int] = set()
+    for part in model.modules():
+        if isinstance(part, PreTrainedModel):
+            try:
+                module = part.get_input_embeddings()
+            except (NotImplementedError, AttributeError):
+                continue
+            if isinstance(module, nn.Embedding):
+                found.add(id(module))
+    return found
+
+
+def _reason(model: nn.Module, readers: Sequence[str], ignore: Sequence[str]) -> str | None:
+    """Why a table is left alone; None if it can be factored."""
+    for name in readers:
+        module = model.get_submodule(name)
+        if any(matches(pattern, name) for pattern in ignore):
+            return f"{name} is named by --ignore"
+        if isinstance(module, nn.Embedding):
+            if _scale(module) is None:
+                return f"{name} ({type(module).__name__}) computes something else than rows times a number"
+            if module.max_norm is not None:
+                return f"{name} rescales its rows (max_norm)"
+        elif type(module) is not nn.Linear:
+            return f"its weight is also read by {name}, a {type(module).__name__}"
+    if len(readers) > 1 and not _all_known(model, readers):
+        return "its weight is shared by modules that the model does not name as tied"
+    if len(readers) == 1 and _should_be_tied(model, readers[0]):
+        return "the config ties its weight (tie_word_embeddings), but it is not tied: set tie_word_embeddings to false"
+    return None
+
+
+def _all_known(model: nn.Module, readers: Sequence[str]) -> bool:
+    """Whether the ties make one group of all readers: only then can a loader make them one again."""
+    keys = getattr(model, "all_tied_weights_keys", {}) or {}
+    weights = {f"{name}.weight" for name in readers}
+    linked = {source for target, source in keys.items() if target in weights and source in weights}
+    targets = {target for target in keys if target in weights}
+    return len(linked) == 1 and targets | linked == weights
+
+
+def _should_be_tied(model: nn.Module, name: str) -> bool:
+    expected: dict[str, str] = {}
+    if isinstance(model, PreTrainedModel):
+        expected = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return f"{name}.weight" in expected or f"{name}.weight" in expected.values()
+
+
+def _scale(module: nn.Module) -> float | None:
+    """What an embedding multiplies its rows with; None if it does anything else."""
+    assert isinstance(module, nn.Embedding)
+    if type(module).forward is nn.Embedding.forward or module.weight.is_meta:
+        return 1.0
+    ids = torch.arange(min(PROBED, len(module.weight)), device=module.weight.device)
+    rows = module.weight.detach()[ids].double()
+    try:
+        with torch.no_grad():
+            made = module(ids).double()
+    except Exception:  # any failure means: not a plain table
+        return None
+    if made.shape != rows.shape or not bool(rows.any()):
+        return None
+    measured = float((made * rows).sum() / rows.square().sum())
+    # The number itself, where the module tells it: what was measured carries the rounding of the rows.
+    told = [float(v) for v in vars(module).values() if isinstance(v, int | float) and not isinstance(v, bool)]
+    told += [float(b) for b in module.buffers() if b.numel() == 1]
+    rounding = 4 * torch.finfo(module.weight.dtype).eps
+    scale = next((value for value in told if abs(value - measured) <= rounding * abs(measured)), measured)
+    close = torch.allclose(made, scale * rows, rtol=rounding, atol=rounding * float(made.abs().max()))
+    return scale if close else None

@@ -7,11 +7,28 @@ from typing import Any
 from eckart.errors import UsageError
 from eckart.forms.base import Factored, FactoredLinear, Size
 from eckart.forms.lowrank import LowRank
+from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse
 from eckart.forms.pivoted import Pivoted
 
 FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted)}
+"""Of a Linear or Conv1D, by name: what a rank alone describes, and a plan can choose."""
 
-__all__ = ["FORMS", "Factored", "FactoredLinear", "LowRank", "Pivoted", "Size", "build", "form_named"]
+STORED: dict[str, type[FactoredLinear]] = {**FORMS, LowRankSparse.form: LowRankSparse}
+"""Everything that a checkpoint may hold, by the name in its spec."""
+
+__all__ = [
+    "FORMS",
+    "STORED",
+    "Factored",
+    "FactoredLinear",
+    "LowRank",
+    "LowRankSparse",
+    "MaskedLowRankSparse",
+    "Pivoted",
+    "Size",
+    "build",
+    "form_named",
+]
 
 
 def form_named(name: str) -> type[FactoredLinear]:
@@ -33,7 +50,8 @@ def build(spec: dict[str, Any]) -> FactoredLinear:
     """
     if not isinstance(spec, dict) or "form" not in spec:
         raise UsageError(f"module spec {spec!r} names no form; it needs form, sizes and bias.")
-    form = form_named(spec["form"])
+    known = STORED.get(spec["form"]) if isinstance(spec["form"], str) else None
+    form = known or form_named(spec["form"])
     sizes = {}
     for key in form.sizes:
         value = spec.get(key)

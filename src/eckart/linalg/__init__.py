@@ -4,6 +4,14 @@ from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_fin
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
+from eckart.linalg.sparse import (
+    Split,
+    averaged_importance,
+    cubic_fraction,
+    low_rank_sparse_split,
+    rows_above,
+    smallest_masked,
+)
 
 __all__ = [
     "WIDE",
@@ -11,11 +19,17 @@ __all__ = [
     "Metric",
     "PivotedFactors",
     "Problem",
+    "Split",
+    "averaged_importance",
     "checked_eigh",
     "checked_svd",
+    "cubic_fraction",
     "curve_under",
     "factorise",
+    "low_rank_sparse_split",
     "pivoted_factors",
     "require_finite",
+    "rows_above",
+    "smallest_masked",
     "weighted_error",
 ]

@@ -147,17 +147,22 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     if not factored:
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
-        weight, bias = module.to_dense().detach(), module.dense_bias()
-        dense: nn.Module
-        if module.source == "conv1d":
-            with torch.device("meta"):
-                dense = Conv1D(module.out_features, module.in_features)
-            dense.weight = nn.Parameter(weight.mT.contiguous())
-            dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().clone())
-        else:
-            dense = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
-            dense.weight = nn.Parameter(weight)
-            if bias is not None:
-                dense.bias = nn.Parameter(bias.detach().clone())
-        replace(model, name, dense)
+        replace(model, name, dense_module(module))
     return model
+
+
+def dense_module(module: FactoredLinear) -> nn.Module:
+    """The Linear or Conv1D that a stored form stands for."""
+    weight, bias = module.to_dense().detach(), module.dense_bias()
+    dense: nn.Module
+    if module.source == "conv1d":
+        with torch.device("meta"):
+            dense = Conv1D(module.out_features, module.in_features)
+        dense.weight = nn.Parameter(weight.mT.contiguous())
+        dense.bias = nn.Parameter(torch.zeros_like(weight[:, 0]) if bias is None else bias.detach().clone())
+    else:
+        dense = nn.Linear(module.in_features, module.out_features, bias is not None, device="meta")
+        dense.weight = nn.Parameter(weight)
+        if bias is not None:
+            dense.bias = nn.Parameter(bias.detach().clone())
+    return dense

@@ -1,6 +1,6 @@
 """A small update of a frozen model: `dW = (alpha / r) B A + S2` at each chosen site, S2 on fixed positions.
 
-The update of DSEE (Chen et al. 2021, arXiv 2111.00160): it trains in place, is saved alone, and merges into the weights.
+The update of DSEE (Chen et al. 2021, arXiv 2111.00160): it trains in place, is saved alone, and merges into W.
 """
 
 from __future__ import annotations

@@ -106,7 +106,12 @@ class Dsee:
         before = _multiply_adds(model)
         if self.prune == "structured":
             self._neurons, left = find_neurons(model, self._sites, model.dummy_inputs)
-            self.notes += [f"{name}: neurons left, {reason}" for name, reason in left.items()]
+            if left:
+                listed = ", ".join(list(left)[:3]) + (", ..." if len(left) > 3 else "")
+                self.notes.append(
+                    f"{len(left)} linear layers left: no trial shows that their inputs are the outputs of another one, "
+                    f"one to one and token by token: {listed}"
+                )
             self.notes.append("attention heads left: only a model's own code says how it cuts its width into heads")
             if not self._neurons:
                 self.notes.append("no layer of neurons was found; nothing is pruned")

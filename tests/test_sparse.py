@@ -82,6 +82,7 @@ def test_schedule_at_its_ends_and_in_the_middle():
     steps = [fraction(step) for step in range(101)]
     assert steps == sorted(steps, reverse=True)
     assert cubic_fraction(0, 10, 0, 1, 0.5) == 0.5
+    assert [cubic_fraction(step, 1, 0.9, 0.1, 0.5) for step in (0, 1)] == [1, 0.5]  # one step down
     for warmup, final, target in ((0.6, 0.5, 0.2), (-0.1, 0, 0.2), (0, -0.1, 0.2), (0, 0, 1.2), (0, 0, -0.1)):
         with pytest.raises(UsageError, match="pruning schedule"):
             cubic_fraction(0, 100, warmup, final, target)

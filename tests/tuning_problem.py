@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from eckart.recover.room import Context
 
 VOCABULARY, LENGTH = 32, 8
 
@@ -51,9 +52,9 @@ def accuracy(model: PreTrainedModel) -> float:
     return float((logits(model).argmax(-1) == batch(99)["labels"]).float().mean())
 
 
-def begun(model: PreTrainedModel, room: Any, steps: int) -> PreTrainedModel:
+def begun(model: PreTrainedModel, room: Any, steps: int, teacher: PreTrainedModel | None = None) -> PreTrainedModel:
     """The model as the room has prepared it."""
-    room.prepare(model, SimpleNamespace(teacher=None, task=None, recipe=None, total_steps=steps))
+    room.prepare(model, Context(teacher, "classification", None, steps))
     return model
 
 
@@ -70,7 +71,7 @@ def train(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, rate)
     layers = "hidden_states" in room.wants
-    for step in range(1, steps + 1):
+    for step in range(steps):
         inputs = batch(step)
         outputs = model(**inputs, output_hidden_states=layers)
         with torch.no_grad():

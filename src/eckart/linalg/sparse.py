@@ -116,17 +116,19 @@ def cubic_fraction(step: int, total: int, warmup: float, final: float, target: f
         target: t, the fraction kept in the end; x runs from 0 to 1 between the two phases.
 
     Raises:
-        UsageError: if the phases leave no step between them, or a fraction is outside 0..1.
+        UsageError: if the phases overlap, or a fraction is outside 0..1.
     """
     if not (warmup >= 0 and final >= 0 and warmup + final <= 1 and 0 <= target <= 1):
         raise UsageError(
-            f"pruning schedule: warm-up {warmup:g} and final phase {final:g} must be 0 or more and leave steps between "
-            f"them, and the kept fraction {target:g} must be in 0..1."
+            f"pruning schedule: warm-up {warmup:g} and final phase {final:g} must be 0 or more and not "
+            f"overlap, and the kept fraction {target:g} must be in 0..1."
         )
     begin, end = warmup * total, (1 - final) * total
     if step >= end:
         return target
-    x = max(0.0, (step - begin) / (end - begin))
+    if step <= begin:
+        return 1.0
+    x = (step - begin) / (end - begin)
     return target + (1 - target) * (1 - x) ** 3
 
 

@@ -7,8 +7,8 @@ The update `dW = (alpha / r) B A + S2` has S2 on fixed positions: where the spli
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +21,9 @@ from eckart.errors import UsageError
 from eckart.linalg import low_rank_sparse_split, smallest_masked
 from eckart.model import Site, dense_weight, find_sites, replace
 from eckart.recover.adapter import Adapted, Adapter, adapted_modules, fold_gates, gate_input, merge
+from eckart.recover.losparse import patterns
 from eckart.recover.neurons import Neurons, find_neurons, magnitudes, remove_neurons
+from eckart.recover.room import BaseRoom, Context
 
 # What models call the projections of queries and values, which the paper updates; fused projections hold them too.
 ADAPTED = (
@@ -33,15 +35,15 @@ SCORES = ("magnitude", "gates")
 
 
 @dataclass
-class Dsee:
+class Dsee(BaseRoom):
     """Tunes an update of a frozen model; the defaults are the paper's of BERT-base.
 
     Attributes:
         rank: r.
-        alpha: scale of the low-rank update is alpha / r; None: r.
+        alpha: scale of the low-rank update is alpha / r; 0: r.
         positions: of S2, in each weight.
-        targets: sites that get an update, as in `find_sites`; None: projections of queries and values by their usual
-            names, every site where a model has none of them.
+        targets: sites that get an update, as in `find_sites`, separated by commas; "": projections of queries and
+            values by their usual names, every site where a model has none of them.
         ignore: sites that get none.
         prune: "none"; "unstructured": W's numbers of smallest magnitude, one threshold over all sites;
             "structured": hidden neurons of feed-forward layers, as many in each, which are removed.
@@ -55,11 +57,16 @@ class Dsee:
         seed: of A.
     """
 
+    name: ClassVar[str] = "dsee"
+    title: ClassVar[str] = "a low-rank + sparse update of a frozen model, which may be pruned on the way"
+    paper: ClassVar[str] = "Chen et al. 2021, arXiv 2111.00160"
+    learning_rate: ClassVar[float] = 5e-4
+
     rank: int = 16
-    alpha: float | None = None
+    alpha: float = 0.0
     positions: int = 64
-    targets: Sequence[str] | None = None
-    ignore: Sequence[str] | None = None
+    targets: str = ""
+    ignore: str = ""
     prune: str = "none"
     fraction: float = 0.25
     score: str = "magnitude"
@@ -69,73 +76,71 @@ class Dsee:
     train_head: bool = True
     seed: int = 0
 
-    name: ClassVar[str] = "dsee"
-    needs_teacher: ClassVar[bool] = False
-    wants: ClassVar[frozenset[str]] = frozenset()
-    adapter: Adapter | None = field(default=None, init=False)
-    notes: list[str] = field(default_factory=list, init=False)
-    _steps: int = field(default=0, init=False)
-    _sites: tuple[Site, ...] = field(default=(), init=False)
-    _neurons: list[Neurons] = field(default_factory=list, init=False)
-    _kept: dict[Neurons, Tensor] = field(default_factory=dict, init=False)
-    _gates: list[nn.Parameter] = field(default_factory=list, init=False)
-    _pruned: bool = field(default=False, init=False)
-    _threshold: float = field(default=-1.0, init=False)
-    _report: dict[str, Any] = field(default_factory=dict, init=False)
-
     def __post_init__(self) -> None:
         for key, known in (("prune", PRUNE), ("score", SCORES)):
             if getattr(self, key) not in known:
-                raise UsageError(f"dsee: {key} {getattr(self, key)!r} is unknown; use {', '.join(known)}.")
+                raise UsageError(
+                    f"recovery {self.name}: {key} {getattr(self, key)!r} is unknown; use {', '.join(known)}."
+                )
         numbers = self.rank >= 1 and self.positions >= 0 and self.rounds >= 1
         if not numbers or not 0 <= self.fraction < 1 or not 0 <= self.prune_at <= 1:
             raise UsageError(
-                f"dsee: rank {self.rank} and rounds {self.rounds} must be 1 or more, positions {self.positions} 0 or "
-                f"more, fraction {self.fraction:g} in 0..1 (1 excluded) and prune_at {self.prune_at:g} in 0..1."
+                f"recovery {self.name}: rank {self.rank} and rounds {self.rounds} must be 1 or more, "
+                f"positions {self.positions} 0 or more, fraction {self.fraction:g} in 0..1 (1 excluded) "
+                f"and prune_at {self.prune_at:g} in 0..1."
             )
+        self.adapter: Adapter | None = None
+        self._sites: tuple[Site, ...] = ()
+        self._neurons: list[Neurons] = []
+        self._gates: list[nn.Parameter] = []
+        self._kept: dict[Neurons, Tensor] = {}
+        self._pruned = False
+        self._threshold = -1.0
+        self._report: dict[str, Any] = {}
 
-    def prepare(self, model: PreTrainedModel, context: Any) -> None:
+    def prepare(self, model: PreTrainedModel, context: Context) -> None:
         """Freeze the model, and put an update around every chosen weight.
 
         Raises:
             ModelError: if no site is left.
             UsageError: if a pattern matches nothing.
         """
-        self._steps = int(context.total_steps)
+        self.context = context
         self._sites = find_sites(model).chosen
         before = _multiply_adds(model)
         if self.prune == "structured":
             self._neurons, left = find_neurons(model, self._sites, model.dummy_inputs)
             if left:
                 listed = ", ".join(list(left)[:3]) + (", ..." if len(left) > 3 else "")
-                self.notes.append(
+                self.context.notes.append(
                     f"{len(left)} linear layers left: no trial shows that their inputs are the outputs of another one, "
                     f"one to one and token by token: {listed}"
                 )
-            self.notes.append("attention heads left: only a model's own code says how it cuts its width into heads")
+            self.context.notes.append(
+                "attention heads left: only a model's own code says how it cuts its width into heads"
+            )
             if not self._neurons:
-                self.notes.append("no layer of neurons was found; nothing is pruned")
+                self.context.notes.append("no layer of neurons was found; nothing is pruned")
         total = sum(parameter.numel() for parameter in model.parameters())
         model.requires_grad_(False)
         for site in self._updated(model):
             old = model.get_submodule(site.name)
             places = self._places(dense_weight(old), site.name)
             stream = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(site.name.encode()))
-            alpha = float(self.rank if self.alpha is None else self.alpha)
+            alpha = self.alpha or float(self.rank)
             replace(model, site.name, Adapted(old, min(self.rank, *site.shape), alpha, places, stream))
         for layer in self._neurons:
             ones = torch.ones(layer.width, device=_frozen(model, layer.reader).device)
             gates = gate_input(model.get_submodule(layer.reader), ones.requires_grad_(self.score == "gates"))
             self._gates.append(gates)
-        if self.train_head:
-            for parameter in _head(model):
+        head = {id(parameter) for parameter in _head(model)} if self.train_head else set()
+        for name, parameter in model.named_parameters():
+            if id(parameter) in head or context.in_head(name):
                 parameter.requires_grad_(True)
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        super().prepare(model, context)
         self._report = {
-            "total_parameters": total,
-            "trainable_parameters": trainable,
-            "trainable_fraction": trainable / total,
             "updated": list(adapted_modules(model)),
+            "model_elements": total,
             "multiply_adds_before": before,
         }
 
@@ -146,17 +151,14 @@ class Dsee:
             return task_loss
         return task_loss + self.penalty * torch.stack([gate.abs().sum() for gate in gates]).sum()
 
-    def after_backward(self, model: nn.Module, step: int) -> None:
-        """Nothing."""
-
     def after_step(self, model: nn.Module, step: int) -> None:
         """Prune W when its time has come.
 
         Args:
             model: in training.
-            step: steps done so far.
+            step: the step that was made, from 0.
         """
-        if not self._pruned and step >= self.prune_at * self._steps:
+        if not self._pruned and step + 1 >= self.prune_at * self.context.total_steps:
             self._prune(model)
 
     def finish(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -173,7 +175,7 @@ class Dsee:
             if reason is None:
                 removed = sum(int((~mask).sum()) for mask in self._kept.values())
             else:
-                self.notes.append(f"pruned neurons are zero but still there: {reason}")
+                self.context.notes.append(f"pruned neurons are zero but still there: {reason}")
         model.requires_grad_(True)
         after = _multiply_adds(model)
         self._report |= {
@@ -195,19 +197,35 @@ class Dsee:
         return self.adapter.save(folder)
 
     def report(self) -> dict[str, Any]:
-        """What trained, what was pruned, what it saves, and what was done otherwise than asked."""
+        """What trained, what was pruned and what that saves."""
         asked = {key: getattr(self, key) for key in ("rank", "positions", "prune", "fraction", "score", "prune_at")}
-        return {"room": self.name} | asked | self._report | {"notes": list(self.notes)}
+        return super().report() | asked | self._report
+
+    def state(self) -> dict[str, Tensor]:
+        """Whether W was pruned, at which threshold, and which neurons stay."""
+        state = {f"kept/{layer.reader}": mask for layer, mask in self._kept.items()}
+        threshold = torch.tensor(self._threshold, dtype=torch.float64)
+        return state | {"pruned": torch.tensor(self._pruned), "threshold": threshold}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+        self._pruned, self._threshold = bool(state["pruned"]), float(state["threshold"])
+        for layer, gate in zip(self._neurons, self._gates, strict=True):
+            if f"kept/{layer.reader}" in state:
+                self._kept[layer] = state[f"kept/{layer.reader}"].to(gate.device, copy=True)
+                gate.requires_grad_(False)
 
     # -- inside ----------------------------------------------------------------------------------------
 
     def _updated(self, model: PreTrainedModel) -> Sequence[Site]:
-        if self.targets is not None:
-            return find_sites(model, self.targets, self.ignore).chosen
-        sites = find_sites(model, None, self.ignore).chosen
+        sites = find_sites(model, patterns(self.targets), patterns(self.ignore)).chosen
+        if self.targets:
+            return sites
         usual = tuple(site for site in sites if site.name.rpartition(".")[2] in ADAPTED)
         if not usual:
-            self.notes.append("no projection of queries or values is known by its name: every site gets an update")
+            self.context.notes.append(
+                "no projection of queries or values is known by its name: every site gets an update"
+            )
         return usual or sites
 
     def _places(self, weight: Tensor, name: str) -> Tensor:

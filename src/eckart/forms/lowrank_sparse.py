@@ -55,7 +55,8 @@ class LowRankSparse(FactoredLinear):
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Fill the module with `W' = left @ right`: the rows of S that there are become zero."""
         zero = right.new_zeros(self.rows, self.in_features)
-        return self.store_sparse(left, right, zero, torch.arange(self.rows), bias)
+        self.store_sparse(left, right, zero, torch.arange(self.rows), bias)
+        return None
 
     def store_sparse(self, left: Tensor, right: Tensor, sparse: Tensor, places: Tensor, bias: Tensor | None) -> None:
         """Fill the module with `left @ right` and rows of S; the factors are stored as they are given.

@@ -3,6 +3,7 @@
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
+from eckart.linalg.shared_basis import shared_basis
 from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
 from eckart.linalg.sparse import (
     Split,
@@ -30,6 +31,7 @@ __all__ = [
     "pivoted_factors",
     "require_finite",
     "rows_above",
+    "shared_basis",
     "smallest_masked",
     "weighted_error",
 ]

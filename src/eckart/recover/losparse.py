@@ -130,7 +130,7 @@ class LoSparse(BaseRoom):
         """Prune to the budget, and put in place what is stored: rows that are pruned are not there any more."""
         if self._counted:
             self._update_importance()
-        self._prune(self.context.total_steps)
+        self._prune(max(1, self.context.total_steps))
         forms: dict[str, str] = {}
         stored = 0
         for name, module in self._split.items():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
-from architectures import BY_NAME
+from architectures import BY_NAME, output
 from problems import close, normal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -16,7 +16,7 @@ from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
 from eckart.recover import Adapter, Dsee, load_adapter, save_adapter
 from eckart.recover.adapter import Adapted, adapted_modules, merge
-from eckart.recover.neurons import find_neurons, magnitudes
+from eckart.recover.neurons import find_neurons, magnitudes, remove_neurons
 
 STEPS = 20
 
@@ -173,6 +173,36 @@ def test_neurons_are_found_in_every_layer(name):
     assert len(found) >= 2
     assert {(len(layer.writers), layer.width) for layer in found} == {(writers, width)}
     assert not any("attn" in layer.reader or "attention" in layer.reader for layer in found)
+
+
+@pytest.mark.parametrize("name", ["bart", "llama", "opt", "t5"])
+def test_removal_is_the_model_without_them_and_its_configuration_says_so(name):
+    model = BY_NAME[name].model()
+    batch = BY_NAME[name].batches(count=1)[0]
+    layers, _ = find_neurons(model, find_sites(model).chosen, model.dummy_inputs)
+    kept = {}
+    for number, layer in enumerate(layers):
+        kept[layer] = torch.arange(layer.width) % 3 != number % 3
+        with torch.no_grad():
+            dense_weight(model.get_submodule(layer.reader))[:, ~kept[layer]] = 0
+    expected, before = output(model, batch), sum(p.numel() for p in model.parameters())
+    assert remove_neurons(model, kept) is None
+    close(output(model, batch), expected, 1e-5)
+    with torch.device("meta"):
+        again = type(model)(model.config)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
+    assert sum(p.numel() for p in model.parameters()) < before
+
+
+def test_removal_that_no_configuration_can_say_is_not_done():
+    model = bert()
+    layers, _ = find_neurons(model, find_sites(model).chosen, model.dummy_inputs)
+    before = logits(model)
+    reason = remove_neurons(model, {layers[0]: torch.arange(32) > 3})  # of one layer of two
+    assert "configuration" in reason
+    assert torch.equal(logits(model), before)
+    assert model.config.intermediate_size == 32
 
 
 class Chain(nn.Module):

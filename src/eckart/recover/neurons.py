@@ -165,7 +165,8 @@ def magnitudes(reader: Tensor, writers: Sequence[Tensor]) -> Tensor:
 def remove_neurons(model: PreTrainedModel, kept: Mapping[Neurons, Tensor]) -> str | None:
     """Take neurons out of their layers, and say so in the model's configuration, in place.
 
-    The configuration's number is found by trial: the key whose change makes the model's class build just these shapes.
+    The configuration's number is found by trial: the key whose change makes the model's class build just these shapes,
+    or all keys of that value.
 
     Args:
         model: with dense modules at all sites.
@@ -217,14 +218,15 @@ def _config_of(model: PreTrainedModel, widths: Mapping[int, int]) -> dict[str, i
     content = vars(model.config)
     same = [key for key, value in content.items() if type(value) is int and value == before]
     open_ = [key for key, value in content.items() if value is None and not key.startswith("_")]
-    for key in [*same, *open_]:
+    for keys in [*([key] for key in (*same, *open_)), same]:  # all together: an encoder's and a decoder's
         config = copy.deepcopy(model.config)
-        setattr(config, key, after)
+        for key in keys:
+            setattr(config, key, after)
         try:
             with torch.device("meta"):
                 trial = type(model)(config)
         except Exception:  # a number that this class cannot be built with is not the one
             continue
         if {name: tensor.shape for name, tensor in trial.state_dict().items()} == shapes:
-            return {key: after}
+            return dict.fromkeys(keys, after)
     return None

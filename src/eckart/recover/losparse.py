@@ -136,9 +136,8 @@ class LoSparse(BaseRoom):
         for name, module in self._split.items():
             small = module.compact()
             rows = small.rows if isinstance(small, LowRankSparse) else 0
-            form = LowRankSparse if rows else LowRank
             shape = (module.out_features, module.in_features, module.rank)
-            size = form.size(*shape, rows) if rows else form.size(*shape)
+            size = LowRankSparse.size(*shape, rows) if rows else LowRank.size(*shape)
             dense = module.out_features * module.in_features
             if size.parameters >= dense:  # nearly all rows stayed: the matrix itself is smaller
                 replace(model, name, dense_module(small))

@@ -1,11 +1,20 @@
 """The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
 
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
-from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorise, rearranged, rearranged_back
 from eckart.linalg.embedding import TableFactors, in_blocks, smoothed, table_factors, tied_factors
+from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorise, rearranged, rearranged_back
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
+from eckart.linalg.shared_basis import shared_basis
 from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
+from eckart.linalg.sparse import (
+    Split,
+    averaged_importance,
+    cubic_fraction,
+    low_rank_sparse_split,
+    rows_above,
+    smallest_masked,
+)
 
 __all__ = [
     "WIDE",
@@ -13,18 +22,25 @@ __all__ = [
     "Metric",
     "PivotedFactors",
     "Problem",
+    "Split",
     "TableFactors",
+    "averaged_importance",
     "checked_eigh",
     "checked_svd",
+    "cubic_fraction",
     "curve_under",
     "factorise",
+    "in_blocks",
     "kronecker_curve_under",
     "kronecker_factorise",
-    "in_blocks",
+    "low_rank_sparse_split",
     "pivoted_factors",
     "rearranged",
     "rearranged_back",
     "require_finite",
+    "rows_above",
+    "shared_basis",
+    "smallest_masked",
     "smoothed",
     "table_factors",
     "tied_factors",

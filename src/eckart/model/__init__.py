@@ -1,9 +1,18 @@
 """The rooms that know transformers' module types: find sites, replace them."""
 
 from eckart.model.clone import cast, own_storage, shared_clone
-from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
 from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
-from eckart.model.replace import factored_modules, pack, replace, set_dense, store, to_dense_modules, unpack
+from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
+from eckart.model.replace import (
+    dense_module,
+    factored_modules,
+    pack,
+    replace,
+    set_dense,
+    store,
+    to_dense_modules,
+    unpack,
+)
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 from eckart.model.ties import ties_of, ties_of_factored
 from eckart.model.weights import Compute, Weights
@@ -18,13 +27,14 @@ __all__ = [
     "Weights",
     "cast",
     "chosen_size",
+    "dense_module",
     "dense_weight",
     "experts_apart",
     "factored_modules",
     "find_sites",
+    "find_tables",
     "fuse",
     "fused_experts",
-    "find_tables",
     "has_head",
     "own_storage",
     "pack",

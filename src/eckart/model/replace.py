@@ -159,12 +159,13 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
             except ModelError as error:
                 raise ModelError(f"{name}: {error}") from None
     for name, module in factored.items():
-        replace(model, name, _dense_linear(module) if isinstance(module, FactoredLinear) else module.dense())
+        replace(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
     ties_of_dense(model, factored)
     return model
 
 
-def _dense_linear(module: FactoredLinear) -> nn.Module:
+def dense_module(module: FactoredLinear) -> nn.Module:
+    """The Linear or Conv1D that a stored form stands for."""
     weight, bias = module.to_dense().detach(), module.dense_bias()
     dense: nn.Module
     if module.source == "conv1d":

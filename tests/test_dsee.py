@@ -1,0 +1,293 @@
+"""DSEE as a room: a small update on fixed places, neurons that are found by trial, and an adapter of its own."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from architectures import BY_NAME, output
+from problems import close, normal
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from tuning_problem import accuracy, begun, bert, gpt2, logits, train
+
+from eckart.errors import CheckpointError, UsageError
+from eckart.linalg import low_rank_sparse_split
+from eckart.model import dense_weight, find_sites
+from eckart.recover import Adapter, Dsee, load_adapter, save_adapter
+from eckart.recover.adapter import Adapted, adapted_modules, merge
+from eckart.recover.neurons import find_neurons, magnitudes, remove_neurons
+
+STEPS = 20
+
+
+def small(**options) -> Dsee:
+    return Dsee(**{"rank": 4, "positions": 8, "rounds": 8, **options})
+
+
+# -- the update -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_update_is_what_it_says(conv):
+    dense = Conv1D(10, 8) if conv else nn.Linear(8, 10)
+    places = torch.tensor([3, 17, 18, 79])
+    module = Adapted(dense, 3, 6.0, places).double()
+    with torch.no_grad():
+        for parameter, seed in ((module.down, 1), (module.up, 2), (module.values, 3)):
+            parameter.copy_(normal(*parameter.shape, seed=seed))
+    update = 2 * normal(10, 3, seed=2) @ normal(3, 8, seed=1)
+    for place, value in zip(places.tolist(), normal(4, seed=3), strict=True):
+        update[place // 8, place % 8] += value
+    close(module.update(), update, 1e-12)
+    x = normal(2, 5, 8)
+    expected = x @ (dense_weight(dense) + update).mT + dense.bias
+    close(module(x), expected, 1e-12)
+    close(module.weight + 0, (dense_weight(dense) + update).mT if conv else dense_weight(dense) + update, 1e-12)
+    model = nn.ModuleDict({"proj": module})
+    merge(model)
+    assert type(model["proj"]) is type(dense)
+    close(model["proj"](x), expected, 1e-6)
+    assert {name for name, p in module.named_parameters() if p.requires_grad} == {"down", "up", "values"}
+
+
+def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
+    model, room = bert(), small()
+    pretrained = copy.deepcopy(model)
+    begun(model, room, STEPS)
+    assert torch.equal(logits(model), logits(pretrained))
+    found = adapted_modules(model)
+    assert [name.rpartition(".")[2] for name in found] == ["query", "value"] * 2
+    places = {name: module.positions.clone() for name, module in found.items()}
+    for name, module in found.items():
+        split = low_rank_sparse_split(dense_weight(pretrained.get_submodule(name)), 4, 8, 8)
+        assert torch.equal(module.positions, split.positions)
+    train(model, room, STEPS, rate=0.03)
+    for name, module in found.items():
+        assert torch.equal(module.positions, places[name])
+        assert torch.equal(module.dense.weight, pretrained.get_submodule(name).weight)  # frozen
+        assert float(module.values.abs().max()) > 0
+    expected = logits(model)
+    model = room.finish(model)
+    assert not adapted_modules(model)
+    assert not any("input_gate" in name for name, _ in model.named_parameters())
+    close(logits(model), expected, 1e-5)
+    assert accuracy(model) > 0.9
+    for name, parameter in model.named_parameters():
+        changed = not torch.equal(parameter, pretrained.get_parameter(name))
+        assert changed == (name.startswith("classifier") or name.removesuffix(".weight") in found), name
+
+
+def test_trains_less_than_a_hundredth_of_bert_base():
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(transformers.BertConfig())
+    room = Dsee()
+    begun(model, room, STEPS)
+    report = room.report()
+    adapted = 24 * (16 * 2 * 768 + 64)
+    assert report["model_elements"] == 109_483_778
+    assert report["trained"] == adapted + 2 * 768 + 2 == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report["trained"] / report["model_elements"] < 0.01
+
+
+# -- pruning --------------------------------------------------------------------------------------------
+
+
+def test_unstructured_masks_the_frozen_weights_alone():
+    model, room = bert(), small(prune="unstructured", fraction=0.3)
+    sites = find_sites(model).chosen
+    pretrained = copy.deepcopy(model)
+    begun(model, room, STEPS)
+    zeros = []
+
+    def watch(step):
+        weights = [_dense(model, site.name) for site in sites]
+        zeros.append(sum(int((weight == 0).sum()) for weight in weights))
+
+    train(model, room, STEPS, watch=watch)
+    count = int(0.3 * sum(site.elements for site in sites))
+    assert zeros == [0] * (STEPS // 2 - 1) + [count] * (STEPS // 2 + 1)
+    for site in sites:
+        before, now = dense_weight(pretrained.get_submodule(site.name)), _dense(model, site.name)
+        assert torch.equal(now, before * (before.abs() > room.report()["threshold"]))
+    expected = logits(model)
+    close(logits(room.finish(model)), expected, 1e-5)
+    assert room.report()["multiply_adds_saved"] == 0  # zeros save nothing by themselves
+
+
+def _dense(model, name):
+    module = model.get_submodule(name)
+    return dense_weight(module.dense if isinstance(module, Adapted) else module)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "gates"])
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_structured_removes_what_it_masked(make, score, tmp_path):
+    model = make()
+    room = small(prune="structured", fraction=0.25, score=score, targets="" if make is gpt2 else "query,dense")
+    width = 64 if make is gpt2 else 32
+    begun(model, room, STEPS)
+    train(model, room, STEPS)
+    gates = {name: gate.detach().clone() for name, gate in model.named_parameters() if name.endswith("input_gate")}
+    assert len(gates) == 2
+    assert all(int((gate == 0).sum()) == width // 4 for gate in gates.values())
+    if score == "gates":
+        assert all(bool((gate[gate != 0] != 1).any()) for gate in gates.values())
+    expected = logits(model)
+    model = room.finish(model)
+    close(logits(model), expected, 1e-5)
+    report = room.report()
+    assert report["removed_neurons"] == 2 * width // 4
+    assert any("attention heads left" in note for note in room.context.notes)
+    for name in gates:
+        reader = model.get_submodule(name.removesuffix(".input_gate"))
+        assert dense_weight(reader).shape[1] == 3 * width // 4
+    linear = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
+    assert report["multiply_adds_after"] == sum(linear)
+    saved = 2 * 2 * 16 * (width // 4)
+    assert report["multiply_adds_before"] - report["multiply_adds_after"] == saved
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)  # its configuration says how wide it is
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_gates_are_penalised_until_they_are_pruned():
+    model, room = bert(), small(prune="structured", score="gates", penalty=0.5)
+    begun(model, room, STEPS)
+    task = torch.tensor(1.0)
+    close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * 64), 1e-6)  # 64 gates at 1
+    train(model, room, STEPS)
+    close(room.loss(None, None, {}, task), task, 1e-6)
+
+
+# -- neurons --------------------------------------------------------------------------------------------
+
+EXPECTED = {"bert": (1, 48), "llama": (2, 48), "gpt2": (1, 128), "opt": (1, 48), "gpt-neox": (1, 48), "t5": (2, 48)}
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_neurons_are_found_in_every_layer(name):
+    model = BY_NAME[name].model()
+    writers, width = EXPECTED[name]
+    found, _ = find_neurons(model, find_sites(model).chosen, model.dummy_inputs)
+    assert len(found) >= 2
+    assert {(len(layer.writers), layer.width) for layer in found} == {(writers, width)}
+    assert not any("attn" in layer.reader or "attention" in layer.reader for layer in found)
+
+
+@pytest.mark.parametrize("name", ["bart", "llama", "opt", "t5"])
+def test_removal_is_the_model_without_them_and_its_configuration_says_so(name):
+    model = BY_NAME[name].model()
+    batch = BY_NAME[name].batches(count=1)[0]
+    layers, _ = find_neurons(model, find_sites(model).chosen, model.dummy_inputs)
+    kept = {}
+    for number, layer in enumerate(layers):
+        kept[layer] = torch.arange(layer.width) % 3 != number % 3
+        with torch.no_grad():
+            dense_weight(model.get_submodule(layer.reader))[:, ~kept[layer]] = 0
+    expected, before = output(model, batch), sum(p.numel() for p in model.parameters())
+    assert remove_neurons(model, kept) is None
+    close(output(model, batch), expected, 1e-5)
+    with torch.device("meta"):
+        again = type(model)(model.config)
+    shapes = {key: value.shape for key, value in model.state_dict().items()}
+    assert {key: value.shape for key, value in again.state_dict().items()} == shapes
+    assert sum(p.numel() for p in model.parameters()) < before
+
+
+def test_removal_that_no_configuration_can_say_is_not_done():
+    model = bert()
+    layers, _ = find_neurons(model, find_sites(model).chosen, model.dummy_inputs)
+    before = logits(model)
+    reason = remove_neurons(model, {layers[0]: torch.arange(32) > 3})  # of one layer of two
+    assert "configuration" in reason
+    assert torch.equal(logits(model), before)
+    assert model.config.intermediate_size == 32
+
+
+class Chain(nn.Module):
+    """Two linear layers, and something between or beside them."""
+
+    def __init__(self, between, beside=None):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+        self.between, self.beside = between, beside
+
+    def forward(self, x):
+        hidden = self.between(self.up(x))
+        out = self.down(hidden)
+        return (out + self.beside(hidden) if self.beside else out,)
+
+
+@pytest.mark.parametrize(
+    ("between", "beside", "count"),
+    [
+        (torch.relu, None, 1),
+        (lambda h: torch.nn.functional.layer_norm(h, (10,)), None, 0),  # mixes neurons
+        (lambda h: h.flip(-1), None, 0),  # puts them in another order
+        (lambda h: h.cumsum(-2), None, 0),  # mixes tokens
+        (torch.relu, lambda h: h.sum(-1, keepdim=True), 0),  # somebody else reads them
+    ],
+    ids=["neurons", "mixed", "flipped", "along tokens", "read twice"],
+)
+def test_only_what_a_trial_proves(between, beside, count):
+    torch.manual_seed(0)
+    model = Chain(between, beside)
+    found, left = find_neurons(model, find_sites(model).chosen, {"x": torch.randn(2, 5, 6)})
+    assert (len(found), len(left)) == (count, 1 - count)
+    assert model.training
+
+
+def test_magnitude_is_the_product_of_norms():
+    reader, writers = normal(4, 3), [normal(3, 5, seed=1), normal(3, 5, seed=2)]
+    expected = [reader[:, j].norm() * (writers[0][j].norm() ** 2 + writers[1][j].norm() ** 2).sqrt() for j in range(3)]
+    close(magnitudes(reader, writers).double(), torch.stack(expected), 1e-6)
+
+
+# -- the adapter ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prune", ["none", "unstructured", "structured"])
+def test_adapter_round_trip(prune, tmp_path):
+    pretrained = bert()
+    model, room = bert(), small(prune=prune, alpha=6.0)
+    begun(model, room, STEPS)
+    train(model, room, STEPS)
+    expected = logits(model)
+    with pytest.raises(UsageError, match="finish"):
+        room.save_adapter(tmp_path)
+    room.finish(model)
+    room.save_adapter(tmp_path)
+    again = load_adapter(bert(), tmp_path)
+    close(logits(again), expected, 1e-6)
+    assert not torch.equal(logits(again), logits(pretrained))
+    size = (tmp_path / "adapter.safetensors").stat().st_size
+    assert size < 4 * sum(p.numel() for p in pretrained.parameters())
+    if prune == "none":
+        second = tmp_path / "second"
+        save_adapter(again, second)
+        one, other = Adapter.load(tmp_path), Adapter.load(second)
+        assert one.description == other.description
+        assert one.tensors.keys() == other.tensors.keys()
+        assert all(torch.equal(value, other.tensors[key]) for key, value in one.tensors.items())
+
+
+def test_adapter_refusals(tmp_path):
+    with pytest.raises(UsageError, match="no update to save"):
+        save_adapter(bert(), tmp_path)
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        load_adapter(bert(), tmp_path)
+    save_adapter(begun(bert(), small(), STEPS), tmp_path)
+    for other in (bert(hidden_size=8), gpt2()):
+        with pytest.raises(CheckpointError, match="does not fit"):
+            load_adapter(other, tmp_path)
+    text = (tmp_path / "adapter.json").read_text()
+    (tmp_path / "adapter.json").write_text(text.replace('"format_version": 1', '"format_version": 2'))
+    with pytest.raises(CheckpointError, match="format 2"):
+        load_adapter(bert(), tmp_path)
+
+
+def test_refusals():
+    for options in ({"prune": "heads"}, {"score": "l1"}, {"rank": 0}, {"fraction": 1}, {"prune_at": 2}, {"rounds": 0}):
+        with pytest.raises(UsageError, match="recovery dsee"):
+            Dsee(**options)

@@ -1,0 +1,187 @@
+"""LoSparse as a room: it splits exactly, prunes for good, meets its budget and removes what it pruned."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from problems import close
+from torch.nn import functional
+from tuning_problem import accuracy, batch, begun, bert, gpt2, logits, train
+
+from eckart.checkpoint.plugin import mark
+from eckart.checkpoint.save import save
+from eckart.checkpoint.stored import stored_tensors
+from eckart.errors import UsageError
+from eckart.forms import MaskedLowRankSparse
+from eckart.model import factored_modules, find_sites
+from eckart.recover import LoSparse, LoSparseDistilled
+
+STEPS = 24
+
+
+def masked(model) -> dict[str, MaskedLowRankSparse]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MaskedLowRankSparse)}
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_split_changes_nothing_and_its_ranks_keep_to_their_share(make):
+    model = make()
+    sites = find_sites(model).chosen
+    split = begun(copy.deepcopy(model), LoSparse(keep=0.5), STEPS)
+    close(logits(split), logits(model), 1e-5)
+    found = masked(split)
+    assert list(found) == [site.name for site in sites]
+    for site in sites:
+        module = found[site.name]
+        factors = module.rank * (site.out_features + site.in_features)
+        assert factors <= site.elements / 8 or module.rank == 1
+        weight = module.first.weight.norm(dim=1), module.second.weight.norm(dim=0)
+        close(*weight, 1e-4)  # the root of each singular value on either side
+
+
+@pytest.mark.parametrize("make", [bert, gpt2])
+def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
+    model, room = make(), LoSparse(keep=0.4, every=4)
+    sites = find_sites(model).chosen
+    begun(model, room, STEPS)
+    counts, before = [], {name: module.alive.clone() for name, module in masked(model).items()}
+
+    def watch(step):
+        now = {name: module.alive for name, module in masked(model).items()}
+        assert not any(bool((now[name] & ~before[name]).any()) for name in now)  # none comes back
+        before.update({name: alive.clone() for name, alive in now.items()})
+        counts.append(sum(int(alive.sum()) for alive in now.values()))
+        for module in masked(model).values():
+            assert not module.sparse.weight[~module.alive].any()
+
+    train(model, room, STEPS, watch=watch)
+    assert len(set(counts)) > 2  # in several goes
+    assert counts[0] == sum(site.out_features for site in sites)  # not in the warm-up
+    assert counts[-1] == counts[-1 - 4] < counts[0] / 2  # not in the final phase
+    expected = logits(model)
+    alive = {name: module.alive.clone() for name, module in masked(model).items()}
+    model = room.finish(model)
+    close(logits(model), expected, 1e-5)
+    assert accuracy(model) > 0.9
+    forms = factored_modules(model)
+    assert not masked(model)
+    for name, module in forms.items():
+        if module.form == "lowrank-sparse":
+            assert torch.equal(module.places.long(), alive[name].nonzero().flatten())
+    # What is stored, counted in the files.
+    save(model, tmp_path / "out")
+    total = sum(site.elements for site in sites)
+    stored = 0
+    for key, entry in stored_tensors(tmp_path / "out").items():
+        site = next((site for site in sites if key.startswith(f"{site.name}.")), None)
+        if site is not None and not key.endswith(".bias"):
+            stored += torch.Size(entry.shape).numel()
+    report = room.report()
+    assert stored == report["stored_elements"]
+    assert report["keep"] == stored / total <= 0.4
+    assert stored > 0.3 * total
+    assert set(report["forms"].values()) <= {"lowrank", "lowrank-sparse", "dense"}
+    assert "lowrank-sparse" in report["forms"].values()
+
+
+def test_fresh_process_gives_the_same_logits(tmp_path):
+    model, room = bert(), LoSparse(keep=0.4, every=4)
+    model = room.finish(train(begun(model, room, 12), room, 12))
+    mark(model)
+    model.save_pretrained(tmp_path)
+    torch.save((batch(99), logits(model)), tmp_path / "expected.pt")
+    code = f"""
+import torch, eckart
+from transformers import AutoModelForSequenceClassification
+model, info = AutoModelForSequenceClassification.from_pretrained({str(tmp_path)!r}, output_loading_info=True)
+assert not any(info.values()), info
+inputs, expected = torch.load({str(tmp_path / "expected.pt")!r})
+inputs.pop("labels")
+with torch.no_grad():
+    assert torch.equal(model.eval()(**inputs).logits, expected)
+print(sorted({{module.form for module in model.modules() if hasattr(module, "form")}}))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "'lowrank-sparse'" in done.stdout
+
+
+def test_importance_is_the_mean_of_its_steps():
+    model, room = bert(), LoSparse(keep=0.4, every=2, beta=0.75, warmup=0.9, final=0.1)
+    begun(model, room, 100)
+    name, module = next(iter(masked(model).items()))
+    terms = []
+    for step in range(4):
+        model.zero_grad()
+        model(**batch(step)).loss.backward()
+        terms.append((module.sparse.weight * module.sparse.weight.grad).abs().mean(1).detach())
+        room.after_backward(model, step)
+        room.after_step(model, step)
+    first, second = (terms[0] + terms[1]) / 2, (terms[2] + terms[3]) / 2
+    close(room._importance[name], 0.75 * 0.25 * first + 0.25 * second, 1e-5)
+
+
+def test_a_step_in_parts_counts_once():
+    model, room = bert(), LoSparse(keep=0.4, every=1, warmup=0.9, final=0.1)
+    begun(model, room, 100)
+    name, module = next(iter(masked(model).items()))
+    for part in range(2):
+        (model(**batch(part)).loss / 2).backward()
+        room.after_backward(model, 0)
+    room.after_step(model, 0)
+    close(room._importance[name], 0.15 * (module.sparse.weight * module.sparse.weight.grad).abs().mean(1), 1e-5)
+
+
+def test_budget_is_met_without_any_step():
+    model, room = bert(), LoSparse(keep=0.3, targets="query,intermediate.dense", ignore="layer.0.intermediate.dense")
+    begun(model, room, 0)
+    model = room.finish(model)
+    assert room.report()["keep"] <= 0.3
+    assert len(room.report()["forms"]) == 3
+    assert any("no gradient was seen" in note for note in room.context.notes)
+
+
+def test_resumed_training_prunes_the_same():
+    rooms, models = [LoSparse(keep=0.4, every=4) for _ in range(2)], [bert() for _ in range(2)]
+    for room, model in zip(rooms, models, strict=True):
+        begun(model, room, STEPS)
+    train(models[0], rooms[0], 14)
+    models[1].load_state_dict(models[0].state_dict())
+    rooms[1].restore({name: value.clone() for name, value in rooms[0].state().items()})
+    for room, model in zip(rooms, models, strict=True):
+        train(model, room, 7)
+    for one, other in zip(*(masked(model).values() for model in models), strict=True):
+        assert torch.equal(one.alive, other.alive)
+        assert torch.equal(one.sparse.weight, other.sparse.weight)
+    assert not all(bool(module.alive.all()) for module in masked(models[1]).values())
+
+
+def test_distillation_is_the_weighted_sum():
+    room, teacher, model = LoSparseDistilled(keep=0.4, distil=0.5, layers=3.0), bert(), bert(initializer_range=0.1)
+    assert room.needs_teacher
+    assert room.wants == {"hidden_states"}
+    assert not LoSparse.needs_teacher
+    inputs = batch(0)
+    inputs["attention_mask"][:, 6:] = 0
+    with torch.no_grad():
+        mine, its = (each(**inputs, output_hidden_states=True) for each in (model, teacher))
+    p, q = (functional.softmax(each.logits / 2, -1) for each in (its, mine))
+    divergence = 4 * (p * (p / q).log()).sum(-1).mean()
+    pairs = zip(mine.hidden_states, its.hidden_states, strict=True)
+    layers = torch.stack([(a - b)[:, :6].square().mean() for a, b in pairs]).mean()
+    close(room.loss(mine, its, inputs, mine.loss), mine.loss + 0.5 * (divergence + 3 * layers), 1e-5)
+    plain = LoSparseDistilled(keep=0.4, layers=0.0)
+    assert plain.wants == frozenset()
+    close(plain.loss(mine, its, inputs, mine.loss), mine.loss + divergence, 1e-5)
+
+
+def test_refusals():
+    for options in ({"keep": 0}, {"keep": 1}, {"low_rank": 0.5}, {"every": 0}, {"beta": 1}, {"warmup": 0.9}):
+        with pytest.raises(UsageError):
+            LoSparse(**options)
+    with pytest.raises(UsageError, match=r"keep 0\.05 is 217 numbers.*480.*the smallest keep is 0\.11"):
+        begun(bert(), LoSparse(keep=0.05), STEPS)

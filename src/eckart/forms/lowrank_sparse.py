@@ -43,9 +43,7 @@ class LowRankSparse(FactoredLinear):
         self.register_buffer("places", torch.arange(rows, dtype=torch.int32))
 
     @classmethod
-    def size(
-        cls, out_features: int, in_features: int, rank: int, block: Block | None = None, rows: int = 0
-    ) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None, rows: int = 0) -> Size:
         """k (m + n) + rows n numbers and multiply-adds, and an index for each row."""
         numbers = rank * (out_features + in_features) + rows * in_features
         return Size(numbers + rows, numbers, rows)

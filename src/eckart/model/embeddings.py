@@ -169,7 +169,7 @@ def put_table(
     first: FactoredEmbedding | None = None
     for name in table.embeddings:
         old: Any = model.get_submodule(name)
-        options = {"padding_idx": table.padding[name], "scale": table.scales[name]}
+        options: dict[str, Any] = {"padding_idx": table.padding[name], "scale": table.scales[name]}
         options |= {"causal": causal[name]} if form == "safe" else {}
         with torch.device("meta"):
             made = EMBEDDINGS[form](rows, width, size, **options)

@@ -73,7 +73,9 @@ def inspect_model(
 
 
 def _row(site: Site) -> dict[str, Any]:
-    even = {name: form.max_rank(*site.shape) for name, form in FORMS.items()}
+    # The terms of a form in blocks are no ranks of the weight.
+    ranked = {name: form for name, form in FORMS.items() if form.blocks(*site.shape) == (None,)}
+    even = {name: form.max_rank(*site.shape) for name, form in ranked.items()}
     start: dict[str, Any] = {"count": 0, "elements": 0, "effective": [], "energy": []}
     return {"kind": site.kind, "shape": list(site.shape), "break_even": even, **start}
 

@@ -88,5 +88,5 @@ def methods_table(methods: Iterable[Method], default: str) -> Group:
 
 
 def _rank_at_half(form: Any, width: int = 768) -> int:
-    ranks = range(1, width)
+    ranks = range(1, form.max_rank(width, width) + 1)
     return max(rank for rank in ranks if form.size(width, width, rank).parameters <= width * width // 2)

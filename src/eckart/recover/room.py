@@ -1,0 +1,135 @@
+"""What every way of recovering by training is: a room that the training loop calls at fixed points.
+
+A way of recovering is one file with one class on :class:`BaseRoom`, and one line in `RECOVERIES`. Its settings are the
+fields of its dataclass; `--recovery-option name=value` sets them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass
+class Context:
+    """What a room is told about the training it takes part in.
+
+    Attributes:
+        teacher: the model that is learnt from, in evaluation mode; None where there is none.
+        task: "classification", "regression", "masked" or "causal".
+        recipe: what was asked for.
+        total_steps: optimizer steps of the whole training.
+        head: names of modules that were newly initialised, and of a classifier's own head: always trained.
+        notes: a room writes here what it could not do as asked.
+        step: the optimizer step that is being made, from 0; the training loop keeps it.
+    """
+
+    teacher: PreTrainedModel | None
+    task: str
+    recipe: Any
+    total_steps: int
+    head: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    step: int = 0
+
+    def in_head(self, name: str) -> bool:
+        """Whether a parameter belongs to the head."""
+        return any(name.startswith(f"{head}.") for head in self.head)
+
+
+class Room(Protocol):
+    """One way of recovering."""
+
+    name: ClassVar[str]
+    needs_teacher: ClassVar[bool]
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """What the models are to return besides logits: "hidden_states", "attentions"."""
+
+    def prepare(self, model: PreTrainedModel, context: Context) -> None:
+        """Before training: freeze, add adapters, split weights. Random draws come from torch's seeded global state."""
+
+    def loss(self, outputs: Any, teacher_outputs: Any, batch: Mapping[str, Tensor], task_loss: Tensor) -> Tensor:
+        """What is minimised at a step."""
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Gradients are there, the optimizer has not stepped."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """The optimizer has stepped."""
+
+    def finish(self, model: PreTrainedModel) -> PreTrainedModel:
+        """After training: merge, remove. Returns the model to publish."""
+
+    def report(self) -> dict[str, Any]:
+        """What was done, as JSON values."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors besides the model's own that a resumed training needs."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state` gave."""
+
+
+@dataclass
+class BaseRoom:
+    """A room that trains every weight on the task's own loss; others override what they do differently.
+
+    Class attributes:
+        name: as `--recovery` takes it.
+        title: one line for tables.
+        paper: authors, year, identifier; "" for common knowledge.
+        needs_teacher: whether there must be a teacher.
+        learning_rate: where none is asked for.
+    """
+
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs_teacher: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 5e-5
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Logits alone."""
+        return frozenset()
+
+    def prepare(self, model: PreTrainedModel, context: Context) -> None:
+        """Keep the context; count what is trained."""
+        self.context = context
+        self.count(model)
+
+    def count(self, model: nn.Module) -> None:
+        """Count all weights and those that are trained, for the report."""
+        self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.weights = sum(p.numel() for p in model.parameters())
+
+    def loss(self, outputs: Any, teacher_outputs: Any, batch: Mapping[str, Tensor], task_loss: Tensor) -> Tensor:
+        """The task's own loss."""
+        return task_loss
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Nothing."""
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Nothing."""
+
+    def finish(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model as it is."""
+        return model
+
+    def report(self) -> dict[str, Any]:
+        """How much was trained."""
+        return {"trained": self.trained, "of": self.weights, "trained_fraction": self.trained / self.weights}
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing."""

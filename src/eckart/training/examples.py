@@ -103,9 +103,7 @@ def _labelled(
     notes = []
     train, held = rows.rows, None
     if eval_data is not None:
-        held = load_labelled(
-            recipe, eval_data, label2id=getattr(config, "label2id", None), task=task, evaluation=True
-        )
+        held = load_labelled(recipe, eval_data, label2id=getattr(config, "label2id", None), task=task, evaluation=True)
     else:
         train, kept = _split(train, recipe.seed)
         held = TaskData(kept, rows.description)
@@ -124,9 +122,7 @@ def _labelled(
     return Examples(encoded, exam, pad_token(tokenizer, config), rows.description | {"trained_on": len(train)}, notes)
 
 
-def _masked(
-    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
-) -> Examples:
+def _masked(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:
     if getattr(tokenizer, "mask_token_id", None) is None:
         raise DataError("tokenizer: it has no mask token, so no token can be masked: use --task causal, or its own")
 
@@ -151,9 +147,7 @@ def _masked(
     return Examples(rows, exam, pad_id, description | {"trained_on": len(rows)}, notes)
 
 
-def _causal(
-    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
-) -> Examples:
+def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:
     def read(source: Any, split: str) -> tuple[list[str], dict[str, Any]]:
         return load_documents(
             source, tokenizer=tokenizer, config=recipe.data_config, split=split, column=recipe.data_column,

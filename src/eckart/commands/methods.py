@@ -11,7 +11,7 @@ from eckart.report import methods_table, recoveries_table
 
 @guarded
 def methods() -> None:
-    """List every method with its paper, what it needs, and what it is exact for; then the forms, and what `eckart tune` offers.
+    """List every method with its paper, what it needs, and what it is exact for; then the forms and the recoveries.
 
     `--method` takes a paper's whole procedure; `--metric`, `--form` and `--allocation` replace parts of it.
 

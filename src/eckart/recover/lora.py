@@ -34,7 +34,7 @@ class LoRA(BaseRoom):
     learning_rate: ClassVar[float] = 5e-4
 
     rank: int = 8
-    alpha: float = 0.0
+    alpha: int = 0
     dropout: float = 0.0
     dense: bool = False
 

@@ -109,11 +109,12 @@ class _Trainer(Trainer):
         stop_after: int | None,
     ) -> None:
         super().__init__(
-            model=model, args=arguments, train_dataset=examples.rows, data_collator=examples.collate,  # type: ignore[arg-type]
+            model=model, args=arguments, train_dataset=examples.rows, data_collator=examples.collate,
         )  # fmt: skip
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(_Hooks(self))
+        self.student = model
         self.model_accepts_loss_kwargs = False  # the loss is a mean over the batch
         self.room, self.context, self.reader, self.journal = room, context, tokenizer, journal
         self.stop_after = stop_after
@@ -125,7 +126,9 @@ class _Trainer(Trainer):
 
     # -- a step --------------------------------------------------------------------------------------
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The room's loss on a batch."""
         self.context.step = self.state.global_step
         batch = dict(inputs)
@@ -150,7 +153,7 @@ class _Trainer(Trainer):
         """Forward, backward, and the room's look at the gradients."""
         loss = super().training_step(model, *args, **more)
         self.losses.append(float(loss))
-        self.room.after_backward(self.model, self.state.global_step)
+        self.room.after_backward(self.student, self.state.global_step)
         return loss
 
     # -- what is kept --------------------------------------------------------------------------------
@@ -164,7 +167,7 @@ class _Trainer(Trainer):
         assert self.journal is not None
         assert self.optimizer is not None
         assert self.lr_scheduler is not None
-        tensors = {f"model/{name}": value for name, value in _tensors(self.model)}
+        tensors = {f"model/{name}": value for name, value in _tensors(self.student)}
         tensors |= {f"room/{name}": value for name, value in self.room.state().items()}
         optimizer = self.optimizer.state_dict()
         scalars: dict[str, dict[str, Any]] = {}
@@ -196,7 +199,7 @@ class _Trainer(Trainer):
         tensors, content = saved
         self.losses = list(content["losses"])
         with torch.no_grad():
-            for name, value in _tensors(self.model):
+            for name, value in _tensors(self.student):
                 value.copy_(tensors[f"model/{name}"])
         self.room.restore(_under(tensors, "room/"))
 
@@ -247,7 +250,7 @@ class _Hooks(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """The optimizer has stepped."""
-        self.trainer.room.after_step(self.trainer.model, state.global_step)
+        self.trainer.room.after_step(self.trainer.student, state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """A step is done."""

@@ -15,18 +15,24 @@ from eckart.model import to_dense_modules as _to_dense_modules
 from eckart.recipe import Recipe
 from eckart.result import Result
 from eckart.run import compare, compress
+from eckart.tuned import TuneResult
+from eckart.tuning import tune
+from eckart.tuning_recipe import TuneRecipe
 
 __version__ = "0.1.0"
 __all__ = [
     "EckartError",
     "Recipe",
     "Result",
+    "TuneRecipe",
+    "TuneResult",
     "compare",
     "compress",
     "compress_checkpoint",
     "densify",
     "evaluate",
     "load",
+    "tune",
 ]
 
 _register()

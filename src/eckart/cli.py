@@ -15,6 +15,7 @@ from eckart.commands.evaluate import evaluate_folder
 from eckart.commands.export import export
 from eckart.commands.inspect import inspect
 from eckart.commands.methods import methods
+from eckart.commands.tune import tune
 
 app = typer.Typer(
     name="eckart",
@@ -30,6 +31,7 @@ app = typer.Typer(
 
 for name, command in (
     ("compress", compress),
+    ("tune", tune),
     ("eval", evaluate_folder),
     ("compare", compare),
     ("inspect", inspect),

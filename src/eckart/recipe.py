@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
+from eckart.asking import Asking, checked, no_boolean
 from eckart.errors import UsageError
 from eckart.forms import form_named
 from eckart.methods import method_named
@@ -17,14 +16,12 @@ from eckart.methods import method_named
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-class Recipe(BaseModel):
+class Recipe(Asking):
     """What a run is asked to do. Options that are None take the method's setting or a default.
 
     The same names are the command line's flags (`--max-seq-length`), the keys of `--config run.yaml`
     and the keyword arguments of :func:`eckart.compress`.
     """
-
-    model_config = ConfigDict(extra="forbid", strict=False, frozen=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="Hub name or folder of the model to compress.")
     revision: str | None = Field(None, description="Revision of the model on the hub.")
@@ -97,9 +94,7 @@ class Recipe(BaseModel):
     )
     @classmethod
     def _no_booleans(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            raise ValueError("must be a number, not a boolean")
-        return value
+        return no_boolean(value)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod
@@ -116,23 +111,6 @@ class Recipe(BaseModel):
     def _known_form(cls, value: str | None) -> str | None:
         return value if value is None else form_named(value).form
 
-    @field_validator("device")
-    @classmethod
-    def _known_device(cls, value: str | None) -> str | None:
-        if value is None:
-            return None
-        try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"no such device here ({reason}); use cpu, or a device that torch finds") from None
-        return value
-
-    def to_yaml(self) -> str:
-        """As it is saved with the model: only what was set or differs from None."""
-        content = {key: value for key, value in self.model_dump(mode="json").items() if value is not None}
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
 
 def make_recipe(options: dict[str, Any], where: str = "options") -> Recipe:
     """A checked recipe.
@@ -144,19 +122,7 @@ def make_recipe(options: dict[str, Any], where: str = "options") -> Recipe:
     Raises:
         UsageError: naming the field, what is wrong with it, and the nearest spelling of an unknown one.
     """
-    unknown = [key for key in options if key not in Recipe.model_fields]
-    if unknown:
-        near = difflib.get_close_matches(str(unknown[0]), Recipe.model_fields, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(Recipe.model_fields)}."
-        raise UsageError(f"{where}: {unknown[0]!r} is not an option; {hint}")
-    try:
-        return Recipe(**options)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        help_text = Recipe.model_fields[field.split(".")[0]].description
-        raise UsageError(f"{where}: {field} = {first['input']!r}: {message} ({help_text})") from None
+    return checked(Recipe, options, where)
 
 
 class _OneKeyLoader(yaml.SafeLoader):

@@ -80,12 +80,12 @@ class Result:
         card = model_card(
             Path(output_dir).name,
             base_model=original or None,
-            auto_class=_auto_class(type(self.model).__name__),
+            auto_class=auto_class_of(type(self.model).__name__),
             library_name="sentence-transformers" if sentence else "transformers",
             method=self.report["method"],
             form=self.report["form"],
             measured=reporting.card_rows(self.report),
-            **_origin(self.source_folder),
+            **origin_of(self.source_folder),
         )
         return save(
             self.model,
@@ -107,12 +107,12 @@ def load_lines(result: Result, folder: Path) -> str:
     if result.source_folder is not None and (result.source_folder / "modules.json").exists():
         library, name, call = "sentence_transformers", "SentenceTransformer", f"SentenceTransformer({str(folder)!r})"
     else:
-        library, name = "transformers", _auto_class(type(result.model).__name__)
+        library, name = "transformers", auto_class_of(type(result.model).__name__)
         call = f"{name}.from_pretrained({str(folder)!r})"
     return f"import eckart  # registers the checkpoint format\nfrom {library} import {name}\nmodel = {call}"
 
 
-def _origin(folder: Path | None) -> dict[str, Any]:
+def origin_of(folder: Path | None) -> dict[str, Any]:
     """Licence, language and task of the original, as its own model card states them."""
     file = folder / "README.md" if folder is not None else None
     if file is None or not file.is_file():
@@ -124,5 +124,6 @@ def _origin(folder: Path | None) -> dict[str, Any]:
     return {key: stated[key] for key in ("license", "language", "pipeline_tag") if stated.get(key)}
 
 
-def _auto_class(name: str) -> str:
+def auto_class_of(name: str) -> str:
+    """The Auto class that loads a class of that name."""
     return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    new_head: list[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Load a model, factored or dense, in the class it was saved with.
 
@@ -40,6 +43,9 @@ def load(
         device_map: as in ``from_pretrained``.
         revision: on the hub.
         trust_remote_code: allow the model's own Python code to run.
+        new_head: a list: the head of another class may be missing, is drawn from torch's random state, and its
+            tensors' names are put into the list.
+        settings: fields of the configuration to be changed, such as `num_labels` of a new head.
 
     Returns:
         The model in eval mode.
@@ -61,7 +67,12 @@ def load(
         trust_remote_code=trust_remote_code,  # False instead of a question on the terminal
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
+        **(settings or {}),
     )
+    missing = sorted(info["missing_keys"])
+    if new_head is not None:
+        new_head += [key for key in missing if _of_head(model, key)]
+        missing = [key for key in missing if not _of_head(model, key)]
     # Another class than the one that was saved leaves out the other's head.
     left_out = sorted(info["unexpected_keys"]) if type(model).__name__ in architectures else []
     if left_out and not _is_factored(config):
@@ -69,7 +80,7 @@ def load(
         logger.warning("%s: %s does not use %d tensors: %s", home, type(model).__name__, len(left_out), listed)
         left_out = []
     wrong = {
-        "are missing": sorted(info["missing_keys"]),
+        "are missing": missing,
         "have no place": left_out,
         "have another shape": [
             f"{key} {tuple(found)} instead of {tuple(expected)}"
@@ -105,6 +116,12 @@ def blank(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedM
         if remote is not None:
             return remote.from_config(config, trust_remote_code=True)
         return _class(None, architectures, home)._from_config(config)
+
+
+def _of_head(model: PreTrainedModel, key: str) -> bool:
+    """Whether a tensor is outside the bare model, or in its pooler, which only some heads read."""
+    prefix = f"{model.base_model_prefix}."
+    return model.base_model is not model and (not key.startswith(prefix) or key.startswith(f"{prefix}pooler."))
 
 
 def _is_factored(config: dict[str, Any]) -> bool:

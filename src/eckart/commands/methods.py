@@ -5,15 +5,17 @@ from __future__ import annotations
 from eckart.commands.console import guarded, show
 from eckart.methods import METHODS
 from eckart.recipe import Recipe
-from eckart.report import methods_table
+from eckart.recover import RECOVERIES
+from eckart.report import methods_table, recoveries_table
 
 
 @guarded
 def methods() -> None:
-    """List every method with its paper, what it needs, and what it is exact for; then the forms.
+    """List every method with its paper, what it needs, and what it is exact for; then the forms and the recoveries.
 
     `--method` takes a paper's whole procedure; `--metric`, `--form` and `--allocation` replace parts of it.
 
     Example: eckart compress MODEL --method drone --form pivoted --output-dir DIR
     """
-    show(methods_table(METHODS.values(), str(Recipe.model_fields["method"].default)))
+    default = str(Recipe.model_fields["method"].default)
+    show(methods_table(METHODS.values(), default), "", recoveries_table(RECOVERIES.values()))

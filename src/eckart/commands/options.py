@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import typer
+from pydantic import BaseModel
 
 from eckart.recipe import Recipe, make_recipe
 
@@ -20,7 +21,9 @@ PANELS = {
     "What": ("method", "metric", "form", "allocation", "refit", "keep", "keep_of", "embeddings", "embeddings_keep",
              "rank_multiple", "plan", "targets", "ignore", "dtype"),
     "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
-             "data_revision", "num_samples", "max_seq_length", "batch_size", "curvature", "seed"),
+             "data_revision", "num_samples", "max_seq_length", "batch_size", "curvature", "seed", "data_pair_column",
+             "eval_data", "eval_split", "eval_samples"),
+    "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps"),
     "Model and machine": ("revision", "device", "stream", "cache_memory", "trust_remote_code"),
 }  # fmt: skip
 
@@ -33,12 +36,15 @@ def fields(*left_out: str) -> tuple[str, ...]:
     return tuple(name for name in Recipe.model_fields if name not in (*ARGUMENTS, *left_out))
 
 
-def recipe_options(*names: str, words: Mapping[str, str] | None = None) -> Callable[[F], F]:
+def recipe_options(
+    *names: str, words: Mapping[str, str] | None = None, of: type[BaseModel] = Recipe
+) -> Callable[[F], F]:
     """Give a command an option for each of these fields; what is set arrives in its `**options`.
 
     Args:
         names: fields of :class:`eckart.Recipe`.
         words: field -> help, where an option means something else for this command.
+        of: the kind of recipe.
 
     Returns:
         A decorator; the function it decorates takes `**options`.
@@ -53,7 +59,10 @@ def recipe_options(*names: str, words: Mapping[str, str] | None = None) -> Calla
         ]
         added = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(name, (words or {}).get(name))
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=_option(name, (words or {}).get(name), of),
             )
             for name in names
         ]
@@ -89,14 +98,14 @@ def asked(content: Mapping[str, Any], config: Path | None, model: str | None, op
     return make_recipe({**content, **given}, "command line")
 
 
-def _option(name: str, other: str | None = None) -> Any:
-    field = Recipe.model_fields[name]
+def _option(name: str, other: str | None = None, of: type[BaseModel] = Recipe) -> Any:
+    field = of.model_fields[name]
     kind, choices = _kind(field.annotation)
     flag = "--" + name.replace("_", "-")
     words = field.description or ""
     if choices:
         words += f" One of: {', '.join(choices)}."
-    if field.default is not None and kind is not bool:
+    if field.default not in (None, ()) and kind is not bool:
         words += f" Default: {field.default}."
     if typing.get_origin(kind) is list:
         words += " May be given several times."

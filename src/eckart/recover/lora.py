@@ -1,0 +1,108 @@
+"""LoRA on the factors, merged into them: they keep their size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from eckart.errors import UsageError
+from eckart.model import factored_modules, find_sites
+from eckart.recover.room import BaseRoom, Context
+
+
+@dataclass
+class LoRA(BaseRoom):
+    """`W + (alpha / r) B A` for each leaf W of the factors, A and B trained and W frozen.
+
+    Hu et al. 2021, arXiv 2106.09685. A leaf is a plain Linear, so that its adapter is merged into the leaf itself: the
+    low-rank product B' A' stays of rank k, and a pivoted form keeps its pivots.
+
+    Attributes:
+        rank: r.
+        alpha: the scale is alpha / r; 0 for 2 r.
+        dropout: on the adapters' input.
+        dense: also adapt the dense weights that could be factored. A model without factors is adapted there anyway.
+    """
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "adapters on the factors, merged into them"
+    paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    learning_rate: ClassVar[float] = 5e-4
+
+    rank: int = 8
+    alpha: int = 0
+    dropout: float = 0.0
+    dense: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"recovery option rank={self.rank}: an adapter has a rank of at least 1.")
+
+    def prepare(self, model: PreTrainedModel, context: Context) -> None:
+        """Freeze everything but the head, and put the adapters in.
+
+        Raises:
+            UsageError: peft is not installed, or there is nothing to adapt.
+        """
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError:
+            raise UsageError(
+                "recovery lora: it needs peft, which is not installed. Install it: pip install peft"
+            ) from None
+        self.targets = self._targets(model)
+        if not self.targets:
+            raise UsageError(
+                f"recovery lora: {type(model).__name__} holds no factor and no dense weight to adapt; use "
+                "--recovery full."
+            )
+        config = LoraConfig(
+            r=self.rank, lora_alpha=self.alpha or 2 * self.rank, lora_dropout=self.dropout,
+            target_modules=self.targets,
+        )  # fmt: skip
+        inject_adapter_in_model(config, model)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("lora_" in name or context.in_head(name))
+        super().prepare(model, context)
+
+    def _targets(self, model: PreTrainedModel) -> list[str]:
+        factored = factored_modules(model)
+        leaves = [
+            f"{name}.{path}"
+            for name, form in factored.items()
+            for path, leaf in form.named_modules()
+            if isinstance(leaf, nn.Linear)
+        ]
+        if leaves and not self.dense:
+            return leaves
+        tied = getattr(model, "all_tied_weights_keys", {})
+        both = {*tied, *tied.values()}
+        sites = [site.name for site in find_sites(model).chosen] if _has_sites(model) else []
+        return leaves + [name for name in sites if f"{name}.weight" not in both]
+
+    def finish(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Merge each adapter into its leaf and take it off."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        with torch.no_grad():
+            for name, module in adapted.items():
+                module.merge(safe_merge=True)
+                model.set_submodule(name, module.get_base_layer())
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        model.__dict__.pop("peft_config", None)
+        return model
+
+    def report(self) -> dict[str, Any]:
+        """Rank, scale, and how many leaves were adapted."""
+        alpha = self.alpha or 2 * self.rank
+        return super().report() | {"rank": self.rank, "alpha": alpha, "adapted": len(self.targets)}
+
+
+def _has_sites(model: PreTrainedModel) -> bool:
+    return any(type(module).__name__ in ("Linear", "Conv1D") for module in model.modules())

@@ -1,0 +1,52 @@
+"""The report of a training, and the ways of recovering by one, as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from eckart.recover import BaseRoom
+from eckart.report.words import columns, count, number, plain_table
+
+
+def tuned_rich(report: Mapping[str, Any]) -> Group:
+    """What was trained on what, the scores before and after, notes, time."""
+    steps, room = report["training"], report["recovered_by"]
+    lines = [
+        Text(f"{report['model']}: recovery {report['recovery']}, task {report['task']}", style="bold"),
+        Text(
+            f"{steps['steps']} steps, loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
+            f"{count(room['trained'])} of {count(room['of'])} numbers trained"
+        ),
+        Text(f"scored on {report['protocol']}"),
+        Text(),
+    ]
+    table = columns(plain_table(), "", [*report["scores"]])
+    for name in report["scores"]["before"]:
+        table.add_row(name, *(number(row.get(name)) for row in report["scores"].values()))
+    seconds = report["seconds"]
+    timed = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
+    return Group(
+        *lines, table, *(Text(f"note: {note}", style="yellow") for note in report["notes"]),
+        Text(f"time: {sum(seconds.values()):.1f} s ({timed})", style="dim"),
+    )  # fmt: skip
+
+
+def tuned_rows(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Measured numbers for the model card."""
+    scores = report["scores"]
+    return {name: {column: row.get(name) for column, row in scores.items()} for name in scores["before"]}
+
+
+def recoveries_table(rooms: Iterable[type[BaseRoom]]) -> Table:
+    """Every way of recovering by training, its paper and what it needs."""
+    table = columns(plain_table(title="recoveries (eckart tune --recovery)"), "name", [])
+    for name in ("needs", "what is trained on what", "paper"):
+        table.add_column(name, overflow="fold")
+    for room in rooms:
+        table.add_row(room.name, "data + teacher" if room.needs_teacher else "data", room.title, room.paper)
+    return table

@@ -1,0 +1,90 @@
+"""How a model is scored before and after a training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.data import TaskData
+from eckart.data.inference import evaluating, forward
+from eckart.measure import classification, perplexity, regression
+from eckart.measure.divergence import negative_log_likelihood
+from eckart.training.masking import mask_tokens
+
+EVAL_TOKENS = 65_536
+"""Of running text, so many tokens are scored where no number is asked for."""
+
+
+@dataclass(frozen=True)
+class Exam:
+    """Scores a model.
+
+    Attributes:
+        score: model -> name -> number.
+        criterion: the number that decides which model is better.
+        higher: whether more of it is better.
+        protocol: in words.
+    """
+
+    score: Callable[[PreTrainedModel], dict[str, float]]
+    criterion: str
+    higher: bool
+    protocol: str
+
+
+def better(exam: Exam, after: dict[str, float], before: dict[str, float]) -> bool:
+    """Whether the model after is at least as good as before; a number that is not finite is worse than any other."""
+    new, old = after[exam.criterion], before[exam.criterion]
+    if not math.isfinite(new):
+        return False
+    if not math.isfinite(old):
+        return True
+    return new >= old if exam.higher else new <= old
+
+
+def labelled_exam(task: str, tokenizer: Any, rows: TaskData, length: int) -> Exam:
+    """Accuracy, F1 and Matthews of a classifier; Spearman and Pearson of a regression head."""
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        if task == "classification":
+            found = classification(model, tokenizer, rows, max_seq_length=length)
+            return {"accuracy": found["accuracy"], "F1": found["f1"], "Matthews": found["matthews"]}
+        found = regression(model, tokenizer, rows, max_seq_length=length)
+        return {"Spearman": found["spearman"], "Pearson": found["pearson"]}
+
+    return Exam(score, "accuracy" if task == "classification" else "Spearman", True, f"{len(rows)} rows")
+
+
+def text_exam(tokenizer: Any, texts: Sequence[str], length: int, windows: int | None) -> Exam:
+    """Perplexity of a causal model."""
+    tokens = windows * length if windows is not None else EVAL_TOKENS
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        return {"perplexity": perplexity(model, tokenizer, texts, window=length, max_tokens=tokens)["perplexity"]}
+
+    return Exam(score, "perplexity", False, f"windows of {length} tokens, at most {tokens} tokens")
+
+
+def masked_exam(tokenizer: Any, batches: Sequence[dict[str, Tensor]], seed: int) -> Exam:
+    """Exponential of the mean cost of masked tokens; the same tokens are masked each time."""
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        total, count = 0.0, 0
+        with evaluating(model):
+            for number, batch in enumerate(batches):
+                masked = mask_tokens(batch, tokenizer, int(model.config.vocab_size), seed + number)
+                logits = forward(model, masked).logits
+                chosen = masked["labels"] != -100
+                costs = negative_log_likelihood(
+                    logits[chosen.to(logits.device)], masked["labels"][chosen].to(logits.device)
+                )
+                total, count = total + float(costs.sum()), count + len(costs)
+        mean = total / max(count, 1)
+        return {"masked perplexity": math.exp(mean) if mean < 700 else math.inf if mean > 0 else math.nan}
+
+    return Exam(score, "masked perplexity", False, "15% of the tokens masked, the same each time")

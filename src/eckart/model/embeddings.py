@@ -169,7 +169,7 @@ def put_table(
     first: FactoredEmbedding | None = None
     for name in table.embeddings:
         old: Any = model.get_submodule(name)
-        options = {"padding_idx": table.padding[name], "scale": table.scales[name]}
+        options: dict[str, Any] = {"padding_idx": table.padding[name], "scale": table.scales[name]}
         options |= {"causal": causal[name]} if form == "safe" else {}
         with torch.device("meta"):
             made = EMBEDDINGS[form](rows, width, size, **options)
@@ -183,7 +183,7 @@ def put_table(
         with torch.device("meta"):
             head = TiedHead(width, rows, first.rank, first.blocks, bias=False)
         head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight
-        head.bias = old.bias
+        head.register_parameter("bias", old.bias)
         _placed(model, name, head, old.weight.requires_grad)
     ties_of_factored(model, before)
 

@@ -254,7 +254,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str], option: str) -> set
         hits = {name for name in names if matches(pattern, name)}
         if not hits:
             ends = sorted({name.rsplit(".", 1)[-1] for name in names})
-            near = difflib.get_closematches(pattern, [*names, *ends], 3, 0.4) or ends[:5]
+            near = difflib.get_close_matches(pattern, [*names, *ends], 3, 0.4) or ends[:5]
             raise UsageError(
                 f"{option}: {pattern!r} matches no module with a weight matrix. "
                 f"Near misses: {', '.join(near)}. `eckart inspect` lists all names."

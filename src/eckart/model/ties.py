@@ -94,7 +94,7 @@ def _rewrite(
             continue
         keys = before.get(name, {})
         if (after := change(name, part, keys)) != keys:
-            part._tied_weights_keys = after  # type: ignore[assignment]
+            part._tied_weights_keys = after
         # What the loader found untied, whatever the config says, is not in here and stays out.
         part.all_tied_weights_keys = change(name, part, part.all_tied_weights_keys)
     if tie and isinstance(model, PreTrainedModel):

@@ -327,7 +327,7 @@ class TiedHead(Factored):
         self.blocks = blocks
         self.codes = Numbers(out_features, blocks * rank)
         self.expand = Numbers(in_features // blocks, rank)
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     @classmethod
     def options(cls, spec: dict[str, Any]) -> dict[str, Any]:

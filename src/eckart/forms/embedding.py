@@ -312,6 +312,7 @@ class TiedHead(Factored):
     """
 
     form: ClassVar[str] = "tied-head"
+    bias: nn.Parameter | None
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank", "blocks")
 
     def __init__(self, in_features: int, out_features: int, rank: int, blocks: int, bias: bool = False) -> None:

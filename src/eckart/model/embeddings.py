@@ -182,7 +182,7 @@ def put_table(
         old = model.get_submodule(name)
         with torch.device("meta"):
             head = TiedHead(width, rows, first.rank, first.blocks, bias=False)
-        head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight
+        head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight  # type: ignore[assignment]
         head.register_parameter("bias", old.bias)
         _placed(model, name, head, old.weight.requires_grad)
     ties_of_factored(model, before)

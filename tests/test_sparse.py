@@ -157,7 +157,7 @@ def test_form_applies_its_matrix(dtype, tolerance, bias):
 def test_form_size_is_what_is_stored():
     for bias in (True, False):
         module = made(torch.bfloat16, bias)
-        size = LowRankSparse.size(10, 8, 3, 4)
+        size = LowRankSparse.size(10, 8, 3, rows=4)
         tensors = module.state_dict().values()
         extra = 10 if bias else 0
         assert sum(t.numel() for t in tensors) == size.parameters + extra

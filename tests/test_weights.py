@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from architectures import BY_NAME, ZOO, output
+from problems import RANK_FORMS
 from torch import nn
 
 from eckart.data.inference import device_of, evaluating, forward
@@ -308,7 +309,7 @@ def test_an_embedding_is_never_widened_as_a_whole(monkeypatch):
     torch.testing.assert_close(found, wide.model(**inputs).last_hidden_state)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", RANK_FORMS)
 @pytest.mark.parametrize("large", [0, weights.LARGE])
 def test_stored_forms_stream_and_keep_no_working_memory(form, large, monkeypatch):
     monkeypatch.setattr(weights, "LARGE", large)

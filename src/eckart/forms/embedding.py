@@ -312,6 +312,7 @@ class TiedHead(Factored):
     """
 
     form: ClassVar[str] = "tied-head"
+    bias: nn.Parameter | None
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank", "blocks")
 
     def __init__(self, in_features: int, out_features: int, rank: int, blocks: int, bias: bool = False) -> None:
@@ -327,7 +328,7 @@ class TiedHead(Factored):
         self.blocks = blocks
         self.codes = Numbers(out_features, blocks * rank)
         self.expand = Numbers(in_features // blocks, rank)
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
 
     @classmethod
     def options(cls, spec: dict[str, Any]) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def put_table(
         with torch.device("meta"):
             head = TiedHead(width, rows, first.rank, first.blocks, bias=False)
         head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight  # type: ignore[assignment]
-        head.bias = old.bias
+        head.register_parameter("bias", old.bias)
         _placed(model, name, head, old.weight.requires_grad)
     ties_of_factored(model, before)
 

@@ -247,9 +247,10 @@ def survey(task: Task, records: Records, options: argparse.Namespace) -> None:
     table: list[list[Any]] = [["1", "dense", start["score"], "-", "1.000", 1.0]]
     share = f"{int8['bytes'] / start['bytes']:.3f} of the bytes" if "bytes" in int8 else "-"
     table.append(["1", f"rounded to int8 ({share})", int8.get("score", "-"), "-", "1.000", "-"])
-    for keep in options.keeps:
-        table += [one(row, task, dense, records, options, str(keep)) for row in rows(keep, task.kind)]
-    table += [one(row, task, dense, records, options, "own") for row in other_rows(task.kind)]
+    places = [(str(keep), row) for keep in options.keeps for row in rows(keep, task.kind)]
+    places += [("own", row) for row in other_rows(task.kind)]
+    asked = [(place, row) for place, row in places if not options.only or row.name in options.only]
+    table += [one(row, task, dense, records, options, place) for place, row in asked]
     measure = "accuracy" if task.kind == "classification" else "perplexity"
     print(f"\n{task.name}: {measure}; {options.steps} steps of recovery\n")
     columns = ["keep", "method", "before", "after recovery", "stored numbers / dense", "latency / dense"]
@@ -284,11 +285,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dense-steps", type=int, default=650, help="of fine-tuning the encoder")
     parser.add_argument("--tokens", type=int, default=65_536, help="of held-out text")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="rows by name, separated by semicolons")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--score", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.quick:
         options.keeps, options.steps, options.dense_steps, options.tokens = "0.5", 20, 100, 8_192
+    options.only = options.only.split(";") if options.only else []
     options.keeps = [float(word) for word in options.keeps.split(",")]
     return options
 

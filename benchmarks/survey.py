@@ -48,7 +48,8 @@ class Task:
     @property
     def words(self) -> list[str]:
         """The columns, as options."""
-        return [word for key, value in self.columns.items() for word in (f"--data-{key}-column", value)]
+        names = {"text": "--data-column", "pair": "--data-pair-column", "label": "--data-label-column"}
+        return [word for key, value in self.columns.items() for word in (names[key], value)]
 
 
 @dataclass(frozen=True)

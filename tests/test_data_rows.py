@@ -169,3 +169,13 @@ def test_task_with_a_short_row(tmp_path):
     path = write(tmp_path / "a.tsv", "text\tlabel\nfine\t1\nawful\n")
     with pytest.raises(DataError, match=r"a\.tsv:3: no value in column 'label'"):
         load_task(path)
+
+
+def test_a_first_row_that_holds_the_number_of_a_column_is_no_header(tmp_path):
+    path = write(tmp_path / "train.tsv", "a fine film\t1\na dull one\t0\n")
+    assert [list(row.items()) for row in values(path, asked=("0", "1"))] == [
+        [("0", "a fine film"), ("1", "1")],
+        [("0", "a dull one"), ("1", "0")],
+    ]
+    write(path, "0\t1\na fine film\t1\n")
+    assert [list(row.items()) for row in values(path, asked=("0", "1"))] == [[("0", "a fine film"), ("1", "1")]]

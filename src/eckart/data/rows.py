@@ -140,13 +140,14 @@ def _read_table(path: Path, asked: Sequence[str], delimiter: str) -> Iterator[tu
 def _is_header(cells: list[str], asked: Sequence[str]) -> bool:
     """Tell a header from data.
 
-    It is one if it holds a column that is asked for. It is none if only numbers are asked for (columns by number),
-    or if a cell is empty, repeated or a number.
+    It is one if it holds a column that is asked for. If only numbers are asked for (columns by number), it is none but
+    for a row of nothing else than numbers: a first row may well hold the label 1. It is none if a cell is empty,
+    repeated or a number.
     """
+    if asked and all(name.isdigit() for name in asked):
+        return all(name in cells for name in asked) and all(cell.isdigit() for cell in cells)
     if any(name in cells for name in asked):
         return True
-    if asked and all(name.isdigit() for name in asked):
-        return False
     return len(set(cells)) == len(cells) and all(cell.strip() and not is_number(cell) for cell in cells)
 
 

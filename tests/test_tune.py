@@ -219,6 +219,22 @@ def test_a_worse_model_is_not_published(place):
     assert torch.equal(logits(result.model), logits(before))
 
 
+@pytest.mark.parametrize(("recovery", "options", "smaller"), [
+    ("losparse", ("keep=0.4",), True), ("dsee", ("prune=unstructured",), False),
+])  # fmt: skip
+def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, options, smaller, tmp_path):
+    result = tuned(place, "dense", recovery=recovery, recovery_option=options, learning_rate=5.0)
+    assert result.report["kept"] == "after"
+    assert any("smaller model that was asked for" in note for note in result.report["notes"])
+    dense = eckart.load(place / "dense")
+    size = sum(p.numel() for p in result.model.parameters())
+    assert (size < sum(p.numel() for p in dense.parameters())) == smaller
+    pruned = result.model.model.layers[0].mlp.up_proj
+    assert smaller or bool((pruned.weight == 0).float().mean() > 0.2)
+    result.save_pretrained(tmp_path / "out")
+    assert torch.equal(logits(eckart.load(tmp_path / "out")), logits(result.model))
+
+
 def test_the_model_passed_in_and_the_random_state_stay(place):
     model = eckart.load(place / "lowrank")
     first = logits(model)

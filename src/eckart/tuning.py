@@ -223,8 +223,10 @@ def _tune(
         with _timed(seconds, "scoring"):
             after = examples.exam.score(trained)
     kept = trained
-    if not better(examples.exam, after, before):
-        name = examples.exam.criterion
+    worse, name = not better(examples.exam, after, before), examples.exam.criterion
+    if worse and room.shrinks:
+        notes.append(f"{name} {before[name]:.4g} before, {after[name]:.4g} in the smaller model that was asked for")
+    elif worse:
         notes.append(
             f"training made it worse ({name} {before[name]:.4g} before, {after[name]:.4g} after): the model before it "
             "is kept. Try a lower --learning-rate, more data, or fewer --epochs"

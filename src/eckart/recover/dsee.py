@@ -98,6 +98,11 @@ class Dsee(BaseRoom):
         self._threshold = -1.0
         self._report: dict[str, Any] = {}
 
+    @property
+    def shrinks(self) -> bool:
+        """Where the model is pruned."""
+        return self.prune != "none"
+
     def prepare(self, model: PreTrainedModel, context: Context) -> None:
         """Freeze the model, and put an update around every chosen weight.
 

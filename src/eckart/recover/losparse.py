@@ -72,6 +72,11 @@ class LoSparse(BaseRoom):
         self._report: dict[str, Any] = {}
 
     @property
+    def shrinks(self) -> bool:
+        """Always."""
+        return True
+
+    @property
     def _share(self) -> float:
         return self.low_rank or self.keep / 4
 

@@ -51,6 +51,10 @@ class Room(Protocol):
     def wants(self) -> frozenset[str]:
         """What the models are to return besides logits: "hidden_states", "attentions"."""
 
+    @property
+    def shrinks(self) -> bool:
+        """Whether the model ends smaller than it came: then that is what was asked for, whatever it scores."""
+
     def prepare(self, model: PreTrainedModel, context: Context) -> None:
         """Before training: freeze, add adapters, split weights. Random draws come from torch's seeded global state."""
 
@@ -98,6 +102,11 @@ class BaseRoom:
     def wants(self) -> frozenset[str]:
         """Logits alone."""
         return frozenset()
+
+    @property
+    def shrinks(self) -> bool:
+        """The size stays."""
+        return False
 
     def prepare(self, model: PreTrainedModel, context: Context) -> None:
         """Keep the context; count what is trained."""

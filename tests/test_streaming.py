@@ -291,12 +291,13 @@ def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(serv
         return parts(estimated(recipe_of(room.model, room.text, method="drone", cache_memory=0.001), **config).streamed)
 
     least = grown("on", num_hidden_layers=2)
-    shallow, deep = (grown("on", num_hidden_layers=depth, **DEEP) for depth in (4, 16))
-    assert deep < 1.15 * shallow
-    assert deep - least < expected(**DEEP)
     layers = 12 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)
+    shallow = grown("on", num_hidden_layers=4, **DEEP)
+    deep = min(grown("on", num_hidden_layers=16, **DEEP) for _ in range(3))  # allocators only ever add
+    assert deep - shallow < layers / 4
+    assert deep - least < expected(**DEEP)
     assert grown("off", num_hidden_layers=16, **DEEP) - grown("off", num_hidden_layers=4, **DEEP) > layers
-    wide = grown("on", **WIDE) - least
+    wide = min(grown("on", **WIDE) for _ in range(2)) - least
     assert 2 * 128 * 57_344 * 4 < wide < expected(**WIDE)  # two models' predictions of 128 tokens at least
 
 

@@ -31,7 +31,15 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 import eckart
 
 DEMO = Path(eckart.__file__).parent / "demo" / "model"
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    # What is freed goes back at once, so that memory which is watched is what is held.
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
 LIMIT = 120  # seconds that a command may take, on a slow machine
 TICKING = (
     "eckart.checkpoint.cache:Cache.drop",

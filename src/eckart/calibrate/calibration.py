@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data import Batch, CalibrationData, Pooling, kind_of
-from eckart.data.inference import device_of, forward, progress
-from eckart.errors import EckartError, ModelError, NumericalError
-from eckart.memory import human, rss
+from eckart.calibrate.bar import show_steps
+from eckart.calibrate.step import labelled_step, plain_step, sampled_step
+from eckart.calibrate.useless import why_useless
+from eckart.data import Batch, CalibrationData, Pooling
+from eckart.data.inference import forward, progress
+from eckart.errors import EckartError, ModelError
 from eckart.model import Weights
 from eckart.moments import (
     Moments,
@@ -23,8 +25,6 @@ from eckart.moments import (
     common_calls,
     gather,
     is_out_of_memory,
-    labelled_loss,
-    sampled_loss,
     shared_inputs,
 )
 from eckart.processes import Processes
@@ -127,7 +127,7 @@ def calibrate(
     weights = weights or Weights(model, None)
     backward = bool(needs & {"gradients", "fisher"})
     labelled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
-    step = _labelled_step(model) if labelled else _sampled_step(model, seed, pooling) if backward else _plain(model)
+    step = labelled_step(model) if labelled else sampled_step(model, seed, pooling) if backward else plain_step(model)
     work = _Work(model, weights, all_blocks(model))
     first = data.batches[0].rows(0, 1)
     with work.running(None):
@@ -155,7 +155,7 @@ def calibrate(
                 f"{type(model).__name__}: no backward pass runs through it ({failed}). "
                 "Use a method that needs none: --method drone --allocation uniform."
             )
-        backward, labelled, step, needs = False, False, _plain(model), frozenset({"gram"})
+        backward, labelled, step, needs = False, False, plain_step(model), frozenset({"gram"})
         notes.append(
             f"no backward pass runs through {type(model).__name__} ({failed}): "
             "the drone metric and uniform ranks took the place of kfac and allocation by loss"
@@ -307,67 +307,6 @@ def _parts(groups: Groups, model: PreTrainedModel, at_once: int) -> Iterator[Win
         yield Window(name, together, {})
 
 
-def show_steps(steps: Sequence[int], what: str) -> Iterator[int]:
-    """A bar over blocks, with the memory that this process holds."""
-    bar: Any = progress(steps, what=what, total=len(steps))
-    for step in bar:
-        if hasattr(bar, "set_postfix_str"):
-            bar.set_postfix_str(f"{human(rss())} held", refresh=False)
-        yield step
-
-
-def why_useless(entry: Moments) -> str | None:
-    """Why a site's statistics say nothing, in words, or None."""
-    if entry.inputs.count == 0:
-        return "no token of the calibration data reached it"
-    if _without_gradient(entry):
-        return "the model's output does not depend on it"
-    return None
-
-
-def too_few(seen: Mapping[str, tuple[int, int]]) -> list[str]:
-    """A note where sites saw fewer tokens than they have features: their Grams are singular.
-
-    Args:
-        seen: for each site, tokens and features.
-    """
-    few = {name: (count, width) for name, (count, width) in seen.items() if count < width}
-    if not few:
-        return []
-    fewest = sorted(few, key=lambda name: few[name][0] / few[name][1])[:3]
-    named = ", ".join(f"{name} {few[name][0]} for {few[name][1]}" for name in fewest)
-    note = (
-        f"sites that saw fewer tokens than they have features: {len(few)} (the fewest: {named}); "
-        "what the text does not show is kept by plain SVD; give more text with --num-samples"
-    )
-    logger.warning(note)
-    return [note]
-
-
-def hold_out(loaded: CalibrationData, count: int) -> tuple[CalibrationData, CalibrationData | None]:
-    """Take `count` batches, evenly spaced, away from the calibration data, to measure on.
-
-    Args:
-        loaded: all batches.
-        count: how many to hold out; 0 for none.
-
-    Returns:
-        The batches to calibrate on and the others, each with its description.
-    """
-    if count == 0:
-        return loaded, None
-    step = len(loaded) / count
-    chosen = {int(step * (i + 0.5)) for i in range(count)}
-    parts = [[batch for i, batch in enumerate(loaded.batches) if (i in chosen) == held] for held in (False, True)]
-    description = {
-        **loaded.description,
-        "calibration_examples": sum(len(batch) for batch in parts[0]),
-        "calibration_tokens": sum(batch.num_tokens for batch in parts[0]),
-        "held_out_examples": sum(len(batch) for batch in parts[1]),
-    }
-    return CalibrationData(parts[0], description), CalibrationData(parts[1], description)
-
-
 def _common_calls(model: PreTrainedModel, names: Sequence[str], first: Batch) -> dict[str, frozenset[int]]:
     """Calls on what the examples of a batch have in common, found by running one example and the same one twice."""
     twice = {k: torch.cat([v, v]) if v.dim() and len(v) == len(first) else v for k, v in first.inputs.items()}
@@ -376,67 +315,3 @@ def _common_calls(model: PreTrainedModel, names: Sequence[str], first: Batch) ->
 
 def _curvature_name(backward: bool, labelled: bool) -> str:
     return "none" if not backward else "labels" if labelled else "sampled"
-
-
-def _without_gradient(entry: Moments) -> bool:
-    if entry.gradients is not None:
-        return entry.gradients.gram is None or not bool(entry.gradients.gram.any())
-    fisher = entry.fisher
-    return fisher is not None and (fisher.rows is None or not bool(fisher.rows.any()))
-
-
-def _plain(model: PreTrainedModel) -> Step:
-    def step(batch: Batch) -> Tensor | None:
-        forward(model, batch.inputs)
-        return None
-
-    return step
-
-
-def _sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None) -> Step:
-    problem = _problem(model)
-    device = device_of(model)
-
-    def step(batch: Batch) -> Tensor | None:
-        outputs = forward(model, batch.inputs)
-        mask = batch.inputs.get("attention_mask")
-        masks = {length: mask.to(device) for length, mask in batch.masks().items()}
-        loss = sampled_loss(outputs, masks, batch.examples, seed, pooling=pooling, attention_mask=mask, problem=problem)
-        return _finite(loss, batch)
-
-    return step
-
-
-def _labelled_step(model: PreTrainedModel) -> Step:
-    shifted = kind_of(model.config, model) == "causal"
-
-    def step(batch: Batch) -> Tensor | None:
-        labels = batch.inputs.get("labels")
-        if labels is None:  # a language model's labels are its own text; causal models shift by themselves
-            labels = batch.inputs["input_ids"].clone()
-            mask = batch.inputs.get("attention_mask")
-            if mask is not None:
-                labels[~mask.bool()] = -100
-        labels = labels.to(device_of(model))
-        return _finite(labelled_loss(forward(model, batch.inputs, labels=labels), labels, shifted=shifted), batch)
-
-    return step
-
-
-def _finite(loss: Tensor, batch: Batch) -> Tensor:
-    if not bool(torch.isfinite(loss)):
-        raise NumericalError(
-            f"calibration examples {batch.examples[0]} to {batch.examples[-1]}: the loss is {float(loss)}. "
-            "Load the model in float32 or bfloat16, or look at this text."
-        )
-    return loss
-
-
-def _problem(model: PreTrainedModel) -> str | None:
-    """Return "regression" or "multi_label_classification" where the head is one."""
-    config = model.config
-    if "ForSequenceClassification" not in type(model).__name__:
-        return None
-    if getattr(config, "problem_type", None) is not None:
-        return config.problem_type if config.problem_type != "single_label_classification" else None
-    return "regression" if getattr(config, "num_labels", 2) == 1 else None

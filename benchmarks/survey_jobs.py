@@ -1,0 +1,143 @@
+"""What the survey does to one model, each job in a fresh process.
+
+A process is forked from a server that has imported the libraries and read no model: it is as empty as a new
+interpreter, without the seconds of importing.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from common import interleaved
+from transformers import AutoTokenizer, Trainer  # noqa: F401  Trainer is slow to import, and is so once
+
+import eckart
+from eckart.checkpoint.tokenizer import load_tokenizer
+from eckart.data import load_task
+from eckart.measure import classification, perplexity, quantised_baseline, sizes
+from eckart.model import find_sites
+from eckart.tuning import tune_checkpoint
+
+BATCH, LENGTH, REPEATS = 32, 64, 5
+"""Rows and tokens of a batch that is timed, and how often."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task and the model that it begins with.
+
+    Attributes:
+        name: of the task.
+        kind: "classification" or "causal".
+        model: an encoder that has yet to learn it, or a language model.
+        train: labelled rows or text.
+        calibration: what statistics are gathered on.
+        valid: what decides whether a recovery is kept; None: a tenth of what is trained on.
+        held: what is scored; nothing else reads it.
+        columns: of labelled rows, as options of :func:`eckart.tune`.
+        batch: rows or windows of a step.
+    """
+
+    name: str
+    kind: str
+    model: Path
+    train: Path
+    calibration: Path
+    valid: Path | None
+    held: Path
+    columns: dict[str, str] = field(default_factory=dict)
+    batch: int = 32
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row or window."""
+        return 128 if self.kind == "classification" else 256
+
+
+def in_fresh_process(job: Callable[..., Any], *arguments: Any) -> Any:
+    """The job's result; what it raises is raised here."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_quietly, job, arguments).result()
+
+
+def compressed(source: Path, output: Path, task: Task, options: dict[str, Any], samples: int, seed: int) -> None:
+    """Compress a model, and publish it."""
+    data: dict[str, Any] = {"data": str(task.calibration), "num_samples": samples, "max_seq_length": task.length}
+    if task.kind == "classification":
+        pair = task.columns.get("data_pair_column")
+        data |= {"data_column": task.columns["data_column"], "data_target_column": pair}
+    recipe = eckart.Recipe(model=str(source), **options, **data, batch_size=16, seed=seed, dtype="float32")
+    shutil.rmtree(output, ignore_errors=True)
+    eckart.compress_checkpoint(recipe, output, tell=lambda _: None)
+
+
+def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teacher: Path | None, steps: int) -> None:
+    """Train a model, and publish it."""
+    valid: dict[str, Any] = {} if task.valid is None else {"eval_data": str(task.valid)}
+    if task.kind == "causal":
+        valid["eval_samples"] = 24
+    recipe = eckart.TuneRecipe(**{
+        "model": str(source), "teacher": None if teacher is None else str(teacher), "task": task.kind,
+        "data": str(task.train), **task.columns, **valid, "max_steps": steps, "max_seq_length": task.length,
+        "batch_size": task.batch, "save_steps": 10**6, **options,
+    })  # fmt: skip
+    shutil.rmtree(output, ignore_errors=True)
+    tune_checkpoint(recipe, output, tell=lambda _: None)
+
+
+def rounded(dense: Path, output: Path) -> int:
+    """The model with its sites rounded to int8, saved as it computes; returns the bytes that storing int8 takes."""
+    model = eckart.load(dense, dtype=torch.float32)
+    quantised = quantised_baseline(model, [site.name for site in find_sites(model).chosen], 8)
+    shutil.rmtree(output, ignore_errors=True)
+    quantised.model.save_pretrained(output)
+    load_tokenizer(dense).save_pretrained(output)
+    return int(quantised.model_bytes)
+
+
+def scored(folder: Path, dense: Path, task: Task, tokens: int, timed: bool) -> dict[str, Any]:
+    """Quality, size and latency of a published model.
+
+    Returns:
+        `score`: accuracy or perplexity; `elements`, `bytes` and `multiply_adds` of the whole model; `latency`:
+        seconds of a batch of 32 over the dense model's, measured in turn, if `timed`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    model = eckart.load(folder, dtype=torch.float32).eval()
+    if task.kind == "classification":
+        names = {"column": "data_column", "pair_column": "data_pair_column", "label": "data_label_column"}
+        rows = load_task(str(task.held), **{key: task.columns[n] for key, n in names.items() if n in task.columns})
+        value = classification(model, tokenizer, rows, max_seq_length=task.length, disable=True)["accuracy"]
+    else:
+        text = task.held.read_text(encoding="utf-8")
+        value = perplexity(model, tokenizer, text, window=task.length, max_tokens=tokens, disable=True)["perplexity"]
+    after = sizes(model).model
+    found = {"score": value, "elements": after.elements, "bytes": after.bytes, "multiply_adds": after.multiply_adds}
+    return found | ({"latency": _latency(model, dense)} if timed else {})
+
+
+def _latency(model: Any, dense: Path) -> float:
+    other = eckart.load(dense, dtype=torch.float32).eval()
+    ids = torch.randint(5, model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        runs = {"row": lambda: model(input_ids=ids), "dense": lambda: other(input_ids=ids)}
+        seconds = interleaved(runs, REPEATS)
+    return float(seconds["row"] / seconds["dense"])
+
+
+def _quietly(job: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return job(*arguments)

@@ -1,0 +1,81 @@
+"""What is run on a batch: a forward pass, and the loss whose gradients are wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.data import Batch, Pooling, kind_of
+from eckart.data.inference import device_of, forward
+from eckart.errors import NumericalError
+from eckart.moments import Step, labelled_loss, sampled_loss
+
+
+def plain_step(model: PreTrainedModel) -> Step:
+    """A forward pass, without a loss."""
+
+    def step(batch: Batch) -> Tensor | None:
+        forward(model, batch.inputs)
+        return None
+
+    return step
+
+
+def sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None) -> Step:
+    """The loss of targets that are drawn from the model's own predictions: the true Fisher.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    problem = _problem(model)
+    device = device_of(model)
+
+    def step(batch: Batch) -> Tensor | None:
+        outputs = forward(model, batch.inputs)
+        mask = batch.inputs.get("attention_mask")
+        masks = {length: mask.to(device) for length, mask in batch.masks().items()}
+        loss = sampled_loss(outputs, masks, batch.examples, seed, pooling=pooling, attention_mask=mask, problem=problem)
+        return _finite(loss, batch)
+
+    return step
+
+
+def labelled_step(model: PreTrainedModel) -> Step:
+    """The loss of the data's labels, or of the text itself: the empirical Fisher.
+
+    Raises:
+        NumericalError: it is not finite.
+    """
+    shifted = kind_of(model.config, model) == "causal"
+
+    def step(batch: Batch) -> Tensor | None:
+        labels = batch.inputs.get("labels")
+        if labels is None:  # a language model's labels are its own text; causal models shift by themselves
+            labels = batch.inputs["input_ids"].clone()
+            mask = batch.inputs.get("attention_mask")
+            if mask is not None:
+                labels[~mask.bool()] = -100
+        labels = labels.to(device_of(model))
+        return _finite(labelled_loss(forward(model, batch.inputs, labels=labels), labels, shifted=shifted), batch)
+
+    return step
+
+
+def _finite(loss: Tensor, batch: Batch) -> Tensor:
+    if not bool(torch.isfinite(loss)):
+        raise NumericalError(
+            f"calibration examples {batch.examples[0]} to {batch.examples[-1]}: the loss is {float(loss)}. "
+            "Load the model in float32 or bfloat16, or look at this text."
+        )
+    return loss
+
+
+def _problem(model: PreTrainedModel) -> str | None:
+    """Return "regression" or "multi_label_classification" where the head is one."""
+    config = model.config
+    if "ForSequenceClassification" not in type(model).__name__:
+        return None
+    if getattr(config, "problem_type", None) is not None:
+        return config.problem_type if config.problem_type != "single_label_classification" else None
+    return "regression" if getattr(config, "num_labels", 2) == 1 else None

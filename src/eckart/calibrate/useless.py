@@ -1,0 +1,45 @@
+"""Statistics that say nothing, and those that say little."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from eckart.moments import Moments
+
+logger = logging.getLogger(__name__)
+
+
+def why_useless(entry: Moments) -> str | None:
+    """Why a site's statistics say nothing, in words, or None."""
+    if entry.inputs.count == 0:
+        return "no token of the calibration data reached it"
+    if _without_gradient(entry):
+        return "the model's output does not depend on it"
+    return None
+
+
+def too_few(seen: Mapping[str, tuple[int, int]]) -> list[str]:
+    """A note where sites saw fewer tokens than they have features: their Grams are singular.
+
+    Args:
+        seen: for each site, tokens and features.
+    """
+    few = {name: (count, width) for name, (count, width) in seen.items() if count < width}
+    if not few:
+        return []
+    fewest = sorted(few, key=lambda name: few[name][0] / few[name][1])[:3]
+    named = ", ".join(f"{name} {few[name][0]} for {few[name][1]}" for name in fewest)
+    note = (
+        f"sites that saw fewer tokens than they have features: {len(few)} (the fewest: {named}); "
+        "what the text does not show is kept by plain SVD; give more text with --num-samples"
+    )
+    logger.warning(note)
+    return [note]
+
+
+def _without_gradient(entry: Moments) -> bool:
+    if entry.gradients is not None:
+        return entry.gradients.gram is None or not bool(entry.gradients.gram.any())
+    fisher = entry.fisher
+    return fisher is not None and (fisher.rows is None or not bool(fisher.rows.any()))

@@ -26,6 +26,7 @@ from eckart.errors import NumericalError
 from eckart.recover.room import BaseRoom, Context
 from eckart.training.examples import Examples
 from eckart.training.masking import mask_tokens
+from eckart.training.sampling import ByLength
 
 STATE = "state"
 
@@ -119,10 +120,14 @@ class _Trainer(Trainer):
         self.room, self.context, self.reader, self.journal = room, context, tokenizer, journal
         self.stop_after = stop_after
         self.losses: list[float] = []
+        self.lengths = [len(row["input_ids"]) for row in examples.rows]
         teacher = context.teacher
         if teacher is not None:
             teacher.to(arguments.device)  # type: ignore[arg-type]
             teacher.eval()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> ByLength:
+        return ByLength(self.lengths, self.args.per_device_train_batch_size, self.args.seed)
 
     # -- a step --------------------------------------------------------------------------------------
 

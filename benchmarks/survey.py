@@ -15,19 +15,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import markdown
-from survey_jobs import Task, compressed, in_fresh_process, rounded, scored, tuned
+from survey_jobs import Task, compared, compressed, in_fresh_process, rounded, scored, tuned
 
-METHODS = ("svd", "fwsvd", "asvd", "drone", "kfac", "kronecker", "eckart")
+METHODS = ("svd", "fwsvd", "drone", "kfac", "kronecker", "eckart")
 """Of `eckart compress`; svd-llm has the optimum of drone."""
+WHEN = ("before", "after")
+DENSE_BATCH = 32
+"""Rows of a step where an encoder learns its task."""
 COLUMNS = ("keep", "method", "before", "after recovery", "numbers of the model", "latency at batch 32")
 
 
@@ -58,12 +60,14 @@ def recovery(name: str, **options: Any) -> dict[str, Any]:
     return {"recovery": name, "recovery_option": tuple(f"{k}={v}" for k, v in options.items()), **rate}
 
 
-def rows(keep: float, kind: str) -> Iterator[Row]:
+def rows(keep: float) -> Iterator[Row]:
     """All methods at a keep of the linear layers."""
     for method in METHODS:
-        yield Row(method, {"method": method, "keep": keep}, recovery("distil"))
-    yield Row("svd, noach-goldberg", {"method": "svd", "keep": keep}, recovery("noach-goldberg"))
-    yield Row("eckart, lora", {"method": "eckart", "keep": keep}, recovery("lora"), taught=False)
+        curvature = "labels" if method == "fwsvd" else "sampled"  # its paper takes the task's own
+        yield Row(method, {"method": method, "keep": keep, "curvature": curvature}, recovery("distil"))
+    shared = {"keep": keep, "curvature": "sampled"}
+    yield Row("svd, noach-goldberg", {"method": "svd", **shared}, recovery("noach-goldberg"))
+    yield Row("eckart, lora", {"method": "eckart", **shared}, recovery("lora"), taught=False)
     yield Row("losparse", None, recovery("losparse", keep=keep), taught=False)
     yield Row("losparse, distilled", None, recovery("losparse-distil", keep=keep))
 
@@ -78,7 +82,8 @@ def other_rows(kind: str, steps: int, dense_steps: int) -> Iterator[Row]:
         yield Row(f"embedding {form}", options, recovery("distil", embedding=1))
     if kind == "classification":
         times = dense_steps / steps
-        yield Row("dsee, the steps of dense", None, recovery("dsee"), taught=False, bare=True, times=times)
+        options = recovery("dsee") | {"batch_size": DENSE_BATCH}
+        yield Row("dsee, trained as long as dense", None, options, taught=False, bare=True, times=times)
 
 
 class Records:
@@ -88,9 +93,13 @@ class Records:
         self.path = path
         self.all: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
+    def holds(self, key: str) -> bool:
+        """Whether something was measured, and did not fail."""
+        return key in self.all and "error" not in self.all[key]
+
     def measured(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record under a key; measured now, if it is not there yet or failed."""
-        if key not in self.all or "error" in self.all[key]:
+        if not self.holds(key):
             start = time.perf_counter()
             try:
                 self.all[key] = measure()
@@ -128,10 +137,31 @@ class Survey:
         found = in_fresh_process(scored, folder, self.dense, self.task, self.options.tokens, timed)
         return dict(found)
 
+    @property
+    def samples(self) -> int:
+        return int(self.options.samples if self.task.kind == "classification" else self.options.samples // 16)
+
+    def prepare(self, rows: Sequence[Row]) -> None:
+        """Compress by all methods that share their statistics, which are gathered once."""
+        for curvature in ("sampled", "labels"):
+            asked = [row.compress for row in rows if row.compress and row.compress.get("curvature") == curvature]
+            missing = [options for options in asked if not self.prepared(options).is_dir()]
+            methods, keeps = ([*dict.fromkeys(options[key] for options in missing)] for key in ("method", "keep"))
+            if missing:
+                folder = self.prepared(missing[0]).parent
+                common = (curvature, self.samples, self.options.seed)
+                in_fresh_process(compared, self.dense, folder, self.task, methods, keeps, *common)
+
+    def prepared(self, options: dict[str, Any]) -> Path:
+        """Where what was compressed together with others lies."""
+        return self.work / f"{self.task.name}-compressed" / f"{options['method']}-{options.get('keep')}"
+
     def compress(self, row: Row) -> Path:
-        samples = self.options.samples if self.task.kind == "classification" else self.options.samples // 4
+        assert row.compress is not None
+        if "curvature" in row.compress:
+            return self.prepared(row.compress)
         folder = self.work / "row"
-        in_fresh_process(compressed, self.dense, folder, self.task, row.compress, samples, self.options.seed)
+        in_fresh_process(compressed, self.dense, folder, self.task, row.compress, self.samples, self.options.seed)
         return folder
 
     def tune(self, row: Row, source: Path) -> Path:
@@ -145,23 +175,27 @@ class Survey:
         size = in_fresh_process(rounded, self.dense, folder)
         return self.score(folder, timed=False) | {"bytes": size}
 
+    def key(self, place: str, row: Row, when: str) -> str:
+        """Of a record; rows that are compressed alike have the same score before."""
+        name = row.name.partition(",")[0] if when == "before" else row.name
+        return f"{self.task.name}/{place}/{name}/{when}"
+
     def measure(self, place: str, row: Row) -> list[Any]:
         """Make, score, recover and score a row; returns its cells."""
-        bare = self.work / "row"
-        shutil.rmtree(bare, ignore_errors=True)
+        made: list[Path] = []
 
         def before() -> dict[str, Any]:
-            return self.score(self.compress(row), timed=row.tune is None)
+            made.append(self.compress(row))
+            return self.score(made[0], timed=row.tune is None)
 
         def after() -> dict[str, Any]:
             source = self.task.model if row.bare else self.dense
             if row.compress is not None:
-                source = bare if bare.is_dir() else self.compress(row)
+                source = made[0] if made else self.compress(row)
             return self.score(self.tune(row, source), timed=True)
 
-        key = f"{self.task.name}/{place}/{row.name}"
-        first = self.records.measured(f"{key}/before", before) if row.compress is not None else {}
-        second = self.records.measured(f"{key}/after", after) if row.tune is not None else {}
+        first = self.records.measured(self.key(place, row, "before"), before) if row.compress is not None else {}
+        second = self.records.measured(self.key(place, row, "after"), after) if row.tune is not None else {}
         last = second if "score" in second else first
         whole = self.records.all[f"{self.task.name}/dense"]["elements"]
         return [
@@ -176,11 +210,12 @@ class Survey:
         share = f", {int8['bytes'] / (4 * start['elements']):.3f} of its bytes in float32" if "bytes" in int8 else ""
         cells: list[list[Any]] = [["1", "dense", start["score"], "-", 1.0, "-"]]
         cells.append(["1", f"dense rounded to int8{share}", int8.get("score", int8.get("error")), "-", 1.0, "-"])
-        places = [(str(keep), row) for keep in self.options.keeps for row in rows(keep, self.task.kind)]
+        places = [(str(keep), row) for keep in self.options.keeps for row in rows(keep)]
         more = other_rows(self.task.kind, self.options.steps, self.options.dense_steps)
         places += [("own", row) for row in more]
-        only = self.options.only
-        cells += [self.measure(place, row) for place, row in places if not only or row.name in only]
+        places = [(place, row) for place, row in places if not self.options.only or row.name in self.options.only]
+        self.prepare([r for p, r in places if any(not self.records.holds(self.key(p, r, when)) for when in WHEN)])
+        cells += [self.measure(place, row) for place, row in places]
         measure = "accuracy" if self.task.kind == "classification" else "perplexity"
         title = f"{self.task.name}: {measure}; {self.options.steps} steps of recovery"
         return f"\n{title}\n\n{markdown(COLUMNS, cells)}\n"
@@ -192,7 +227,7 @@ def surveyed(task: Task, records: Records, options: argparse.Namespace) -> str:
     if task.kind == "classification":
         dense = options.work / f"{task.name}-dense"
         if not dense.is_dir():
-            settings = {"recovery": "full", "learning_rate": 1e-4, "seed": options.seed}
+            settings = {"recovery": "full", "learning_rate": 1e-4, "seed": options.seed, "batch_size": DENSE_BATCH}
             in_fresh_process(tuned, task.model, dense, task, settings, None, options.dense_steps)
     return Survey(task, records, options, dense).table()
 
@@ -202,15 +237,16 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
     if options.encoder and options.sst2:
         train, valid, held = (options.sst2 / f"{part}.tsv" for part in ("train", "dev", "test"))
         columns = {"data_column": "0", "data_label_column": "1"}
-        yield Task("sst2", "classification", options.encoder, train, train, valid, held, columns)
+        yield Task("sst2", "classification", options.encoder, train, train, valid, held, columns, options.rows)
     for name in ("gpt2", "llama"):
         if folder := getattr(options, name):
             train, calibration, held = (options.texts / f"{part}.txt" for part in ("train", "calibration", "held"))
-            yield Task(name, "causal", folder, train, calibration, calibration, held, batch=options.windows)
+            yield Task(name, "causal", folder, train, calibration, calibration, held, {}, options.windows)
     if options.encoder and options.mrpc:
         train, valid = parted(options.mrpc / "train.tsv", options.work)
         columns = {"data_column": "#1 String", "data_pair_column": "#2 String", "data_label_column": "Quality"}
-        yield Task("mrpc", "classification", options.encoder, train, train, valid, options.mrpc / "test.tsv", columns)
+        held = options.mrpc / "test.tsv"
+        yield Task("mrpc", "classification", options.encoder, train, train, valid, held, columns, options.rows)
 
 
 def parted(path: Path, work: Path) -> tuple[Path, Path]:
@@ -230,7 +266,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keeps", default="0.5,0.25")
     parser.add_argument("--steps", type=int, default=100, help="of recovery, the same for all rows")
     parser.add_argument("--dense-steps", type=int, default=650, help="of fine-tuning the encoder")
-    parser.add_argument("--windows", type=int, default=4, help="of text, in a step of a decoder")
+    parser.add_argument("--rows", type=int, default=16, help="of a step of an encoder")
+    parser.add_argument("--windows", type=int, default=2, help="of a step of a decoder")
     parser.add_argument(
         "--samples", type=int, default=512, help="for calibration: sentences, or four times the windows"
     )

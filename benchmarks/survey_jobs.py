@@ -9,9 +9,9 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from eckart.measure import classification, perplexity, quantised_baseline, sizes
 from eckart.model import find_sites
 from eckart.tuning import tune_checkpoint
 
-BATCH, LENGTH, REPEATS = 32, 64, 5
+BATCH, LENGTH, REPEATS = 32, 64, 3
 """Rows and tokens of a batch that is timed, and how often."""
 
 
@@ -54,8 +54,8 @@ class Task:
     calibration: Path
     valid: Path | None
     held: Path
-    columns: dict[str, str] = field(default_factory=dict)
-    batch: int = 32
+    columns: dict[str, str]
+    batch: int
 
     @property
     def length(self) -> int:
@@ -73,20 +73,37 @@ def in_fresh_process(job: Callable[..., Any], *arguments: Any) -> Any:
 
 def compressed(source: Path, output: Path, task: Task, options: dict[str, Any], samples: int, seed: int) -> None:
     """Compress a model, and publish it."""
-    data: dict[str, Any] = {"data": str(task.calibration), "num_samples": samples, "max_seq_length": task.length}
-    if task.kind == "classification":
-        pair = task.columns.get("data_pair_column")
-        data |= {"data_column": task.columns["data_column"], "data_target_column": pair}
-    recipe = eckart.Recipe(model=str(source), **options, **data, batch_size=16, seed=seed, dtype="float32")
+    recipe = eckart.Recipe(model=str(source), **options, **_calibration(task, samples, seed))
     shutil.rmtree(output, ignore_errors=True)
     eckart.compress_checkpoint(recipe, output, tell=lambda _: None)
+
+
+def compared(
+    source: Path, output: Path, task: Task, methods: Sequence[str], keeps: Sequence[float], curvature: str,
+    samples: int, seed: int,
+) -> None:  # fmt: skip
+    """Compress a model by several methods, on statistics that are gathered once, and publish METHOD-KEEP each."""
+    recipe = eckart.Recipe(**_calibration(task, samples, seed), curvature=curvature)
+    model, tokenizer = eckart.load(source, dtype=torch.float32), load_tokenizer(source)
+    found = eckart.compare(model, tokenizer, methods=methods, keeps=keeps, recipe=recipe, source_folder=source)
+    for method, keep, result in found:
+        result.save_pretrained(output / f"{method}-{keep}", overwrite=True)
+
+
+def _calibration(task: Task, samples: int, seed: int) -> dict[str, Any]:
+    columns = {"data_column": "data_column", "data_target_column": "data_pair_column"}
+    columns |= {"data_label_column": "data_label_column"}
+    named = {key: task.columns[name] for key, name in columns.items() if name in task.columns}
+    return {
+        "data": str(task.calibration), **named, "num_samples": samples, "max_seq_length": task.length,
+        "batch_size": 16, "seed": seed, "dtype": "float32",
+    }  # fmt: skip
 
 
 def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teacher: Path | None, steps: int) -> None:
     """Train a model, and publish it."""
     valid: dict[str, Any] = {} if task.valid is None else {"eval_data": str(task.valid)}
-    if task.kind == "causal":
-        valid["eval_samples"] = 24
+    valid["eval_samples"] = 24 if task.kind == "causal" else 1000
     recipe = eckart.TuneRecipe(**{
         "model": str(source), "teacher": None if teacher is None else str(teacher), "task": task.kind,
         "data": str(task.train), **task.columns, **valid, "max_steps": steps, "max_seq_length": task.length,

@@ -5,7 +5,7 @@
 Encoders are fine-tuned by this script; all rows of a task get the same number of recovery steps, but for those that
 say otherwise. Each model is published, and reloaded in a fresh process before it is scored and timed against the dense
 one. What was measured is kept in results.json in the work folder: broken off and started again, it goes on with what
-is missing, and with what failed. `--quick` takes one keep, few steps and little text.
+is missing, and with what failed. `--quick` takes one encoder's task and one decoder, one keep, few steps, little text.
 
 SST-2 and MRPC are folders of train.tsv and test.tsv, SST-2's of dev.tsv too; `--texts` is a folder of calibration.txt,
 train.txt and held.txt. A task whose folder is not given is left out.
@@ -271,7 +271,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--samples", type=int, default=512, help="for calibration: sentences, or four times the windows"
     )
-    parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text; rows: a quarter of it at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="rows by name, separated by semicolons")
     parser.add_argument("--quick", action="store_true", help="about ten minutes in place of two hours")
@@ -280,7 +280,8 @@ def arguments() -> argparse.Namespace:
         parser.error("--texts: there is no folder of the decoders' texts")
     if options.quick:
         options.keeps, options.steps, options.dense_steps = "0.5", 10, 100
-        options.tokens, options.samples = 8_192, 128
+        options.tokens, options.samples = 4_096, 128
+        options.mrpc, options.llama = None, options.llama if not options.gpt2 else None
     options.only = options.only.split(";") if options.only else []
     options.keeps = [float(word) for word in options.keeps.split(",")]
     return options

@@ -75,7 +75,7 @@ def compressed(source: Path, output: Path, task: Task, options: dict[str, Any], 
     """Compress a model, and publish it."""
     recipe = eckart.Recipe(model=str(source), **options, **_calibration(task, samples, seed))
     shutil.rmtree(output, ignore_errors=True)
-    eckart.compress_checkpoint(recipe, output, tell=lambda _: None)
+    eckart.compress_checkpoint(recipe, output, restart=True, tell=lambda _: None)
 
 
 def compared(
@@ -110,7 +110,7 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
         "batch_size": task.batch, "save_steps": 10**6, **options,
     })  # fmt: skip
     shutil.rmtree(output, ignore_errors=True)
-    tune_checkpoint(recipe, output, tell=lambda _: None)
+    tune_checkpoint(recipe, output, restart=True, tell=lambda _: None)
 
 
 def rounded(dense: Path, output: Path) -> int:
@@ -134,7 +134,8 @@ def scored(folder: Path, dense: Path, task: Task, tokens: int, timed: bool) -> d
     model = eckart.load(folder, dtype=torch.float32).eval()
     if task.kind == "classification":
         names = {"column": "data_column", "pair_column": "data_pair_column", "label": "data_label_column"}
-        rows = load_task(str(task.held), **{key: task.columns[n] for key, n in names.items() if n in task.columns})
+        columns = {key: task.columns[n] for key, n in names.items() if n in task.columns}
+        rows = load_task(str(task.held), **columns, num_samples=tokens // 4)
         value = classification(model, tokenizer, rows, max_seq_length=task.length, disable=True)["accuracy"]
     else:
         text = task.held.read_text(encoding="utf-8")

@@ -11,6 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from tuning_problem import accuracy, begun, bert, gpt2, logits, train
 
+from eckart.checkpoint.save import save
+from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import CheckpointError, UsageError
 from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
@@ -109,9 +111,11 @@ def test_unstructured_masks_the_frozen_weights_alone():
     assert zeros == [0] * (STEPS // 2 - 1) + [count] * (STEPS // 2 + 1)
     for site in sites:
         before, now = dense_weight(pretrained.get_submodule(site.name)), _dense(model, site.name)
-        assert torch.equal(now, before * (before.abs() > room.report()["threshold"]))
+        assert torch.equal(now, before * (before.abs() > float(room.state()["threshold"])))
     expected = logits(model)
     close(logits(room.finish(model)), expected, 1e-5)
+    assert room.report()["zeros"] == count
+    assert room.report()["threshold"] > 0
     assert room.report()["multiply_adds_saved"] == 0  # zeros save nothing by themselves
 
 
@@ -123,14 +127,14 @@ def _dense(model, name):
 @pytest.mark.parametrize("score", ["magnitude", "gates"])
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_structured_removes_what_it_masked(make, score, tmp_path):
-    model = make()
+    model = make(**{"n_head" if make is gpt2 else "num_attention_heads": 4})
     room = small(prune="structured", fraction=0.25, score=score, targets="" if make is gpt2 else "query,dense")
-    width = 64 if make is gpt2 else 32
+    width, sizes = 64 if make is gpt2 else 32, sum(p.numel() for p in model.parameters())
     begun(model, room, STEPS)
     train(model, room, STEPS)
     gates = {name: gate.detach().clone() for name, gate in model.named_parameters() if name.endswith("input_gate")}
-    assert len(gates) == 2
-    assert all(int((gate == 0).sum()) == width // 4 for gate in gates.values())
+    assert sorted(map(len, gates.values())) == [4, 4, width, width]
+    assert all(int((gate == 0).sum()) == len(gate) // 4 for gate in gates.values())
     if score == "gates":
         assert all(bool((gate[gate != 0] != 1).any()) for gate in gates.values())
     expected = logits(model)
@@ -138,24 +142,29 @@ def test_structured_removes_what_it_masked(make, score, tmp_path):
     close(logits(model), expected, 1e-5)
     report = room.report()
     assert report["removed_neurons"] == 2 * width // 4
-    assert any("attention heads left" in note for note in room.context.notes)
-    for name in gates:
+    assert report["removed_heads"] == 2
+    assert set(report["heads"].values()) == {3}
+    for name, gate in gates.items():
         reader = model.get_submodule(name.removesuffix(".input_gate"))
-        assert dense_weight(reader).shape[1] == 3 * width // 4
+        assert dense_weight(reader).shape[1] == (12 if len(gate) == 4 else 3 * width // 4)
     linear = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     assert report["multiply_adds_after"] == sum(linear)
-    saved = 2 * 2 * 16 * (width // 4)
+    saved = 2 * (2 * 16 * (width // 4) + 4 * 16 * 4)
     assert report["multiply_adds_before"] - report["multiply_adds_after"] == saved
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)  # its configuration says how wide it is
+    biases = 2 * (width // 4 + 3 * 4)
+    assert report["elements_after"] == sizes - saved - biases == sum(p.numel() for p in model.parameters())
+    save(model, tmp_path / "out")
+    stored = [torch.Size(entry.shape).numel() for entry in stored_tensors(tmp_path / "out").values()]
+    assert sum(stored) == report["elements_after"]
+    again = type(model).from_pretrained(tmp_path / "out")  # its configuration says how wide it is
     assert torch.equal(logits(again), logits(model))
 
 
 def test_gates_are_penalised_until_they_are_pruned():
-    model, room = bert(), small(prune="structured", score="gates", penalty=0.5)
+    model, room = bert(), small(prune="structured", score="gates", penalty=0.5, heads=0.5)
     begun(model, room, STEPS)
     task = torch.tensor(1.0)
-    close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * 64), 1e-6)  # 64 gates at 1
+    close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * (64 + 4)), 1e-6)  # gates at 1
     train(model, room, STEPS)
     close(room.loss(None, None, {}, task), task, 1e-6)
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from typer.testing import CliRunner
 
 import eckart
+from eckart.checkpoint.plugin import described
 from eckart.cli import app
 from eckart.errors import DataError, UsageError
 from eckart.model import factored_modules
@@ -153,6 +154,9 @@ def test_adapters_merge_exactly(place, form):
     ("pivoted", {"recovery": "distil", "teacher": "dense"}),
     ("lowrank", {"recovery": "lora", "recovery_option": ("dropout=0.2",)}),
     ("bert-mlm", {"recovery": "full"}),
+    ("dense", {"recovery": "losparse", "recovery_option": ("keep=0.5", "every=1", "final=0.1")}),
+    ("dense", {"recovery": "dsee", "recovery_option": (
+        "prune=structured", "score=gates", "heads=0.5", "prune_at=0.3", "rank=2", "rounds=2")}),
 ])  # fmt: skip
 def test_going_on_gives_the_same_model(place, tmp_path, name, options):
     if "teacher" in options:
@@ -221,6 +225,7 @@ def test_a_worse_model_is_not_published(place):
 
 @pytest.mark.parametrize(("recovery", "options", "smaller"), [
     ("losparse", ("keep=0.4",), True), ("dsee", ("prune=unstructured",), False),
+    ("dsee", ("prune=structured", "heads=0.5"), True),
 ])  # fmt: skip
 def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, options, smaller, tmp_path):
     result = tuned(place, "dense", recovery=recovery, recovery_option=options, learning_rate=5.0)
@@ -233,6 +238,8 @@ def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, option
     assert smaller or bool((pruned.weight == 0).float().mean() > 0.2)
     result.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(eckart.load(tmp_path / "out")), logits(result.model))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("import eckart" in card) == bool(described(result.model)) == ("loads without eckart" not in card)
 
 
 def test_the_model_passed_in_and_the_random_state_stay(place):

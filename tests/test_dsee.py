@@ -18,6 +18,8 @@ from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
 from eckart.recover import Adapter, Dsee, load_adapter, save_adapter
 from eckart.recover.adapter import Adapted, adapted_modules, merge
+from eckart.recover.heads import find_heads
+from eckart.recover.heads import magnitudes as head_magnitudes
 from eckart.recover.neurons import find_neurons, magnitudes, remove_neurons
 
 STEPS = 20
@@ -128,13 +130,14 @@ def _dense(model, name):
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_structured_removes_what_it_masked(make, score, tmp_path):
     model = make(**{"n_head" if make is gpt2 else "num_attention_heads": 4})
-    room = small(prune="structured", fraction=0.25, score=score, targets="" if make is gpt2 else "query,dense")
+    targets = "" if make is gpt2 else "query,dense"
+    room = small(prune="structured", fraction=0.25, heads=0.5, score=score, targets=targets)
     width, sizes = 64 if make is gpt2 else 32, sum(p.numel() for p in model.parameters())
     begun(model, room, STEPS)
     train(model, room, STEPS)
     gates = {name: gate.detach().clone() for name, gate in model.named_parameters() if name.endswith("input_gate")}
     assert sorted(map(len, gates.values())) == [4, 4, width, width]
-    assert all(int((gate == 0).sum()) == len(gate) // 4 for gate in gates.values())
+    assert all(int((gate == 0).sum()) == (2 if len(gate) == 4 else width // 4) for gate in gates.values())
     if score == "gates":
         assert all(bool((gate[gate != 0] != 1).any()) for gate in gates.values())
     expected = logits(model)
@@ -142,16 +145,16 @@ def test_structured_removes_what_it_masked(make, score, tmp_path):
     close(logits(model), expected, 1e-5)
     report = room.report()
     assert report["removed_neurons"] == 2 * width // 4
-    assert report["removed_heads"] == 2
-    assert set(report["heads"].values()) == {3}
+    assert report["removed_heads"] == 4
+    assert set(report["heads"].values()) == {2}
     for name, gate in gates.items():
         reader = model.get_submodule(name.removesuffix(".input_gate"))
-        assert dense_weight(reader).shape[1] == (12 if len(gate) == 4 else 3 * width // 4)
+        assert dense_weight(reader).shape[1] == (8 if len(gate) == 4 else 3 * width // 4)
     linear = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     assert report["multiply_adds_after"] == sum(linear)
-    saved = 2 * (2 * 16 * (width // 4) + 4 * 16 * 4)
+    saved = 2 * (2 * 16 * (width // 4) + 4 * 16 * 8)
     assert report["multiply_adds_before"] - report["multiply_adds_after"] == saved
-    biases = 2 * (width // 4 + 3 * 4)
+    biases = 2 * (width // 4 + 3 * 8)
     assert report["elements_after"] == sizes - saved - biases == sum(p.numel() for p in model.parameters())
     save(model, tmp_path / "out")
     stored = [torch.Size(entry.shape).numel() for entry in stored_tensors(tmp_path / "out").values()]
@@ -167,6 +170,64 @@ def test_gates_are_penalised_until_they_are_pruned():
     close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * (64 + 4)), 1e-6)  # gates at 1
     train(model, room, STEPS)
     close(room.loss(None, None, {}, task), task, 1e-6)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "gates"])
+def test_what_matters_least_goes_and_the_rest_stays_as_it_is(score):
+    model = bert(num_attention_heads=4)
+    room = small(prune="structured", fraction=0.5, heads=0.25, score=score, prune_at=0, penalty=0.5)
+    begun(model, room, STEPS)
+    gates = [gate for name, gate in model.named_parameters() if name.endswith("input_gate")]
+    with torch.no_grad():
+        for number, gate in enumerate(gates):
+            gate.copy_(normal(len(gate), seed=number))
+    values = [gate.detach().clone() for gate in gates]
+    if score == "gates":
+        total = sum(value.abs().sum() for value in values)
+        close(room.loss(None, None, {}, torch.tensor(1.0)), 1 + 0.5 * total, 1e-6)
+    room.after_step(model, 0)
+    layers = [*find_neurons(bert(num_attention_heads=4), find_sites(bert()).chosen, model.dummy_inputs)[0]]
+    whole = bert(num_attention_heads=4)
+    for gate, value in zip(gates, values, strict=True):
+        (name,) = [name for name, parameter in model.named_parameters() if parameter is gate]
+        reader = name.removesuffix(".input_gate")
+        scores = value.abs()
+        if score == "magnitude" and len(gate) == 4:
+            heads = next(heads for heads in _heads(whole) if heads.reader == reader)
+            scores = head_magnitudes(whole, heads, _dense)
+        elif score == "magnitude":
+            layer = next(layer for layer in layers if layer.reader == reader)
+            scores = magnitudes(_dense(whole, reader), [_dense(whole, writer) for writer in layer.writers])
+        gone = set(scores.argsort()[: len(gate) // (4 if len(gate) == 4 else 2)].tolist())
+        assert set((gate == 0).nonzero().flatten().tolist()) == gone
+        assert torch.equal(gate[gate != 0], value[gate != 0])
+
+
+def _heads(model):
+    return find_heads(model, find_sites(model).chosen, model.dummy_inputs, 0.25).heads
+
+
+@pytest.mark.parametrize("prune", ["unstructured", "structured"])
+def test_what_was_pruned_stays_pruned_when_training_is_gone_on_with(prune):
+    rooms = [small(prune=prune, score="gates", heads=0.25) for _ in range(2)]
+    models = [begun(bert(num_attention_heads=4), room, 4) for room in rooms]
+    train(models[0], rooms[0], 3)
+    models[1].load_state_dict(models[0].state_dict())
+    rooms[1].restore({name: value.clone() for name, value in rooms[0].state().items()})
+    one, other = (room.state() for room in rooms)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    gates = [parameter.detach().clone() for name, parameter in models[1].named_parameters() if "input_gate" in name]
+    for room, model in zip(rooms, models, strict=True):
+        train(model, room, 2)
+    for gate, before in zip((p for n, p in models[1].named_parameters() if "input_gate" in n), gates, strict=True):
+        assert torch.equal(gate, before)
+    first, second = (room.finish(model) for room, model in zip(rooms, models, strict=True))
+    assert torch.equal(logits(first), logits(second))
+    for key in ("removed_heads", "removed_neurons", "multiply_adds_after"):
+        assert rooms[0].report()[key] == rooms[1].report()[key]
+    assert rooms[0].report().get("threshold") == rooms[1].report().get("threshold")
+    assert rooms[1].adapter.description == rooms[0].adapter.description
 
 
 # -- neurons --------------------------------------------------------------------------------------------

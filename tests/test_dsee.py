@@ -82,6 +82,16 @@ def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
         assert changed == (name.startswith("classifier") or name.removesuffix(".weight") in found), name
 
 
+def test_a_seed_draws_another_a_for_each_site():
+    draws = []
+    for seed in (0, 0, 1):
+        found = adapted_modules(begun(bert(), small(seed=seed), STEPS))
+        draws.append([module.down.detach() for module in found.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*draws[:2], strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(*draws[1:], strict=True))
+    assert not any(torch.equal(draws[0][0], other) for other in draws[0][1:])
+
+
 def test_trains_less_than_a_hundredth_of_bert_base():
     with torch.device("meta"):
         model = transformers.BertForSequenceClassification(transformers.BertConfig())

@@ -162,20 +162,23 @@ def test_what_cannot_be_shown_is_left_with_its_reason(name, words):
 
 
 class Mixed(nn.Module):
-    """An attention of two heads, and something on the way that may keep them from being heads."""
+    """An attention of four heads, and something on the way that may keep them from being heads."""
 
     def __init__(self, how):
         super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
         self.how = how
 
     def forward(self, x):
         q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v))
         if self.how == "across":
-            v = torch.nn.functional.layer_norm(v, (4,)) + v.mean(1, keepdim=True)
+            v = v + v.mean(1, keepdim=True)
+        elif self.how == "two":
+            v = v.unflatten(1, (-1, 2)).flip(2).cumsum(2).flip(2).flatten(1, 2)
+        elif self.how == "counted":
+            v = v * v.shape[1]
         made = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out = self.o(made)
-        return out + v.mean() if self.how == "beside" else out
+        return self.o(made) + (v.mean() if self.how == "beside" else 0)
 
 
 class Around(nn.Module):
@@ -188,16 +191,22 @@ class Around(nn.Module):
         return (self.attention(x),)
 
 
-@pytest.mark.parametrize(("how", "reason"), [
-    ("", None), ("across", "no parts of its width"), ("beside", "read elsewhere too"),
-])  # fmt: skip
-def test_only_what_a_trial_proves(how, reason):
+@pytest.mark.parametrize(
+    ("how", "found", "reason"),
+    [
+        ("", [(4, 4)], None),
+        ("two", [(2, 8)], None),  # the first of each two reads the second
+        ("across", [], "no parts of its width"),
+        ("beside", [], "read elsewhere too"),
+        ("counted", [], "does not do what it does without"),
+    ],
+)
+def test_only_what_a_trial_proves(how, found, reason):
     torch.manual_seed(0)
     model = Around(how)
-    have = find_heads(model, find_sites(model).chosen, {"x": torch.randn(2, 5, 8)}, 0.5)
-    assert [(heads.count, heads.size) for heads in have.heads] == ([] if reason else [(2, 4)])
-    assert all(reason in why for why in have.left.values())
-    assert len(have.left) == bool(reason)
+    have = find_heads(model, find_sites(model).chosen, {"x": torch.randn(2, 5, 16)}, 0.5)
+    assert [(heads.count, heads.size) for heads in have.heads] == found
+    assert [reason in why for why in have.left.values()] == ([True] if reason else [])
     assert model.training
     assert model.config.use_cache
 

@@ -128,7 +128,7 @@ class Dsee(BaseRoom):
         for site in self._updated(model):
             old = model.get_submodule(site.name)
             places = self._places(dense_weight(old), site.name)
-            stream = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(site.name.encode()))
+            stream = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))  # 32 bits count
             alpha = self.alpha or float(self.rank)
             replace(model, site.name, Adapted(old, min(self.rank, *site.shape), alpha, places, stream))
         for layer in self._layers:

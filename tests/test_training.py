@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from tuning_problem import LENGTH, VOCABULARY, batch, bert, gpt2
 
 from eckart.checkpoint.journal import Journal
-from eckart.errors import DataError, NumericalError
+from eckart.errors import DataError, NumericalError, UsageError
 from eckart.recover import BaseRoom, Context, make_room
 from eckart.recover.distil import TERMS
 from eckart.training import Examples, better, exam, examples, load_examples, train
@@ -362,6 +362,33 @@ def test_temperature_is_the_recipes_unless_the_room_has_one():
         room = make_room("distil", options)
         room.prepare(bert(), Context(bert(), "classification", SimpleNamespace(temperature=3.0), 1))
         assert room.report()["temperature"] == wanted
+
+
+# -- settings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options", "words"), [
+    ("lora", {"rank": "0"}, r"lora: rank must be in \[1, inf\), not 0; the default is --recovery-option rank=8"),
+    ("lora", {"dropout": "1"}, r"dropout must be in \[0, 1\), not 1"),
+    ("dsee", {"heads": "1"}, r"dsee: heads must be in \[0, 1\), not 1"),
+    ("dsee", {"prune": "heads"}, "prune must be one of none, unstructured, structured, not 'heads'"),
+    ("distil", {"attention_loss": "l1"}, "one of kl, mse"),
+    ("distil", {"hidden": "-1"}, r"hidden must be in \[0, inf\)"),
+    ("distil", {"hidden": "0", "logits": "0"}, "nothing to minimise"),
+    ("distil", {"temperature": "0"}, r"temperature must be in \(0, inf\)"),
+    ("noach-goldberg", {"first_stage": "1.5"}, r"first_stage must be in \[0, 1\]"),
+    ("losparse", {"keep": "1"}, r"keep must be in \(0, 1\)"),
+    ("losparse", {"low_rank": "0.5"}, r"low_rank must be in \[0, 0\.2\]"),
+    ("losparse-distil", {"layers": "-1"}, r"layers must be in \[0, inf\)"),
+])  # fmt: skip
+def test_a_setting_out_of_range_is_named(name, options, words):
+    with pytest.raises(UsageError, match=words):
+        make_room(name, options)
+
+
+def test_the_ends_of_a_range_are_inside():
+    room = make_room("dsee", {"prune_at": "1", "fraction": "0", "positions": "0", "rank": "1"})
+    assert (room.prune_at, room.fraction, room.positions, room.rank) == (1, 0, 0, 1)
 
 
 # -- adapters ------------------------------------------------------------------------------------------

@@ -83,19 +83,12 @@ class Dsee(BaseRoom):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, known in (("prune", PRUNE), ("score", SCORES)):
-            if getattr(self, key) not in known:
-                raise UsageError(
-                    f"recovery {self.name}: {key} {getattr(self, key)!r} is unknown; use {', '.join(known)}."
-                )
-        numbers = self.rank >= 1 and self.positions >= 0 and self.rounds >= 1
-        fractions = 0 <= self.fraction < 1 and 0 <= self.heads < 1 and 0 <= self.prune_at <= 1
-        if not numbers or not fractions:
-            raise UsageError(
-                f"recovery {self.name}: rank {self.rank} and rounds {self.rounds} must be 1 or more, "
-                f"positions {self.positions} 0 or more, fraction {self.fraction:g} and heads {self.heads:g} in 0..1 "
-                f"(1 excluded) and prune_at {self.prune_at:g} in 0..1."
-            )
+        self.one_of(PRUNE, "prune")
+        self.one_of(SCORES, "score")
+        self.within("[1, inf)", "rank", "rounds")
+        self.within("[0, inf)", "alpha", "positions", "penalty")
+        self.within("[0, 1)", "fraction", "heads")
+        self.within("[0, 1]", "prune_at")
         self.adapter: Adapter | None = None
         self._sites: tuple[Site, ...] = ()
         self._layers: list[Neurons | Heads] = []

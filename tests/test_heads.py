@@ -135,6 +135,17 @@ def test_where_the_configuration_cannot_say_it_each_attention_does(tmp_path):
     close(output(dense, inputs), output(model, inputs), 1e-5)
 
 
+def test_a_configuration_speaks_for_every_attention_or_for_none():
+    model = BY_NAME["llama"].model()
+    assert found(model).config
+    module = model.model.layers[1].self_attn
+    module.v_proj.register_forward_hook(lambda module, args, output: output + output.mean(-1, keepdim=True))
+    have = found(model)
+    assert [heads.module for heads in have.heads] == ["model.layers.0.self_attn"]
+    assert list(have.left) == ["model.layers.1.self_attn"]
+    assert not have.config
+
+
 def test_zeros_take_the_place_of_heads_in_fused_projections():
     model, inputs = BY_NAME["gpt2"].model(), BY_NAME["gpt2"].batches(count=1)[0]
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}

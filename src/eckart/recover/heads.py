@@ -167,12 +167,23 @@ def _config_of(model: PreTrainedModel, tried: Sequence[tuple[Attention, Heads]],
     for some in filter(None, _subsets(keys)):
         config = {key: content[key] * left // count for key in some}
         built = _built(model, config)
-        if built is not None and all(
-            attention.like_gated(heads, fraction, config, built.get_submodule(heads.module))
-            for attention, heads in tried
+        if (
+            built is not None
+            and _elsewhere(built, tried) == _elsewhere(model, tried)
+            and all(
+                attention.like_gated(heads, fraction, config, built.get_submodule(heads.module))
+                for attention, heads in tried
+            )
         ):
             return config
     return {}
+
+
+def _elsewhere(model: nn.Module, tried: Sequence[tuple[Attention, Heads]]) -> dict[str, torch.Size]:
+    """Shapes of all tensors that are not in these attentions; those outside stay as they are."""
+    inside = tuple(f"{heads.module}." for _, heads in tried)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor.shape for name, tensor in tensors if not name.startswith(inside)}
 
 
 def _built(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedModel | None:

@@ -11,11 +11,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from tuning_problem import accuracy, begun, bert, gpt2, logits, train
 
+from eckart.checkpoint.save import save
+from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import CheckpointError, UsageError
 from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
 from eckart.recover import Adapter, Dsee, load_adapter, save_adapter
 from eckart.recover.adapter import Adapted, adapted_modules, merge
+from eckart.recover.heads import find_heads
+from eckart.recover.heads import magnitudes as head_magnitudes
 from eckart.recover.neurons import find_neurons, magnitudes, remove_neurons
 
 STEPS = 20
@@ -78,6 +82,16 @@ def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
         assert changed == (name.startswith("classifier") or name.removesuffix(".weight") in found), name
 
 
+def test_a_seed_draws_another_a_for_each_site():
+    draws = []
+    for seed in (0, 0, 1):
+        found = adapted_modules(begun(bert(), small(seed=seed), STEPS))
+        draws.append([module.down.detach() for module in found.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*draws[:2], strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(*draws[1:], strict=True))
+    assert not any(torch.equal(draws[0][0], other) for other in draws[0][1:])
+
+
 def test_trains_less_than_a_hundredth_of_bert_base():
     with torch.device("meta"):
         model = transformers.BertForSequenceClassification(transformers.BertConfig())
@@ -109,9 +123,11 @@ def test_unstructured_masks_the_frozen_weights_alone():
     assert zeros == [0] * (STEPS // 2 - 1) + [count] * (STEPS // 2 + 1)
     for site in sites:
         before, now = dense_weight(pretrained.get_submodule(site.name)), _dense(model, site.name)
-        assert torch.equal(now, before * (before.abs() > room.report()["threshold"]))
+        assert torch.equal(now, before * (before.abs() > float(room.state()["threshold"])))
     expected = logits(model)
     close(logits(room.finish(model)), expected, 1e-5)
+    assert room.report()["zeros"] == count
+    assert room.report()["threshold"] > 0
     assert room.report()["multiply_adds_saved"] == 0  # zeros save nothing by themselves
 
 
@@ -123,14 +139,15 @@ def _dense(model, name):
 @pytest.mark.parametrize("score", ["magnitude", "gates"])
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_structured_removes_what_it_masked(make, score, tmp_path):
-    model = make()
-    room = small(prune="structured", fraction=0.25, score=score, targets="" if make is gpt2 else "query,dense")
-    width = 64 if make is gpt2 else 32
+    model = make(**{"n_head" if make is gpt2 else "num_attention_heads": 4})
+    targets = "" if make is gpt2 else "query,dense"
+    room = small(prune="structured", fraction=0.25, heads=0.5, score=score, targets=targets)
+    width, sizes = 64 if make is gpt2 else 32, sum(p.numel() for p in model.parameters())
     begun(model, room, STEPS)
     train(model, room, STEPS)
     gates = {name: gate.detach().clone() for name, gate in model.named_parameters() if name.endswith("input_gate")}
-    assert len(gates) == 2
-    assert all(int((gate == 0).sum()) == width // 4 for gate in gates.values())
+    assert sorted(map(len, gates.values())) == [4, 4, width, width]
+    assert all(int((gate == 0).sum()) == (2 if len(gate) == 4 else width // 4) for gate in gates.values())
     if score == "gates":
         assert all(bool((gate[gate != 0] != 1).any()) for gate in gates.values())
     expected = logits(model)
@@ -138,26 +155,89 @@ def test_structured_removes_what_it_masked(make, score, tmp_path):
     close(logits(model), expected, 1e-5)
     report = room.report()
     assert report["removed_neurons"] == 2 * width // 4
-    assert any("attention heads left" in note for note in room.context.notes)
-    for name in gates:
+    assert report["removed_heads"] == 4
+    assert set(report["heads"].values()) == {2}
+    for name, gate in gates.items():
         reader = model.get_submodule(name.removesuffix(".input_gate"))
-        assert dense_weight(reader).shape[1] == 3 * width // 4
+        assert dense_weight(reader).shape[1] == (8 if len(gate) == 4 else 3 * width // 4)
     linear = [m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | Conv1D)]
     assert report["multiply_adds_after"] == sum(linear)
-    saved = 2 * 2 * 16 * (width // 4)
+    saved = 2 * (2 * 16 * (width // 4) + 4 * 16 * 8)
     assert report["multiply_adds_before"] - report["multiply_adds_after"] == saved
-    model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)  # its configuration says how wide it is
+    biases = 2 * (width // 4 + 3 * 8)
+    assert report["elements_after"] == sizes - saved - biases == sum(p.numel() for p in model.parameters())
+    save(model, tmp_path / "out")
+    stored = [torch.Size(entry.shape).numel() for entry in stored_tensors(tmp_path / "out").values()]
+    assert sum(stored) == report["elements_after"]
+    again = type(model).from_pretrained(tmp_path / "out")  # its configuration says how wide it is
     assert torch.equal(logits(again), logits(model))
 
 
 def test_gates_are_penalised_until_they_are_pruned():
-    model, room = bert(), small(prune="structured", score="gates", penalty=0.5)
+    model, room = bert(), small(prune="structured", score="gates", penalty=0.5, heads=0.5)
     begun(model, room, STEPS)
     task = torch.tensor(1.0)
-    close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * 64), 1e-6)  # 64 gates at 1
+    close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * (64 + 4)), 1e-6)  # gates at 1
     train(model, room, STEPS)
     close(room.loss(None, None, {}, task), task, 1e-6)
+
+
+@pytest.mark.parametrize("score", ["magnitude", "gates"])
+def test_what_matters_least_goes_and_the_rest_stays_as_it_is(score):
+    model = bert(num_attention_heads=4)
+    room = small(prune="structured", fraction=0.5, heads=0.25, score=score, prune_at=0, penalty=0.5)
+    begun(model, room, STEPS)
+    gates = [gate for name, gate in model.named_parameters() if name.endswith("input_gate")]
+    with torch.no_grad():
+        for number, gate in enumerate(gates):
+            gate.copy_(normal(len(gate), seed=number))
+    values = [gate.detach().clone() for gate in gates]
+    if score == "gates":
+        total = sum(value.abs().sum() for value in values)
+        close(room.loss(None, None, {}, torch.tensor(1.0)), 1 + 0.5 * total, 1e-6)
+    room.after_step(model, 0)
+    layers = [*find_neurons(bert(num_attention_heads=4), find_sites(bert()).chosen, model.dummy_inputs)[0]]
+    whole = bert(num_attention_heads=4)
+    for gate, value in zip(gates, values, strict=True):
+        (name,) = [name for name, parameter in model.named_parameters() if parameter is gate]
+        reader = name.removesuffix(".input_gate")
+        scores = value.abs()
+        if score == "magnitude" and len(gate) == 4:
+            heads = next(heads for heads in _heads(whole) if heads.reader == reader)
+            scores = head_magnitudes(whole, heads, _dense)
+        elif score == "magnitude":
+            layer = next(layer for layer in layers if layer.reader == reader)
+            scores = magnitudes(_dense(whole, reader), [_dense(whole, writer) for writer in layer.writers])
+        gone = set(scores.argsort()[: len(gate) // (4 if len(gate) == 4 else 2)].tolist())
+        assert set((gate == 0).nonzero().flatten().tolist()) == gone
+        assert torch.equal(gate[gate != 0], value[gate != 0])
+
+
+def _heads(model):
+    return find_heads(model, find_sites(model).chosen, model.dummy_inputs, 0.25).heads
+
+
+@pytest.mark.parametrize("prune", ["unstructured", "structured"])
+def test_what_was_pruned_stays_pruned_when_training_is_gone_on_with(prune):
+    rooms = [small(prune=prune, score="gates", heads=0.25) for _ in range(2)]
+    models = [begun(bert(num_attention_heads=4), room, 4) for room in rooms]
+    train(models[0], rooms[0], 3)
+    models[1].load_state_dict(models[0].state_dict())
+    rooms[1].restore({name: value.clone() for name, value in rooms[0].state().items()})
+    one, other = (room.state() for room in rooms)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+    gates = [parameter.detach().clone() for name, parameter in models[1].named_parameters() if "input_gate" in name]
+    for room, model in zip(rooms, models, strict=True):
+        train(model, room, 2)
+    for gate, before in zip((p for n, p in models[1].named_parameters() if "input_gate" in n), gates, strict=True):
+        assert torch.equal(gate, before)
+    first, second = (room.finish(model) for room, model in zip(rooms, models, strict=True))
+    assert torch.equal(logits(first), logits(second))
+    for key in ("removed_heads", "removed_neurons", "multiply_adds_after"):
+        assert rooms[0].report()[key] == rooms[1].report()[key]
+    assert rooms[0].report().get("threshold") == rooms[1].report().get("threshold")
+    assert rooms[1].adapter.description == rooms[0].adapter.description
 
 
 # -- neurons --------------------------------------------------------------------------------------------
@@ -249,8 +329,8 @@ def test_magnitude_is_the_product_of_norms():
 
 @pytest.mark.parametrize("prune", ["none", "unstructured", "structured"])
 def test_adapter_round_trip(prune, tmp_path):
-    pretrained = bert()
-    model, room = bert(), small(prune=prune, alpha=6.0)
+    pretrained = bert(num_attention_heads=4)
+    model, room = bert(num_attention_heads=4), small(prune=prune, alpha=6.0)
     begun(model, room, STEPS)
     train(model, room, STEPS)
     expected = logits(model)
@@ -258,7 +338,7 @@ def test_adapter_round_trip(prune, tmp_path):
         room.save_adapter(tmp_path)
     room.finish(model)
     room.save_adapter(tmp_path)
-    again = load_adapter(bert(), tmp_path)
+    again = load_adapter(bert(num_attention_heads=4), tmp_path)
     close(logits(again), expected, 1e-6)
     assert not torch.equal(logits(again), logits(pretrained))
     size = (tmp_path / "adapter.safetensors").stat().st_size

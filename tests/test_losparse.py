@@ -145,6 +145,21 @@ def test_budget_is_met_without_any_step():
     assert any("no gradient was seen" in note for note in room.context.notes)
 
 
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_nothing_is_pruned_in_the_first_phase_and_nothing_more_in_the_last():
+    model, room = bert(), LoSparse(keep=0.4, every=1, warmup=0.5, final=0.25)
+    begun(model, room, 16)
+    counts = []
+    train(model, room, 16, watch=lambda _: counts.append(sum(int(m.alive.sum()) for m in masked(model).values())))
+    everything = sum(site.out_features for site in find_sites(bert()).chosen)
+    assert counts[:8] == [everything] * 8
+    assert everything > counts[8] > counts[9] > counts[10] > counts[11]
+    assert counts[11:] == [counts[11]] * 5
+
+
 def test_resumed_training_prunes_the_same():
     rooms, models = [LoSparse(keep=0.4, every=4) for _ in range(2)], [bert() for _ in range(2)]
     for room, model in zip(rooms, models, strict=True):
@@ -152,8 +167,10 @@ def test_resumed_training_prunes_the_same():
     train(models[0], rooms[0], 14)
     models[1].load_state_dict(models[0].state_dict())
     rooms[1].restore({name: value.clone() for name, value in rooms[0].state().items()})
+    assert same(*(room.state() for room in rooms))
     for room, model in zip(rooms, models, strict=True):
         train(model, room, 7)
+    assert same(*(room.state() for room in rooms))
     for one, other in zip(*(masked(model).values() for model in models), strict=True):
         assert torch.equal(one.alive, other.alive)
         assert torch.equal(one.sparse.weight, other.sparse.weight)
@@ -168,6 +185,8 @@ def test_distillation_is_the_weighted_sum():
     inputs = batch(0)
     inputs["attention_mask"][:, 6:] = 0
     with torch.no_grad():
+        for each in (model, teacher):
+            each.classifier.weight.mul_(30)  # so that the divergence is not the same both ways
         mine, its = (each(**inputs, output_hidden_states=True) for each in (model, teacher))
     p, q = (functional.softmax(each.logits / 2, -1) for each in (its, mine))
     divergence = 4 * (p * (p / q).log()).sum(-1).mean()

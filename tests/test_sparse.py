@@ -50,6 +50,14 @@ def test_split_residual_never_rises(rank, count, rounds):
         assert history[-1] <= best + 1e-9  # no worse than a truncation alone
 
 
+def test_a_direction_is_a_row_after_one_power_step():
+    weight = normal(9, 7)
+    largest = int(weight.square().sum(1).argmax())
+    expected = (weight @ weight.mT @ weight @ weight.mT)[:, largest]  # U spans W V^T, V^T = W^T W w
+    split = low_rank_sparse_split(weight, 1, 0, 1)
+    close((split.left[:, 0] @ expected).abs(), expected.norm(), 1e-12)
+
+
 def test_split_without_sparse_part_is_the_truncation():
     weight = with_spectrum(20, 12, 0.5 ** torch.arange(12, dtype=torch.float64))
     split = low_rank_sparse_split(weight, 4, 0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from architectures import scaled
@@ -15,10 +18,12 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from typer.testing import CliRunner
 
 import eckart
+from eckart.checkpoint.plugin import described
 from eckart.cli import app
-from eckart.errors import DataError, UsageError
+from eckart.errors import CheckpointError, DataError, UsageError
 from eckart.model import factored_modules
 from eckart.recover import RECOVERIES, Context, make_room
+from eckart.training import better
 from eckart.tuning import tune_checkpoint
 from eckart.tuning_recipe import make_tune_recipe
 
@@ -153,6 +158,9 @@ def test_adapters_merge_exactly(place, form):
     ("pivoted", {"recovery": "distil", "teacher": "dense"}),
     ("lowrank", {"recovery": "lora", "recovery_option": ("dropout=0.2",)}),
     ("bert-mlm", {"recovery": "full"}),
+    ("dense", {"recovery": "losparse", "recovery_option": ("keep=0.5", "every=1", "final=0.1")}),
+    ("dense", {"recovery": "dsee", "recovery_option": (
+        "prune=structured", "score=gates", "heads=0.5", "prune_at=0.3", "rank=2", "rounds=2")}),
 ])  # fmt: skip
 def test_going_on_gives_the_same_model(place, tmp_path, name, options):
     if "teacher" in options:
@@ -221,6 +229,7 @@ def test_a_worse_model_is_not_published(place):
 
 @pytest.mark.parametrize(("recovery", "options", "smaller"), [
     ("losparse", ("keep=0.4",), True), ("dsee", ("prune=unstructured",), False),
+    ("dsee", ("prune=structured", "heads=0.5"), True),
 ])  # fmt: skip
 def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, options, smaller, tmp_path):
     result = tuned(place, "dense", recovery=recovery, recovery_option=options, learning_rate=2.0)
@@ -233,16 +242,65 @@ def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, option
     assert smaller or bool((pruned.weight == 0).float().mean() > 0.2)
     result.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(eckart.load(tmp_path / "out")), logits(result.model))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ("import eckart" in card) == bool(described(result.model)) == ("loads without eckart" not in card)
 
 
 def test_the_model_passed_in_and_the_random_state_stay(place):
     model = eckart.load(place / "lowrank")
     first = logits(model)
-    state = torch.get_rng_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     result = eckart.tune(model, tokenizer(), data=place / "text.txt", recovery="lora", **QUICK)
     assert torch.equal(logits(model), first)
     assert not torch.equal(logits(result.model), first)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_what_is_published_is_what_was_scored(place, tmp_path, monkeypatch):
+    exams = []
+    monkeypatch.setattr("eckart.tuning.better", lambda exam, *scores: exams.append(exam) or better(exam, *scores))
+    model, teacher = (eckart.load(place / name, dtype=torch.bfloat16) for name in ("lowrank", "dense"))
+    before, told = (copy.deepcopy(each).float() for each in (model, teacher))
+    attention = teacher.config._attn_implementation
+    result = eckart.tune(model, tokenizer(), data=place / "text.txt", recovery="ilkd", teacher=teacher, **QUICK)
+    assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
+    assert result.report["kept"] == "after"
+    scores = result.report["scores"]
+    assert scores["before"] == exams[0].score(before) != scores["after"]
+    again = exams[0].score(copy.deepcopy(result.model).float())  # by another attention code
+    assert scores["after"] == pytest.approx(again, rel=1e-5)
+    assert scores["teacher"]["perplexity"] == pytest.approx(exams[0].score(told)["perplexity"], rel=1e-2)
+    assert scores["teacher"] != scores["before"]
+    assert teacher.config._attn_implementation == attention
+
+
+def test_a_head_learns_whatever_is_frozen(place):
+    result = eckart.tune(place / "bert", data=place / "rows.tsv", data_column="text", data_label_column="label",
+                         recovery="lora", epochs=2, batch_size=9, max_seq_length=16)  # fmt: skip
+    assert result.model.config.num_labels == 2
+    assert result.report["training"]["steps"] == 2 * 4  # 36 rows, the others are held out
+    head = 2 * 32 + 2
+    pooler = sum(p.numel() for p in result.model.bert.pooler.parameters())
+    adapters = sum(8 * (leaf.in_features + leaf.out_features) for form in factored_modules(result.model).values()
+                   for leaf in form.modules() if isinstance(leaf, torch.nn.Linear))  # fmt: skip
+    assert result.report["recovered_by"]["trained"] in (adapters + head, adapters + head + pooler)
+
+
+def test_going_on_takes_the_same_options(place, tmp_path):
+    asked = {"model": str(place / "lowrank"), "data": str(place / "text.txt"), **QUICK, "recovery": "full"}
+    with pytest.raises(KeyboardInterrupt):
+        tune_checkpoint(make_tune_recipe({**asked, "save_steps": 2}), tmp_path / "out", stop_after=3)
+    with pytest.raises(CheckpointError, match="learning_rate"):
+        tune_checkpoint(make_tune_recipe({**asked, "learning_rate": 1e-4}), tmp_path / "out")
+    result, _ = tune_checkpoint(make_tune_recipe({**asked, "save_steps": 3}), tmp_path / "out")
+    assert result.report["training"]["resumed_from"] == 2
+    assert result.report["training"]["steps"] == 6
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(place):
+    with pytest.raises(UsageError, match="its vocabulary is 8200, the student's 8192"):
+        tuned(place, "lowrank", teacher=llama(num_hidden_layers=2, vocab_size=8200))
 
 
 @pytest.mark.parametrize(("options", "kind", "words"), [

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from eckart.checkpoint.load import load
 from eckart.checkpoint.lock import OutputLock, output_path
 from eckart.checkpoint.mapped import load_mapped
+from eckart.checkpoint.plugin import described
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.save import save
 from eckart.checkpoint.source import inspect_source, resolve
@@ -25,7 +26,7 @@ from eckart.checkpoint.stored import stored_dtype, stored_size
 from eckart.checkpoint.tokenizer import FILES, load_tokenizer
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.methods import method_named
-from eckart.model import factored_modules, fuse, to_dense_modules
+from eckart.model import fuse, to_dense_modules
 from eckart.planning import Settings
 from eckart.processes import quiet_others, start
 from eckart.recipe import Recipe, make_recipe
@@ -277,7 +278,7 @@ def export_dense(folder: str | Path, output_dir: str | Path, *, overwrite: bool 
     source = resolve(str(folder))
     with OutputLock(output_dir) as lock:
         model = load(source)
-        if not factored_modules(model):
+        if not described(model):
             raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
         to_dense_modules(model)
         fuse(model)

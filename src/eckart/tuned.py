@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from eckart import report as reporting
 from eckart.checkpoint.card import model_card
 from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.plugin import described
 from eckart.checkpoint.save import save
-from eckart.model import factored_modules
 from eckart.report.words import as_plain_text
 from eckart.result import auto_class_of, origin_of
 from eckart.tuning_recipe import TuneRecipe
@@ -60,7 +60,7 @@ class TuneResult:
         if source is not None and self.report["new_head"] and (source / "modules.json").exists():
             source = None  # a classifier is no sentence-transformers model any more
         sentence = source is not None and (source / "modules.json").exists()
-        forms = sorted({module.form for module in factored_modules(self.model).values()})
+        forms = sorted({spec["form"] for spec in described(self.model).values()})
         card = model_card(
             Path(output_dir).name,
             base_model=self.recipe.model or getattr(self.model.config, "_name_or_path", None) or None,
@@ -68,6 +68,7 @@ class TuneResult:
             library_name="sentence-transformers" if sentence else "transformers",
             method=f"recovery {self.recipe.recovery}",
             form=", ".join(forms) or "dense",
+            alone=not forms,
             measured=reporting.tuned_rows(self.report),
             **origin_of(self.source_folder),
         )

@@ -21,6 +21,7 @@ def model_card(
     library_name: str = "transformers",
     method: str | None = None,
     form: str | None = None,
+    alone: bool = False,
     command: str | None = None,
     measured: Measured | None = None,
     tags: Sequence[str] = (),
@@ -37,6 +38,7 @@ def model_card(
         library_name: ``transformers`` or ``sentence-transformers``.
         method: the method's name.
         form: the stored form or forms.
+        alone: whether it loads without eckart.
         command: the command line that made the model.
         measured: number by name, or a mapping of columns (``{"original": 18.2, "eckart": 18.9}``) by name.
         tags: added to eckart's own.
@@ -68,6 +70,7 @@ def model_card(
         sentence=library_name == "sentence-transformers",
         method=method,
         form=form,
+        alone=alone,
         command=command,
         header=header,
         rows=rows,

@@ -18,8 +18,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.forms import Factored, FactoredLinear, build
-from eckart.model import Experts, experts_apart, factored_modules, fused_experts, ties_of, ties_of_factored
+from eckart.model import (
+    Experts,
+    HeadCut,
+    cut_heads,
+    experts_apart,
+    factored_modules,
+    fused_experts,
+    ties_of,
+    ties_of_factored,
+)
 from eckart.model.experts import FORM as EXPERTS
+from eckart.model.heads import FORM as HEADS
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -96,6 +106,8 @@ class EckartQuantizer(HfQuantizer):
         for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == EXPERTS]:
             del specs[name]
             guarded += self._take_apart(model, name)
+        for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == HEADS]:
+            _cut(model, name, specs.pop(name))
         for name, spec in specs.items():
             place = _locate(model, name)
             if place is not None:
@@ -172,13 +184,13 @@ def mark(model: PreTrainedModel) -> None:
     To be called again after modules have been replaced.
 
     Args:
-        model: a model with forms in place.
+        model: a model with forms in place, or with heads gone.
 
     Raises:
-        ModelError: the model has no forms, or the config ties the weight of one.
+        ModelError: the model has neither, or the config ties the weight of one.
     """
     forms = factored_modules(model)
-    if not forms:
+    if not forms and not cut_heads(model):
         raise ModelError(f"{type(model).__name__} holds no factored module; there is nothing to describe: use unmark.")
     tied = getattr(model, "all_tied_weights_keys", {})
     for name in forms:
@@ -191,8 +203,9 @@ def mark(model: PreTrainedModel) -> None:
 
 
 def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """What the config says of a model's modules: experts that are taken apart, and forms."""
+    """What the config says of a model's modules: experts that are taken apart, heads that are gone, and forms."""
     specs = {name: experts.spec() for name, experts in experts_apart(model).items()}
+    specs |= {name: cut.spec() for name, cut in cut_heads(model).items()}
     return specs | {name: form.spec() for name, form in factored_modules(model).items()}
 
 
@@ -240,6 +253,20 @@ def _locate(model: PreTrainedModel, name: str) -> str | None:
             "again."
         )
     return None
+
+
+def _cut(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> None:
+    """Take heads out of an attention on the empty model."""
+    place = _locate(model, name)
+    if place is None:
+        return
+    try:
+        HeadCut.of_spec(spec).apply(model.get_submodule(place))
+    except UsageError as error:
+        raise CheckpointError(
+            f"Module {name} in quantization_config of config.json: {error} Load the model with the config and the "
+            "transformers that it was saved with, or a newer eckart: pip install -U eckart"
+        ) from error
 
 
 def _form(name: str, spec: dict[str, Any], dense: nn.Module) -> Factored:

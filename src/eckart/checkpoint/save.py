@@ -78,7 +78,7 @@ def save(
             f"{type(model).__name__} cannot be published as a checkpoint of its own. Give the transformers "
             "model; merge adapters first: model.merge_and_unload()."
         )
-    (mark if factored_modules(model) else unmark)(model)
+    (mark if described(model) else unmark)(model)
     source = Path(source_folder) if source_folder is not None else None
     inner = model_folder(source).relative_to(source) if source is not None else Path()
     if source is not None:

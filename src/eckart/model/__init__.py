@@ -3,6 +3,7 @@
 from eckart.model.clone import cast, own_storage, shared_clone
 from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
 from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
+from eckart.model.heads import HeadCut, cut_heads, cut_layer, forget_cut, owners_of
 from eckart.model.replace import (
     dense_module,
     factored_modules,
@@ -20,6 +21,7 @@ from eckart.model.weights import Compute, Weights
 __all__ = [
     "Compute",
     "Experts",
+    "HeadCut",
     "Site",
     "Sites",
     "Table",
@@ -27,16 +29,20 @@ __all__ = [
     "Weights",
     "cast",
     "chosen_size",
+    "cut_heads",
+    "cut_layer",
     "dense_module",
     "dense_weight",
     "experts_apart",
     "factored_modules",
     "find_sites",
     "find_tables",
+    "forget_cut",
     "fuse",
     "fused_experts",
     "has_head",
     "own_storage",
+    "owners_of",
     "pack",
     "put_table",
     "replace",

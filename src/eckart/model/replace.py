@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FORMS, Block, Factored, FactoredLinear, SafeEmbedding, build
+from eckart.model.heads import cut_heads
 from eckart.model.sites import Site
 from eckart.model.ties import ties_of_dense
 
@@ -146,11 +147,13 @@ def factored_modules(model: nn.Module) -> dict[str, Factored]:
 def to_dense_modules(model: nn.Module) -> nn.Module:
     """Replace every stored form by the ordinary module that it stands for, in place; ties are ties again.
 
+    Attention heads that are gone come back with zeros for numbers, so that the model's class builds what is there.
+
     Raises:
         ModelError: if the model holds no stored form, or one that is no matrix; nothing is changed then.
     """
     factored = factored_modules(model)
-    if not factored:
+    if not factored and not cut_heads(model):
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
         if isinstance(module, SafeEmbedding):
@@ -161,6 +164,8 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     for name, module in factored.items():
         replace(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
     ties_of_dense(model, factored)
+    for name, cut in cut_heads(model).items():
+        cut.undo(model.get_submodule(name))
     return model
 
 

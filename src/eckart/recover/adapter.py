@@ -107,7 +107,12 @@ def merge(model: nn.Module) -> None:
 
 
 def gate_input(module: nn.Module, gate: Tensor) -> nn.Parameter:
-    """Multiply what a module reads by a gate, (n,): a parameter `input_gate` of it, which is returned."""
+    """Multiply what a module reads by gates: a parameter `input_gate` of it, which is returned.
+
+    Args:
+        module: it reads (..., n).
+        gate: (c,), c a divisor of n: each gate is for a stretch of n / c numbers.
+    """
     parameter = nn.Parameter(gate.detach().clone(), requires_grad=gate.requires_grad)
     module.register_parameter("input_gate", parameter)
     module.register_forward_pre_hook(_gated)
@@ -115,7 +120,12 @@ def gate_input(module: nn.Module, gate: Tensor) -> nn.Parameter:
 
 
 def _gated(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0] * module.input_gate.to(args[0].dtype), *args[1:])
+    return (args[0] * _spread(module.input_gate, args[0].shape[-1]).to(args[0].dtype), *args[1:])
+
+
+def _spread(gate: Tensor, width: int) -> Tensor:
+    """A gate for each number, (width,)."""
+    return gate if len(gate) == width else gate.repeat_interleave(width // len(gate))
 
 
 def fold_gates(model: nn.Module) -> None:
@@ -128,7 +138,8 @@ def fold_gates(model: nn.Module) -> None:
             if hook is _gated:
                 del module._forward_pre_hooks[key]
         del module._parameters["input_gate"]
-        set_dense(model, name, dense_weight(module) * gate.detach(), None)
+        weight = dense_weight(module)
+        set_dense(model, name, weight * _spread(gate.detach(), weight.shape[1]), None)
 
 
 # -- alone on disk --------------------------------------------------------------------------------------

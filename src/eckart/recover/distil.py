@@ -54,13 +54,13 @@ class Distil(BaseRoom):
     def __post_init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
-        if self.attention_loss not in ("kl", "mse"):
-            raise UsageError(f"recovery option attention_loss={self.attention_loss!r}: choose kl or mse.")
-        weights = {name: getattr(self, name) for name in TERMS}
-        if any(weight < 0 for weight in weights.values()) or not any(weights.values()):
+        self.one_of(("kl", "mse"), "attention_loss")
+        self.within("(0, inf)", "temperature")
+        self.within("[0, inf)", *TERMS)
+        if not any(getattr(self, name) for name in TERMS):
             raise UsageError(
-                f"recovery {self.name}: weights {weights} leave nothing to minimise; give numbers of at least 0, and "
-                "one above it: --recovery-option logits=1"
+                f"recovery {self.name}: no weight of {', '.join(TERMS)} is above 0, so there is nothing to minimise: "
+                "--recovery-option logits=1"
             )
 
     @property
@@ -151,6 +151,10 @@ class NoachGoldberg(Distil):
 
     embedding: float = 1.0
     first_stage: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("[0, 1]", "first_stage")
 
     def active(self) -> tuple[str, ...]:
         """Features until `first_stage` of the steps are made, then logits (and the task, if it has a weight)."""

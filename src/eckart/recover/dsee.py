@@ -21,6 +21,9 @@ from eckart.errors import UsageError
 from eckart.linalg import low_rank_sparse_split, smallest_masked
 from eckart.model import Site, dense_weight, find_sites, replace
 from eckart.recover.adapter import Adapted, Adapter, adapted_modules, fold_gates, gate_input, merge
+from eckart.recover.attention import Heads
+from eckart.recover.heads import find_heads, remove_heads
+from eckart.recover.heads import magnitudes as head_magnitudes
 from eckart.recover.losparse import patterns
 from eckart.recover.neurons import Neurons, find_neurons, magnitudes, remove_neurons
 from eckart.recover.room import BaseRoom, Context
@@ -46,10 +49,12 @@ class Dsee(BaseRoom):
             values by their usual names, every site where a model has none of them.
         ignore: sites that get none.
         prune: "none"; "unstructured": W's numbers of smallest magnitude, one threshold over all sites;
-            "structured": hidden neurons of feed-forward layers, as many in each, which are removed.
+            "structured": attention heads and hidden neurons of feed-forward layers, as many in each layer, which are
+            removed.
         fraction: of W's numbers, or of each layer's neurons, that goes.
-        score: of neurons: "gates", trained with an l1 penalty until they are pruned, or "magnitude", the product of the
-            norms of a neuron's rows and column, a proxy.
+        heads: fraction of each layer's heads that goes; heads that read the same keys and values go together.
+        score: of heads and neurons: "gates", trained with an l1 penalty until they are pruned, or "magnitude", the
+            product of the norms of their rows and columns, a proxy.
         penalty: of the gates.
         prune_at: fraction of the steps after which W is pruned.
         rounds: of the split.
@@ -69,6 +74,7 @@ class Dsee(BaseRoom):
     ignore: str = ""
     prune: str = "none"
     fraction: float = 0.25
+    heads: float = 0.25
     score: str = "magnitude"
     penalty: float = 1e-4
     prune_at: float = 0.5
@@ -77,23 +83,18 @@ class Dsee(BaseRoom):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for key, known in (("prune", PRUNE), ("score", SCORES)):
-            if getattr(self, key) not in known:
-                raise UsageError(
-                    f"recovery {self.name}: {key} {getattr(self, key)!r} is unknown; use {', '.join(known)}."
-                )
-        numbers = self.rank >= 1 and self.positions >= 0 and self.rounds >= 1
-        if not numbers or not 0 <= self.fraction < 1 or not 0 <= self.prune_at <= 1:
-            raise UsageError(
-                f"recovery {self.name}: rank {self.rank} and rounds {self.rounds} must be 1 or more, "
-                f"positions {self.positions} 0 or more, fraction {self.fraction:g} in 0..1 (1 excluded) "
-                f"and prune_at {self.prune_at:g} in 0..1."
-            )
+        self.one_of(PRUNE, "prune")
+        self.one_of(SCORES, "score")
+        self.within("[1, inf)", "rank", "rounds")
+        self.within("[0, inf)", "alpha", "positions", "penalty")
+        self.within("[0, 1)", "fraction", "heads")
+        self.within("[0, 1]", "prune_at")
         self.adapter: Adapter | None = None
         self._sites: tuple[Site, ...] = ()
-        self._neurons: list[Neurons] = []
+        self._layers: list[Neurons | Heads] = []
+        self._heads_config: Mapping[str, int] = {}
         self._gates: list[nn.Parameter] = []
-        self._kept: dict[Neurons, Tensor] = {}
+        self._kept: dict[Neurons | Heads, Tensor] = {}
         self._pruned = False
         self._threshold = -1.0
         self._report: dict[str, Any] = {}
@@ -114,28 +115,17 @@ class Dsee(BaseRoom):
         self._sites = find_sites(model).chosen
         before = _multiply_adds(model)
         if self.prune == "structured":
-            self._neurons, left = find_neurons(model, self._sites, model.dummy_inputs)
-            if left:
-                listed = ", ".join(list(left)[:3]) + (", ..." if len(left) > 3 else "")
-                self.context.notes.append(
-                    f"{len(left)} linear layers left: no trial shows that their inputs are the outputs of another one, "
-                    f"one to one and token by token: {listed}"
-                )
-            self.context.notes.append(
-                "attention heads left: only a model's own code says how it cuts its width into heads"
-            )
-            if not self._neurons:
-                self.context.notes.append("no layer of neurons was found; nothing is pruned")
+            self._find(model)
         total = sum(parameter.numel() for parameter in model.parameters())
         model.requires_grad_(False)
         for site in self._updated(model):
             old = model.get_submodule(site.name)
             places = self._places(dense_weight(old), site.name)
-            stream = torch.Generator().manual_seed(self.seed * 2**32 + zlib.crc32(site.name.encode()))
+            stream = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))  # 32 bits count
             alpha = self.alpha or float(self.rank)
             replace(model, site.name, Adapted(old, min(self.rank, *site.shape), alpha, places, stream))
-        for layer in self._neurons:
-            ones = torch.ones(layer.width, device=_frozen(model, layer.reader).device)
+        for layer in self._layers:
+            ones = torch.ones(layer.count, device=_frozen(model, layer.reader).device)
             gates = gate_input(model.get_submodule(layer.reader), ones.requires_grad_(self.score == "gates"))
             self._gates.append(gates)
         head = {id(parameter) for parameter in _head(model)} if self.train_head else set()
@@ -151,10 +141,15 @@ class Dsee(BaseRoom):
 
     def loss(self, outputs: Any, teacher_outputs: Any, batch: Any, task_loss: Tensor) -> Tensor:
         """The task's loss, and the l1 penalty of gates that are being trained."""
-        gates = [gate for gate in self._gates if gate.requires_grad]
-        if not gates:
+        if not self._gates or self._pruned or self.score != "gates":
             return task_loss
-        return task_loss + self.penalty * torch.stack([gate.abs().sum() for gate in gates]).sum()
+        return task_loss + self.penalty * torch.stack([gate.abs().sum() for gate in self._gates]).sum()
+
+    def after_backward(self, model: nn.Module, step: int) -> None:
+        """Gates do not change any more once W is pruned; the optimizer keeps them, as before."""
+        if self._pruned:
+            for gate in self._gates:
+                gate.grad = None
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Prune W when its time has come.
@@ -171,23 +166,25 @@ class Dsee(BaseRoom):
         if not self._pruned:
             self._prune(model)
         masked = [site.name for site in self._sites] if self.prune == "unstructured" else []
+        if masked:
+            zeros = sum(int((_frozen(model, name) == 0).sum()) for name in masked)
+            self._report |= {"zeros": zeros, "threshold": self._threshold}
         self.adapter = Adapter.of(model, masked=masked, threshold=self._threshold)
         merge(model)
         fold_gates(model)
-        removed = 0
-        if self._kept:
-            reason = remove_neurons(model, self._kept)
-            if reason is None:
-                removed = sum(int((~mask).sum()) for mask in self._kept.values())
-            else:
-                self.context.notes.append(f"pruned neurons are zero but still there: {reason}")
+        removed = self._remove(model)
         model.requires_grad_(True)
         after = _multiply_adds(model)
-        self._report |= {
-            "removed_neurons": removed,
+        self._report |= removed | {
+            "elements_after": sum(parameter.numel() for parameter in model.parameters()),
             "multiply_adds_after": after,
             "multiply_adds_saved": 1 - after / self._report["multiply_adds_before"],
         }
+        if self._kept:
+            self.context.notes.append(
+                f"removed {removed['removed_heads']} attention heads and {removed['removed_neurons']} neurons, "
+                f"{self._report['multiply_adds_saved']:.1%} of the multiply-adds of linear layers"
+            )
         self._gates = []
         return model
 
@@ -204,10 +201,10 @@ class Dsee(BaseRoom):
     def report(self) -> dict[str, Any]:
         """What trained, what was pruned and what that saves."""
         asked = {key: getattr(self, key) for key in ("rank", "positions", "prune", "fraction", "score", "prune_at")}
-        return super().report() | asked | self._report
+        return super().report() | asked | {"asked_heads": self.heads} | self._report
 
     def state(self) -> dict[str, Tensor]:
-        """Whether W was pruned, at which threshold, and which neurons stay."""
+        """Whether W was pruned, at which threshold, and which heads and neurons stay."""
         state = {f"kept/{layer.reader}": mask for layer, mask in self._kept.items()}
         threshold = torch.tensor(self._threshold, dtype=torch.float64)
         return state | {"pruned": torch.tensor(self._pruned), "threshold": threshold}
@@ -215,12 +212,51 @@ class Dsee(BaseRoom):
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state` gave."""
         self._pruned, self._threshold = bool(state["pruned"]), float(state["threshold"])
-        for layer, gate in zip(self._neurons, self._gates, strict=True):
+        for layer, gate in zip(self._layers, self._gates, strict=True):
             if f"kept/{layer.reader}" in state:
                 self._kept[layer] = state[f"kept/{layer.reader}"].to(gate.device, copy=True)
-                gate.requires_grad_(False)
 
     # -- inside ----------------------------------------------------------------------------------------
+
+    def _find(self, model: PreTrainedModel) -> None:
+        """Layers of neurons and attention heads that can be removed, and notes of those that cannot."""
+        notes = self.context.notes
+        neurons, left = find_neurons(model, self._sites, model.dummy_inputs)
+        self._layers = [*neurons]
+        if self.heads:
+            taken = {layer.reader for layer in neurons}
+            found = find_heads(model, self._sites, model.dummy_inputs, self.heads, taken)
+            self._layers += found.heads
+            self._heads_config = found.config
+            if not found.heads and not found.left:
+                notes.append("no attention heads were found")
+            for reason in dict.fromkeys(found.left.values()):
+                names = [name for name, why in found.left.items() if why == reason]
+                notes.append(f"heads of {len(names)} attentions left, {reason}: {_listed(names)}")
+            left = {name: why for name, why in left.items() if name not in {layer.reader for layer in found.heads}}
+        if left:
+            notes.append(
+                f"{len(left)} linear layers left: no trial shows that their inputs are the outputs of another one, "
+                f"one to one and token by token: {_listed(list(left))}"
+            )
+        if not neurons:
+            notes.append("no layer of neurons was found; none is pruned")
+
+    def _remove(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Take out what was pruned; how many neurons and heads went, and how many each layer has left."""
+        neurons = {layer: mask for layer, mask in self._kept.items() if isinstance(layer, Neurons)}
+        heads = {layer: mask for layer, mask in self._kept.items() if isinstance(layer, Heads)}
+        reason = remove_neurons(model, neurons) if neurons else None
+        if reason is not None:
+            self.context.notes.append(f"pruned neurons are zero but still there: {reason}")
+        remove_heads(model, heads, self._heads_config)
+        gone = sum(int((~mask).sum()) for mask in neurons.values()) if reason is None else 0
+        return {
+            "removed_neurons": gone,
+            "removed_heads": sum(int((~mask).sum()) * layer.each for layer, mask in heads.items()),
+            "neurons": {layer.reader: int(mask.sum()) for layer, mask in neurons.items()},
+            "heads": {layer.reader: int(mask.sum()) * layer.each for layer, mask in heads.items()},
+        }
 
     def _updated(self, model: PreTrainedModel) -> Sequence[Site]:
         sites = find_sites(model, patterns(self.targets), patterns(self.ignore)).chosen
@@ -245,9 +281,8 @@ class Dsee(BaseRoom):
         if self.prune == "unstructured":
             self._mask(model)
         elif self.prune == "structured":
-            for layer in self._neurons:
+            for layer in self._layers:
                 self._close(model, layer)
-            self._report["neurons"] = {layer.reader: int(mask.sum()) for layer, mask in self._kept.items()}
 
     def _mask(self, model: nn.Module) -> None:
         """Set the smallest numbers of W to zero, the update apart."""
@@ -256,21 +291,26 @@ class Dsee(BaseRoom):
         with torch.no_grad():
             for name, mask in zip(names, masks, strict=True):
                 _frozen(model, name).mul_(mask)
-        self._report |= {"zeros": sum(int((~mask).sum()) for mask in masks), "threshold": self._threshold}
 
-    def _close(self, model: nn.Module, layer: Neurons) -> None:
-        """Close the gates of the neurons that matter least; the others stay as they were trained."""
+    def _close(self, model: nn.Module, layer: Neurons | Heads) -> None:
+        """Close the gates of what matters least; the others stay as they were trained."""
         gate = model.get_parameter(f"{layer.reader}.input_gate")
         if self.score == "gates":
             scores = gate.detach().abs()
+        elif isinstance(layer, Heads):
+            scores = head_magnitudes(model, layer, _frozen)
         else:
             scores = magnitudes(_frozen(model, layer.reader), [_frozen(model, name) for name in layer.writers])
-        count = int(self.fraction * layer.width)
-        kept = torch.ones(layer.width, dtype=torch.bool, device=scores.device)
+        count = int((self.heads if isinstance(layer, Heads) else self.fraction) * layer.count)
+        kept = torch.ones(layer.count, dtype=torch.bool, device=scores.device)
         kept[scores.argsort(stable=True)[:count]] = False
-        gate.requires_grad_(False).mul_(kept)
-        gate.grad = None
+        with torch.no_grad():
+            gate.mul_(kept)
         self._kept[layer] = kept
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _frozen(model: nn.Module, name: str) -> Tensor:

@@ -39,8 +39,9 @@ class LoRA(BaseRoom):
     dense: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UsageError(f"recovery option rank={self.rank}: an adapter has a rank of at least 1.")
+        self.within("[1, inf)", "rank")
+        self.within("[0, inf)", "alpha")
+        self.within("[0, 1)", "dropout")
 
     def prepare(self, model: PreTrainedModel, context: Context) -> None:
         """Freeze everything but the head, and put the adapters in.

@@ -56,13 +56,10 @@ class LoSparse(BaseRoom):
     beta: float = 0.85
 
     def __post_init__(self) -> None:
-        share = self._share
-        if not 0 < self.keep < 1 or not 0 < share <= self.keep or self.every < 1 or not 0 <= self.beta < 1:
-            raise UsageError(
-                f"recovery {self.name}: keep {self.keep:g} must be inside 0..1, its low-rank part {share:g} above 0 "
-                f"and at most keep, importances averaged over 1 step or more, not {self.every}, by a beta of 0..1 "
-                f"(1 excluded), not {self.beta:g}."
-            )
+        self.within("(0, 1)", "keep")
+        self.within(f"[0, {self.keep:g}]", "low_rank")
+        self.within("[1, inf)", "every")
+        self.within("[0, 1)", "beta")
         cubic_fraction(0, 1, self.warmup, self.final, 0.0)  # refuses phases that cannot be
         self._split: dict[str, MaskedLowRankSparse] = {}
         self._latest: dict[str, Tensor] = {}
@@ -226,6 +223,11 @@ class LoSparseDistilled(LoSparse):
     distil: float = 1.0
     temperature: float = 2.0
     layers: float = 15.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.within("(0, inf)", "temperature")
+        self.within("[0, inf)", "distil", "layers")
 
     @property
     def wants(self) -> frozenset[str]:

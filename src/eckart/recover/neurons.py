@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from eckart.model import Site, dense_weight, replace
+from eckart.model import Site, cut_layer, replace
+from eckart.recover.trial import Trial, on_trial
 
 
 @dataclass(frozen=True)
@@ -35,41 +33,10 @@ class Neurons:
     writers: tuple[str, ...]
     width: int
 
-
-@dataclass
-class _Pass:
-    """One run of the model: outputs that are changed, inputs that are replaced, and what was seen."""
-
-    change: Mapping[str, Any] = field(default_factory=dict)
-    replaced: Mapping[str, Tensor] = field(default_factory=dict)
-    calls: list[str] = field(default_factory=list)
-    read: dict[str, Tensor] = field(default_factory=dict)
-    result: Tensor | None = None
-
-    def run(self, model: nn.Module, names: Sequence[str], inputs: Mapping[str, Tensor]) -> _Pass:
-        with ExitStack() as stack, torch.no_grad():
-            for name in names:
-                module = model.get_submodule(name)
-                stack.callback(module.register_forward_pre_hook(self._before(name)).remove)
-                stack.callback(module.register_forward_hook(self._after(name)).remove)
-            made = model(**inputs)
-        self.result = made[0]
-        return self
-
-    def _before(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            self.calls.append(name)
-            if args:
-                self.read[name] = args[0]
-            return (self.replaced[name], *args[1:]) if name in self.replaced else None
-
-        return hook
-
-    def _after(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            return self.change[name](output) if name in self.change else None
-
-        return hook
+    @property
+    def count(self) -> int:
+        """How many there are, as of heads."""
+        return self.width
 
 
 def find_neurons(
@@ -86,10 +53,8 @@ def find_neurons(
         The layers in order of the pass, and reader -> why its inputs are left.
     """
     shapes = {site.name: site.shape for site in sites}
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        plain = _Pass().run(model, list(shapes), inputs)
+    with on_trial(model):
+        plain = Trial().run(model, list(shapes), **inputs)
         found: list[Neurons] = []
         left: dict[str, str] = {}
         for place, reader in enumerate(plain.calls):
@@ -107,13 +72,10 @@ def find_neurons(
             else:
                 left[reader] = f"no trial shows that its inputs are outputs of {' or '.join(before)} one to one"
         return found, left
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _feeds(
-    model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: _Pass, writer: str, reader: str, width: int
+    model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: Trial, writer: str, reader: str, width: int
 ) -> bool:
     """Whether the writer's outputs reach the result only as the reader's inputs, one to one and token by token."""
     if plain.calls.count(writer) > 1:
@@ -136,14 +98,14 @@ def _feeds(
     expected = plain.read[reader]
     if expected.dim() < 2 or expected.shape[-1] != width:
         return False
-    seen = _Pass(change={writer: some}).run(model, names, inputs).read.get(reader)
+    seen = Trial(change={writer: some}).run(model, names, **inputs).read.get(reader)
     if seen is None or seen.shape != expected.shape:
         return False
     mixed = not torch.equal(seen[..., elsewhere], expected[..., elsewhere])
     spread = not torch.equal(seen[..., 1:, :], expected[..., 1:, :])
     if mixed or spread or torch.equal(seen, expected):
         return False
-    around = _Pass(change={writer: every}, replaced={reader: expected}).run(model, names, inputs)
+    around = Trial(change={writer: every}, replaced={reader: expected}).run(model, names, **inputs)
     assert around.result is not None
     assert plain.result is not None
     return torch.equal(around.result, plain.result)
@@ -178,9 +140,10 @@ def remove_neurons(model: PreTrainedModel, kept: Mapping[Neurons, Tensor]) -> st
     old = {name: model.get_submodule(name) for layer in kept for name in (layer.reader, *layer.writers)}
     widths = {layer.width: int(mask.sum()) for layer, mask in kept.items()}
     for layer, mask in kept.items():
+        places = mask.nonzero().flatten()
         for name in layer.writers:
-            replace(model, name, _cut(old[name], mask, outputs=True))
-        replace(model, layer.reader, _cut(model.get_submodule(layer.reader), mask, outputs=False))
+            replace(model, name, cut_layer(old[name], places, rows=True))
+        replace(model, layer.reader, cut_layer(model.get_submodule(layer.reader), places, rows=False))
     config = _config_of(model, widths)
     if config is None:
         for name, module in old.items():
@@ -189,24 +152,6 @@ def remove_neurons(model: PreTrainedModel, kept: Mapping[Neurons, Tensor]) -> st
     for key, value in config.items():
         setattr(model.config, key, value)
     return None
-
-
-def _cut(old: Any, mask: Tensor, outputs: bool) -> nn.Module:
-    """A Linear or Conv1D with some of its outputs or inputs left."""
-    weight = dense_weight(old)[mask] if outputs else dense_weight(old)[:, mask]
-    bias = None if old.bias is None else old.bias.detach()[mask] if outputs else old.bias.detach()
-    new = copy.copy(old)
-    new._parameters = dict(old._parameters)
-    conv = isinstance(old, Conv1D)
-    trains = bool(old.weight.requires_grad)
-    new.weight = nn.Parameter((weight.mT if conv else weight).contiguous().clone(), requires_grad=trains)
-    if bias is not None:
-        new.bias = nn.Parameter(bias.clone(), requires_grad=trains)
-    if conv:
-        new.nx, new.nf = new.weight.shape
-    else:
-        new.out_features, new.in_features = new.weight.shape
-    return new
 
 
 def _config_of(model: PreTrainedModel, widths: Mapping[int, int]) -> dict[str, int] | None:

@@ -6,12 +6,14 @@ fields of its dataclass; `--recovery-option name=value` sets them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from eckart.errors import UsageError
 
 
 @dataclass
@@ -97,6 +99,42 @@ class BaseRoom:
     paper: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
+
+    def within(self, interval: str, *keys: str) -> None:
+        """Check settings that are numbers.
+
+        Args:
+            interval: as mathematics writes it: "[0, 1)" is 0 and more, and less than 1; "[1, inf)" is 1 and more.
+            keys: names of the settings; None is no number, and passes.
+
+        Raises:
+            UsageError: naming the first that is outside.
+        """
+        low, high = map(float, interval[1:-1].split(","))
+        for key in keys:
+            value = getattr(self, key)
+            if value is None:
+                continue
+            above = value >= low if interval[0] == "[" else value > low
+            below = value <= high if interval[-1] == "]" else value < high
+            if not (above and below):
+                self._refuse(key, f"in {interval}")
+
+    def one_of(self, known: Collection[str], key: str) -> None:
+        """Check a setting that is a word.
+
+        Raises:
+            UsageError: naming those that are known.
+        """
+        if getattr(self, key) not in known:
+            self._refuse(key, f"one of {', '.join(known)}")
+
+    def _refuse(self, key: str, wanted: str) -> None:
+        usual = getattr(type(self), key)
+        raise UsageError(
+            f"recovery {self.name}: {key} must be {wanted}, not {getattr(self, key)!r}; the default is "
+            f"--recovery-option {key}={usual}"
+        )
 
     @property
     def wants(self) -> frozenset[str]:

@@ -1,0 +1,421 @@
+"""What a training reads, masks, calls, keeps and is scored by, one part at a time."""
+
+from __future__ import annotations
+
+import copy
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from problems import close
+from tiny import DEMO, llama
+from torch.nn import functional
+from transformers import AutoTokenizer
+from tuning_problem import LENGTH, VOCABULARY, batch, bert, gpt2
+
+from eckart.checkpoint.journal import Journal
+from eckart.errors import DataError, NumericalError, UsageError
+from eckart.recover import BaseRoom, Context, make_room
+from eckart.recover.distil import TERMS
+from eckart.training import Examples, better, exam, examples, load_examples, train
+from eckart.training.exam import Exam
+from eckart.training.examples import _split, load_labelled
+from eckart.training.masking import mask_tokens
+from eckart.tuning_recipe import make_tune_recipe
+
+# -- masking -------------------------------------------------------------------------------------------
+
+READER = SimpleNamespace(all_special_ids=[0, 1], mask_token_id=3)
+
+
+def test_of_real_tokens_a_seventh_is_masked_and_is_what_is_learnt():
+    stream = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, 1000, (100, 100), generator=stream)
+    ids[:, 0], mask = 1, torch.ones_like(ids)
+    ids[:, 90:], mask[:, 90:] = 7, 0  # a padding token that the tokenizer does not name
+    given = {"input_ids": ids, "attention_mask": mask}
+    made = mask_tokens(given, READER, 1000, 5)
+    chosen = made["labels"] != -100
+    assert not chosen[:, 0].any()
+    assert not chosen[:, 90:].any()
+    assert torch.equal(made["labels"][chosen], ids[chosen])
+    assert torch.equal(made["input_ids"][~chosen], ids[~chosen])
+    assert float(chosen[:, 1:90].float().mean()) == pytest.approx(0.15, abs=0.02)
+    now, before = made["input_ids"][chosen], ids[chosen]
+    shares = [float(part.float().mean()) for part in (now == 3, now == before, (now != 3) & (now != before))]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.03)
+    assert all(torch.equal(value, mask_tokens(given, READER, 1000, 5)[key]) for key, value in made.items())
+    assert not torch.equal(mask_tokens(given, READER, 1000, 6)["labels"], made["labels"])
+
+
+def test_a_short_text_has_one_token_masked():
+    ids = torch.tensor([[1, 9]])
+    for seed in range(8):
+        assert mask_tokens({"input_ids": ids}, READER, 20, seed)["labels"].tolist() == [[-100, 9]]
+
+
+# -- how a model is scored -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_better_is_at_least_as_good(higher):
+    asked = Exam(lambda model: {}, "score", higher, "")
+
+    def judged(after, before):
+        return better(asked, {"score": after}, {"score": before})
+
+    assert judged(2.0, 1.0) == higher
+    assert judged(1.0, 2.0) != higher
+    assert judged(1.0, 1.0)
+    for bad in (float("nan"), float("inf")):
+        assert not judged(bad, 1.0)
+        assert judged(1.0, bad)
+        assert not judged(bad, bad)
+
+
+def test_masked_exam_masks_each_batch_in_its_way(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(exam, "mask_tokens", lambda *given: seeds.append(given[-1]) or mask_tokens(*given))
+    torch.manual_seed(0)
+    model = transformers.BertForMaskedLM(bert().config).eval()
+    one = {key: value for key, value in batch(0).items() if key != "labels"}
+    score = exam.masked_exam(READER, [one, one], 4).score
+    assert score(model) == score(model)
+    assert seeds == [4, 5, 4, 5]
+
+
+# -- what is trained on, and what is held out ----------------------------------------------------------
+
+
+def asked(**options):
+    return make_tune_recipe({"recovery": "full", "max_seq_length": 8, **options})
+
+
+@pytest.fixture(scope="module")
+def reader():
+    found = AutoTokenizer.from_pretrained(DEMO)
+    found.pad_token = found.pad_token or found.eos_token
+    return found
+
+
+def causal(monkeypatch, reader, data, eval_data=None, **options):
+    """The trained text, decoded, and the texts that are scored."""
+    held = []
+    monkeypatch.setattr(examples, "text_exam", lambda tokenizer, texts, *_: held.extend(texts))
+    model = llama(num_hidden_layers=1)
+    made = load_examples(asked(**options), data, eval_data, "causal", model, reader, None)
+    return made, "".join(reader.decode(row["input_ids"]) for row in made.rows), held
+
+
+def test_held_out_rows_are_not_trained_on():
+    rows = [f"row {i}" for i in range(25)]
+    trained, held = _split(rows, 3)
+    assert len(held) == 3
+    assert sorted(trained + held) == sorted(rows)
+    assert held != _split(rows, 4)[1]
+    with pytest.raises(DataError, match="one row"):
+        _split(rows[:1], 0)
+
+
+def test_the_end_of_one_text_is_held_out(monkeypatch, reader, tmp_path):
+    text = " ".join(f"word{i}" for i in range(200))
+    (tmp_path / "one.txt").write_text(text)
+    made, trained, held = causal(monkeypatch, reader, str(tmp_path / "one.txt"))
+    (end,) = held
+    assert len(end) == pytest.approx(len(text) / 10, abs=1)
+    assert text.endswith(end)
+    assert "word170" in trained
+    assert not any(f"word{i}" in trained for i in range(185, 200))
+    assert all(row["labels"] == row["input_ids"] for row in made.rows)
+    fewer, some, _ = causal(monkeypatch, reader, str(tmp_path / "one.txt"), num_samples=3)
+    assert len(fewer.rows) == 3
+    assert len(some) < len(trained)
+    (tmp_path / "other.txt").write_text("something else to score")
+    _, trained, held = causal(monkeypatch, reader, str(tmp_path / "one.txt"), str(tmp_path / "other.txt"))
+    assert held == ["something else to score"]
+    assert "word190" in trained
+
+
+def labelled(reader, rows, task, eval_rows=None, labels=2):
+    recipe = asked(data_column="text", data_label_column="label")
+    model = bert(num_labels=labels)
+    loaded = load_labelled(recipe, rows, label2id=None, task=task)
+    return load_examples(recipe, rows, eval_rows, task, model, reader, loaded)
+
+
+def test_scores_stay_what_they_are_and_other_data_are_scored_on(reader):
+    rows = [{"text": f"text {i}", "label": i + 0.5} for i in range(6)]
+    made = labelled(reader, rows, "regression", rows[:2])
+    assert [row["labels"] for row in made.rows] == [i + 0.5 for i in range(6)]
+    assert made.exam.protocol == "2 rows"
+    assert labelled(reader, rows, "regression").exam.protocol == "1 rows"
+
+
+def test_a_label_that_is_no_class_is_named(reader):
+    rows = [{"text": "text", "label": i} for i in (0, 1, 2)]
+    with pytest.raises(DataError, match="label 2 is no class"):
+        labelled(reader, rows, "classification", rows)
+
+
+def test_padding_is_marked():
+    made = Examples([], None, 9, {}).collate(
+        [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": 1},
+         {"input_ids": [5], "attention_mask": [1], "labels": 0}]
+    )  # fmt: skip
+    assert made["input_ids"].tolist() == [[5, 6, 7], [5, 9, 9]]
+    assert made["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert made["labels"].tolist() == [1, 0]
+
+
+# -- steps -----------------------------------------------------------------------------------------------
+
+
+class Watching(BaseRoom):
+    """A room that notes what it is told."""
+
+    def __init__(self, of=None, teacher=False):
+        self.of, self.seen = of or (lambda outputs, task: task), []
+        self.needs_teacher, self.learning_rate = teacher, 1e-2
+
+    def loss(self, outputs, teacher_outputs, batch, task_loss):
+        told = None if teacher_outputs is None else teacher_outputs.logits
+        self.seen.append(("loss", self.context.step, batch["input_ids"].clone(), told))
+        return self.of(outputs, task_loss)
+
+    def after_backward(self, model, step):
+        self.seen.append(("backward", step, any(p.grad is not None for p in model.parameters())))
+
+    def after_step(self, model, step):
+        self.seen.append(("step", step, [p.detach().clone() for p in model.parameters()], drawn()))
+
+
+def drawn():
+    return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+
+def trained(model, room, steps=3, *, task="classification", teacher=None, journal=None, stop_after=None, **options):
+    given = {"learning_rate": None, "batch_size": 4, "weight_decay": 0.0, "warmup": 0.0, "save_steps": 2,
+             "device": None, "seed": 0}  # fmt: skip
+    context = Context(teacher, task, SimpleNamespace(**{**given, **options}), steps)
+    room.prepare(model, context)
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in batch(0)["input_ids"]]
+    if task != "masked":
+        rows = [{**row, "labels": label} for row, label in zip(rows, batch(0)["labels"].tolist(), strict=True)]
+    shown = Examples(rows[:1] * 16 if task == "masked" else rows, None, 0, {})
+    return train(model, room, context, shown, READER, journal, stop_after=stop_after)
+
+
+def test_hooks_are_called_in_order_with_the_step():
+    room = Watching()
+    made = trained(bert(), room)
+    assert [entry[:2] for entry in room.seen] == [
+        (what, step) for step in range(3) for what in ("loss", "backward", "step")
+    ]
+    assert all(entry[2] for entry in room.seen if entry[0] == "backward")
+    assert made["steps"] == 3
+
+
+def test_the_loss_is_the_rooms_and_its_ends_are_reported():
+    room = Watching(of=lambda outputs, task: 0 * outputs.logits.sum() + 7.0 - room.context.step)
+    made = trained(bert(), room)
+    assert (made["first_loss"], made["last_loss"]) == (7, 5)
+    with pytest.raises(NumericalError, match="step 1"):
+        trained(bert(), Watching(of=lambda outputs, task: task * float("nan")))
+
+
+def test_decay_rate_and_warmup_are_those_asked_for():
+    def still(outputs, task):
+        return 0 * outputs.logits.sum()
+
+    for options, factor in (
+        ({"weight_decay": 0.5, "learning_rate": 0.1}, 1 - 0.05),
+        ({"weight_decay": 0.5}, 1 - 0.005),  # the room's own rate
+        ({"weight_decay": 0.5, "warmup": 0.5}, 1.0),  # the rate starts at zero
+        ({}, 1.0),
+    ):
+        model, room = bert(), Watching(of=still)
+        matrix = model.bert.encoder.layer[0].intermediate.dense.weight
+        norm, before = model.bert.encoder.layer[0].output.LayerNorm.weight, matrix.detach().clone()
+        trained(model, room, 2, **options)
+        after = next(entry[2] for entry in room.seen if entry[0] == "step")
+        place = next(i for i, parameter in enumerate(model.parameters()) if parameter is matrix)
+        close(after[place], before * factor, 1e-6)
+        assert bool((norm == 1).all())
+
+
+def test_a_teacher_is_in_evaluation_mode_and_gets_no_gradients():
+    teacher = bert(hidden_dropout_prob=0.5).train()
+    expected = copy.deepcopy(teacher).eval()
+    room = Watching(teacher=True)
+    trained(bert(), room, teacher=teacher)
+    for _, _, ids, told in (entry for entry in room.seen if entry[0] == "loss"):
+        assert not told.requires_grad
+        with torch.no_grad():
+            assert torch.equal(told, expected(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    assert not teacher.training
+
+
+def test_each_step_masks_other_tokens():
+    torch.manual_seed(0)
+    room = Watching()
+    trained(transformers.BertForMaskedLM(bert().config), room, task="masked")
+    masked = [entry[2] for entry in room.seen if entry[0] == "loss"]
+    assert not torch.equal(masked[0], masked[1])
+    assert not torch.equal(masked[1], masked[2])
+
+
+def test_going_on_draws_and_reports_what_it_would_have(tmp_path):
+    def draws(room):
+        return [entry[3] for entry in room.seen if entry[0] == "step"]
+
+    whole, broken, resumed = Watching(), Watching(), Watching()
+    states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
+
+    def run(room, folder, **more):
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        model = bert()
+        made = trained(model, room, 6, journal=Journal.open(tmp_path / folder, {}, restart=False), **more)
+        return made, model
+
+    first, model = run(whole, "whole")
+    run(broken, "broken", stop_after=5)
+    random.seed(17)
+    second, again = run(resumed, "broken")
+    assert draws(resumed) == draws(whole)[4:]
+    assert second["resumed_from"] == 4
+    assert [first[key] for key in ("first_loss", "last_loss")] == [second[key] for key in ("first_loss", "last_loss")]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+
+# -- distillation ----------------------------------------------------------------------------------------
+
+
+def told(seed, layers=2):
+    """Made-up outputs of a model of two layers."""
+    stream = torch.Generator().manual_seed(seed)
+    return SimpleNamespace(
+        logits=torch.randn(2, 3, 5, generator=stream),
+        hidden_states=[torch.randn(2, 3, 4, generator=stream) for _ in range(1 + layers)],
+        attentions=[torch.randn(2, 2, 3, 3, generator=stream).softmax(-1) for _ in range(layers)],
+    )
+
+
+def room_of(kind="causal", name="distil", **weights):
+    room = make_room(name, {**dict.fromkeys(TERMS, "0"), **weights})
+    room.context, room._temperature = Context(None, kind, None, 8), 2.0
+    return room
+
+
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+
+
+def of_real(values):
+    return (values * MASK).sum() / 4
+
+
+def test_each_term_of_distillation_by_its_formula_and_weight():
+    mine, its = told(1), told(2)
+    squares = [of_real((a - b).square().mean(-1)) for a, b in zip(mine.hidden_states, its.hidden_states, strict=True)]
+    p, q = (its.logits / 2).softmax(-1), (mine.logits / 2).softmax(-1)
+    pairs = list(zip(mine.attentions, its.attentions, strict=True))
+    kl = [of_real((b * (b / a).log()).sum(-1).mean(1)) for a, b in pairs]
+    mse = [of_real((b - a).square().mean((1, 3))) for a, b in pairs]
+    task = torch.tensor(1.5)
+    wanted = {
+        "logits": 4 * of_real((p * (p / q).log()).sum(-1)),
+        "hidden": (squares[1] + squares[2]) / 2,
+        "embedding": squares[0],
+        "attention": (kl[0] + kl[1]) / 2,
+        "task": task,
+    }
+    for name, value in wanted.items():
+        room = room_of(**{name: "3"})
+        close(room.loss(mine, its, {"attention_mask": MASK}, task), 3 * value, 1e-5)
+    room = room_of(attention="1", attention_loss="mse")
+    close(room.loss(mine, its, {"attention_mask": MASK}, task), (mse[0] + mse[1]) / 2, 1e-5)
+    every = room_of(**dict.fromkeys(wanted, "1"))
+    close(every.loss(mine, its, {"attention_mask": MASK}, task), sum(wanted.values()), 1e-5)
+
+
+def test_scores_are_compared_by_their_distance():
+    mine, its = (SimpleNamespace(logits=torch.randn(4, 1)) for _ in range(2))
+    found = room_of("regression", logits="2").loss(mine, its, {}, torch.zeros(()))
+    close(found, 2 * functional.mse_loss(mine.logits, its.logits), 1e-6)
+
+
+def test_first_features_then_logits():
+    room = room_of(name="noach-goldberg", hidden="1", embedding="1", logits="1", task="1", first_stage="0.25")
+    stages = []
+    for step in range(8):
+        room.context.step = step
+        stages.append(room.active())
+    assert stages == [("hidden", "embedding")] * 2 + [("logits", "task")] * 6
+
+
+def test_temperature_is_the_recipes_unless_the_room_has_one():
+    for options, wanted in (({}, 3.0), ({"temperature": "5"}, 5.0)):
+        room = make_room("distil", options)
+        room.prepare(bert(), Context(bert(), "classification", SimpleNamespace(temperature=3.0), 1))
+        assert room.report()["temperature"] == wanted
+
+
+# -- settings --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options", "words"), [
+    ("lora", {"rank": "0"}, r"lora: rank must be in \[1, inf\), not 0; the default is --recovery-option rank=8"),
+    ("lora", {"dropout": "1"}, r"dropout must be in \[0, 1\), not 1"),
+    ("dsee", {"heads": "1"}, r"dsee: heads must be in \[0, 1\), not 1"),
+    ("dsee", {"prune": "heads"}, "prune must be one of none, unstructured, structured, not 'heads'"),
+    ("distil", {"attention_loss": "l1"}, "one of kl, mse"),
+    ("distil", {"hidden": "-1"}, r"hidden must be in \[0, inf\)"),
+    ("distil", {"hidden": "0", "logits": "0"}, "nothing to minimise"),
+    ("distil", {"temperature": "0"}, r"temperature must be in \(0, inf\)"),
+    ("noach-goldberg", {"first_stage": "1.5"}, r"first_stage must be in \[0, 1\]"),
+    ("losparse", {"keep": "1"}, r"keep must be in \(0, 1\)"),
+    ("losparse", {"low_rank": "0.5"}, r"low_rank must be in \[0, 0\.2\]"),
+    ("losparse-distil", {"layers": "-1"}, r"layers must be in \[0, inf\)"),
+])  # fmt: skip
+def test_a_setting_out_of_range_is_named(name, options, words):
+    with pytest.raises(UsageError, match=words):
+        make_room(name, options)
+
+
+def test_the_ends_of_a_range_are_inside():
+    room = make_room("dsee", {"prune_at": "1", "fraction": "0", "positions": "0", "rank": "1"})
+    assert (room.prune_at, room.fraction, room.positions, room.rank) == (1, 0, 0, 1)
+
+
+# -- adapters ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "scale"), [({}, 2.0), ({"alpha": "12"}, 3.0)])
+def test_adapters_are_scaled_and_the_head_is_trained(options, scale):
+    from peft.tuners.lora import LoraLayer
+
+    model = bert()
+    room = make_room("lora", {"rank": "4", "dropout": "0.25", **options})
+    room.prepare(model, Context(None, "classification", None, 1, ("classifier",)))
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    assert adapted
+    assert {module.scaling["default"] for module in adapted} == {scale}
+    assert {module.lora_dropout["default"].p for module in adapted} == {0.25}
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trains if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
+    room.finish(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_tied_weights_get_no_adapter():
+    model = transformers.GPT2LMHeadModel(gpt2().config)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    room = make_room("lora", {"rank": "2"})
+    room.prepare(model, Context(None, "causal", None, 1))
+    assert room.targets
+    assert "lm_head" not in room.targets
+    assert len(model.lm_head.weight) == VOCABULARY

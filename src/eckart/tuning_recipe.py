@@ -77,7 +77,7 @@ class TuneRecipe(Asking):
         """The recovery with its options.
 
         Raises:
-            UsageError: naming the option at fault.
+            UsageError: naming the option at fault, or one that was given and means nothing to the recovery.
         """
         options = {}
         for word in self.recovery_option:
@@ -85,7 +85,19 @@ class TuneRecipe(Asking):
             if not equals:
                 raise UsageError(f"recovery_option {word!r}: write name=value, such as rank=8.")
             options[key.strip().replace("-", "_")] = value.strip()
-        return make_room(self.recovery, options)
+        room = make_room(self.recovery, options)
+        unread = [name for name in room.unread if name in self.model_fields_set and getattr(self, name) is not None]
+        if unread:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+            raise UsageError(
+                f"{flags}: recovery {self.recovery} is in closed form, it has no steps and learns at no rate. Leave "
+                f"{flags} out, or train instead: --recovery distil"
+            )
+        return room
+
+    def to_yaml(self) -> str:
+        """As it is saved with the model: what was set or differs from None, without what the recovery does not read."""
+        return self._yaml_without(self.room().unread)
 
 
 def make_tune_recipe(options: dict[str, Any], where: str = "options") -> TuneRecipe:

@@ -1,4 +1,4 @@
-"""`eckart tune`: recovery by training."""
+"""`eckart tune`: recovery, by training or in closed form."""
 
 from __future__ import annotations
 
@@ -33,13 +33,15 @@ def tune(
     ] = None,
     **options: Any,
 ) -> None:
-    """Train a compressed model so that quality comes back, from its original or on a task.
+    """Make a compressed model's quality come back: train it from its original or on a task, or solve it again.
 
     The factors keep their form and size. The model is scored on held-out data before and after, and the better one is
     published. A training that was broken off goes on where it was: run the same command again. A dense model is
     trained likewise, and a bare encoder gets a new classification head where the data have labels.
 
     Example: eckart tune smol-40 --teacher HuggingFaceTB/SmolLM2-135M --data texts.txt --output-dir smol-40-tuned
+
+    Example: eckart tune smol-40 --recovery refit --teacher MODEL --data texts.txt --output-dir smol-40-refitted
 
     Example: eckart tune bert-50 --recovery full --data train.tsv --data-label-column label --output-dir bert-50-task
     """

@@ -15,12 +15,14 @@ from eckart.recover.full import Full
 from eckart.recover.lora import LoRA
 from eckart.recover.losparse import LoSparse, LoSparseDistilled
 from eckart.recover.refit import Refit, refittable
-from eckart.recover.room import BaseRoom, Context, Room
+from eckart.recover.refitting import Refitting
+from eckart.recover.room import BaseRoom, ClosedForm, Context, Room
 
 RECOVERIES: dict[str, type[BaseRoom]] = {
     room.name: room
     for room in (
         Full,
+        Refitting,
         Distil,
         NoachGoldberg,
         InterLayer,
@@ -35,11 +37,13 @@ __all__ = [
     "RECOVERIES",
     "Adapter",
     "BaseRoom",
+    "ClosedForm",
     "Context",
     "Dsee",
     "LoSparse",
     "LoSparseDistilled",
     "Refit",
+    "Refitting",
     "Room",
     "load_adapter",
     "make_room",

@@ -6,12 +6,15 @@ fields of its dataclass; `--recovery-option name=value` sets them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from eckart.data import Batch
+from eckart.walk import Store
 
 
 @dataclass
@@ -90,6 +93,8 @@ class BaseRoom:
         paper: authors, year, identifier; "" for common knowledge.
         needs_teacher: whether there must be a teacher.
         learning_rate: where none is asked for.
+        unread: options of the recipe that mean nothing to it: refused where they are given.
+        remedy: what to try where the model did not get better.
     """
 
     name: ClassVar[str] = ""
@@ -97,6 +102,8 @@ class BaseRoom:
     paper: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
+    unread: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
 
     @property
     def wants(self) -> frozenset[str]:
@@ -142,3 +149,27 @@ class BaseRoom:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Nothing."""
+
+
+@dataclass
+class ClosedForm(BaseRoom):
+    """A room that solves for better weights and trains nothing: in place of the training loop, `solve` is called once.
+
+    It gives no hooks of a step. Every weight that it changes comes from the statistics of one pass over the text.
+    """
+
+    unread: ClassVar[tuple[str, ...]] = (
+        "epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
+    )  # fmt: skip
+    remedy: ClassVar[str] = "Try more data (--num-samples), or train instead: --recovery distil"
+
+    def solve(self, model: PreTrainedModel, context: Context, batches: Sequence[Batch], store: Store) -> None:
+        """Make the model better, in place.
+
+        Args:
+            model: the student, in evaluation mode, on the device that it computes on.
+            context: with the teacher, on the same device.
+            batches: text without labels.
+            store: where hidden states may wait.
+        """
+        raise NotImplementedError

@@ -16,7 +16,8 @@ from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import TaskData, kind_of
 from eckart.errors import CheckpointError, UsageError
-from eckart.model import cast, has_head
+from eckart.model import cast, factored_modules, has_head
+from eckart.recover import BaseRoom, ClosedForm
 from eckart.training.examples import load_labelled
 from eckart.tuning_recipe import TuneRecipe
 
@@ -96,6 +97,26 @@ def load_student(recipe: TuneRecipe, model: PreTrainedModel | None, tokenizer: A
         if config.get_text_config().pad_token_id is None:  # heads on causal models find a text's end by its padding
             config.get_text_config().pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
     return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows)
+
+
+def check_fits(room: BaseRoom, student: Student) -> None:
+    """Refuse a recovery that the student is not made for.
+
+    Raises:
+        UsageError: naming one that it is made for.
+    """
+    if isinstance(room, ClosedForm) and student.new_head:
+        raise UsageError(
+            f"recovery {room.name}: the model has no head for task {student.task}, and a new one would have to be "
+            "trained. Train it first (--recovery full), or give a model that has one."
+        )
+    factored = next(iter(factored_modules(student.model)), None)
+    if room.starts_dense and factored is not None:
+        raise UsageError(
+            f"recovery {room.name} starts from a dense model, and {factored} is factored already. Give the original, "
+            "or its dense weights (eckart export DIR --format dense); the factors themselves are trained by --recovery "
+            "distil, full or lora."
+        )
 
 
 def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[str, TaskData | None]:

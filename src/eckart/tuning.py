@@ -25,7 +25,7 @@ from eckart.checkpoint.source import resolve
 from eckart.errors import UsageError
 from eckart.model import cast
 from eckart.recover import ClosedForm, Context
-from eckart.student import Student, head_of, load_student, load_teacher
+from eckart.student import Student, check_fits, head_of, load_student, load_teacher
 from eckart.training import Examples, better, load_examples, solve, train
 from eckart.tuned import TuneResult
 from eckart.tuning_recipe import TuneRecipe, make_tune_recipe
@@ -130,7 +130,12 @@ def tune_checkpoint(
         journal = Journal.open(output_dir, key, restart=restart)
         if journal.entries("state"):
             tell(f"going on from {journal.entries('state')[-1]} of an unfinished training")
-        result = _tune(recipe, None, None, recipe.data, recipe.teacher, recipe.eval_data, journal, stop_after)
+        try:
+            result = _tune(recipe, None, None, recipe.data, recipe.teacher, recipe.eval_data, journal, stop_after)
+        except BaseException:
+            if not journal.entries("state"):  # nothing to go on from, and nothing to be refused by
+                journal.remove()
+            raise
         published = result.save_pretrained(output_dir, overwrite=overwrite, lock=lock)
         journal.remove()
     return result, published
@@ -162,13 +167,11 @@ def _tune(
     with _random_state(), ExitStack() as stack:
         torch.manual_seed(recipe.seed)
         student = load_student(recipe, model, tokenizer, data)
-        if isinstance(room, ClosedForm) and student.new_head:
-            raise UsageError(
-                f"recovery {recipe.recovery}: the model has no head for task {student.task}, and a new one would have "
-                "to be trained. Train it first (--recovery full), or give a model that has one."
-            )
+        check_fits(room, student)
         notes = [f"newly initialised: {', '.join(student.new_head)}"] if student.new_head else []
         taught = load_teacher(recipe, teacher, student) if room.needs_teacher else None
+        if teacher is not None and taught is None:
+            notes.append(f"--teacher was not read: recovery {recipe.recovery} learns from the task alone")
         if taught is not None and isinstance(teacher, PreTrainedModel):
             taught = copy.deepcopy(taught)  # its attention and device may be changed
         examples = load_examples(recipe, data, eval_data, student.task, student.model, student.tokenizer, student.rows)

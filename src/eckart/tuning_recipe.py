@@ -106,6 +106,23 @@ def make_tune_recipe(options: dict[str, Any], where: str = "options") -> TuneRec
     Raises:
         UsageError: naming the field and what is wrong with it.
     """
-    recipe = checked(TuneRecipe, options, where)
+    recipe = checked(TuneRecipe, with_recovery(options, where), where)
     recipe.room()
     return recipe
+
+
+def with_recovery(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options with the recovery under its own name, where it was called the method.
+
+    Raises:
+        UsageError: both stand there, and differ.
+    """
+    found = dict(options)
+    name = found.pop("method", None)
+    if name is None:
+        return found
+    if found.setdefault("recovery", name) != name:
+        raise UsageError(
+            f"{where}: method = {name!r} and recovery = {found['recovery']!r}: both name the recovery. Give one."
+        )
+    return found

@@ -13,7 +13,7 @@ from eckart.commands.options import recipe_options
 from eckart.commands.runfile import read_run
 from eckart.errors import UsageError
 from eckart.tuning import tune_checkpoint
-from eckart.tuning_recipe import TuneRecipe, make_tune_recipe
+from eckart.tuning_recipe import TuneRecipe, make_tune_recipe, with_recovery
 
 FIELDS = tuple(name for name in TuneRecipe.model_fields if name != "model")
 
@@ -31,6 +31,7 @@ def tune(
         Path | None,
         typer.Option(help="A YAML file of these options (data_column: text); the command line overrides."),
     ] = None,
+    method: Annotated[str | None, typer.Option(help="The same as --recovery.", rich_help_panel="What")] = None,
     **options: Any,
 ) -> None:
     """Make a compressed model's quality come back: train it from its original or on a task, or solve it again.
@@ -46,9 +47,11 @@ def tune(
     Example: eckart tune bert-50 --recovery full --data train.tsv --data-label-column label --output-dir bert-50-task
     """
     content, where = read_run(config)
-    given = {**options, **({"model": model} if model is not None else {})}
+    named = {"model": model, "method": method}
+    given = with_recovery({**options, **{k: v for k, v in named.items() if v is not None}}, "command line")
+    content = with_recovery(content, f"--config {config}")
     if config is not None:
-        make_tune_recipe(dict(content), f"--config {config}")
+        make_tune_recipe(content, f"--config {config}")
     recipe = make_tune_recipe({**content, **given}, "command line")
     folder = output_dir or where.output_dir
     if folder is None:

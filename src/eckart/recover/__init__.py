@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from eckart.errors import UsageError
+from eckart.methods import METHODS
 from eckart.recover.adapter import Adapter, load_adapter, save_adapter
 from eckart.recover.distil import Distil, InterLayer, NoachGoldberg
 from eckart.recover.dsee import Dsee
@@ -61,6 +62,11 @@ def recovery_named(name: str) -> type[BaseRoom]:
     """
     if name in RECOVERIES:
         return RECOVERIES[name]
+    if name in METHODS:
+        raise UsageError(
+            f"recovery {name!r} is a method, by which a model is factored: eckart compress MODEL --method {name} "
+            "--output-dir DIR; what it lost then comes back by one of: " + ", ".join(RECOVERIES)
+        )
     near = difflib.get_close_matches(str(name), RECOVERIES, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"recovery {name!r} is not known.{hint} Choose one of: {', '.join(RECOVERIES)}.")

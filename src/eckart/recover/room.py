@@ -93,6 +93,7 @@ class BaseRoom:
         paper: authors, year, identifier; "" for common knowledge.
         needs_teacher: whether there must be a teacher.
         learning_rate: where none is asked for.
+        starts_dense: whether it makes its own factors or updates, of a model that has none.
         unread: options of the recipe that mean nothing to it: refused where they are given.
         remedy: what to try where the model did not get better.
     """
@@ -102,6 +103,7 @@ class BaseRoom:
     paper: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
+    starts_dense: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
     remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
 

@@ -14,7 +14,7 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
-from eckart.data import TaskData, kind_of
+from eckart.data import Pooling, TaskData, kind_of
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import cast, factored_modules, has_head
 from eckart.recover import BaseRoom, ClosedForm
@@ -71,7 +71,7 @@ def load_student(recipe: TuneRecipe, model: PreTrainedModel | None, tokenizer: A
             "tokenizer's files into the folder (tokenizer.save_pretrained), or pass tokenizer=..."
         )
     task, rows = find_task(recipe, model, data)
-    if not type(model).__name__.endswith(ENDINGS[task]):
+    if task != "embedding" and not type(model).__name__.endswith(ENDINGS[task]):
         if folder is None:
             raise UsageError(
                 f"task {task}: {type(model).__name__} has no head for it. Load the model with {HEADS[task]}, or pass "
@@ -110,6 +110,13 @@ def check_fits(room: BaseRoom, student: Student) -> None:
             f"recovery {room.name}: the model has no head for task {student.task}, and a new one would have to be "
             "trained. Train it first (--recovery full), or give a model that has one."
         )
+    reason = room.refusal(student.task)
+    if reason is not None:
+        raise UsageError(
+            f"recovery {room.name}, task {student.task}: {reason}. Learn from the original's sentence embeddings "
+            "(--recovery distil or refit, with --teacher MODEL), or name the labels of another task "
+            "(--data-label-column COLUMN)"
+        )
     factored = next(iter(factored_modules(student.model)), None)
     if room.starts_dense and factored is not None:
         raise UsageError(
@@ -126,6 +133,8 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
     if task is None:
         if name.endswith("ForSequenceClassification"):
             task = "regression" if config.num_labels == 1 else "classification"
+        elif recipe.data_label_column is None and not has_head(model) and kind_of(config, model) != "encoder-decoder":
+            task = "embedding"
         elif recipe.data_label_column is None and has_head(model):
             if name.endswith(ENDINGS["masked"]):
                 task = "masked"
@@ -134,15 +143,50 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
         if task is None and recipe.data_label_column is None:
             raise UsageError(
                 f"--task: {name} has no head that says what to learn. Name the labels (--data-label-column COLUMN), or "
-                "the task: --task classification, regression, masked or causal"
+                "the task: --task classification, regression, masked, causal, or embedding for an encoder alone"
             )
-    if task in ("masked", "causal"):
+    if task == "embedding":
+        _check_pooled(model)
+    if task in ("masked", "causal", "embedding"):
         return task, None
     label2id = getattr(config, "label2id", None) if name.endswith("ForSequenceClassification") else None
     rows = load_labelled(recipe, data, label2id=label2id, task=task)
     if task is None:
         task = "regression" if any(isinstance(row.label, float) for row in rows) else "classification"
     return task, rows
+
+
+def _check_pooled(model: PreTrainedModel) -> None:
+    """Refuse a model that puts out something else than the embeddings of one text's tokens.
+
+    Raises:
+        UsageError: naming its own task, or what can be done.
+    """
+    name = type(model).__name__
+    if has_head(model):
+        raise UsageError(
+            f"--task embedding: {name} has a head, whose outputs its users read. Leave --task out, or save the model "
+            "without the head first: AutoModel.from_pretrained(...).save_pretrained(...)"
+        )
+    if kind_of(model.config, model) == "encoder-decoder":
+        raise UsageError(
+            f"--task embedding: {name} reads two texts, and a sentence embedding is made of one. Give its encoder "
+            "alone, or name another --task"
+        )
+
+
+def pooling_of(student: Student, teacher: Any) -> Pooling:
+    """How the tokens of a text become its embedding: as the student's folder says, or the teacher's; else the mean.
+
+    Args:
+        student: may come from a folder.
+        teacher: a model, or the folder or hub name of one.
+    """
+    folders = [student.folder]
+    if not isinstance(teacher, PreTrainedModel):
+        folders.append(resolve(str(teacher), None))
+    found = (Pooling.from_folder(folder) for folder in folders if folder is not None)
+    return next((pooling for pooling in found if pooling is not None), Pooling())
 
 
 def load_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrainedModel:
@@ -153,7 +197,10 @@ def load_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrain
         folder = resolve(str(teacher), None, trust_remote_code=recipe.trust_remote_code)
         model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
     where = f"--teacher {teacher if not isinstance(teacher, PreTrainedModel) else type(teacher).__name__}"
-    if not type(model).__name__.endswith(ENDINGS[student.task]):
+    if student.task == "embedding":
+        bare: Any = model.base_model
+        model = bare if has_head(model) else model
+    elif not type(model).__name__.endswith(ENDINGS[student.task]):
         raise UsageError(
             f"{where}: {type(model).__name__} has no head for task {student.task}. Train the teacher on the task first "
             "(eckart tune TEACHER --recovery full), or give one that has been."

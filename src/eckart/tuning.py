@@ -25,7 +25,7 @@ from eckart.checkpoint.source import resolve
 from eckart.errors import UsageError
 from eckart.model import cast
 from eckart.recover import ClosedForm, Context
-from eckart.student import Student, check_fits, head_of, load_student, load_teacher
+from eckart.student import Student, check_fits, head_of, load_student, load_teacher, pooling_of
 from eckart.training import Examples, better, load_examples, solve, train
 from eckart.tuned import TuneResult
 from eckart.tuning_recipe import TuneRecipe, make_tune_recipe
@@ -174,16 +174,21 @@ def _tune(
             notes.append(f"--teacher was not read: recovery {recipe.recovery} learns from the task alone")
         if taught is not None and isinstance(teacher, PreTrainedModel):
             taught = copy.deepcopy(taught)  # its attention and device may be changed
-        examples = load_examples(recipe, data, eval_data, student.task, student.model, student.tokenizer, student.rows)
+        pooling = pooling_of(student, teacher) if student.task == "embedding" else None
+        examples = load_examples(
+            recipe, data, eval_data, student.task, student.model, student.tokenizer, student.rows, teacher=taught,
+            pooling=pooling,
+        )  # fmt: skip
         notes += examples.notes
         with _timed(seconds, "scoring"):
             before = examples.exam.score(student.model)
-            extra = {"teacher": examples.exam.score(taught)} if taught is not None else {}
+            scored = taught is not None and not examples.exam.against_teacher
+            extra = {"teacher": examples.exam.score(taught)} if scored and taught is not None else {}
         total = recipe.max_steps or max(1, math.ceil(math.ceil(len(examples.rows) / recipe.batch_size) * recipe.epochs))
         trained = copy.deepcopy(student.model)
         for parameter in trained.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
-        context = Context(taught, student.task, recipe, total, head_of(trained, student), notes)
+        context = Context(taught, student.task, recipe, total, head_of(trained, student), notes, pooling=pooling)
         if "attentions" in room.wants:
             own = trained.config._attn_implementation
             stack.callback(lambda: trained.set_attn_implementation(own or "eager"))

@@ -24,8 +24,10 @@ class TuneRecipe(Asking):
     teacher: str | None = Field(None, description="Folder or hub name of the model to learn from.")
     recovery: str = Field("distil", description="A way of recovering by name; `eckart methods` lists them.")
     recovery_option: tuple[str, ...] = Field((), description="A setting of the recovery: name=value, such as rank=8.")
-    task: Literal["auto", "classification", "regression", "masked", "causal"] = Field(
-        "auto", description="What is learnt; auto: what fits the model's head and the data's columns."
+    task: Literal["auto", "classification", "regression", "masked", "causal", "embedding"] = Field(
+        "auto",
+        description="What is learnt; auto: what fits the model's head and the data's columns. embedding: the teacher's "
+        "sentence embeddings, for a model without a head.",
     )
     data: str | None = Field(None, description="Text or labelled rows: a file, a folder, a hub data set, or 'stdlib'.")
     data_config: str | None = Field(None, description="Configuration of the hub data set.")

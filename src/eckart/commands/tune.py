@@ -38,7 +38,8 @@ def tune(
 
     The factors keep their form and size. The model is scored on held-out data before and after, and the better one is
     published. A training that was broken off goes on where it was: run the same command again. A dense model is
-    trained likewise, and a bare encoder gets a new classification head where the data have labels.
+    trained likewise. A bare encoder gets a new classification head where the data have labels; where they have none, it
+    learns the teacher's sentence embeddings.
 
     Example: eckart tune smol-40 --teacher HuggingFaceTB/SmolLM2-135M --data texts.txt --output-dir smol-40-tuned
 

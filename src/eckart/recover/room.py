@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.data import Batch
+from eckart.data import Batch, Pooling
 from eckart.walk import Store
 
 
@@ -23,12 +23,13 @@ class Context:
 
     Attributes:
         teacher: the model that is learnt from, in evaluation mode; None where there is none.
-        task: "classification", "regression", "masked" or "causal".
+        task: "classification", "regression", "masked", "causal" or "embedding".
         recipe: what was asked for.
         total_steps: optimizer steps of the whole training.
         head: names of modules that were newly initialised, and of a classifier's own head: always trained.
         notes: a room writes here what it could not do as asked.
         step: the optimizer step that is being made, from 0; the training loop keeps it.
+        pooling: how tokens become the sentence embedding that task "embedding" learns.
     """
 
     teacher: PreTrainedModel | None
@@ -38,6 +39,7 @@ class Context:
     head: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     step: int = 0
+    pooling: Pooling | None = None
 
     def in_head(self, name: str) -> bool:
         """Whether a parameter belongs to the head."""
@@ -49,6 +51,9 @@ class Room(Protocol):
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool]
+
+    def refusal(self, task: str) -> str | None:
+        """Why a task cannot be learnt in this way, in words; None if it can."""
 
     @property
     def wants(self) -> frozenset[str]:
@@ -107,6 +112,10 @@ class BaseRoom:
     unread: ClassVar[tuple[str, ...]] = ()
     remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
 
+    def refusal(self, task: str) -> str | None:
+        """Why a task cannot be learnt in this way, or None."""
+        return "it learns from the task's own loss, and there is none" if task == "embedding" else None
+
     @property
     def wants(self) -> frozenset[str]:
         """Logits alone."""
@@ -164,6 +173,10 @@ class ClosedForm(BaseRoom):
         "epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
     )  # fmt: skip
     remedy: ClassVar[str] = "Try more data (--num-samples), or train instead: --recovery distil"
+
+    def refusal(self, task: str) -> str | None:
+        """Any text will do."""
+        return None
 
     def solve(self, model: PreTrainedModel, context: Context, batches: Sequence[Batch], store: Store) -> None:
         """Make the model better, in place.

@@ -175,16 +175,17 @@ def _check_pooled(model: PreTrainedModel) -> None:
         )
 
 
-def pooling_of(student: Student, teacher: Any) -> Pooling:
+def pooling_of(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
     """How the tokens of a text become its embedding: as the student's folder says, or the teacher's; else the mean.
 
     Args:
+        recipe: whether the teacher may bring its own code.
         student: may come from a folder.
         teacher: a model, or the folder or hub name of one.
     """
     folders = [student.folder]
     if not isinstance(teacher, PreTrainedModel):
-        folders.append(resolve(str(teacher), None))
+        folders.append(resolve(str(teacher), None, trust_remote_code=recipe.trust_remote_code))
     found = (Pooling.from_folder(folder) for folder in folders if folder is not None)
     return next((pooling for pooling in found if pooling is not None), Pooling())
 

@@ -46,7 +46,7 @@ def tune(
     recipe: TuneRecipe | None = None,
     **options: Any,
 ) -> TuneResult:
-    """Train a model, factored or dense, so that quality comes back, or so that it learns a task.
+    """Train a model, factored or dense, or solve its factors again, so that quality comes back or it learns a task.
 
     The model that is passed in stays as it is. The better of the two, by the score on held-out data, is returned.
 
@@ -174,7 +174,7 @@ def _tune(
             notes.append(f"--teacher was not read: recovery {recipe.recovery} learns from the task alone")
         if taught is not None and isinstance(teacher, PreTrainedModel):
             taught = copy.deepcopy(taught)  # its attention and device may be changed
-        pooling = pooling_of(student, teacher) if student.task == "embedding" else None
+        pooling = pooling_of(recipe, student, teacher) if student.task == "embedding" else None
         examples = load_examples(
             recipe, data, eval_data, student.task, student.model, student.tokenizer, student.rows, teacher=taught,
             pooling=pooling,

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 from architectures import Architecture
 from problems import LAYERS, close, error_of, normal
 from torch import nn
@@ -22,7 +23,7 @@ from eckart.linalg.kronecker import alternating
 from eckart.methods import METHODS, method_named
 from eckart.model import Site, store, to_dense_modules
 from eckart.planning import Settings
-from eckart.recipe import Recipe
+from eckart.recipe import Recipe, make_recipe
 
 # (out, in, block)
 CASES = {
@@ -372,9 +373,15 @@ def test_no_refit_and_no_word_of_exactness():
 
 
 def test_stated_sizes_belong_to_their_form():
+    for name in ("kronecker", "kngpt2"):
+        with pytest.raises(
+            UsageError, match=f"--form lowrank: {name} is its form, kronecker.*--method svd --form lowrank"
+        ):
+            Settings.of(METHODS[name], Recipe(form="lowrank"))
+    stated = replace(METHODS["kngpt2"], of_form=False)
     with pytest.raises(UsageError, match="--form lowrank: kngpt2 states sizes of form kronecker"):
-        Settings.of(METHODS["kngpt2"], Recipe(form="lowrank"))
-    assert Settings.of(METHODS["kngpt2"], Recipe(form="lowrank", allocation="uniform")).allocation == "uniform"
+        Settings.of(stated, Recipe(form="lowrank"))
+    assert Settings.of(stated, Recipe(form="lowrank", allocation="uniform")).allocation == "uniform"
 
 
 # -- whole runs --------------------------------------------------------------------------------------
@@ -402,7 +409,7 @@ IDS = torch.arange(24).view(2, 12)
 @pytest.mark.parametrize("name", MODELS)
 def test_compressed_saved_and_loaded(name, method, tmp_path):
     model = MODELS[name].model()
-    result = eckart.compress(model, method=method, keep=0.5)
+    result = eckart.compress(model, method=method, **({"keep": 0.5} if method == "kronecker" else {}))
     factored = {n: m for n, m in result.model.named_modules() if isinstance(m, Kronecker)}
     if method == "kronecker":
         assert len(factored) == len(result.plan.choices)
@@ -417,16 +424,20 @@ def test_compressed_saved_and_loaded(name, method, tmp_path):
         close(eckart.densify(again)(IDS).logits, expected, 1e-4)
 
 
-def test_kngpt2_halves_the_odd_blocks_whatever_is_to_be_kept():
+def test_kngpt2_halves_the_odd_blocks():
     model = MODELS["gpt2"].model()
-    results = [eckart.compress(model, method="kngpt2", keep=keep) for keep in (0.3, 0.9)]
-    assert results[0].plan.choices == results[1].plan.choices
-    for site, choice in results[0].plan.choices.items():
+    result = eckart.compress(model, method="kngpt2")
+    for site, choice in result.plan.choices.items():
         odd = site.startswith(("transformer.h.1.", "transformer.h.3."))
         assert choice == (Choice("kronecker", 1, (2, 1)) if odd else Choice(DENSE))
-    one = results[0].model.get_submodule("transformer.h.1.attn.c_attn")
+    one = result.model.get_submodule("transformer.h.1.attn.c_attn")
     assert [tuple(term.shape) for term in one.terms()] == [(1, 72, 48), (1, 2, 1)]
-    assert any("--keep is not used" in note for note in results[0].report["notes"])
+    assert any("--allocation uniform or loss" in note for note in result.report["notes"])
+    again = make_recipe(yaml.safe_load(result.recipe.to_yaml()))  # the size that was not asked for is not in it
+    assert eckart.compress(model, recipe=again).plan.choices == result.plan.choices
+    for size in ({"keep": 0.3}, {"keep_of": "model"}):
+        with pytest.raises(UsageError, match=r"kngpt2 states its own sizes\. Leave --keep.* out.*--allocation uniform"):
+            eckart.compress(model, method="kngpt2", **size)
     uniform_one = eckart.compress(model, method="kngpt2", keep=0.5, allocation="uniform")
     assert all(choice.form == "kronecker" for choice in uniform_one.plan.choices.values())
 

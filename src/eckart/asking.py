@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +34,11 @@ class Asking(BaseModel):
 
     def to_yaml(self) -> str:
         """As it is saved with the model: only what was set or differs from None."""
-        content = {key: value for key, value in self.model_dump(mode="json").items() if value is not None}
+        return self._yaml_without(())
+
+    def _yaml_without(self, left_out: Collection[str]) -> str:
+        """The same without some fields."""
+        content = {k: v for k, v in self.model_dump(mode="json").items() if v is not None and k not in left_out}
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

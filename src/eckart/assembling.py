@@ -16,7 +16,7 @@ from eckart.calibrate import show_steps
 from eckart.checkpoint.cache import SUFFIX
 from eckart.checkpoint.mapped import SMALL, spool
 from eckart.data import Batch
-from eckart.data.inference import forward, progress
+from eckart.data.inference import progress
 from eckart.errors import ModelError
 from eckart.forms import FORMS
 from eckart.model import Site, Weights, cast, dense_weight, pack, shared_clone, store, unpack
@@ -24,9 +24,10 @@ from eckart.moments import Moments
 from eckart.planning import Settings
 from eckart.processes import Processes
 from eckart.recover import Refit, refittable
+from eckart.recover.pairs import advance, walk_of
 from eckart.running import ready
 from eckart.shelf import Shelf
-from eckart.walk import UnwalkableError, Walk, all_blocks, split_by_block, take_apart
+from eckart.walk import UnwalkableError, Walk, all_blocks, split_by_block
 from eckart.workplace import Workplace
 
 logger = logging.getLogger(__name__)
@@ -134,11 +135,7 @@ class Assembly:
                     if processes.main or (str(step) not in place.store.entries(REFITTED)):
                         place.store.write(REFITTED, str(step), *_packed(fitted, changed, found))
                     notes += self._install(fitted, REFITTED, str(step))
-                for walk in (before, now):
-                    with walk.at(step):
-                        for batch in walk.batches:
-                            walk.forward(step, batch)
-                    walk.forget(step - 1)
+                advance((before, now), step)
         except UnwalkableError as error:  # other text takes another way than the example that was tried
             why = f"{type(self.model).__name__} cannot be walked block by block ({error})"
             if processes.size > 1:  # the others go on walking
@@ -167,19 +164,11 @@ class Assembly:
             ("before", self.model, self.weights),
             ("now", fitted, Weights(fitted, place.compute_stored)),
         ):
-
-            def run(batch: Batch, model: PreTrainedModel = model) -> Any:
-                return forward(model, batch.inputs)
-
             held = ready(model, weights, all_blocks(model))
             try:
-                with held(None):
-                    order, structures = take_apart(model, names, run, first, waiting, held=held, device=weights.device)
+                made.append(walk_of(model, names, mine, first, waiting, held=held, device=weights.device, name=name))
             except UnwalkableError as error:
                 return f"{type(model).__name__} cannot be walked block by block ({error})"
-            walk = Walk(model, order, run, mine, waiting, held=held, device=weights.device, name=name)
-            walk.structures = structures
-            made.append(walk)
         return made[0], made[1]
 
     def _stored(self, sites: Sequence[Site], plan: Plan, shelf: Shelf) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -227,6 +227,8 @@ def compare_checkpoint(recipe: Recipe, methods: Sequence[str], keeps: Sequence[f
         raise UsageError("model: there is none to compare on. Name a folder or a model on the hub.")
     for keep in keeps:
         make_recipe({"keep": keep}, "--keep")
+    for name in methods:
+        make_recipe({"method": name}, "--methods")
     reader = text_reader(recipe, methods)
     found = find(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if recipe.dtype is None:

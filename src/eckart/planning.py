@@ -56,8 +56,8 @@ class Settings:
         """What the recipe says, and the method where it says nothing.
 
         Raises:
-            UsageError: if a refit is asked of a metric that knows no input Gram or of a form that has none, or another
-                form of a method that states sizes of its own.
+            UsageError: if a refit is asked of a metric that knows no input Gram or of a form that has none, another
+                form of a method that is its form or states sizes of its own, or a size of a method that states them.
         """
         if recipe.metric is not None:
             other = METHODS[recipe.metric]
@@ -74,13 +74,24 @@ class Settings:
             refit = False
         form, allocation = recipe.form or method.form, recipe.allocation or method.allocation
         notes: tuple[str, ...] = ()
+        if method.of_form and form != method.form:
+            raise UsageError(
+                f"--form {form}: {method.name} is its form, {method.form}, and in another one nothing of it is left. "
+                f"Leave --form out, or use a method that any form can store: --method svd --form {form}"
+            )
         if allocation == "own" and form != method.form:
             raise UsageError(
                 f"--form {form}: {method.name} states sizes of form {method.form} only; "
                 "pass --allocation uniform or loss as well."
             )
         if allocation == "own" and recipe.plan is None:
-            notes = (f"{method.name} states its own sizes: --keep is not used, unless --allocation is given",)
+            if given := [key for key in ("keep", "keep_of") if key in recipe.model_fields_set]:
+                flag = f"--{given[0].replace('_', '-')}"
+                raise UsageError(
+                    f"{flag} {getattr(recipe, given[0])}: {method.name} states its own sizes. Leave {flag} out, or "
+                    "have ranks chosen for it: --allocation uniform or loss"
+                )
+            notes = (f"{method.name} states its own sizes; --allocation uniform or loss has them follow --keep",)
         if refit and not form_named(form).refits:
             if recipe.refit:
                 raise UsageError(

@@ -11,7 +11,8 @@ from pydantic import Field, field_validator
 from eckart.asking import Asking, checked, no_boolean
 from eckart.errors import UsageError
 from eckart.forms import form_named
-from eckart.methods import method_named
+from eckart.methods import METHODS, method_named
+from eckart.recover import RECOVERIES, ClosedForm
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -104,12 +105,30 @@ class Recipe(Asking):
     @field_validator("method", "metric")
     @classmethod
     def _known_method(cls, value: str | None) -> str | None:
+        if value in RECOVERIES and value not in METHODS:
+            raise ValueError(_recovered(value))
         return value if value is None else method_named(value).name
 
     @field_validator("form")
     @classmethod
     def _known_form(cls, value: str | None) -> str | None:
         return value if value is None else form_named(value).form
+
+    def to_yaml(self) -> str:
+        """As it is saved with the model: what was set or differs from None, without what meant nothing to the run."""
+        own = self.plan is None and self.allocation is None and METHODS[self.method].allocation == "own"
+        unread = (("keep", "keep_of") if own else ()) + (("embeddings_keep",) if self.embeddings == "keep" else ())
+        return self._yaml_without(unread)
+
+
+def _recovered(name: str) -> str:
+    """Where a recovery that was taken for a method is to be found."""
+    room = RECOVERIES[name]
+    teacher = " --teacher MODEL" if room.needs_teacher else ""
+    command = f"eckart tune DIR --recovery {name}{teacher} --data FILE --output-dir OUT"
+    if issubclass(room, ClosedForm):
+        return f"{name} recovers what a method has lost: {command}; while factors are made, any method with --{name}"
+    return f"{name} is trained: {command}"
 
 
 def make_recipe(options: dict[str, Any], where: str = "options") -> Recipe:
@@ -122,7 +141,13 @@ def make_recipe(options: dict[str, Any], where: str = "options") -> Recipe:
     Raises:
         UsageError: naming the field, what is wrong with it, and the nearest spelling of an unknown one.
     """
-    return checked(Recipe, options, where)
+    recipe = checked(Recipe, options, where)
+    if recipe.embeddings == "keep" and "embeddings_keep" in recipe.model_fields_set:
+        raise UsageError(
+            f"{where}: embeddings_keep = {recipe.embeddings_keep:g}: embeddings are kept as they are. Name a form for "
+            "them: --embeddings lowrank, kronecker or safe"
+        )
+    return recipe
 
 
 class _OneKeyLoader(yaml.SafeLoader):

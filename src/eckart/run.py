@@ -34,7 +34,17 @@ from eckart.forms import FORMS
 from eckart.linalg import require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
-from eckart.model import Sites, Weights, factored_modules, find_sites, fuse, has_head, own_storage, with_single_experts
+from eckart.model import (
+    Sites,
+    Weights,
+    factored_modules,
+    find_sites,
+    fuse,
+    has_head,
+    own_storage,
+    saved_numbers,
+    with_single_experts,
+)
 from eckart.planning import Budget, Losses, Settings, largest_choices, make_plan
 from eckart.processes import ElsewhereError
 from eckart.recipe import Recipe, make_recipe
@@ -245,7 +255,7 @@ def _prepare(
 
 
 def _can_be_met(work: _Work, settings: Settings, recipe: Recipe) -> None:
-    """Refuse a budget that is too small, or a plan file that does not fit, before any work is done."""
+    """Refuse a budget that is too small, embeddings' too, or a plan file that does not fit, before any work is done."""
     sites = work.sites
     form = FORMS[settings.form]
     flat: dict[str, Losses] = {
@@ -253,6 +263,7 @@ def _can_be_met(work: _Work, settings: Settings, recipe: Recipe) -> None:
         for site in sites.chosen
     }
     make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark)
+    saved_numbers(work.model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)  # refuses what cannot be
 
 
 def _data(

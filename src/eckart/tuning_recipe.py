@@ -24,8 +24,10 @@ class TuneRecipe(Asking):
     teacher: str | None = Field(None, description="Folder or hub name of the model to learn from.")
     recovery: str = Field("distil", description="A way of recovering by name; `eckart methods` lists them.")
     recovery_option: tuple[str, ...] = Field((), description="A setting of the recovery: name=value, such as rank=8.")
-    task: Literal["auto", "classification", "regression", "masked", "causal"] = Field(
-        "auto", description="What is learnt; auto: what fits the model's head and the data's columns."
+    task: Literal["auto", "classification", "regression", "masked", "causal", "embedding"] = Field(
+        "auto",
+        description="What is learnt; auto: what fits the model's head and the data's columns. embedding: the teacher's "
+        "sentence embeddings, for a model without a head.",
     )
     data: str | None = Field(None, description="Text or labelled rows: a file, a folder, a hub data set, or 'stdlib'.")
     data_config: str | None = Field(None, description="Configuration of the hub data set.")
@@ -77,7 +79,7 @@ class TuneRecipe(Asking):
         """The recovery with its options.
 
         Raises:
-            UsageError: naming the option at fault.
+            UsageError: naming the option at fault, or one that was given and means nothing to the recovery.
         """
         options = {}
         for word in self.recovery_option:
@@ -85,7 +87,19 @@ class TuneRecipe(Asking):
             if not equals:
                 raise UsageError(f"recovery_option {word!r}: write name=value, such as rank=8.")
             options[key.strip().replace("-", "_")] = value.strip()
-        return make_room(self.recovery, options)
+        room = make_room(self.recovery, options)
+        unread = [name for name in room.unread if name in self.model_fields_set and getattr(self, name) is not None]
+        if unread:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+            raise UsageError(
+                f"{flags}: recovery {self.recovery} is in closed form, it has no steps and learns at no rate. Leave "
+                f"{flags} out, or train instead: --recovery distil"
+            )
+        return room
+
+    def to_yaml(self) -> str:
+        """As it is saved with the model: what was set or differs from None, without what the recovery does not read."""
+        return self._yaml_without(self.room().unread)
 
 
 def make_tune_recipe(options: dict[str, Any], where: str = "options") -> TuneRecipe:
@@ -94,6 +108,23 @@ def make_tune_recipe(options: dict[str, Any], where: str = "options") -> TuneRec
     Raises:
         UsageError: naming the field and what is wrong with it.
     """
-    recipe = checked(TuneRecipe, options, where)
+    recipe = checked(TuneRecipe, with_recovery(options, where), where)
     recipe.room()
     return recipe
+
+
+def with_recovery(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The options with the recovery under its own name, where it was called the method.
+
+    Raises:
+        UsageError: both stand there, and differ.
+    """
+    found = dict(options)
+    name = found.pop("method", None)
+    if name is None:
+        return found
+    if found.setdefault("recovery", name) != name:
+        raise UsageError(
+            f"{where}: method = {name!r} and recovery = {found['recovery']!r}: both name the recovery. Give one."
+        )
+    return found

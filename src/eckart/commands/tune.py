@@ -1,4 +1,4 @@
-"""`eckart tune`: recovery by training."""
+"""`eckart tune`: recovery, by training or in closed form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from eckart.commands.options import recipe_options
 from eckart.commands.runfile import read_run
 from eckart.errors import UsageError
 from eckart.tuning import tune_checkpoint
-from eckart.tuning_recipe import TuneRecipe, make_tune_recipe
+from eckart.tuning_recipe import TuneRecipe, make_tune_recipe, with_recovery
 
 FIELDS = tuple(name for name in TuneRecipe.model_fields if name != "model")
 
@@ -31,22 +31,28 @@ def tune(
         Path | None,
         typer.Option(help="A YAML file of these options (data_column: text); the command line overrides."),
     ] = None,
+    method: Annotated[str | None, typer.Option(help="The same as --recovery.", rich_help_panel="What")] = None,
     **options: Any,
 ) -> None:
-    """Train a compressed model so that quality comes back, from its original or on a task.
+    """Make a compressed model's quality come back: train it from its original or on a task, or solve it again.
 
     The factors keep their form and size. The model is scored on held-out data before and after, and the better one is
     published. A training that was broken off goes on where it was: run the same command again. A dense model is
-    trained likewise, and a bare encoder gets a new classification head where the data have labels.
+    trained likewise. A bare encoder gets a new classification head where the data have labels; where they have none, it
+    learns the teacher's sentence embeddings.
 
     Example: eckart tune smol-40 --teacher HuggingFaceTB/SmolLM2-135M --data texts.txt --output-dir smol-40-tuned
+
+    Example: eckart tune smol-40 --recovery refit --teacher MODEL --data texts.txt --output-dir smol-40-refitted
 
     Example: eckart tune bert-50 --recovery full --data train.tsv --data-label-column label --output-dir bert-50-task
     """
     content, where = read_run(config)
-    given = {**options, **({"model": model} if model is not None else {})}
+    named = {"model": model, "method": method}
+    given = with_recovery({**options, **{k: v for k, v in named.items() if v is not None}}, "command line")
+    content = with_recovery(content, f"--config {config}")
     if config is not None:
-        make_tune_recipe(dict(content), f"--config {config}")
+        make_tune_recipe(content, f"--config {config}")
     recipe = make_tune_recipe({**content, **given}, "command line")
     folder = output_dir or where.output_dir
     if folder is None:

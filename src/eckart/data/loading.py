@@ -51,6 +51,7 @@ def load(
     max_seq_length: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
+    kind: Kind | None = None,
     disable: bool | None = None,
 ) -> CalibrationData:
     """Load calibration data.
@@ -77,6 +78,7 @@ def load(
         max_seq_length: Tokens a window or text: 512 by default, never more than the model has positions for.
         batch_size: Rows a batch, 8 by default; ready batches stay as they are.
         seed: Of the choice among more data than are wanted, and of what "self" draws.
+        kind: What the model is to read; None for what its class says.
         disable: No progress bar.
 
     Returns:
@@ -104,7 +106,7 @@ def load(
     if model_config is None:
         raise UsageError("model_config: it tells how text is cut up: pass the model or its configuration")
 
-    kind = kind_of(model_config, model)
+    kind = kind or kind_of(model_config, model)
     if label_column is not None and kind != "encoder":
         raise UsageError(
             f"label_column: {model_config.model_type} has no classification head: leave it out, or load the model with "

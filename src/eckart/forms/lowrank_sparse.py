@@ -25,6 +25,7 @@ class LowRankSparse(FactoredLinear):
 
     form: ClassVar[str] = "lowrank-sparse"
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank", "rows")
+    refits: ClassVar[bool] = False  # S is not solved for
     places: Tensor
 
     def __init__(

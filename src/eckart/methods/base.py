@@ -32,6 +32,7 @@ class Method:
         allocation: "uniform", "loss", or "own": what `own_size` says.
         centred: whether means are folded into the bias of sites that have one, and the metric is centred.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
+        of_form: whether it is what its form is: in another one nothing of it would be left.
         own_size: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
             None for a site that stays dense.
     """
@@ -46,6 +47,7 @@ class Method:
     allocation: str = "uniform"
     centred: bool = False
     refit: bool = False
+    of_form: bool = False
     own_size: SizeRule | None = None
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import fields
 from typing import Any, get_type_hints
 
 from eckart.errors import UsageError
+from eckart.methods import METHODS
 from eckart.recover.adapter import Adapter, load_adapter, save_adapter
 from eckart.recover.distil import Distil, InterLayer, NoachGoldberg
 from eckart.recover.dsee import Dsee
@@ -15,12 +16,14 @@ from eckart.recover.full import Full
 from eckart.recover.lora import LoRA
 from eckart.recover.losparse import LoSparse, LoSparseDistilled
 from eckart.recover.refit import Refit, refittable
-from eckart.recover.room import BaseRoom, Context, Room
+from eckart.recover.refitting import Refitting
+from eckart.recover.room import BaseRoom, ClosedForm, Context, Room
 
 RECOVERIES: dict[str, type[BaseRoom]] = {
     room.name: room
     for room in (
         Full,
+        Refitting,
         Distil,
         NoachGoldberg,
         InterLayer,
@@ -35,11 +38,13 @@ __all__ = [
     "RECOVERIES",
     "Adapter",
     "BaseRoom",
+    "ClosedForm",
     "Context",
     "Dsee",
     "LoSparse",
     "LoSparseDistilled",
     "Refit",
+    "Refitting",
     "Room",
     "load_adapter",
     "make_room",
@@ -57,6 +62,11 @@ def recovery_named(name: str) -> type[BaseRoom]:
     """
     if name in RECOVERIES:
         return RECOVERIES[name]
+    if name in METHODS:
+        raise UsageError(
+            f"recovery {name!r} is a method, by which a model is factored: eckart compress MODEL --method {name} "
+            "--output-dir DIR; what it lost then comes back by one of: " + ", ".join(RECOVERIES)
+        )
     near = difflib.get_close_matches(str(name), RECOVERIES, 1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise UsageError(f"recovery {name!r} is not known.{hint} Choose one of: {', '.join(RECOVERIES)}.")

@@ -5,7 +5,7 @@ Hinton, Vinyals and Dean 2015, arXiv 1503.02531, for logits; the rooms below it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,12 +17,15 @@ from transformers import PreTrainedModel
 from eckart.errors import UsageError
 from eckart.recover.room import BaseRoom, Context
 
-TERMS = ("logits", "hidden", "attention", "embedding", "task")
+TERMS = ("logits", "sentence", "hidden", "attention", "embedding", "task")
 
 
 @dataclass
 class Distil(BaseRoom):
     """`loss = logits T^2 KL(p_t || p_s) + hidden MSE(H) + attention KL(A) + embedding MSE(E) + task CE`.
+
+    A model without a head, task "embedding", has no logits and no loss of its own: in their place stands
+    `sentence (1 - cos(s_t, s_s))`, s the sentence embeddings, pooled as the folder says.
 
     Each name is a weight; a term of weight 0 is not computed. Every term is a mean over real tokens, padding left out.
     A student of fewer layers is held against every `L_t / L_s`-th layer of its teacher.
@@ -30,6 +33,7 @@ class Distil(BaseRoom):
     Attributes:
         temperature: T, that both logits are divided by; None for the recipe's.
         logits: weight of the logits; of a regression head their MSE.
+        sentence: of the sentence embeddings, where they are what is learnt.
         hidden: of the hidden states after each layer.
         attention: of the attention maps.
         embedding: of the embeddings' output.
@@ -45,6 +49,7 @@ class Distil(BaseRoom):
 
     temperature: float | None = None
     logits: float = 1.0
+    sentence: float = 1.0
     hidden: float = 1.0
     attention: float = 0.0
     embedding: float = 0.0
@@ -56,12 +61,28 @@ class Distil(BaseRoom):
         self._counts: dict[str, int] = {}
         self.one_of(("kl", "mse"), "attention_loss")
         self.within("(0, inf)", "temperature")
-        self.within("[0, inf)", *TERMS)
-        if not any(getattr(self, name) for name in TERMS):
+        self._check_weights(TERMS)
+
+    def _check_weights(self, names: Sequence[str]) -> None:
+        """Refuse weights below 0, and a sum of nothing."""
+        self.within("[0, inf)", *names)
+        if not any(getattr(self, name) for name in names):
             raise UsageError(
-                f"recovery {self.name}: no weight of {', '.join(TERMS)} is above 0, so there is nothing to minimise: "
-                "--recovery-option logits=1"
+                f"recovery {self.name}: no weight of {', '.join(names)} is above 0, so there is nothing to minimise: "
+                f"--recovery-option {names[0]}=1"
             )
+
+    def _of_task(self) -> tuple[str, ...]:
+        """The terms that the task knows."""
+        context = getattr(self, "context", None)
+        pooled = context is not None and context.task == "embedding"
+        return tuple(name for name in TERMS if name != ("logits" if pooled else "sentence"))
+
+    def refusal(self, task: str) -> str | None:
+        """Without labels there is no loss of the task."""
+        if task == "embedding" and self.task:
+            return f"the task's own loss has the weight {self.task:g}, and there is none: --recovery-option task=0"
+        return None
 
     @property
     def wants(self) -> frozenset[str]:
@@ -77,6 +98,7 @@ class Distil(BaseRoom):
         """
         super().prepare(model, context)
         assert context.teacher is not None
+        self._check_weights(self._of_task())
         self._temperature = self.temperature or context.recipe.temperature
         mine, theirs = model.config.get_text_config(), context.teacher.config.get_text_config()
         checks = (
@@ -99,7 +121,7 @@ class Distil(BaseRoom):
 
     def active(self) -> tuple[str, ...]:
         """The terms of this step."""
-        return tuple(name for name in TERMS if getattr(self, name))
+        return tuple(name for name in self._of_task() if getattr(self, name))
 
     def loss(self, outputs: Any, teacher_outputs: Any, batch: Mapping[str, Tensor], task_loss: Tensor) -> Tensor:
         """The weighted sum."""
@@ -108,6 +130,8 @@ class Distil(BaseRoom):
         for name in self.active():
             if name == "logits":
                 value = self._logits(outputs.logits, teacher_outputs.logits, mask)
+            elif name == "sentence":
+                value = self._sentences(outputs, teacher_outputs, mask)
             elif name == "hidden":
                 value = _layers(_mse, outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], mask)
             elif name == "embedding":
@@ -122,6 +146,12 @@ class Distil(BaseRoom):
             total = total + getattr(self, name) * value
         return total
 
+    def _sentences(self, mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:
+        """Mean of `1 - cos` of the two sentence embeddings."""
+        assert self.context.pooling is not None
+        pooled, wanted = self.context.pooling(mine, mask), self.context.pooling(theirs, mask)  # (B, d)
+        return (1 - functional.cosine_similarity(pooled, wanted, dim=-1)).mean()
+
     def _logits(self, mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
         if self.context.task == "regression":
             return functional.mse_loss(mine.float(), theirs.float())
@@ -132,7 +162,7 @@ class Distil(BaseRoom):
     def report(self) -> dict[str, Any]:
         """The weights, the temperature, and each term's mean over the training."""
         means = {name: self._sums[name] / self._counts[name] for name in self._sums}
-        weights = {name: getattr(self, name) for name in TERMS}
+        weights = {name: getattr(self, name) for name in self._of_task()}
         return super().report() | {"weights": weights, "temperature": self._temperature, "mean_terms": means}
 
 
@@ -157,10 +187,10 @@ class NoachGoldberg(Distil):
         self.within("[0, 1]", "first_stage")
 
     def active(self) -> tuple[str, ...]:
-        """Features until `first_stage` of the steps are made, then logits (and the task, if it has a weight)."""
+        """Features until `first_stage` of the steps are made, then the outputs (and the task, if it has a weight)."""
         first = self.context.step < self.first_stage * self.context.total_steps
-        of_stage = ("hidden", "attention", "embedding") if first else ("logits", "task")
-        return tuple(name for name in of_stage if getattr(self, name))
+        of_stage = ("hidden", "attention", "embedding") if first else ("logits", "sentence", "task")
+        return tuple(name for name in super().active() if name in of_stage)
 
 
 @dataclass
@@ -175,6 +205,7 @@ class InterLayer(Distil):
     paper: ClassVar[str] = "Edalati et al. 2021, arXiv 2110.08152"
 
     logits: float = 0.0
+    sentence: float = 0.0
     hidden: float = 1.0
     attention: float = 1.0
     embedding: float = 1.0

@@ -65,6 +65,7 @@ class Dsee(BaseRoom):
     name: ClassVar[str] = "dsee"
     title: ClassVar[str] = "a low-rank + sparse update of a frozen model, which may be pruned on the way"
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2111.00160"
+    starts_dense: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 5e-4
 
     rank: int = 16

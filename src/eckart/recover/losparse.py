@@ -44,6 +44,7 @@ class LoSparse(BaseRoom):
     name: ClassVar[str] = "losparse"
     title: ClassVar[str] = "a dense model becomes low-rank + sparse, whole rows pruned while it learns the task"
     paper: ClassVar[str] = "Li et al. 2023, arXiv 2306.11222"
+    starts_dense: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 9e-5
 
     keep: float = 0.2

@@ -90,6 +90,29 @@ class MovedInputs:
         torch.linalg.solve_triangular(lower, shift, upper=False, left=False, out=shift)
         return weight + shift.to(weight)
 
+    def output_error(self, weight: Tensor, bias: Tensor | None, stored: Tensor, offset: Tensor | None) -> float:
+        """`E || W x + b - W' x~ - b' ||^2 - E || W x + b ||^2`, summed over the outputs, float64.
+
+        The second term, which needs x alone, is summed where x is seen. Without it `E[x x^T]` is not needed:
+
+            tr(W' (E[x~ x~^T] W'^T - 2 E[x~ x^T] W^T)) + 2 (b' - b) . W' mu~ - 2 b' . (W mu + b) + b' . b'
+
+        Args:
+            weight: W, (m, n), which x is given to.
+            bias: b, (m,), or None for zeros.
+            stored: W', (m, n), which x~ is given to.
+            offset: b', (m,), or None for zeros.
+        """
+        weight, stored = weight.double(), stored.double()
+        nothing = weight.new_zeros(len(weight))
+        b, b_now = (nothing if part is None else part.double() for part in (bias, offset))
+        mean, moved = self.means()
+        gram = self.second_moment().metric.dense(torch.float64)  # E[x~ x~^T]
+        first = weight @ (self.cross.double() / self.count + gram)  # W E[x x~^T]
+        error = (stored * (stored @ gram - 2 * first)).sum()
+        error += 2 * (b_now - b) @ (stored @ moved) - 2 * b_now @ (weight @ mean + b) + b_now @ b_now
+        return float(error)
+
     def _metric(self, centred: bool) -> Metric:
         """`E[x~ x~^T]`, or the covariance of x~."""
         metric = self.second_moment().metric

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from eckart.allocate import DENSE, Choice
 from eckart.errors import NumericalError
+from eckart.forms import FactoredLinear
 from eckart.linalg import factorise
 from eckart.methods import Method
 from eckart.model import Site, dense_weight, pack, replace, set_dense, store, unpack
@@ -24,6 +26,21 @@ from eckart.moments import Moments, real_rows
 from eckart.processes import Processes
 from eckart.recover.moved import MovedInputs
 from eckart.walk import Groups, Walk, split_by_segment
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How far a site's output in the compressed model was from the original's, and is, relative to its size.
+
+    `E || y - y~ ||^2 / E || y ||^2`, y of the original model and y~ of the compressed one, over all tokens.
+
+    Attributes:
+        before: with the weight that was there.
+        after: with the one that was found.
+    """
+
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +54,7 @@ class Refit:
         moments: gives those of the original model; the gradient side is used again. Asked by the first process alone.
         method: its metric is used on the moved inputs.
         processes: share the batches.
+        fits: site -> how near it was and is, noted there by a single process; None where nobody asks.
     """
 
     sites: Mapping[str, Site]
@@ -45,6 +63,7 @@ class Refit:
     moments: Callable[[str], Moments]
     method: Method
     processes: Processes = field(default_factory=Processes)
+    fits: dict[str, Fit] | None = None
 
     def step(self, before: Walk, now: Walk, step: int, groups: Groups) -> tuple[list[str], list[str]]:
         """Solve the sites of one step's block again, in place in the compressed model.
@@ -64,13 +83,17 @@ class Refit:
             known = [name for name in members if name in self.solved]
             if not known:
                 continue
-            moved = self._seen(before, now, step, leader)
+            powers = dict.fromkeys(known, 0.0) if self.fits is not None else {}
+            moved = self._seen(before, now, step, leader, powers)
             for name in known:
                 found: list[str] = []
                 failed: BaseException | None = None
                 if self.processes.main:
                     try:
+                        old = _linear(now.model.get_submodule(name)) if powers else None
                         found = self._solve(before.model, now.model, name, self.moments(name), moved)
+                        if old is not None:
+                            self._note_fit(before.model, now.model, name, moved, old, powers[name])
                     except Exception as error:
                         failed = error
                 self.processes.agree(failed)
@@ -78,8 +101,11 @@ class Refit:
             changed += known
         return changed, notes
 
-    def _seen(self, before: Walk, now: Walk, step: int, leader: str) -> MovedInputs:
-        """Pairs of what a group was given and is given now; over all processes, on the first one."""
+    def _seen(self, before: Walk, now: Walk, step: int, leader: str, powers: dict[str, float]) -> MovedInputs:
+        """Pairs of what a group was given and is given now; over all processes, on the first one.
+
+        To each of the `powers` the sum of what its site puts out in the original, squared, is added.
+        """
         moved = MovedInputs.empty(self.sites[leader].in_features, now.device)
         with self.processes.together(), before.at(step), now.at(step):
             for batch in now.batches:
@@ -88,12 +114,34 @@ class Refit:
                     raise NumericalError(
                         f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
                     )
-                moved.update(real_rows(x, batch), real_rows(y, batch), f"input of {leader} in the compressed model")
+                x, y = real_rows(x, batch), real_rows(y, batch)
+                moved.update(x, y, f"input of {leader} in the compressed model")
+                for name in powers:
+                    output = functional.linear(x.float(), *_linear(before.model.get_submodule(name)))
+                    powers[name] += float(output.square().sum())
         if self.processes.size == 1:
             return moved
         state = moved.state()
         self.processes.reduce(state, 0)
         return MovedInputs.from_state(state)
+
+    def _note_fit(
+        self,
+        original: nn.Module,
+        compressed: nn.Module,
+        name: str,
+        moved: MovedInputs,
+        old: tuple[Tensor, Tensor | None],
+        power: float,
+    ) -> None:
+        """Write down how near a site's output was with its old weight, and is."""
+        assert self.fits is not None
+        truth = _linear(original.get_submodule(name))
+        near = [
+            max(0.0, power + moved.count * moved.output_error(*truth, *linear)) / power if power else 0.0
+            for linear in (old, _linear(compressed.get_submodule(name)))
+        ]
+        self.fits[name] = Fit(*near)
 
     def _to_all(self, model: nn.Module, name: str, notes: list[str]) -> list[str]:
         """Give every process what the first one has stored; returns its notes."""
@@ -135,6 +183,15 @@ class Refit:
         module, fallback = store(site, choice.form, choice.rank, left, right, bias, dtype)
         replace(compressed, name, module)
         return [*notes, fallback] if fallback is not None else notes
+
+
+def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight (out, in) and bias that a module stands for, whatever form it is stored in."""
+    if isinstance(module, FactoredLinear):
+        weight, bias = module.to_dense().detach(), module.dense_bias()
+    else:
+        weight, bias = dense_weight(module), module.bias
+    return weight, None if bias is None else bias.detach()
 
 
 def refittable(

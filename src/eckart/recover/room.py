@@ -6,14 +6,16 @@ fields of its dataclass; `--recovery-option name=value` sets them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eckart.data import Batch, Pooling
 from eckart.errors import UsageError
+from eckart.walk import Store
 
 
 @dataclass
@@ -22,12 +24,13 @@ class Context:
 
     Attributes:
         teacher: the model that is learnt from, in evaluation mode; None where there is none.
-        task: "classification", "regression", "masked" or "causal".
+        task: "classification", "regression", "masked", "causal" or "embedding".
         recipe: what was asked for.
         total_steps: optimizer steps of the whole training.
         head: names of modules that were newly initialised, and of a classifier's own head: always trained.
         notes: a room writes here what it could not do as asked.
         step: the optimizer step that is being made, from 0; the training loop keeps it.
+        pooling: how tokens become the sentence embedding that task "embedding" learns.
     """
 
     teacher: PreTrainedModel | None
@@ -37,6 +40,7 @@ class Context:
     head: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     step: int = 0
+    pooling: Pooling | None = None
 
     def in_head(self, name: str) -> bool:
         """Whether a parameter belongs to the head."""
@@ -48,6 +52,9 @@ class Room(Protocol):
 
     name: ClassVar[str]
     needs_teacher: ClassVar[bool]
+
+    def refusal(self, task: str) -> str | None:
+        """Why a task cannot be learnt in this way, in words; None if it can."""
 
     @property
     def wants(self) -> frozenset[str]:
@@ -92,6 +99,9 @@ class BaseRoom:
         paper: authors, year, identifier; "" for common knowledge.
         needs_teacher: whether there must be a teacher.
         learning_rate: where none is asked for.
+        starts_dense: whether it makes its own factors or updates, of a model that has none.
+        unread: options of the recipe that mean nothing to it: refused where they are given.
+        remedy: what to try where the model did not get better.
     """
 
     name: ClassVar[str] = ""
@@ -99,6 +109,13 @@ class BaseRoom:
     paper: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
+    starts_dense: ClassVar[bool] = False
+    unread: ClassVar[tuple[str, ...]] = ()
+    remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
+
+    def refusal(self, task: str) -> str | None:
+        """Why a task cannot be learnt in this way, or None."""
+        return "it learns from the task's own loss, and there is none" if task == "embedding" else None
 
     def within(self, interval: str, *keys: str) -> None:
         """Check settings that are numbers.
@@ -180,3 +197,31 @@ class BaseRoom:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Nothing."""
+
+
+@dataclass
+class ClosedForm(BaseRoom):
+    """A room that solves for better weights and trains nothing: in place of the training loop, `solve` is called once.
+
+    It gives no hooks of a step. Every weight that it changes comes from the statistics of one pass over the text.
+    """
+
+    unread: ClassVar[tuple[str, ...]] = (
+        "epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
+    )  # fmt: skip
+    remedy: ClassVar[str] = "Try more data (--num-samples), or train instead: --recovery distil"
+
+    def refusal(self, task: str) -> str | None:
+        """Any text will do."""
+        return None
+
+    def solve(self, model: PreTrainedModel, context: Context, batches: Sequence[Batch], store: Store) -> None:
+        """Make the model better, in place.
+
+        Args:
+            model: the student, in evaluation mode, on the device that it computes on.
+            context: with the teacher, on the same device.
+            batches: text without labels.
+            store: where hidden states may wait.
+        """
+        raise NotImplementedError

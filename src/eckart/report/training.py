@@ -1,4 +1,4 @@
-"""The report of a training, and the ways of recovering by one, as people read them."""
+"""The report of a recovery, and the ways of recovering there are, as people read them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,10 @@ from eckart.report.words import columns, count, number, plain_table
 
 
 def tuned_rich(report: Mapping[str, Any]) -> Group:
-    """What was trained on what, the scores before and after, notes, time."""
-    steps, room = report["training"], report["recovered_by"]
+    """What was trained or solved on what, the scores before and after, notes, time."""
     lines = [
         Text(f"{report['model']}: recovery {report['recovery']}, task {report['task']}", style="bold"),
-        Text(
-            f"{steps['steps']} steps, loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
-            f"{count(room['trained'])} of {count(room['of'])} numbers trained"
-        ),
+        Text(_trained(report) if "training" in report else _solved(report)),
         Text(f"scored on {report['protocol']}"),
         Text(),
     ]
@@ -36,6 +32,22 @@ def tuned_rich(report: Mapping[str, Any]) -> Group:
     )  # fmt: skip
 
 
+def _trained(report: Mapping[str, Any]) -> str:
+    steps, room = report["training"], report["recovered_by"]
+    return (
+        f"{steps['steps']} steps, loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
+        f"{count(room['trained'])} of {count(room['of'])} numbers trained"
+    )
+
+
+def _solved(report: Mapping[str, Any]) -> str:
+    room, error = report["recovered_by"], report["recovered_by"]["output_error"]
+    return (
+        f"{room['refitted']} of {room['of']} sites solved again on {count(room['tokens'])} tokens; mean relative error "
+        f"of outputs {number(error['before'])} -> {number(error['after'])}"
+    )
+
+
 def tuned_rows(report: Mapping[str, Any]) -> dict[str, Any]:
     """Measured numbers for the model card."""
     scores = report["scores"]
@@ -43,7 +55,7 @@ def tuned_rows(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recoveries_table(rooms: Iterable[type[BaseRoom]]) -> Table:
-    """Every way of recovering by training, its paper and what it needs."""
+    """Every way of recovering, its paper and what it needs."""
     table = columns(plain_table(title="recoveries (eckart tune --recovery)"), "name", [])
     for name in ("needs", "what is trained on what", "paper"):
         table.add_column(name, overflow="fold")

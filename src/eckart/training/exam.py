@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data import TaskData
+from eckart.data import Batch, Pooling, TaskData
 from eckart.data.inference import evaluating, forward
-from eckart.measure import classification, perplexity, regression
+from eckart.measure import classification, embedding_cosine, perplexity, regression
 from eckart.measure.divergence import negative_log_likelihood
 from eckart.training.masking import mask_tokens
 
@@ -29,12 +29,14 @@ class Exam:
         criterion: the number that decides which model is better.
         higher: whether more of it is better.
         protocol: in words.
+        against_teacher: whether the score compares with the teacher, whose own score would say nothing.
     """
 
     score: Callable[[PreTrainedModel], dict[str, float]]
     criterion: str
     higher: bool
     protocol: str
+    against_teacher: bool = False
 
 
 def better(exam: Exam, after: dict[str, float], before: dict[str, float]) -> bool:
@@ -68,6 +70,18 @@ def text_exam(tokenizer: Any, texts: Sequence[str], length: int, windows: int | 
         return {"perplexity": perplexity(model, tokenizer, texts, window=length, max_tokens=tokens)["perplexity"]}
 
     return Exam(score, "perplexity", False, f"windows of {length} tokens, at most {tokens} tokens")
+
+
+def sentence_exam(teacher: PreTrainedModel, batches: Sequence[Batch], pooling: Pooling) -> Exam:
+    """Mean and largest `1 - cosine` of the sentence embeddings to the teacher's."""
+
+    def score(model: PreTrainedModel) -> dict[str, float]:
+        found = embedding_cosine(model, teacher, batches, pooling)
+        return {"1 - cosine": found["cosine_distance"], "worst 1 - cosine": found["worst"]}
+
+    texts, how = sum(map(len, batches)), " and ".join(pooling.modes)
+    protocol = f"{texts} texts, each embedding (pooled by {how}) held against the teacher's"
+    return Exam(score, "1 - cosine", False, protocol, against_teacher=True)
 
 
 def masked_exam(tokenizer: Any, batches: Sequence[dict[str, Tensor]], seed: int) -> Exam:

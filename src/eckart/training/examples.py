@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data import TaskData, load_task
+from eckart.data import Batch, Pooling, TaskData, load_task
 from eckart.data import load as load_data
 from eckart.data.columns import Text
 from eckart.data.documents import load_documents
 from eckart.data.kind import pad_token, sequence_length
 from eckart.data.loading import MAX_SEQ_LENGTH
-from eckart.data.padded import collate, encode
+from eckart.data.padded import by_length, collate, encode
 from eckart.data.windows import token_stream
 from eckart.errors import DataError
-from eckart.training.exam import Exam, labelled_exam, masked_exam, text_exam
+from eckart.training.exam import Exam, labelled_exam, masked_exam, sentence_exam, text_exam
 
 HELD = 0.1
 """Of the data, where no other data are given to score on."""
 
 EVERYTHING = 1_000_000
 """Texts that are read where no number is asked for."""
+
+SCORED_AT_ONCE = 32
+"""Texts of a batch that is scored."""
 
 
 @dataclass
@@ -72,7 +75,16 @@ def load_labelled(recipe: Any, data: Any, *, label2id: Any, task: str | None, ev
 
 
 def load_examples(
-    recipe: Any, data: Any, eval_data: Any, task: str, model: PreTrainedModel, tokenizer: Any, rows: TaskData | None
+    recipe: Any,
+    data: Any,
+    eval_data: Any,
+    task: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: TaskData | None,
+    *,
+    teacher: PreTrainedModel | None = None,
+    pooling: Pooling | None = None,
 ) -> Examples:
     """Tokenise what a task is trained on, and hold out what it is scored on.
 
@@ -80,10 +92,12 @@ def load_examples(
         recipe: the recipe.
         data: the data, as :func:`eckart.data.load` takes them.
         eval_data: other data to score on; None for a tenth of `data`.
-        task: "classification", "regression", "masked" or "causal".
+        task: "classification", "regression", "masked", "causal" or "embedding".
         model: the student.
         tokenizer: its tokenizer.
         rows: labelled rows, where they have been read already.
+        teacher: whose sentence embeddings those of task "embedding" are held against.
+        pooling: how they are made.
 
     Raises:
         DataError: the data cannot be read, or leave nothing to train on.
@@ -93,6 +107,10 @@ def load_examples(
     if task in ("classification", "regression"):
         assert rows is not None
         return _labelled(recipe, eval_data, task, model, tokenizer, rows, length)
+    if task == "embedding":
+        assert teacher is not None
+        assert pooling is not None
+        return _sentences(recipe, data, eval_data, model, tokenizer, length, teacher, pooling)
     return (_masked if task == "masked" else _causal)(recipe, data, eval_data, model, tokenizer, length)
 
 
@@ -126,25 +144,54 @@ def _masked(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, toke
     if getattr(tokenizer, "mask_token_id", None) is None:
         raise DataError("tokenizer: it has no mask token, so no token can be masked: use --task causal, or its own")
 
+    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
+    pad_id = pad_token(tokenizer, model.config)
+    exam = masked_exam(
+        tokenizer,
+        [collate(held[i : i + SCORED_AT_ONCE], pad_id) for i in range(0, len(held), SCORED_AT_ONCE)],
+        recipe.seed,
+    )
+    return Examples(rows, exam, pad_id, description | {"trained_on": len(rows)}, notes)
+
+
+def _sentences(
+    recipe: Any,
+    data: Any,
+    eval_data: Any,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    length: int,
+    teacher: PreTrainedModel,
+    pooling: Pooling,
+) -> Examples:
+    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
+    pad_id = pad_token(tokenizer, model.config)
+    groups = by_length([len(row["input_ids"]) for row in held], SCORED_AT_ONCE)
+    batches = [Batch(collate([held[i] for i in group], pad_id), tuple(group)) for group in groups]
+    description |= {"trained_on": len(rows), "pooling": list(pooling.modes)}
+    return Examples(rows, sentence_exam(teacher, batches, pooling), pad_id, description, notes)
+
+
+def _texts(
+    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Separate texts, tokenised: to train on, held out, what they are, and notes."""
+
     def read(source: Any, split: str, count: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         loaded = load_data(
             source, tokenizer=tokenizer, model=model, config=recipe.data_config, split=split,
             column=recipe.data_column, target_column=recipe.data_pair_column, revision=recipe.data_revision,
-            num_samples=count or EVERYTHING, max_seq_length=length, batch_size=1, seed=recipe.seed,
+            num_samples=count or EVERYTHING, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
         )  # fmt: skip
         found = sorted(loaded, key=lambda batch: batch.examples)
         return [{name: value[0].tolist() for name, value in b.inputs.items()} for b in found], loaded.description
 
     rows, description = read(data, recipe.data_split, recipe.num_samples)
-    notes = []
     if eval_data is not None:
         held, _ = read(eval_data, recipe.eval_split, recipe.eval_samples)
-    else:
-        rows, held = _split(rows, recipe.seed)
-        notes.append(f"scored on {len(held)} texts held out of the data; --eval-data gives others")
-    pad_id = pad_token(tokenizer, model.config)
-    exam = masked_exam(tokenizer, [collate(held[i : i + 32], pad_id) for i in range(0, len(held), 32)], recipe.seed)
-    return Examples(rows, exam, pad_id, description | {"trained_on": len(rows)}, notes)
+        return rows, held, description, []
+    rows, held = _split(rows, recipe.seed)
+    return rows, held, description, [f"scored on {len(held)} texts held out of the data; --eval-data gives others"]
 
 
 def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:

@@ -146,7 +146,9 @@ class _Trainer(Trainer):
         if self.room.needs_teacher and self.context.teacher is not None:
             with torch.no_grad():
                 theirs = self.context.teacher(**{k: v for k, v in batch.items() if k != "labels"}, **more)
-        loss = self.room.loss(outputs, theirs, batch, outputs.loss)
+        own = getattr(outputs, "loss", None)  # a model without a head has none
+        own = own if own is not None else torch.zeros((), device=self.args.device)
+        loss = self.room.loss(outputs, theirs, batch, own)
         if not bool(torch.isfinite(loss)):
             raise NumericalError(
                 f"The loss of step {self.state.global_step + 1} is {float(loss)}. Lower --learning-rate, or check the "

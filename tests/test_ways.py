@@ -1,0 +1,168 @@
+"""Options that do not go together: every combination is refused with the way that was meant."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from architectures import scaled
+from tiny import DEMO, llama, text
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from typer.testing import CliRunner
+
+import eckart
+from eckart.cli import app
+from eckart.errors import UsageError
+from eckart.methods import METHODS
+from eckart.recipe import make_recipe
+from eckart.recover import RECOVERIES
+from eckart.tuning_recipe import make_tune_recipe
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A dense model and a classifier, the same factored, text."""
+    folder = tmp_path_factory.mktemp("ways")
+    reader = AutoTokenizer.from_pretrained(DEMO)
+    if reader.pad_token_id is None:
+        reader.pad_token = reader.eos_token
+    text(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, pad_token_id=0,
+    )  # fmt: skip
+    for name, model in (
+        ("llama", llama(num_hidden_layers=2).to(torch.float32)),
+        ("classifier", scaled(BertForSequenceClassification(config))),
+    ):
+        model.save_pretrained(folder / name)
+        reader.save_pretrained(folder / name)
+        eckart.compress(model, reader, method="svd", keep=0.5).save_pretrained(folder / f"{name}-50")
+    (folder / "rows.tsv").write_text("text\tlabel\n" + "\n".join(f"row {i}\t{i % 2}" for i in range(20)) + "\n")
+    return folder
+
+
+def refused(place, tmp_path, words) -> str:
+    """What a command says that is refused as a wrong use, and publishes nothing."""
+    files = {"llama", "classifier", "llama-50", "classifier-50", "text.txt", "rows.tsv"}
+    words = [str(place / word) if word in files else word for word in words]
+    done = CliRunner().invoke(app, [*words, "--output-dir", str(tmp_path / "out")] if "compare" not in words else words)
+    assert done.exit_code == 2, done.output
+    assert os.listdir(tmp_path) == []
+    return " ".join(done.output.replace("│", " ").split())
+
+
+COMPRESS = {
+    "losparse": (["--method", "losparse"], "losparse is trained: eckart tune DIR --recovery losparse --data FILE"),
+    "dsee": (["--method", "dsee"], "dsee is trained: eckart tune DIR --recovery dsee"),
+    "distil": (["--method", "distil"], "distil is trained: eckart tune DIR --recovery distil --teacher MODEL"),
+    "lora": (["--method", "lora"], "lora is trained: eckart tune DIR --recovery lora"),
+    "refit": (["--method", "refit"], "eckart tune DIR --recovery refit --teacher MODEL --data FILE --output-dir OUT; "
+                                     "while factors are made, any method with --refit"),
+    "a metric": (["--metric", "ilkd"], "ilkd is trained: eckart tune DIR --recovery ilkd --teacher MODEL"),
+    "a size of one that states its own": (["--method", "kngpt2", "--keep", "0.3"],
+                                          "kngpt2 states its own sizes. Leave --keep out, or have ranks chosen for it: "
+                                          "--allocation uniform or loss"),
+    "the word for allocation": (["--method", "kngpt2", "--allocate", "loss"], "--allocation"),
+    "another form of a form": (["--method", "kronecker", "--form", "pivoted"],
+                               "kronecker is its form, kronecker, and in another one nothing of it is left. Leave "
+                               "--form out, or use a method that any form can store: --method svd --form pivoted"),
+    "more than all of the embeddings": (["--method", "svd", "--embeddings", "safe", "--embeddings-keep", "1.5"],
+                                        "embeddings_keep = 1.5: Input should be less than or equal to 1"),
+    "too little of the embeddings": (["--method", "svd", "--embeddings", "safe", "--embeddings-keep", "0.0001"],
+                                     "--embeddings-keep 0.0001: model.embed_tokens is 8192 x 32"),
+    "a part of embeddings that are kept": (["--method", "svd", "--embeddings-keep", "0.5"],
+                                           "embeddings are kept as they are. Name a form for them: --embeddings low"),
+    "a refit without inputs": (["--method", "svd", "--refit"], "use --metric drone or kfac, or leave --refit out"),
+    "a refit of Kronecker products": (["--method", "drone", "--form", "kronecker", "--refit"], "leave --refit out"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", COMPRESS)
+def test_compress_names_the_way_that_was_meant(place, tmp_path, case):
+    words, expected = COMPRESS[case]
+    assert expected in refused(place, tmp_path, ["compress", "llama", *words])
+
+
+def test_embeddings_that_cannot_be_are_refused_before_any_work(place, tmp_path, monkeypatch):
+    monkeypatch.setattr("eckart.run.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    words = ["compress", "llama", "--data", "text.txt", "--embeddings", "safe", "--embeddings-keep", "0.0001"]
+    assert "Raise --embeddings-keep" in refused(place, tmp_path, words)
+
+
+def test_compare_names_it_too(place, tmp_path):
+    said = refused(place, tmp_path, ["compare", "llama", "--methods", "svd,losparse", "--keep", "0.5"])
+    assert "losparse is trained: eckart tune DIR --recovery losparse" in said
+
+
+TUNE = {
+    "a method": ("llama-50", ["--recovery", "svd"], "recovery 'svd' is a method, by which a model is factored: eckart "
+                                                    "compress MODEL --method svd"),
+    "a method by the other flag": ("llama-50", ["--method", "drone"], "eckart compress MODEL --method drone"),
+    "two recoveries": ("llama-50", ["--method", "lora", "--recovery", "full"], "both name the recovery. Give one"),
+    "ilkd without a teacher": ("llama-50", ["--recovery", "ilkd"], "recovery ilkd learns from a teacher. Name the"),
+    "refit without a teacher": ("llama-50", ["--method", "refit"], "recovery refit learns from a teacher. Name the"),
+    "dsee of factors": ("llama-50", ["--recovery", "dsee"], "recovery dsee starts from a dense model, and "
+                        "model.layers.0.self_attn.q_proj is factored already. Give the original"),
+    "losparse of factors": ("llama-50", ["--recovery", "losparse"], "recovery losparse starts from a dense model"),
+    "losparse of a factored classifier": (
+        "classifier-50", ["--recovery", "losparse", "--data", "rows.tsv", "--data-column", "text",
+                          "--data-label-column", "label"], "--recovery distil, full or lora",
+    ),
+    "steps of what has none": (
+        "llama-50", ["--recovery", "refit", "--teacher", "llama", "--max-steps", "3"], "Leave --max-steps out",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TUNE)
+def test_tune_names_the_way_that_was_meant(place, tmp_path, case):
+    name, words, expected = TUNE[case]
+    data = [] if "--data" in words else ["--data", "text.txt"]
+    assert expected in refused(place, tmp_path, ["tune", name, *data, *words])
+
+
+def test_every_recovery_is_no_method_and_every_method_no_recovery():
+    for name in RECOVERIES:
+        with pytest.raises(UsageError, match=f"eckart tune DIR --recovery {name} "):
+            make_recipe({"method": name})
+        with pytest.raises(UsageError, match=f"eckart tune DIR --recovery {name} "):
+            eckart.compress(llama(), method=name)
+    for name in METHODS:
+        with pytest.raises(UsageError, match=f"eckart compress MODEL --method {name} "):
+            make_tune_recipe({"recovery": name})
+
+
+def test_method_is_another_word_for_recovery(place, tmp_path):
+    assert make_tune_recipe({"method": "lora"}) == make_tune_recipe({"recovery": "lora"})
+    assert make_tune_recipe({"method": "lora", "recovery": "lora"}).recovery == "lora"
+    (tmp_path / "run.yaml").write_text("method: full\nmax-steps: 1\nbatch-size: 2\nmax-seq-length: 16\n")
+    base = ["tune", place / "llama-50", "--config", tmp_path / "run.yaml", "--data", place / "text.txt",
+            "--num-samples", 4, "--eval-samples", 2]  # fmt: skip
+    for more, expected in (([], "full"), (["--method", "lora"], "lora"), (["--recovery", "lora"], "lora")):
+        words = [*base, *more, "--output-dir", tmp_path / f"out{len(more)}{expected}", "--overwrite"]
+        done = CliRunner().invoke(app, [str(word) for word in words])
+        assert done.exit_code == 0, done.output
+        assert f"recovery {expected}" in done.output
+
+
+def test_a_teacher_that_nobody_learns_from_is_noted(place):
+    result = eckart.tune(place / "llama-50", data=place / "text.txt", teacher=place / "llama", recovery="full",
+                         max_steps=1, batch_size=2, max_seq_length=16, num_samples=4, eval_samples=2)  # fmt: skip
+    assert "--teacher was not read: recovery full learns from the task alone" in result.report["notes"]
+
+
+def test_what_a_saved_recipe_asks_for_goes_together(place, tmp_path):
+    """The recipe of a run, defaults included, can be run again."""
+    for number, more in enumerate((["--method", "kngpt2"], ["--method", "svd", "--keep", "0.5"],
+                                   ["--method", "svd", "--embeddings", "lowrank"])):  # fmt: skip
+        first, second = tmp_path / f"a{number}", tmp_path / f"b{number}"
+        for words in (
+            ["compress", place / "llama", *more, "--output-dir", first],
+            ["compress", "--config", first / "eckart/recipe.yaml", "--output-dir", second],
+        ):
+            done = CliRunner().invoke(app, [str(word) for word in words])
+            assert done.exit_code == 0, done.output
+        assert (first / "eckart/plan.json").read_text() == (second / "eckart/plan.json").read_text()

@@ -25,7 +25,7 @@ from eckart.checkpoint.stored import stored_dtype, stored_size
 from eckart.checkpoint.tokenizer import FILES, load_tokenizer
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.methods import method_named
-from eckart.model import factored_modules, fuse, to_dense_modules
+from eckart.model import factored_modules, fuse, shared_parameters, to_dense_modules
 from eckart.planning import Settings
 from eckart.processes import quiet_others, start
 from eckart.recipe import Recipe, make_recipe
@@ -277,7 +277,7 @@ def export_dense(folder: str | Path, output_dir: str | Path, *, overwrite: bool 
     source = resolve(str(folder))
     with OutputLock(output_dir) as lock:
         model = load(source)
-        if not factored_modules(model):
+        if not factored_modules(model) and not shared_parameters(model):
             raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
         to_dense_modules(model)
         fuse(model)

@@ -13,6 +13,7 @@ from eckart.model.replace import (
     to_dense_modules,
     unpack,
 )
+from eckart.model.shared import owner_of, share, shared_parameters, unshare
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 from eckart.model.ties import ties_of, ties_of_factored
 from eckart.model.weights import Compute, Weights
@@ -37,16 +38,20 @@ __all__ = [
     "fused_experts",
     "has_head",
     "own_storage",
+    "owner_of",
     "pack",
     "put_table",
     "replace",
     "saved_numbers",
     "set_dense",
+    "share",
     "shared_clone",
+    "shared_parameters",
     "store",
     "ties_of",
     "ties_of_factored",
     "to_dense_modules",
     "unpack",
+    "unshare",
     "with_single_experts",
 ]

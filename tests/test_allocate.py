@@ -26,7 +26,6 @@ from eckart.allocate import (
     uniform,
 )
 from eckart.errors import UsageError
-from eckart.forms import FORMS
 from eckart.linalg import factorise
 from eckart.methods import METHODS
 from eckart.model import Site, Sites

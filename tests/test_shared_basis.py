@@ -19,7 +19,12 @@ def solved(weights, gram, rank, limit=None):
     factors = [part.truncated(rank) for part in parts]
     assert all(torch.equal(right, factors[0][1]) for _, right in factors)
     assert all(torch.equal(part.curve, parts[0].curve) for part in parts)
-    return factors[0][1], [left for left, _ in factors], float(parts[0].curve[rank]), [n for p in parts for n in p.notes]
+    return (
+        factors[0][1],
+        [left for left, _ in factors],
+        float(parts[0].curve[rank]),
+        [n for p in parts for n in p.notes],
+    )
 
 
 def error(weights, basis, parts, gram):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 from eckart.allocate.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
@@ -38,29 +37,30 @@ def shared_uniform(
     if keep >= 1:
         return {name: Choice(DENSE) for name in shapes}
     choices: dict[str, Choice] = {}
-    least, tightest = 0.0, ""
+    total = sum(rows * columns for rows, columns in shapes.values())
+    most, tightest, least = 0, "", 0.0
     for group in bases:
         elements, once = _elements(shapes, group)
         rank = largest_shared_rank(shapes, group, keep, multiple=multiple)
         if rank < 1:
-            needed = smallest_keep(once, elements)
-            least, tightest = max((least, tightest), (needed, group[0]))
+            needed = -(-once * total // elements)
+            if needed > most:
+                most, tightest, least = needed, group[0], smallest_keep(once, elements)
             continue
         choices[group[0]] = Choice(form, rank)
         choices |= {name: Choice(form, rank, basis=group[0]) for name in group[1:]}
     together = {name for group in bases for name in group}
     alone = {name: shape for name, shape in shapes.items() if name not in together}
-    total = sum(rows * columns for rows, columns in shapes.values())
     try:
         choices |= uniform(alone, keep, ALONE, multiple=multiple)
     except OverBudgetError as error:
-        needed = error.needed / sum(rows * columns for rows, columns in alone.values())
-        raise OverBudgetError(str(error), math.ceil(max(needed, least) * total)) from None
+        inside = sum(rows * columns for rows, columns in alone.values())
+        raise OverBudgetError(str(error), max(most, -(-error.needed * total // inside))) from None
     if tightest:
         raise OverBudgetError(
             f"--keep {keep:g}: {tightest} and what shares its basis cannot be stored that small; the smallest keep "
             f"that every group can reach is {least:.4f}. Raise --keep, or --ignore the sites.",
-            math.ceil(least * total),
+            most,
         )
     return choices
 

@@ -22,13 +22,14 @@ from eckart.checkpoint.fingerprint import files_fingerprint
 from eckart.checkpoint.journal import Journal
 from eckart.checkpoint.load import load
 from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import TaskData, kind_of
 from eckart.errors import CheckpointError, UsageError
-from eckart.model import cast, has_head
+from eckart.model import cast, has_head, shared_parameters
 from eckart.recover import Context
 from eckart.training import Examples, better, load_examples, train
 from eckart.training.examples import load_labelled
@@ -233,6 +234,8 @@ def _tune(
         )
         kept = copy.deepcopy(student.model)
     cast(kept, student.dtype)
+    if shared_parameters(kept):
+        mark(kept)  # or `save_pretrained` would leave out what it says nothing of
     report = _report(recipe, student, examples, room.report(), steps, {"before": before, "after": after} | extra)
     report |= {"kept": "after" if kept is trained else "before", "notes": notes, "seconds": seconds}
     return TuneResult(kept.eval(), report, recipe, student.tokenizer, student.folder)

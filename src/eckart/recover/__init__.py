@@ -16,6 +16,7 @@ from eckart.recover.lora import LoRA
 from eckart.recover.losparse import LoSparse, LoSparseDistilled
 from eckart.recover.refit import Refit, refittable
 from eckart.recover.room import BaseRoom, Context, Room
+from eckart.recover.sandwich import Sandwich
 
 RECOVERIES: dict[str, type[BaseRoom]] = {
     room.name: room
@@ -28,6 +29,7 @@ RECOVERIES: dict[str, type[BaseRoom]] = {
         LoSparse,
         LoSparseDistilled,
         Dsee,
+        Sandwich,
     )
 }
 
@@ -41,6 +43,7 @@ __all__ = [
     "LoSparseDistilled",
     "Refit",
     "Room",
+    "Sandwich",
     "load_adapter",
     "make_room",
     "recovery_named",

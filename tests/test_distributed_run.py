@@ -29,6 +29,8 @@ CASES: dict[str, tuple[str, ...]] = {
     "eckart": ("--refit", "--stream", "off"),
     "eckart streamed": ("--refit", "--stream", "on"),
     "svd streamed": ("--method", "svd", "--stream", "on"),
+    "basis-sharing": ("--method", "basis-sharing", "--stream", "off"),
+    "basis-sharing streamed": ("--method", "basis-sharing", "--stream", "on"),
 }
 KILLED = -9
 

@@ -39,7 +39,7 @@ _register()
 
 
 def densify(model):  # type: ignore[no-untyped-def]
-    """Replace every factored weight by the ordinary dense one that it stands for, in place.
+    """Replace every factored weight by the dense one that it stands for, in place; what layers share, each gets.
 
     Args:
         model: a model that :func:`compress` made or `from_pretrained` loaded.

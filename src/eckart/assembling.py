@@ -18,8 +18,8 @@ from eckart.checkpoint.mapped import SMALL, spool
 from eckart.data import Batch
 from eckart.data.inference import progress
 from eckart.errors import ModelError
-from eckart.forms import FORMS
-from eckart.model import Site, Weights, cast, dense_weight, pack, shared_clone, store, unpack
+from eckart.forms import FORMS, SharedBasis
+from eckart.model import Site, Weights, cast, dense_weight, pack, share, shared_clone, store, unpack
 from eckart.moments import Moments
 from eckart.planning import Settings
 from eckart.processes import Processes
@@ -72,6 +72,8 @@ class Assembly:
             notes += content["solved"] + self._install(compressed, STORED, name)
             for note in content["notes"]:
                 logger.warning(note)
+        basis = SharedBasis.BASIS
+        share(compressed, {f"{n}.{basis}": f"{g[0]}.{basis}" for g in plan.bases for n in g[1:]})
         if self.dtype is not None:
             cast(compressed, self.dtype, changed=self._moved_away)
         return compressed, notes

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from eckart.checkpoint.load import load
 from eckart.checkpoint.lock import OutputLock, output_path
 from eckart.checkpoint.mapped import load_mapped
-from eckart.checkpoint.plugin import described
+from eckart.checkpoint.plugin import is_special
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.save import save
 from eckart.checkpoint.source import inspect_source, resolve
@@ -280,7 +280,7 @@ def export_dense(folder: str | Path, output_dir: str | Path, *, overwrite: bool 
     source = resolve(str(folder))
     with OutputLock(output_dir) as lock:
         model = load(source)
-        if not described(model):
+        if not is_special(model):
             raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
         to_dense_modules(model)
         fuse(model)

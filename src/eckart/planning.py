@@ -11,17 +11,21 @@ from torch import Tensor, nn
 
 from eckart.allocate import (
     DENSE,
+    Bases,
     Choice,
     Curve,
     OverBudgetError,
     Plan,
     allocate,
     fitting_choices,
+    largest_shared_rank,
     rank_steps,
     read_plan,
+    shared_uniform,
     smallest_keep,
     uniform,
 )
+from eckart.allocate.shared import ALONE
 from eckart.errors import UsageError
 from eckart.forms import Block, form_named
 from eckart.measure import sizes
@@ -98,6 +102,13 @@ class Settings:
                     f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form pivoted or lowrank."
                 )
             refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
+        if form_named(form).shares:
+            _check_sharing(method, form, allocation, recipe)
+        elif recipe.share is not None and recipe.plan is None:
+            raise UsageError(
+                f"--share {recipe.share}: layers share nothing in form {form}; use --form shared-basis, or --method "
+                "basis-sharing."
+            )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
         return cls(method, form, allocation, refit, notes)
@@ -108,6 +119,28 @@ class Settings:
         if self.allocation == "loss" and not planned:
             needs = needs | METHODS["kfac"].needs
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
+
+
+def check_metric_shares(method: Method) -> None:
+    """Refuse a metric under which layers cannot share a basis.
+
+    Raises:
+        UsageError: it weighs each layer's own outputs, or centres each layer's own inputs.
+    """
+    if method.centred or not method.needs <= {"gram", "absolute"}:
+        raise UsageError(
+            f"--method {method.name}: its metric weighs the outputs or the mean of each layer by itself, so that "
+            "layers cannot share a basis under it. Use --metric drone, asvd or svd, or --method basis-sharing."
+        )
+
+
+def _check_sharing(method: Method, form: str, allocation: str, recipe: Recipe) -> None:
+    if allocation != "uniform" and recipe.plan is None:
+        raise UsageError(
+            f"--allocation {allocation}: in form {form} the layers of a group have one rank, which no layer's own "
+            "curve of losses decides. Use --allocation uniform, or --method basis-sharing."
+        )
+    check_metric_shares(method)
 
 
 @dataclass(frozen=True)
@@ -156,6 +189,7 @@ def make_plan(
     dense: Mapping[str, str],
     budget: Budget,
     mark: str,
+    bases: Bases = (),
 ) -> Plan:
     """Which form and rank every site gets.
 
@@ -168,6 +202,7 @@ def make_plan(
         dense: sites that stay dense -> why.
         budget: what all sites together may store.
         mark: fingerprint of the model, written into the plan.
+        bases: sites that are to share a basis; those that stay dense are left out of their group.
 
     Raises:
         UsageError: if the budget cannot be met or a plan file does not fit, naming file and site.
@@ -197,7 +232,11 @@ def make_plan(
             inside = sum(rows * columns for rows, columns in reached.values())
             # What stays dense counts too, so the others keep a little less than was asked for.
             keep = (budget.elements - fixed) / inside
-            choices = uniform(reached, keep, settings.form, multiple=recipe.rank_multiple or 1, errors=solved)
+            multiple = recipe.rank_multiple or 1
+            if form_named(settings.form).shares:
+                choices = shared_uniform(reached, _among(bases, reached), keep, settings.form, multiple=multiple)
+            else:
+                choices = uniform(reached, keep, settings.form, multiple=multiple, errors=solved)
         else:
             curves = {name: _curve(shape, settings, recipe, solved[name]) for name, shape in reached.items()}
             choices = allocate(curves, budget.elements - fixed)
@@ -208,6 +247,12 @@ def make_plan(
         choices.setdefault(name, Choice(DENSE))
     choices = {name: choices[name] for name in shapes}
     return Plan(choices, mark, predicted)
+
+
+def _among(bases: Bases, names: Mapping[str, object]) -> Bases:
+    """Groups without the sites that are not named; no group is of one."""
+    found = [tuple(name for name in group if name in names) for group in bases]
+    return [group for group in found if len(group) > 1]
 
 
 def _own(method: Method, name: str, shape: tuple[int, int]) -> Choice:
@@ -221,7 +266,9 @@ Limits = dict[str, tuple[Choice, ...]]
 """Site -> for each shape of block that may be chosen, the largest choice."""
 
 
-def largest_choices(sites: Sites, settings: Settings, recipe: Recipe, keep: float, budget: Budget) -> Limits:
+def largest_choices(
+    sites: Sites, settings: Settings, recipe: Recipe, keep: float, budget: Budget, bases: Bases = ()
+) -> Limits:
     """For each site the largest choices that any plan may make: factors beyond them need not be kept.
 
     Args:
@@ -230,6 +277,7 @@ def largest_choices(sites: Sites, settings: Settings, recipe: Recipe, keep: floa
         recipe: plan file, rank multiple.
         keep: the largest fraction that will be asked for.
         budget: at that fraction.
+        bases: sites that are to share a basis.
     """
     shapes = {site.name: site.shape for site in sites.chosen}
     if recipe.plan is not None:
@@ -240,14 +288,22 @@ def largest_choices(sites: Sites, settings: Settings, recipe: Recipe, keep: floa
         return {name: _or_smallest([own[name]], shape, settings.form) for name, shape in shapes.items()}
     # Sites that no data reaches stay dense, and leave the others less than this.
     share = budget.elements / sum(rows * columns for rows, columns in shapes.values())
-    limits = {}
+    limits: Limits = {}
+    form = settings.form
+    if form_named(form).shares:
+        for group in bases:
+            rank = largest_shared_rank(shapes, group, min(share, 1.0), multiple=recipe.rank_multiple or 1)
+            limits |= dict.fromkeys(group, (Choice(form, max(rank, 1)),))
+        form = ALONE
     for name, shape in shapes.items():
+        if name in limits:
+            continue
         if settings.allocation == "loss" or keep >= 1:
-            found = _smaller_than_dense(shape, settings.form)
+            found = _smaller_than_dense(shape, form)
         else:
-            found = fitting_choices(shape, share, settings.form, multiple=recipe.rank_multiple or 1)
+            found = fitting_choices(shape, share, form, multiple=recipe.rank_multiple or 1)
         # Nothing that fits is refused when the plan is made, which knows the smallest keep.
-        limits[name] = _or_smallest(found, shape, settings.form)
+        limits[name] = _or_smallest(found, shape, form)
     return limits
 
 

@@ -28,7 +28,12 @@ class Recipe(Asking):
     revision: str | None = Field(None, description="Revision of the model on the hub.")
     method: str = Field("eckart", description="A method by name; `eckart methods` lists them.")
     metric: str | None = Field(None, description="Another method's metric in place of this method's own.")
-    form: str | None = Field(None, description="Stored form: pivoted, lowrank or kronecker. Default: the method's.")
+    form: str | None = Field(
+        None, description="Stored form: pivoted, lowrank, kronecker or shared-basis. Default: the method's."
+    )
+    share: int | None = Field(
+        None, ge=1, description="Adjacent layers whose weights share a basis, in form shared-basis. Default: 2."
+    )
     allocation: Literal["uniform", "loss"] | None = Field(
         None, description="How ranks are chosen: the same fraction everywhere, or by predicted loss."
     )
@@ -86,6 +91,7 @@ class Recipe(Asking):
         "keep",
         "embeddings_keep",
         "rank_multiple",
+        "share",
         "num_samples",
         "max_seq_length",
         "batch_size",

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart import report as reporting
-from eckart.allocate import DENSE, Choice, Plan
+from eckart.allocate import DENSE, Bases, Choice, Plan, read_plan
 from eckart.assembling import Assembly
 from eckart.calibrate import Calibration, calibrate, hold_out, too_few, without_data
 from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
@@ -27,10 +27,11 @@ from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data
+from eckart.data.inference import forward
 from eckart.data.ready import digest
 from eckart.embedding import factor_embeddings
 from eckart.errors import CheckpointError, ModelError, NumericalError, UsageError
-from eckart.forms import FORMS
+from eckart.forms import FORMS, form_named
 from eckart.linalg import require_finite
 from eckart.measure import distance, quality, sizes
 from eckart.methods import METHODS, Method, method_named
@@ -45,10 +46,12 @@ from eckart.model import (
     saved_numbers,
     with_single_experts,
 )
-from eckart.planning import Budget, Losses, Settings, largest_choices, make_plan
+from eckart.planning import Budget, Losses, Settings, check_metric_shares, largest_choices, make_plan
 from eckart.processes import ElsewhereError
 from eckart.recipe import Recipe, make_recipe
 from eckart.result import Result
+from eckart.running import ready
+from eckart.sharing import adjacent, reading_a_norm
 from eckart.shelf import STAGE as SOLVED
 from eckart.shelf import Shelf, Summary
 from eckart.store import Memory
@@ -157,6 +160,7 @@ class _Work:
     workplace: Workplace
     weights: Weights
     seconds: dict[str, float] = field(default_factory=dict)
+    reading: frozenset[str] | None = None
 
     @contextmanager
     def clock(self, step: str) -> Iterator[None]:
@@ -172,6 +176,39 @@ class _Work:
         drone = METHODS["drone"]
         method = with_changes(settings.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
         return with_changes(settings, method=method, allocation="uniform")
+
+    def bases(self, settings: Settings, recipe: Recipe) -> Bases:
+        """Which sites share a basis: as a plan says, or those of adjacent layers that read a normalised input.
+
+        Raises:
+            UsageError: the metric does not allow it, or without data no small pass through the model runs.
+        """
+        if recipe.plan is not None:
+            planned = read_plan(Path(recipe.plan), {site.name: site.shape for site in self.sites.chosen}).bases
+            if planned:
+                check_metric_shares(settings.method)
+            return planned
+        if not form_named(settings.form).shares:
+            return ()
+        if self.reading is None:
+            self.reading = self._reading_a_norm(settings)
+        return adjacent(self.sites.chosen, self.model, recipe.share, self.reading)
+
+    def _reading_a_norm(self, settings: Settings) -> frozenset[str]:
+        model = self.model
+        inputs = self.data.batches[0].rows(0, 1).inputs if self.data is not None else None
+        try:
+            with ready(model, self.weights, all_blocks(model))(None):
+                return reading_a_norm(
+                    self.sites.chosen, model, lambda: forward(model, inputs or dict(model.dummy_inputs))
+                )
+        except Exception as error:
+            if inputs is not None:
+                raise
+            raise UsageError(
+                f"--form {settings.form}: no pass runs through {type(model).__name__} without data "
+                f"({type(error).__name__}: {error}), and what reads a normalised input shows in one. Give --data."
+            ) from error
 
     def timed(self, windows: Iterator[Window]) -> Iterator[Window]:
         """Windows, with the seconds of gathering them noted apart from what is made of them."""
@@ -262,7 +299,8 @@ def _can_be_met(work: _Work, settings: Settings, recipe: Recipe) -> None:
         site.name: {b: torch.zeros(form.full_rank(*site.shape, b) + 1) for b in form.blocks(*site.shape)}
         for site in sites.chosen
     }
-    make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark)
+    bases = adjacent(sites.chosen, work.model, recipe.share)  # at the most
+    make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark, bases)
     saved_numbers(work.model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)  # refuses what cannot be
 
 
@@ -334,7 +372,8 @@ def _shelf(
     sites = {site.name: site for site in work.sites.chosen}
     budget = Budget.of_recipe(work.model, work.sites, recipe.model_copy(update={"keep": keep}))
     shelf = Shelf(work.workplace.store, work.workplace.processes, work.weights.device)
-    limits = largest_choices(work.sites, settings, recipe, keep, budget)
+    bases = work.bases(settings, recipe)
+    limits = largest_choices(work.sites, settings, recipe, keep, budget, bases)
 
     def windows(done: Collection[str]) -> Iterator[Window]:
         return work.timed(work.calibration.windows(done) if kept is None else iter(kept))
@@ -348,6 +387,7 @@ def _shelf(
             settings,
             limits,
             curve=settings.allocation == "loss" and recipe.plan is None,
+            bases=bases,
             reuse=kept is not None,
         )
     gathering = work.seconds.get("calibration", 0.0) - before
@@ -370,7 +410,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
     notes += [f"{name}: left dense, {reason}" for name, reason in dense.items()]
     notes += summary.notes
     budget = Budget.of_recipe(model, sites, recipe)
-    plan = make_plan(sites, settings, recipe, summary.losses, dense, budget, work.mark)
+    plan = make_plan(sites, settings, recipe, summary.losses, dense, budget, work.mark, work.bases(settings, recipe))
     dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     assembly = Assembly(model, sites.chosen, work.weights, work.workplace, dtype)
     with work.clock("replacement"):
@@ -386,7 +426,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
     if settings.refit and work.data is not None:
         with work.clock("refit"):
             compressed, measured = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
-    plan = with_changes(plan, choices=_as_stored(compressed, sites))
+    plan = with_changes(plan, choices=_as_stored(compressed, sites, plan))
     fuse(compressed)
     if factored_modules(compressed):
         mark(compressed)
@@ -496,12 +536,14 @@ def _names(sites: Sites) -> list[str]:
     return [site.name for site in sites.chosen]
 
 
-def _as_stored(compressed: PreTrainedModel, sites: Sites) -> dict[str, Choice]:
+def _as_stored(compressed: PreTrainedModel, sites: Sites, plan: Plan) -> dict[str, Choice]:
     """The choices as they came out, fallbacks included."""
     choices: dict[str, Choice] = {}
     for site in sites.chosen:
         module: Any = compressed.get_submodule(site.name)
         choices[site.name] = (
-            Choice(module.form, module.rank, module.block) if hasattr(module, "form") else Choice(DENSE)
+            Choice(module.form, module.rank, module.block, plan.choices[site.name].basis)
+            if hasattr(module, "form")
+            else Choice(DENSE)
         )
     return choices

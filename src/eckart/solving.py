@@ -11,10 +11,10 @@ from torch import Tensor
 
 from eckart.allocate import Choice
 from eckart.forms import FORMS, Block
-from eckart.linalg import Factorisation, Problem
+from eckart.linalg import Factorisation, Problem, shared_basis
 from eckart.methods import METHODS
 from eckart.model import Site
-from eckart.moments import Moments
+from eckart.moments import Moments, SecondMoment
 from eckart.planning import Losses, Settings
 
 
@@ -114,6 +114,38 @@ def solve(
         kept = replace(moments, inputs=moments.inputs.without_gram())
     mean = moments.inputs.mean if moments is not None and moments.centred else None
     return Solved(factors, losses or None, mean, kept)
+
+
+def solve_together(
+    names: Sequence[str], weights: Sequence[Tensor], moments: Sequence[Moments], settings: Settings, limit: int
+) -> dict[str, Solved]:
+    """Factor weights of several layers on one basis, under the sum of their input statistics.
+
+    Args:
+        names: of the sites.
+        weights: (out, in) of each.
+        moments: of each; none of them where the method reads none.
+        settings: the method.
+        limit: the largest rank that may be asked for.
+
+    Returns:
+        Site -> its factors; the right one is the same for all.
+    """
+    problem = settings.method.metric(torch.cat(list(weights)), _summed(moments))  # type: ignore[arg-type]
+    heights = [len(weight) for weight in weights]
+    found = shared_basis(problem, heights, min(limit, *problem.target.shape), " and ".join(names))
+    return {name: Solved({None: factors}) for name, factors in zip(names, found, strict=True)}
+
+
+def _summed(moments: Sequence[Moments]) -> Moments | None:
+    """Statistics of all inputs as if they were one site's; those that are given are left as they are."""
+    if not moments:
+        return None
+    first = moments[0].inputs
+    inputs = SecondMoment(first.width, first.with_gram, first.with_absolute)
+    for entry in moments:
+        inputs.merge(entry.inputs)
+    return Moments(inputs, sequences=moments[0].sequences)
 
 
 def _losses(factors: Factorisation, largest: Choice, target: Tensor, moments: Moments, settings: Settings) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from eckart.allocate import Bases
 from eckart.checkpoint.cache import Cache
 from eckart.checkpoint.fingerprint import files_fingerprint
 from eckart.checkpoint.journal import Journal
@@ -23,12 +24,14 @@ from eckart.checkpoint.lock import output_path
 from eckart.checkpoint.record import RECORD
 from eckart.data import kind_of
 from eckart.errors import CheckpointError, EckartError, UsageError
+from eckart.forms import form_named
 from eckart.measure.divergence import PIECE
 from eckart.memory import Estimate, free, human, rss, solving_bytes, statistics_bytes
 from eckart.model import Compute, Sites, find_sites, with_single_experts
 from eckart.planning import Budget, Limits, Settings, largest_choices
 from eckart.processes import ElsewhereError, Processes
 from eckart.recipe import Recipe
+from eckart.sharing import adjacent
 from eckart.shelf import STAGE as SOLVED
 from eckart.walk import all_blocks, blocks_of, split_by_block
 from eckart.workplace import Workplace
@@ -90,8 +93,10 @@ def needs_of(model: PreTrainedModel, recipe: Recipe, settings: Settings, room: i
         block: statistics_bytes([shapes[n] for n in own], [[i] for i in range(len(own))], needs)
         for block, own in groups.items()
     }
-    solving = max(solving_bytes(*shape, needs) for shape in shapes.values())
-    limits = _limits(model, sites, recipe, settings)
+    bases = adjacent(sites.chosen, model, recipe.share) if form_named(settings.form).shares else ()
+    together = [(sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in bases]
+    solving = max(solving_bytes(*shape, needs) for shape in (*shapes.values(), *together))
+    limits = _limits(model, sites, recipe, settings, bases)
     factors = {name: sum(c.working(*shapes[name]) for c in limits[name]) * FLOAT32 for name in shapes}
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
     budget = Budget.of_recipe(model, sites, recipe)
@@ -125,6 +130,8 @@ def needs_of(model: PreTrainedModel, recipe: Recipe, settings: Settings, room: i
     spare = (room or 0) * ROOM - whole.block - solving - running - logits
     at_once = int(spare // max(1, *statistics.values())) if needs else len(blocks)
     disk = _disk(model, sites, settings, recipe, factors, stored, text)
+    # Inputs' statistics wait for the last layer of their group.
+    disk += sum(statistics_bytes([shapes[n] for n in g[:-1]], [[i] for i in range(len(g) - 1)], needs) for g in bases)
     return Needs(whole, streamed, disk, stored * (2 if settings.refit else 1), len(blocks), max(1, at_once))
 
 
@@ -259,8 +266,8 @@ def _key(folder: Path, recipe: Recipe, processes: Processes) -> dict[str, Any]:
     }
 
 
-def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings) -> Limits:
-    return largest_choices(sites, settings, recipe, recipe.keep, Budget.of_recipe(model, sites, recipe))
+def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings, bases: Bases) -> Limits:
+    return largest_choices(sites, settings, recipe, recipe.keep, Budget.of_recipe(model, sites, recipe), bases)
 
 
 def _stored(recipe: Recipe, elements: int) -> int:

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 from eckart.checkpoint.fingerprint import files_fingerprint
 from eckart.checkpoint.journal import Journal
 from eckart.checkpoint.lock import OutputLock
+from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.source import resolve
 from eckart.errors import UsageError
-from eckart.model import cast
+from eckart.model import cast, shared_parameters
 from eckart.recover import ClosedForm, Context
 from eckart.student import Student, check_fits, head_of, load_student, load_teacher, pooling_of
 from eckart.training import Examples, better, load_examples, solve, train
@@ -221,6 +222,8 @@ def _tune(
         )
         kept = copy.deepcopy(student.model)
     cast(kept, student.dtype)
+    if shared_parameters(kept):
+        mark(kept)  # or `save_pretrained` would leave out what it says nothing of
     report = _report(recipe, student, examples, room.report(), {"before": before, "after": after} | extra)
     report |= done | {"kept": "after" if kept is trained else "before", "notes": notes, "seconds": seconds}
     return TuneResult(kept.eval(), report, recipe, student.tokenizer, student.folder)

@@ -11,19 +11,23 @@ from eckart.allocate.plan import (
     smallest_keep,
     stored_elements,
 )
+from eckart.allocate.shared import Bases, largest_shared_rank, shared_uniform
 from eckart.allocate.uniform import fitting_choices, uniform
 
 __all__ = [
     "DENSE",
+    "Bases",
     "Choice",
     "Curve",
     "OverBudgetError",
     "Plan",
     "allocate",
     "fitting_choices",
+    "largest_shared_rank",
     "lower_hull",
     "rank_steps",
     "read_plan",
+    "shared_uniform",
     "smallest_keep",
     "stored_elements",
     "uniform",

@@ -23,11 +23,13 @@ class Choice:
         form: a form's name, or "dense".
         rank: k; 0 for dense.
         block: (rows, columns) of the blocks that the form cuts the weight into; None where it cuts none.
+        basis: the site whose basis it reads, in a form that shares one; None for a site with a basis of its own.
     """
 
     form: str
     rank: int = 0
     block: Block | None = None
+    basis: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As it stands in `plan.json`: without what the form does not have."""
@@ -36,13 +38,16 @@ class Choice:
             entry["rank"] = self.rank
         if self.block is not None:
             entry["block"] = list(self.block)
+        if self.basis is not None:
+            entry["basis"] = self.basis
         return entry
 
     def stored(self, out_features: int, in_features: int) -> int:
-        """Stored elements, indices included, the bias left out."""
+        """Stored elements, indices included, the bias left out, and a basis that another site holds."""
         if self.form == DENSE:
             return out_features * in_features
-        return FORMS[self.form].size(out_features, in_features, self.rank, self.block).parameters
+        whole = FORMS[self.form].size(out_features, in_features, self.rank, self.block).parameters
+        return whole - (self.rank * in_features if self.basis is not None else 0)
 
     def working(self, out_features: int, in_features: int) -> int:
         """Numbers of the two factors that it is made from, (m, k) and (k, n) or those of the rearranged weight."""
@@ -65,6 +70,15 @@ class Plan:
     choices: dict[str, Choice]
     model: str = ""
     predicted: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def bases(self) -> list[tuple[str, ...]]:
+        """Groups of sites that share a basis, the one that holds it first."""
+        groups: dict[str, list[str]] = {}
+        for name, choice in self.choices.items():
+            if choice.basis is not None:
+                groups.setdefault(choice.basis, [choice.basis]).append(name)
+        return [tuple(group) for group in groups.values()]
 
     def to_json(self) -> dict[str, Any]:
         """As it is written to `plan.json`."""
@@ -106,7 +120,10 @@ class Plan:
         }
         for name in shapes:  # a site that the plan does not name is left as it is
             choices.setdefault(name, Choice(DENSE))
-        return cls(choices, str(content.get("model", "")))
+        plan = cls(choices, str(content.get("model", "")))
+        for group in plan.bases:
+            _check_basis(group, choices, where, shapes)
+        return plan
 
 
 def read_plan(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Plan:
@@ -139,7 +156,33 @@ def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
         raise UsageError(
             f"{where}: rank {rank!r} must be a whole number in 1..{full} for a weight of {shape[0]} x {shape[1]}."
         )
-    return Choice(entry["form"], rank, block)
+    basis = entry.get("basis")
+    if basis is not None and not (isinstance(basis, str) and kind.shares):
+        raise UsageError(f"{where}: basis {basis!r} means nothing to this form; remove it, or name a form that shares.")
+    return Choice(entry["form"], rank, block, basis)
+
+
+def _check_basis(
+    group: Sequence[str], choices: Mapping[str, Choice], where: str, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse a basis that the site it is named for does not hold, or not in the size that its readers have."""
+    holder = group[0]
+    held = choices.get(holder)
+    for name in group[1:]:
+        own = choices[name]
+        if held is None or held.basis is not None or held.form != own.form:
+            raise UsageError(
+                f"{where}: site {name}: basis {holder!r} is no site of form {own.form} with a basis of its own; name "
+                "one."
+            )
+        if held.rank != own.rank or shapes[holder][1] != shapes[name][1]:
+            raise UsageError(
+                f"{where}: site {name}: rank {own.rank} for {shapes[name][1]} inputs, but its basis in {holder} has "
+                f"rank {held.rank} for {shapes[holder][1]}; give both the same."
+            )
+    largest = min(sum(shapes[name][0] for name in group), shapes[holder][1])
+    if held is not None and held.rank > largest:
+        raise UsageError(f"{where}: site {holder}: rank {held.rank} of a shared basis must be in 1..{largest}.")
 
 
 def _block(value: Any, wanted: bool, where: str, shape: tuple[int, int]) -> Block | None:

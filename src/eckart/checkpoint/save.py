@@ -17,12 +17,12 @@ from transformers.core_model_loading import WeightConverter
 
 from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.checkpoint.lock import OutputLock, output_path
-from eckart.checkpoint.plugin import METHOD, described, mark, unmark
+from eckart.checkpoint.plugin import METHOD, described, is_special, mark, unmark
 from eckart.checkpoint.publish import publish
 from eckart.checkpoint.shards import read_weights
 from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
-from eckart.model import factored_modules
+from eckart.model import factored_modules, shared_parameters
 
 # Carried over by suffix, so that no weight, pickle or program comes along under any name.
 CARRIED = {".json", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab"}
@@ -78,7 +78,7 @@ def save(
             f"{type(model).__name__} cannot be published as a checkpoint of its own. Give the transformers "
             "model; merge adapters first: model.merge_and_unload()."
         )
-    (mark if described(model) else unmark)(model)
+    (mark if is_special(model) else unmark)(model)
     source = Path(source_folder) if source_folder is not None else None
     inner = model_folder(source).relative_to(source) if source is not None else Path()
     if source is not None:
@@ -157,6 +157,7 @@ def _state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """The tensors that a checkpoint of the model holds, tied ones once."""
     state = model.state_dict()
     tied = {key for key, origin in model.all_tied_weights_keys.items() if key in state and origin in state}
+    tied |= {key for key in shared_parameters(model) if state[key].is_meta}  # elsewhere one place in memory says so
     seen = set()
     for name, tensor in state.items():
         if name in tied or name in (model._keys_to_ignore_on_save or ()):
@@ -189,8 +190,8 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
             f"Tensors are missing from what was written to {folder}: {', '.join(sorted(lost)[:8])}; nothing "
             "was published. Please report this with the model's name."
         )
-    said = (read_json(folder / "config.json").get("quantization_config") or {}).get("modules", {})
-    if said != described(model):
+    said = read_json(folder / "config.json").get("quantization_config") or {}
+    if said.get("modules", {}) != described(model) or said.get("ties", {}) != shared_parameters(model):
         raise CheckpointError(
             f"quantization_config in {folder / 'config.json'} does not describe the factored modules "
             f"({METHOD}); nothing was published. Please report this with the model's name."

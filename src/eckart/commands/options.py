@@ -18,8 +18,8 @@ from eckart.recipe import Recipe, make_recipe
 F = TypeVar("F", bound=Callable[..., Any])
 
 PANELS = {
-    "What": ("method", "metric", "form", "allocation", "refit", "keep", "keep_of", "embeddings", "embeddings_keep",
-             "rank_multiple", "plan", "targets", "ignore", "dtype"),
+    "What": ("method", "metric", "form", "share", "allocation", "refit", "keep", "keep_of", "embeddings",
+             "embeddings_keep", "rank_multiple", "plan", "targets", "ignore", "dtype"),
     "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
              "data_revision", "num_samples", "max_seq_length", "batch_size", "curvature", "seed", "data_pair_column",
              "eval_data", "eval_split", "eval_samples"),

@@ -17,8 +17,9 @@ from eckart.forms.kronecker import Kronecker
 from eckart.forms.lowrank import LowRank
 from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse
 from eckart.forms.pivoted import Pivoted
+from eckart.forms.shared_basis import SharedBasis
 
-FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted, Kronecker)}
+FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted, Kronecker, SharedBasis)}
 """Of a Linear or Conv1D, by name: what a plan can choose."""
 
 EMBEDDINGS: dict[str, type[FactoredEmbedding]] = {
@@ -48,6 +49,7 @@ __all__ = [
     "MaskedLowRankSparse",
     "Pivoted",
     "SafeEmbedding",
+    "SharedBasis",
     "Size",
     "TiedHead",
     "build",

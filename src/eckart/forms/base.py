@@ -92,11 +92,13 @@ class FactoredLinear(Factored):
         source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
         block: shape of the blocks that it cuts the weight into; None for a form without blocks.
         refits: whether it can be solved again on moved inputs.
+        shares: whether a part of it may be another module's too, which a plan then names as its `basis`.
         weighted_exactly: whether :meth:`solve` is optimal under every metric, not under the identity alone.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
     refits: ClassVar[bool] = True
+    shares: ClassVar[bool] = False
     weighted_exactly: ClassVar[bool] = True
 
     def __init__(

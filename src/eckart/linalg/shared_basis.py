@@ -3,46 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from dataclasses import replace
 
 from eckart.errors import UsageError
-from eckart.linalg.metric import Metric
-from eckart.linalg.solve import Problem, factorise
+from eckart.linalg.solve import Factorisation, Problem, factorise
 
 
 def shared_basis(
-    weights: Sequence[Tensor], gram: Tensor | None, rank: int, what: str = "group"
-) -> tuple[Tensor, list[Tensor], tuple[str, ...]]:
+    problem: Problem, heights: Sequence[int], limit: int | None = None, what: str = "group"
+) -> list[Factorisation]:
     """`min sum_i || (W_i - B_i A) C ||_F^2` over one A for all: `C C^T` is the sum of the group's input Grams.
 
     The paper takes the SVD of `[C^T W_1^T | C^T W_2^T | ...]`, whose leading left singular vectors, taken back through
     `C^-T`, are the basis. That is the rank-k problem of the weights laid one upon the other, which
     :func:`~eckart.linalg.factorise` solves without an inverse, for a singular Gram too.
 
-    Stored are `k n + sum_i k m_i` numbers.
+    At rank k are stored `k n + sum_i k m_i` numbers.
 
     Args:
-        weights: W_i, (m_i, n).
-        gram: (n, n), summed over the layers that the weights stand in; None for the identity.
-        rank: k, at most min(sum m_i, n).
+        problem: its target (sum m_i, n) holds the W_i one upon the other; its right metric is the group's.
+        heights: m_i.
+        limit: the largest rank that will be asked for; None for all, min(sum m_i, n).
         what: the group's name in errors and notes.
 
     Returns:
-        The basis A (k, n), the coefficients B_i (m_i, k), and notes of fallbacks.
+        For each weight its factors B_i (m_i, r) and A (r, n), the same A; `squared` is the whole group's, so that each
+        curve is the error of all of them together. Notes of fallbacks are the first one's.
 
     Raises:
-        UsageError: if there is no weight, they read inputs of different widths, or the rank is out of range.
+        UsageError: if the heights are not those of the target, or outputs are weighed, which mixes the layers.
         NumericalError: if a number is not finite.
     """
-    widths = {weight.shape[1] for weight in weights}
-    heights = [weight.shape[0] for weight in weights]
-    if len(widths) != 1 or not 1 <= rank <= min([sum(heights), *widths]):
+    rows, columns = problem.target.shape
+    if sum(heights) != rows or min(heights, default=0) < 1 or not problem.left.is_identity:
         raise UsageError(
-            f"{what}: {len(heights)} weights of widths {sorted(widths)} and {sum(heights)} outputs together cannot "
-            f"share a basis of rank {rank}: take weights of one width, and a rank of at most it and of all outputs."
+            f"{what}: weights of {list(heights)} outputs cannot share a basis as a {rows} x {columns} matrix, or not "
+            "under a metric of their outputs; lay the weights one upon the other, and weigh inputs alone: --metric "
+            "drone, asvd or svd."
         )
-    found = factorise(Problem(torch.cat(list(weights)), right=Metric(full=gram)), what)
-    left, right = found.truncated(rank)
-    return right, list(left.split(heights)), found.notes
+    solved = factorise(problem, what)
+    if limit is not None:
+        solved = solved.kept(limit)
+    left, right = solved.factors
+    parts = [Factorisation((part, right), solved.squared) for part in left.split(list(heights))]
+    return [replace(parts[0], notes=solved.notes), *parts[1:]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 
 from eckart.errors import UsageError
-from eckart.methods import asvd, drone, eckart, fwsvd, kfac, kronecker, svd, svd_llm
+from eckart.methods import asvd, basis_sharing, drone, eckart, fwsvd, kfac, kronecker, svd, svd_llm
 from eckart.methods.base import Method, MetricFunction
 
 METHODS: dict[str, Method] = {
@@ -19,6 +19,7 @@ METHODS: dict[str, Method] = {
         drone.METHOD,
         svd_llm.METHOD,
         kfac.METHOD,
+        basis_sharing.METHOD,
         kronecker.METHOD,
         kronecker.KNGPT2,
     )

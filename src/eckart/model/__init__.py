@@ -3,7 +3,7 @@
 from eckart.model.clone import cast, own_storage, shared_clone
 from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
 from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
-from eckart.model.heads import HeadCut, cut_heads, cut_layer, forget_cut, owners_of
+from eckart.model.heads import HeadCut, cut_heads, cut_layer, forget_cut, heads_of_rows
 from eckart.model.replace import (
     dense_module,
     factored_modules,
@@ -14,6 +14,7 @@ from eckart.model.replace import (
     to_dense_modules,
     unpack,
 )
+from eckart.model.shared import owner_of, share, shared_parameters, unshare
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
 from eckart.model.ties import ties_of, ties_of_factored
 from eckart.model.weights import Compute, Weights
@@ -41,18 +42,22 @@ __all__ = [
     "fuse",
     "fused_experts",
     "has_head",
+    "heads_of_rows",
     "own_storage",
-    "owners_of",
+    "owner_of",
     "pack",
     "put_table",
     "replace",
     "saved_numbers",
     "set_dense",
+    "share",
     "shared_clone",
+    "shared_parameters",
     "store",
     "ties_of",
     "ties_of_factored",
     "to_dense_modules",
     "unpack",
+    "unshare",
     "with_single_experts",
 ]

@@ -113,7 +113,7 @@ class HeadCut:
 
     def _places(self, sizes: tuple[int, ...]) -> Tensor:
         """Of what stays, in the whole matrix."""
-        owners = owners_of(sizes, self.of)
+        owners = heads_of_rows(sizes, self.of)
         return torch.isin(owners, torch.tensor(self.kept, device="cpu")).nonzero().flatten()
 
     @staticmethod
@@ -129,7 +129,7 @@ class HeadCut:
             setattr(holder, attribute, number)
 
 
-def owners_of(sizes: tuple[int, ...], count: int) -> Tensor:
+def heads_of_rows(sizes: tuple[int, ...], count: int) -> Tensor:
     """Which head each row belongs to, (sum(sizes) count,): in every stretch one head after the other."""
     heads = torch.arange(count, device="cpu")  # also where a model is built on the meta device
     return torch.cat([heads.repeat_interleave(size) for size in sizes])

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FORMS, Block, Factored, FactoredLinear, SafeEmbedding, build
 from eckart.model.heads import cut_heads
+from eckart.model.shared import shared_parameters, unshare
 from eckart.model.sites import Site
 from eckart.model.ties import ties_of_dense
 
@@ -148,12 +149,14 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     """Replace every stored form by the ordinary module that it stands for, in place; ties are ties again.
 
     Attention heads that are gone come back with zeros for numbers, so that the model's class builds what is there.
+    Parameters that :func:`eckart.model.share` made one become as many: each module has its own, as its class says.
 
     Raises:
-        ModelError: if the model holds no stored form, or one that is no matrix; nothing is changed then.
+        ModelError: if the model holds no stored form and shares nothing, or one that is no matrix; nothing is changed
+            then.
     """
     factored = factored_modules(model)
-    if not factored and not cut_heads(model):
+    if not factored and not cut_heads(model) and not shared_parameters(model):
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
         if isinstance(module, SafeEmbedding):
@@ -161,6 +164,7 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
                 module.to_dense()
             except ModelError as error:
                 raise ModelError(f"{name}: {error}") from None
+    unshare(model)
     for name, module in factored.items():
         replace(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
     ties_of_dense(model, factored)

@@ -5,6 +5,7 @@ from eckart.moments.calls import common_calls, shared_inputs
 from eckart.moments.curvature import generator, labelled_loss, sampled_loss
 from eckart.moments.gatherer import Gatherer, Step, gather
 from eckart.moments.halving import is_out_of_memory, release
+from eckart.moments.norms import reading_norms
 from eckart.moments.running import BatchLike, real_rows
 from eckart.moments.together import merge, pack, unpack
 
@@ -22,6 +23,7 @@ __all__ = [
     "labelled_loss",
     "merge",
     "pack",
+    "reading_norms",
     "real_rows",
     "release",
     "sampled_loss",

@@ -18,6 +18,7 @@ from eckart.recover.losparse import LoSparse, LoSparseDistilled
 from eckart.recover.refit import Refit, refittable
 from eckart.recover.refitting import Refitting
 from eckart.recover.room import BaseRoom, ClosedForm, Context, Room
+from eckart.recover.sandwich import Sandwich
 
 RECOVERIES: dict[str, type[BaseRoom]] = {
     room.name: room
@@ -31,6 +32,7 @@ RECOVERIES: dict[str, type[BaseRoom]] = {
         LoSparse,
         LoSparseDistilled,
         Dsee,
+        Sandwich,
     )
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "Refit",
     "Refitting",
     "Room",
+    "Sandwich",
     "load_adapter",
     "make_room",
     "recovery_named",

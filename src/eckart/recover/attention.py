@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.model import HeadCut, dense_weight, forget_cut, owners_of
+from eckart.model import HeadCut, dense_weight, forget_cut, heads_of_rows
 from eckart.recover.trial import Trial
 
 CLOSE = 1e-5
@@ -128,7 +128,7 @@ class Attention:
 
     def _apart(self, name: str, sizes: tuple[int, ...], count: int, number: int) -> bool:
         """Whether changing one head's rows of a layer changes what is read of this head alone."""
-        rows = owners_of(sizes, count) == number
+        rows = heads_of_rows(sizes, count) == number
         moved = self._moved({name: lambda output: output + self._noise(output) * rows.to(output)})
         if moved is None:
             return False

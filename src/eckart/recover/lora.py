@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.errors import UsageError
-from eckart.model import factored_modules, find_sites
+from eckart.model import factored_modules, find_sites, shared_parameters
 from eckart.recover.room import BaseRoom, Context
 
 
@@ -19,7 +19,8 @@ class LoRA(BaseRoom):
     """`W + (alpha / r) B A` for each leaf W of the factors, A and B trained and W frozen.
 
     Hu et al. 2021, arXiv 2106.09685. A leaf is a plain Linear, so that its adapter is merged into the leaf itself: the
-    low-rank product B' A' stays of rank k, and a pivoted form keeps its pivots.
+    low-rank product B' A' stays of rank k, and a pivoted form keeps its pivots. A leaf that several layers share gets
+    none: two adapters cannot be merged into one weight.
 
     Attributes:
         rank: r.
@@ -56,10 +57,15 @@ class LoRA(BaseRoom):
                 "recovery lora: it needs peft, which is not installed. Install it: pip install peft"
             ) from None
         self.targets = self._targets(model)
+        ties = shared_parameters(model)
+        shared = {name.rpartition(".")[0] for name in (*ties, *ties.values())} & set(self.targets)
+        if shared:
+            self.targets = [name for name in self.targets if name not in shared]
+            context.notes.append(f"{len(shared)} leaves have no adapter: their weights are shared between layers")
         if not self.targets:
             raise UsageError(
-                f"recovery lora: {type(model).__name__} holds no factor and no dense weight to adapt; use "
-                "--recovery full."
+                f"recovery lora: {type(model).__name__} holds no factor and no dense weight of its own to adapt; use "
+                "--recovery full or distil."
             )
         config = LoraConfig(
             r=self.rank, lora_alpha=self.alpha or 2 * self.rank, lora_dropout=self.dropout,

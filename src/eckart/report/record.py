@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from eckart.allocate import DENSE, Plan
-from eckart.measure import Sizes
+from eckart.allocate import DENSE, Choice, Plan
+from eckart.measure import Size, Sizes
 from eckart.methods import Method
 from eckart.model import Sites
 
@@ -46,8 +47,9 @@ def make(
                 "form": choice.form,
                 "rank": choice.rank if choice.form != DENSE else min(site.shape),
                 **({"block": list(choice.block)} if choice.block is not None else {}),
+                **({"basis": choice.basis} if choice.basis is not None else {}),
                 "before": before.modules[site.name].as_dict(),
-                "after": after.modules[site.name].as_dict(),
+                "after": _without_basis(after.modules[site.name], choice, site.in_features).as_dict(),
                 **({"left_dense": unreached[site.name]} if site.name in unreached else {}),
                 **({"effective_rank": round(effective_ranks[site.name], 2)} if site.name in effective_ranks else {}),
                 **({"predicted_loss": plan.predicted[site.name]} if site.name in plan.predicted else {}),
@@ -82,3 +84,11 @@ def make(
         "notes": list(notes),
         "seconds": dict(seconds),
     }
+
+
+def _without_basis(size: Size, choice: Choice, in_features: int) -> Size:
+    """What a site stores itself: a basis counts where it is held."""
+    if choice.basis is None:
+        return size
+    basis = choice.rank * in_features
+    return replace(size, elements=size.elements - basis, bytes=size.bytes - basis * size.bytes // size.elements)

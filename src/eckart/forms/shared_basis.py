@@ -1,0 +1,47 @@
+"""Shared basis: low-rank, `W_i' = B_i A`, with one A for the weights of several layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from eckart.forms.base import Block, copy_into
+from eckart.forms.lowrank import LowRank
+
+
+class SharedBasis(LowRank):
+    """`y = B_i (A x) + b_i`, stored as k n numbers once for all layers that read A, and k m_i for each.
+
+    Wang et al., Basis Sharing, ICLR 2025, arXiv 2410.03765. The module alone is a low-rank one; that `first` of several
+    is one parameter is said by the plan (`basis`), the checkpoint's ties and :func:`eckart.model.share`. Products are
+    not shared, for each layer has its own input: k (m_i + n) multiply-adds.
+
+    A holds what several weights need, so k may be larger than m_i.
+    """
+
+    form: ClassVar[str] = "shared-basis"
+    refits: ClassVar[bool] = False
+    shares: ClassVar[bool] = True
+
+    BASIS: ClassVar[str] = "first.weight"
+    """The parameter that is another module's too."""
+
+    @classmethod
+    def full_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:
+        """n: with a basis of the whole space any weights can be held."""
+        return in_features
+
+    def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
+        """Fill the factors. What each row of A is divided by depends on A alone, so that all layers store one A.
+
+        That is the root of the row's norm: as the B_i one upon another are orthonormal, it splits each term's norm
+        evenly between A and them.
+        """
+        left, right = left.double(), right.double()
+        scale = right.norm(dim=1).clamp(1e-24, 1e24).sqrt()
+        copy_into(self.first.weight, right / scale[:, None], "shared basis")
+        copy_into(self.second.weight, left * scale, "coefficients of a shared basis")
+        if bias is not None:
+            copy_into(self.second.bias, bias, "bias")
+        return None

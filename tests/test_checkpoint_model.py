@@ -17,9 +17,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from transformers.pytorch_utils import Conv1D
 
 from eckart.checkpoint import plugin
+from eckart.checkpoint.description import FORMAT_VERSION, EckartConfig, mark, unmark
 from eckart.checkpoint.fingerprint import fingerprint
 from eckart.checkpoint.load import load
-from eckart.checkpoint.plugin import EckartConfig, mark, unmark
 from eckart.checkpoint.save import save
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.forms import build
@@ -231,7 +231,7 @@ def test_config_holds_plain_specs(saved):
     folder, model = saved
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "eckart"
-    assert config["format_version"] == 1 <= plugin.FORMAT_VERSION  # nothing is shared
+    assert config["format_version"] == 1 <= FORMAT_VERSION  # nothing is shared
     assert config["modules"] == {name: form.spec() for name, form in factored_modules(model).items()}
 
 

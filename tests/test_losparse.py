@@ -11,7 +11,7 @@ from problems import close
 from torch.nn import functional
 from tuning_problem import accuracy, batch, begun, bert, gpt2, logits, train
 
-from eckart.checkpoint.plugin import mark
+from eckart.checkpoint.description import mark
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import UsageError

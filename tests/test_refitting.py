@@ -65,7 +65,7 @@ def batches_of(architecture, model, count: int = 6) -> list[Batch]:
 ])  # fmt: skip
 def test_it_is_the_answer_of_compress(name, form, centred, monkeypatch, tmp_path):
     """The same weights as a refit while the model is compressed, dense ones that a plan leaves included."""
-    monkeypatch.setattr("eckart.run.hold_out", lambda loaded, _: (loaded, None))
+    monkeypatch.setattr("eckart.preparing.hold_out", lambda loaded, _: (loaded, None))
     architecture = BY_NAME[name]
     model = architecture.model()
     batches = batches_of(architecture, model)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from tuning_problem import begun, bert, gpt2, logits, train
 
 import eckart
-from eckart.checkpoint.plugin import mark
+from eckart.checkpoint.description import mark
 from eckart.errors import UsageError
 from eckart.linalg import Problem, kronecker_factorise, rearranged_back
 from eckart.measure import sizes

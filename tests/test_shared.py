@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel
 
 import eckart
-from eckart.checkpoint.plugin import EckartConfig, mark, unmark
+from eckart.checkpoint.description import EckartConfig, mark, unmark
 from eckart.errors import CheckpointError, ModelError
 from eckart.measure import sizes
 from eckart.model import cast, share, shared_clone, shared_parameters, unshare

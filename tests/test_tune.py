@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel
 from typer.testing import CliRunner
 
 import eckart
-from eckart.checkpoint.plugin import described
+from eckart.checkpoint.description import described
 from eckart.cli import app
 from eckart.errors import CheckpointError, DataError, UsageError
 from eckart.model import factored_modules

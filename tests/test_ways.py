@@ -87,7 +87,7 @@ def test_compress_names_the_way_that_was_meant(place, tmp_path, case):
 
 
 def test_embeddings_that_cannot_be_are_refused_before_any_work(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("eckart.run.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("eckart.preparing.calibrate", lambda *_, **__: pytest.fail("calibrated"))
     words = ["compress", "llama", "--data", "text.txt", "--embeddings", "safe", "--embeddings-keep", "0.0001"]
     assert "Raise --embeddings-keep" in refused(place, tmp_path, words)
 

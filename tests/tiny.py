@@ -50,7 +50,7 @@ TICKING = (
     "eckart.checkpoint.publish:_sync",
     "eckart.checkpoint.save:_verify",
     "eckart.recover.refit:factorise",
-    "eckart.run:load_data",
+    "eckart.preparing:load_data",
     "eckart.shelf:solve",
     "eckart.walk.walk:Walk.backward",
     "eckart.walk.walk:Walk.finish",

@@ -4,9 +4,9 @@ Importing it registers the checkpoint format with transformers, so that `from_pr
 :func:`compress` saved.
 """
 
+from eckart.checkpoint.description import unmark as _unmark
 from eckart.checkpoint.load import load
 from eckart.checkpoint.plugin import register as _register
-from eckart.checkpoint.plugin import unmark as _unmark
 from eckart.errors import EckartError
 from eckart.evaluation import evaluate
 from eckart.job import compress_checkpoint

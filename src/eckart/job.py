@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.checkpoint.description import is_special
 from eckart.checkpoint.load import load
 from eckart.checkpoint.lock import OutputLock, output_path
 from eckart.checkpoint.mapped import load_mapped
-from eckart.checkpoint.plugin import is_special
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.save import save
 from eckart.checkpoint.source import inspect_source, resolve

@@ -7,10 +7,8 @@ behind its last entry.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import nullcontext
 from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
@@ -19,47 +17,25 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart import report as reporting
-from eckart.allocate import DENSE, Bases, Choice, Plan, read_plan
+from eckart.allocate import DENSE, Choice, Plan
 from eckart.assembling import Assembly
-from eckart.calibrate import Calibration, calibrate, hold_out, too_few, without_data
-from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
-from eckart.checkpoint.plugin import mark
-from eckart.checkpoint.stored import stored_dtype, stored_tensors
-from eckart.data import CalibrationData, Kind, Pooling, kind_of
-from eckart.data import load as load_data
-from eckart.data.inference import forward
-from eckart.data.ready import digest
+from eckart.calibrate import too_few
+from eckart.checkpoint.description import mark
 from eckart.embedding import factor_embeddings
-from eckart.errors import CheckpointError, ModelError, NumericalError, UsageError
-from eckart.forms import FORMS, form_named
-from eckart.linalg import require_finite
+from eckart.errors import ModelError, NumericalError
+from eckart.forms import FORMS
 from eckart.measure import distance, quality, sizes
-from eckart.methods import METHODS, Method, method_named
-from eckart.model import (
-    Sites,
-    Weights,
-    factored_modules,
-    find_sites,
-    fuse,
-    has_head,
-    own_storage,
-    saved_numbers,
-    with_single_experts,
-)
-from eckart.planning import Budget, Losses, Settings, check_metric_shares, largest_choices, make_plan
+from eckart.methods import Method, method_named
+from eckart.model import Sites, Weights, factored_modules, fuse, own_storage
+from eckart.planning import Budget, Settings, largest_choices, make_plan
+from eckart.preparing import Work, prepare
 from eckart.processes import ElsewhereError
 from eckart.recipe import Recipe, make_recipe
 from eckart.result import Result
-from eckart.running import ready
-from eckart.sharing import adjacent, reading_a_norm
-from eckart.shelf import STAGE as SOLVED
 from eckart.shelf import Shelf, Summary
 from eckart.store import Memory
 from eckart.walk import Window, all_blocks
 from eckart.workplace import Workplace
-
-TEXT = "text"
-"""The stage of a run that holds what the calibration text was."""
 
 
 def compress(
@@ -94,7 +70,7 @@ def compress(
     asked = _recipe(recipe, data, method, options)
     chosen = method_named(method if method is not None else asked.method)
     settings = Settings.of(chosen, asked)
-    work = _prepare(model, tokenizer, data, asked, [settings], [asked.keep], source_folder, workplace or Workplace())
+    work = prepare(model, tokenizer, data, asked, [settings], [asked.keep], source_folder, workplace or Workplace())
     settings = work.possible(settings)
     return _finish(work, settings, asked, *_shelf(work, settings, asked, asked.keep))
 
@@ -127,7 +103,7 @@ def compare(
     """
     asked = _recipe(recipe, data, None, options)
     rows = [Settings.of(method_named(method), asked) for method in methods]
-    work = _prepare(model, tokenizer, data, asked, rows, keeps, source_folder, Workplace())
+    work = prepare(model, tokenizer, data, asked, rows, keeps, source_folder, Workplace())
     windows = list(work.timed(work.calibration.windows()))
     shared = dict(work.seconds)
     for row in rows:
@@ -143,83 +119,6 @@ def compare(
             yield settings.method.name, keep, _finish(work, settings, changed, shelf, summary)
 
 
-@dataclass
-class _Work:
-    """What all methods of a run share: the model, its sites, the data and what it says."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    sites: Sites
-    data: CalibrationData | None
-    held: CalibrationData | None
-    calibration: Calibration
-    pooling: Pooling | None
-    source_folder: Path | None
-    mark: str
-    stored_dtype: torch.dtype | None
-    workplace: Workplace
-    weights: Weights
-    seconds: dict[str, float] = field(default_factory=dict)
-    reading: frozenset[str] | None = None
-
-    @contextmanager
-    def clock(self, step: str) -> Iterator[None]:
-        """Note the seconds of a step."""
-        start = time.perf_counter()
-        yield
-        self.seconds[step] = round(self.seconds.get(step, 0.0) + time.perf_counter() - start, 3)
-
-    def possible(self, settings: Settings) -> Settings:
-        """The settings, or what is left of the default where no backward pass runs."""
-        if self.calibration.backward_failed is None or "gradients" not in settings.needs():
-            return settings
-        drone = METHODS["drone"]
-        method = with_changes(settings.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
-        return with_changes(settings, method=method, allocation="uniform")
-
-    def bases(self, settings: Settings, recipe: Recipe) -> Bases:
-        """Which sites share a basis: as a plan says, or those of adjacent layers that read a normalised input.
-
-        Raises:
-            UsageError: the metric does not allow it, or without data no small pass through the model runs.
-        """
-        if recipe.plan is not None:
-            planned = read_plan(Path(recipe.plan), {site.name: site.shape for site in self.sites.chosen}).bases
-            if planned:
-                check_metric_shares(settings.method)
-            return planned
-        if not form_named(settings.form).shares:
-            return ()
-        if self.reading is None:
-            self.reading = self._reading_a_norm(settings)
-        return adjacent(self.sites.chosen, self.model, recipe.share, self.reading)
-
-    def _reading_a_norm(self, settings: Settings) -> frozenset[str]:
-        model = self.model
-        inputs = self.data.batches[0].rows(0, 1).inputs if self.data is not None else None
-        try:
-            with ready(model, self.weights, all_blocks(model))(None):
-                return reading_a_norm(
-                    self.sites.chosen, model, lambda: forward(model, inputs or dict(model.dummy_inputs))
-                )
-        except Exception as error:
-            if inputs is not None:
-                raise
-            raise UsageError(
-                f"--form {settings.form}: no pass runs through {type(model).__name__} without data "
-                f"({type(error).__name__}: {error}), and what reads a normalised input shows in one. Give --data."
-            ) from error
-
-    def timed(self, windows: Iterator[Window]) -> Iterator[Window]:
-        """Windows, with the seconds of gathering them noted apart from what is made of them."""
-        while True:
-            with self.clock("calibration"):
-                window = next(windows, None)
-            if window is None:
-                return
-            yield window
-
-
 def _recipe(recipe: Recipe | None, data: Any, method: str | Method | None, options: Mapping[str, Any]) -> Recipe:
     content: dict[str, Any] = recipe.model_dump(exclude_unset=True) if recipe is not None else {}
     content.update(options)
@@ -230,135 +129,8 @@ def _recipe(recipe: Recipe | None, data: Any, method: str | Method | None, optio
     return make_recipe(content, "eckart.compress")
 
 
-def _prepare(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    data: Any,
-    recipe: Recipe,
-    rows: Sequence[Settings],
-    keeps: Sequence[float],
-    source_folder: str | Path | None,
-    workplace: Workplace,
-) -> _Work:
-    """Everything up to the statistics, gathered once for all methods."""
-    if not isinstance(model, PreTrainedModel):
-        raise UsageError(
-            f"model: {model if isinstance(model, str) else type(model).__name__} is no transformers model. Pass what "
-            "from_pretrained returns; a name or folder goes to eckart.compress_checkpoint or the command line."
-        )
-    model = with_single_experts(model)
-    sites = find_sites(model, recipe.targets, recipe.ignore)
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.is_meta:
-            require_finite(parameter.detach(), name)
-    names = _names(sites)
-    folder = Path(source_folder) if source_folder is not None else None
-    pooling = Pooling.from_folder(folder) if folder is not None and not has_head(model) else None
-    stored = stored_dtype(stored_tensors(folder)) if folder is not None else None
-    if recipe.device is not None and workplace.compute is None:
-        model.to(recipe.device)  # type: ignore[arg-type]
-    weights = Weights(model, workplace.compute)
-    unread = without_data(model, names)
-    work = _Work(
-        model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model), stored, workplace, weights
-    )
-    for row in rows:
-        for keep in keeps:
-            _can_be_met(work, row, recipe.model_copy(update={"keep": keep}))
-    needs = frozenset().union(*(row.needs(planned=recipe.plan is not None) for row in rows))
-    data = data if data is not None else recipe.data
-    if not needs and data is None:
-        return work
-    with work.clock("data"):
-        work.data, work.held = _data(model, tokenizer, data, recipe)
-        _same_text(work)
-    if needs:
-        with work.clock("calibration"):
-            work.calibration = calibrate(
-                model,
-                names,
-                work.data,
-                needs=needs,
-                curvature=recipe.curvature,
-                seed=recipe.seed,
-                pooling=pooling,
-                may_fall_back=all(row.method.name == "eckart" for row in rows if "gradients" in row.needs()),
-                weights=weights,
-                waiting=workplace.waiting,
-                at_once=workplace.at_once,
-                processes=workplace.processes,
-            )
-    return work
-
-
-def _can_be_met(work: _Work, settings: Settings, recipe: Recipe) -> None:
-    """Refuse a budget that is too small, embeddings' too, or a plan file that does not fit, before any work is done."""
-    sites = work.sites
-    form = FORMS[settings.form]
-    flat: dict[str, Losses] = {
-        site.name: {b: torch.zeros(form.full_rank(*site.shape, b) + 1) for b in form.blocks(*site.shape)}
-        for site in sites.chosen
-    }
-    bases = adjacent(sites.chosen, work.model, recipe.share)  # at the most
-    make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark, bases)
-    saved_numbers(work.model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)  # refuses what cannot be
-
-
-def _data(
-    model: PreTrainedModel, tokenizer: Any, data: Any, recipe: Recipe
-) -> tuple[CalibrationData, CalibrationData | None]:
-    """Batches to calibrate on, and others to measure on; N samples asked for are N that calibrate."""
-    defaults: dict[Kind, int] = {"causal": 128}
-    size = recipe.batch_size or 8
-    wanted = recipe.num_samples or defaults.get(kind_of(model.config, model), 1024)
-    batches = -(-wanted // size)
-    extra = max(1, batches // 8)
-    loaded = load_data(
-        data,
-        tokenizer=tokenizer,
-        model=model,
-        config=recipe.data_config,
-        split=recipe.data_split,
-        column=recipe.data_column,
-        target_column=recipe.data_target_column,
-        label_column=recipe.data_label_column,
-        revision=recipe.data_revision,
-        num_samples=wanted + extra * size,
-        max_seq_length=recipe.max_seq_length,
-        batch_size=size,
-        seed=recipe.seed,
-    )
-    return hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
-
-
-def _same_text(work: _Work) -> None:
-    """Refuse to go on with an unfinished run on other text.
-
-    Raises:
-        CheckpointError: naming what differs.
-    """
-    assert work.data is not None
-    store = work.workplace.store
-    batches = [*work.data.batches, *(work.held.batches if work.held is not None else ())]
-    now = {"sha256": digest(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
-    if work.workplace.streaming:
-        now["weights"] = weights_checksum(work.model)
-    if not store.entries(TEXT):
-        if store.entries(SOLVED):
-            raise CheckpointError(
-                "the unfinished run of this output has lost the record of its text, so that what it has done cannot be "
-                "gone on from. Pass --restart to throw it away, or choose another --output-dir."
-            )
-        store.write(TEXT, TEXT, {}, now)
-    elif (before := store.read(TEXT, TEXT)[1]) != now:
-        raise CheckpointError(
-            f"the unfinished run of this output was calibrated on other text, tokens, labels or weights ({before}, now "
-            f"{now}). Give the same --data, pass --restart to throw that run away, or choose another --output-dir."
-        )
-
-
 def _shelf(
-    work: _Work, settings: Settings, recipe: Recipe, keep: float, kept: list[Window] | None = None
+    work: Work, settings: Settings, recipe: Recipe, keep: float, kept: list[Window] | None = None
 ) -> tuple[Shelf, Summary]:
     """Factors of every site that the data reached, up to the rank that `keep` may ask for.
 
@@ -401,10 +173,10 @@ def _shelf(
     return shelf, summary
 
 
-def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summary: Summary) -> Result:
+def _finish(work: Work, settings: Settings, recipe: Recipe, shelf: Shelf, summary: Summary) -> Result:
     """Plan, put the factors in place, refit, measure, report."""
     sites, model, calibration = work.sites, work.model, work.calibration
-    dense = {n: "no token of the calibration data reached it" for n in _names(sites) if n not in summary.losses}
+    dense = {n: "no token of the calibration data reached it" for n in work.names if n not in summary.losses}
     dense |= summary.dense
     notes = [*settings.notes, *calibration.notes, *too_few(summary.seen)]
     notes += [f"{name}: left dense, {reason}" for name, reason in dense.items()]
@@ -434,7 +206,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
         if work.held is not None and measured is None:
             measured = _measured(work, compressed)
     _lean(compressed, False)
-    names = _names(sites)
+    names = work.names
     report = reporting.make(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         method=settings.method,
@@ -461,7 +233,7 @@ def _finish(work: _Work, settings: Settings, recipe: Recipe, shelf: Shelf, summa
 
 
 def _refitted(
-    work: _Work,
+    work: Work,
     settings: Settings,
     recipe: Recipe,
     plan: Plan,
@@ -507,7 +279,7 @@ def _refitted(
     return fitted, measured
 
 
-def _measured(work: _Work, compressed: PreTrainedModel) -> dict[str, Any]:
+def _measured(work: Work, compressed: PreTrainedModel) -> dict[str, Any]:
     """How near the compressed model is to the original, by the first process, for all."""
     assert work.held is not None
     processes = work.workplace.processes
@@ -530,10 +302,6 @@ def _lean(model: PreTrainedModel, lean: bool) -> None:
     """Whether forms do without working memory."""
     for module in factored_modules(model).values():
         module.lean = lean
-
-
-def _names(sites: Sites) -> list[str]:
-    return [site.name for site in sites.chosen]
 
 
 def _as_stored(compressed: PreTrainedModel, sites: Sites, plan: Plan) -> dict[str, Choice]:

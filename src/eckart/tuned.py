@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from eckart import report as reporting
 from eckart.checkpoint.card import model_card
+from eckart.checkpoint.description import described
 from eckart.checkpoint.lock import OutputLock
-from eckart.checkpoint.plugin import described
 from eckart.checkpoint.save import save
 from eckart.report.words import as_plain_text
 from eckart.result import auto_class_of, origin_of

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from eckart.checkpoint.description import mark
 from eckart.checkpoint.fingerprint import files_fingerprint
 from eckart.checkpoint.journal import Journal
 from eckart.checkpoint.lock import OutputLock
-from eckart.checkpoint.plugin import mark
 from eckart.checkpoint.publish import check_output
 from eckart.checkpoint.source import resolve
 from eckart.errors import UsageError

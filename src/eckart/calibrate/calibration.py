@@ -19,14 +19,7 @@ from eckart.data import Batch, CalibrationData, Pooling
 from eckart.data.inference import forward, progress
 from eckart.errors import EckartError, ModelError
 from eckart.model import Weights
-from eckart.moments import (
-    Moments,
-    Step,
-    common_calls,
-    gather,
-    is_out_of_memory,
-    shared_inputs,
-)
+from eckart.moments import Moments, Step, common_calls, gather, is_out_of_memory, shared_inputs
 from eckart.processes import Processes
 from eckart.running import ready
 from eckart.walk import (

@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from eckart.checkpoint import plugin  # registers the format
+from eckart.checkpoint import plugin  # noqa: F401  registers the format
+from eckart.checkpoint.description import METHOD
 from eckart.checkpoint.layout import model_folder, read_json
 from eckart.checkpoint.shards import read_weights
 from eckart.checkpoint.source import resolve
@@ -126,7 +127,7 @@ def _of_head(model: PreTrainedModel, key: str) -> bool:
 
 def _is_factored(config: dict[str, Any]) -> bool:
     quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == plugin.METHOD
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
 def _remote_class(config: dict[str, Any], architectures: list[str]) -> Any:

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
+from eckart.checkpoint.description import METHOD, described, is_special, mark, unmark
 from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.checkpoint.lock import OutputLock, output_path
-from eckart.checkpoint.plugin import METHOD, described, is_special, mark, unmark
 from eckart.checkpoint.publish import publish
 from eckart.checkpoint.shards import read_weights
 from eckart.checkpoint.stored import stored_size

@@ -1,0 +1,141 @@
+"""What ``config.json`` says of a model: which modules are in which form, which heads are gone, what is shared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from eckart.checkpoint.guard import guard_of, set_guard
+from eckart.errors import CheckpointError, ModelError
+from eckart.model import cut_heads, experts_apart, factored_modules, shared_parameters
+
+METHOD = "eckart"
+FORMAT_VERSION = 2
+"""The newest that is read. Written is 1 where nothing is shared, so that what has no need of 2 loads everywhere."""
+
+
+class EckartConfig(QuantizationConfigMixin):
+    """What ``config.json`` says about the factored modules, and about parameters that are one.
+
+    Args:
+        modules: module name -> spec, as :func:`eckart.forms.build` takes it.
+        ties: target -> source, names of parameters: what the file leaves out, and whose numbers it gets.
+        format_version: version of this description; None for the oldest that holds it.
+        quant_method: always ``"eckart"``.
+        unknown: fields that this version does not know, which is an error.
+    """
+
+    quant_method: str  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, Any]] | None = None,
+        ties: dict[str, str] | None = None,
+        format_version: int | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        format_version = (2 if ties else 1) if format_version is None else format_version
+        if type(format_version) is not int or format_version < 1:
+            raise CheckpointError(
+                f"quantization_config.format_version in config.json is {format_version!r}, not a version "
+                "number. Download config.json again."
+            )
+        if format_version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"quantization_config.format_version in config.json is {format_version}, this eckart reads "
+                f"up to {FORMAT_VERSION}. Install an eckart that reads format {format_version}: pip install "
+                "-U eckart"
+            )
+        wrong = {
+            f"quant_method {quant_method!r}": quant_method != METHOD,
+            "modules": not isinstance(modules or {}, dict),
+            "ties": not _are_ties(ties or {}) or (bool(ties) and format_version < 2),
+        }
+        if unknown or any(wrong.values()):
+            what = ", ".join((*unknown, *(name for name, is_wrong in wrong.items() if is_wrong)))
+            raise CheckpointError(
+                f"quantization_config in config.json is not in eckart's format {format_version}: {what}. "
+                "Download config.json again, or save the model again with eckart."
+            )
+        self.quant_method = METHOD
+        self.format_version = format_version
+        self.modules = dict(modules or {})
+        self.ties = dict(ties or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in ``config.json``: without ties where there are none."""
+        content: dict[str, Any] = super().to_dict()
+        return content if self.ties else {key: value for key, value in content.items() if key != "ties"}
+
+
+def _are_ties(ties: Any) -> bool:
+    return isinstance(ties, dict) and all(isinstance(name, str) for pair in ties.items() for name in pair)
+
+
+def mark(model: PreTrainedModel) -> None:
+    """Make ``model.save_pretrained`` describe the model's forms and shared parameters in ``config.json``.
+
+    To be called again after modules have been replaced.
+
+    Args:
+        model: a model with forms in place, with heads gone, or with parameters that :func:`eckart.model.share` has made
+            one.
+
+    Raises:
+        ModelError: the model has none of these, or the config ties the weight of a form.
+    """
+    forms, ties = factored_modules(model), shared_parameters(model)
+    if not is_special(model):
+        raise ModelError(
+            f"{type(model).__name__} holds no factored module and shares no parameters; there is nothing to describe: "
+            "use unmark."
+        )
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for name in forms:
+        if f"{name}.weight" in tied or f"{name}.weight" in tied.values():
+            raise ModelError(
+                f"Module {name} is factored, but the model still ties its weight. Untie it first: set "
+                "config.tie_word_embeddings = False and take it out of all_tied_weights_keys."
+            )
+    specs = described(model)
+    set_guard(model, None if specs else guard_of(ties))
+    model.config.quantization_config = EckartConfig(specs, ties)
+
+
+def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
+    """What the config says of a model's modules: experts that are taken apart, heads that are gone, and forms."""
+    specs = {name: experts.spec() for name, experts in experts_apart(model).items()}
+    specs |= {name: cut.spec() for name, cut in cut_heads(model).items()}
+    return specs | {name: form.spec() for name, form in factored_modules(model).items()}
+
+
+def is_special(model: PreTrainedModel) -> bool:
+    """Whether a model holds what only a described checkpoint brings back."""
+    return bool(described(model) or shared_parameters(model))
+
+
+def unmark(model: PreTrainedModel) -> None:
+    """Undo :func:`mark` on a model whose forms have been replaced by dense modules.
+
+    Args:
+        model: a model without forms and shared parameters.
+
+    Raises:
+        ModelError: some are left.
+    """
+    if ties := shared_parameters(model):
+        raise ModelError(
+            f"{len(ties)} parameters are still those of others ({', '.join(list(ties)[:3])}, ...). Give each its own "
+            "first: eckart.densify(model)."
+        )
+    if forms := factored_modules(model):
+        raise ModelError(
+            f"{len(forms)} modules are still factored ({', '.join(list(forms)[:3])}, ...). Replace them by "
+            "dense ones first: eckart.densify(model)."
+        )
+    set_guard(model, None)
+    if isinstance(getattr(model.config, "quantization_config", None), EckartConfig):
+        del model.config.quantization_config

@@ -25,7 +25,7 @@ from typing import Any
 from common import markdown
 from survey_jobs import Task, compared, compressed, in_fresh_process, rounded, scored, tuned
 
-METHODS = ("svd", "fwsvd", "drone", "kfac", "kronecker", "eckart")
+METHODS = ("svd", "fwsvd", "drone", "kfac", "basis-sharing", "kronecker", "eckart")
 """Of `eckart compress`; svd-llm has the optimum of drone."""
 WHEN = ("before", "after")
 DENSE_BATCH = 32
@@ -67,6 +67,7 @@ def rows(keep: float) -> Iterator[Row]:
         yield Row(method, {"method": method, "keep": keep, "curvature": curvature}, recovery("distil"))
     shared = {"keep": keep, "curvature": "sampled"}
     yield Row("svd, noach-goldberg", {"method": "svd", **shared}, recovery("noach-goldberg"))
+    yield Row("svd, refit", {"method": "svd", **shared}, {"recovery": "refit"})
     yield Row("eckart, lora", {"method": "eckart", **shared}, recovery("lora"), taught=False)
     yield Row("losparse", None, recovery("losparse", keep=keep), taught=False)
     yield Row("losparse, distilled", None, recovery("losparse-distil", keep=keep))
@@ -77,6 +78,7 @@ def other_rows(kind: str, steps: int, dense_steps: int) -> Iterator[Row]:
     yield Row("kngpt2, ilkd", {"method": "kngpt2"}, recovery("ilkd"))
     if kind == "causal":
         yield Row("kngpt2, ilkd, six times the steps", {"method": "kngpt2"}, recovery("ilkd"), times=6)
+    yield Row("sandwich", None, recovery("sandwich"))
     for form in ("lowrank", "kronecker", "safe"):
         options = {"method": "svd", "keep": 1, "embeddings": form, "embeddings_keep": 0.25}
         yield Row(f"embedding {form}", options, recovery("distil", embedding=1))

@@ -104,10 +104,11 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
     """Train a model, and publish it."""
     valid: dict[str, Any] = {} if task.valid is None else {"eval_data": str(task.valid)}
     valid["eval_samples"] = 24 if task.kind == "causal" else 1000
+    valid |= {"num_samples": steps * task.batch} if options["recovery"] == "refit" else {"max_steps": steps}
     recipe = eckart.TuneRecipe(**{
         "model": str(source), "teacher": None if teacher is None else str(teacher), "task": task.kind,
-        "data": str(task.train), **task.columns, **valid, "max_steps": steps, "max_seq_length": task.length,
-        "batch_size": task.batch, "save_steps": 10**6, **options,
+        "data": str(task.train), **task.columns, **valid, "max_seq_length": task.length, "batch_size": task.batch,
+        **options,
     })  # fmt: skip
     shutil.rmtree(output, ignore_errors=True)
     tune_checkpoint(recipe, output, restart=True, tell=lambda _: None)

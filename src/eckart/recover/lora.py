@@ -86,10 +86,7 @@ class LoRA(BaseRoom):
         ]
         if leaves and not self.dense:
             return leaves
-        tied = getattr(model, "all_tied_weights_keys", {})
-        both = {*tied, *tied.values()}
-        sites = [site.name for site in find_sites(model).chosen] if _has_sites(model) else []
-        return leaves + [name for name in sites if f"{name}.weight" not in both]
+        return leaves + ([site.name for site in find_sites(model).chosen] if _has_sites(model) else [])
 
     def finish(self, model: PreTrainedModel) -> PreTrainedModel:
         """Merge each adapter into its leaf and take it off."""

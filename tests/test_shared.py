@@ -85,6 +85,7 @@ def test_saved_once_and_loaded_as_one(name, tmp_path):
         assert all(again.get_parameter(t) is again.get_parameter(s) for t, s in ties.items())
         if "dtype" not in more:
             again.tie_weights()  # the class's own ties; a Conv1D's bias is no head's
+            again.tie_weights(recompute_mapping=False)
             assert torch.equal(output(again, batch), logits)
             again.save_pretrained(tmp_path / "twice")
             assert torch.equal(output(eckart.load(tmp_path / "twice"), batch), logits)

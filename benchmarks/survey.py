@@ -270,9 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dense-steps", type=int, default=650, help="of fine-tuning the encoder")
     parser.add_argument("--rows", type=int, default=16, help="of a step of an encoder")
     parser.add_argument("--windows", type=int, default=2, help="of a step of a decoder")
-    parser.add_argument(
-        "--samples", type=int, default=512, help="for calibration: sentences, or four times the windows"
-    )
+    parser.add_argument("--samples", type=int, default=2048, help="sentences to calibrate on; windows: a sixteenth")
     parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text; rows: a quarter of it at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="rows by name, separated by semicolons")

@@ -32,8 +32,10 @@ from transformers import (
 
 import eckart
 from eckart.cli import app
+from eckart.forms import EMBEDDINGS
 from eckart.methods import METHODS
 from eckart.recipe import Recipe
+from eckart.recover import RECOVERIES
 
 TEXT = "the a cat dog bird tree river house runs sees likes finds small big red old new and in on"
 WORDS = TEXT.split()
@@ -384,6 +386,12 @@ def test_methods_lists_every_method_with_its_paper(cli):
     for name, method in METHODS.items():
         assert name in text
         assert method.paper.split()[0] in text
+    for name, embedding in EMBEDDINGS.items():
+        assert name in text
+        assert embedding.paper.split()[0] in text
+    for name, room in RECOVERIES.items():
+        assert name in text
+        assert room.paper.split()[0] in text if room.paper else True
 
 
 def test_compare_measures_every_method_at_every_size(cli, room, tmp_path):

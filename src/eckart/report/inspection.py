@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from eckart.forms import FORMS
+from eckart.forms import EMBEDDINGS, FORMS
 from eckart.methods import Method
 from eckart.report.words import columns, common_stem, count, plain_table, share
 
@@ -69,7 +69,7 @@ def inspection_table(found: Mapping[str, Any]) -> Group:
 
 
 def methods_table(methods: Iterable[Method], default: str) -> Group:
-    """Every method, its paper and what it is best for; then the forms."""
+    """Every method, its paper and what it is best for; then the forms, and how token embeddings can be stored."""
     table = columns(plain_table(title="methods (--method, --metric)"), "name", [])
     for name in ("needs", "form", "allocation", "exact for", "paper"):
         table.add_column(name, overflow="fold")
@@ -84,7 +84,12 @@ def methods_table(methods: Iterable[Method], default: str) -> Group:
     for name, form in FORMS.items():
         rank = _rank_at_half(form)
         forms.add_row(name, f"rank {rank}", (form.__doc__ or "").strip().splitlines()[0])
-    return Group(table, Text(), forms)
+    tables = columns(plain_table(title="token embeddings (--embeddings)"), "name", [])
+    for name in ("needs", "exact for", "paper"):
+        tables.add_column(name, overflow="fold")
+    for name, embedding in EMBEDDINGS.items():
+        tables.add_row(name, embedding.needs, embedding.exact_for, embedding.paper)
+    return Group(table, Text(), forms, Text(), tables)
 
 
 def _rank_at_half(form: Any, width: int = 768) -> int:

@@ -60,5 +60,6 @@ def recoveries_table(rooms: Iterable[type[BaseRoom]]) -> Table:
     for name in ("needs", "what is trained on what", "paper"):
         table.add_column(name, overflow="fold")
     for room in rooms:
-        table.add_row(room.name, "data + teacher" if room.needs_teacher else "data", room.title, room.paper)
+        needs = "data + teacher" if room.needs_teacher else "labels or text of the task"
+        table.add_row(room.name, needs, room.title, room.paper)
     return table

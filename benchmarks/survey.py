@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -89,10 +90,11 @@ def other_rows(kind: str, steps: int, dense_steps: int) -> Iterator[Row]:
 
 
 class Records:
-    """What was measured, in a file."""
+    """What was measured, in a file; `frozen`: and nothing is added."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, frozen: bool = False) -> None:
         self.path = path
+        self.frozen = frozen
         self.all: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def holds(self, key: str) -> bool:
@@ -101,6 +103,8 @@ class Records:
 
     def measured(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The record under a key; measured now, if it is not there yet or failed."""
+        if not self.holds(key) and self.frozen:
+            return {}
         if not self.holds(key):
             start = time.perf_counter()
             try:
@@ -140,6 +144,11 @@ class Survey:
         return dict(found)
 
     @property
+    def eval_samples(self) -> int:
+        """Rows or windows by which a recovery is kept or not."""
+        return 24 if self.task.kind == "causal" else int(self.options.tokens // 8)
+
+    @property
     def samples(self) -> int:
         return int(self.options.samples if self.task.kind == "classification" else self.options.samples // 16)
 
@@ -168,7 +177,8 @@ class Survey:
 
     def tune(self, row: Row, source: Path) -> Path:
         folder = self.work / "row-tuned"
-        steps, options = round(self.options.steps * row.times), {"seed": self.options.seed} | (row.tune or {})
+        steps = round(self.options.steps * row.times)
+        options = {"seed": self.options.seed, "eval_samples": self.eval_samples} | (row.tune or {})
         in_fresh_process(tuned, source, folder, self.task, options, self.dense if row.taught else None, steps)
         return folder
 
@@ -199,7 +209,7 @@ class Survey:
         first = self.records.measured(self.key(place, row, "before"), before) if row.compress is not None else {}
         second = self.records.measured(self.key(place, row, "after"), after) if row.tune is not None else {}
         last = second if "score" in second else first
-        whole = self.records.all[f"{self.task.name}/dense"]["elements"]
+        whole = self.records.all.get(f"{self.task.name}/dense", {}).get("elements", math.nan)
         return [
             place, row.name, *(one.get("score", one.get("error", "-")) for one in (first, second)),
             last["elements"] / whole if "elements" in last else "-", last.get("latency", "-"),
@@ -210,13 +220,14 @@ class Survey:
         start = self.records.measured(f"{self.task.name}/dense", lambda: self.score(self.dense, timed=True))
         int8 = self.records.measured(f"{self.task.name}/int8", self.int8)
         share = f", {int8['bytes'] / (4 * start['elements']):.3f} of its bytes in float32" if "bytes" in int8 else ""
-        cells: list[list[Any]] = [["1", "dense", start["score"], "-", 1.0, "-"]]
-        cells.append(["1", f"dense rounded to int8{share}", int8.get("score", int8.get("error")), "-", 1.0, "-"])
+        cells: list[list[Any]] = [["1", "dense", start.get("score", "-"), "-", 1.0, "-"]]
+        cells.append(["1", f"dense rounded to int8{share}", int8.get("score", int8.get("error", "-")), "-", 1.0, "-"])
         places = [(str(keep), row) for keep in self.options.keeps for row in rows(keep)]
         more = other_rows(self.task.kind, self.options.steps, self.options.dense_steps)
         places += [("own", row) for row in more]
         places = [(place, row) for place, row in places if not self.options.only or row.name in self.options.only]
-        self.prepare([r for p, r in places if any(not self.records.holds(self.key(p, r, when)) for when in WHEN)])
+        if not self.records.frozen:
+            self.prepare([r for p, r in places if any(not self.records.holds(self.key(p, r, when)) for when in WHEN)])
         cells += [self.measure(place, row) for place, row in places]
         measure = "accuracy" if self.task.kind == "classification" else "perplexity"
         title = f"{self.task.name}: {measure}; {self.options.steps} steps of recovery"
@@ -228,7 +239,7 @@ def surveyed(task: Task, records: Records, options: argparse.Namespace) -> str:
     dense = task.model
     if task.kind == "classification":
         dense = options.work / f"{task.name}-dense"
-        if not dense.is_dir():
+        if not dense.is_dir() and not records.frozen:
             settings = {"recovery": "full", "learning_rate": 1e-4, "seed": options.seed, "batch_size": DENSE_BATCH}
             in_fresh_process(tuned, task.model, dense, task, settings, None, options.dense_steps)
     return Survey(task, records, options, dense).table()
@@ -274,13 +285,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text; rows: a quarter of it at most")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="rows by name, separated by semicolons")
+    parser.add_argument("--show", action="store_true", help="print what was measured, and measure nothing")
     parser.add_argument("--quick", action="store_true", help="about ten minutes in place of two hours")
     options = parser.parse_args()
     if (options.llama or options.gpt2) and not options.texts:
         parser.error("--texts: there is no folder of the decoders' texts")
     if options.quick:
-        options.keeps, options.steps, options.dense_steps = "0.5", 10, 100
-        options.tokens, options.samples = 4_096, 128
+        options.keeps, options.steps, options.dense_steps = "0.5", 5, 60
+        options.tokens, options.samples = 2_048, 128
         options.mrpc, options.llama = None, options.llama if not options.gpt2 else None
     options.only = options.only.split(";") if options.only else []
     options.keeps = [float(word) for word in options.keeps.split(",")]
@@ -289,8 +301,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     options = arguments()
+    options.work /= "quick" if options.quick else "full"
     options.work.mkdir(parents=True, exist_ok=True)
-    records = Records(options.work / ("quick.json" if options.quick else "results.json"))
+    records = Records(options.work / "results.json", options.show)
     tables = [surveyed(task, records, options) for task in tasks(options)]
     print("".join(tables), flush=True)
 

@@ -103,7 +103,6 @@ def _calibration(task: Task, samples: int, seed: int) -> dict[str, Any]:
 def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teacher: Path | None, steps: int) -> None:
     """Train a model, and publish it."""
     valid: dict[str, Any] = {} if task.valid is None else {"eval_data": str(task.valid)}
-    valid["eval_samples"] = 24 if task.kind == "causal" else 1000
     valid |= {"num_samples": steps * task.batch} if options["recovery"] == "refit" else {"max_steps": steps}
     recipe = eckart.TuneRecipe(**{
         "model": str(source), "teacher": None if teacher is None else str(teacher), "task": task.kind,

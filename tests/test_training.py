@@ -374,7 +374,7 @@ def test_temperature_is_the_recipes_unless_the_room_has_one():
     ("dsee", {"prune": "heads"}, "prune must be one of none, unstructured, structured, not 'heads'"),
     ("distil", {"attention_loss": "l1"}, "one of kl, mse"),
     ("distil", {"hidden": "-1"}, r"hidden must be in \[0, inf\)"),
-    ("distil", {"hidden": "0", "logits": "0"}, "nothing to minimise"),
+    ("distil", {"hidden": "0", "logits": "0", "sentence": "0"}, "nothing to minimise"),
     ("distil", {"temperature": "0"}, r"temperature must be in \(0, inf\)"),
     ("noach-goldberg", {"first_stage": "1.5"}, r"first_stage must be in \[0, 1\]"),
     ("losparse", {"keep": "1"}, r"keep must be in \(0, 1\)"),

@@ -175,7 +175,7 @@ def test_refusals():
         prepared(bert(num_hidden_layers=3))
     with pytest.raises(UsageError, match=r"albert_layer_groups has 1 blocks"):
         prepared(BY_NAME["albert"].model())
-    with pytest.raises(UsageError, match=r"start='first': choose mean or middle"):
+    with pytest.raises(UsageError, match="start must be one of mean, middle, not 'first'"):
         make_room("sandwich", {"start": "first"})
     odd = bert(num_hidden_layers=5)
     odd.bert.encoder.layer[2].intermediate.dense = torch.nn.Linear(16, 40)

@@ -11,13 +11,13 @@ from eckart.forms.embedding import (
     KroneckerEmbedding,
     LowRankEmbedding,
     SafeEmbedding,
-    TiedHead,
 )
 from eckart.forms.kronecker import Kronecker
 from eckart.forms.lowrank import LowRank
 from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse
 from eckart.forms.pivoted import Pivoted
 from eckart.forms.shared_basis import SharedBasis
+from eckart.forms.tied_head import TiedHead
 
 FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted, Kronecker, SharedBasis)}
 """Of a Linear or Conv1D, by name: what a plan can choose."""

@@ -1,4 +1,4 @@
-"""Factored embeddings, and the output layer that is tied to one.
+"""Factored embeddings.
 
 All store `codes`, a few numbers for each token, and `expand`, which makes them wide:
 
@@ -7,7 +7,7 @@ All store `codes`, a few numbers for each token, and `expand`, which makes them 
     SAFE         e_i = P (c_i + attention_i(c)), codes (v, k),    P (d, k)
 
 Kronecker: KnGPT2, Edalati et al. 2021, arXiv 2110.08152. SAFE: Subformer, Reid et al. 2021, arXiv 2101.00234.
-The table is never made to look rows up. A tied head multiplies with it in the same two steps, on the same numbers.
+The table is never made to look rows up.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class FactoredEmbedding(Factored):
 
     def to_dense(self) -> Tensor:
         """The table, (v, d), as it is before `scale`."""
-        return _table(self.codes.weight, self.expand.weight)
+        return table_of(self.codes.weight, self.expand.weight)
 
     def dense(self) -> nn.Embedding:
         """The ordinary embedding that this one stands for."""
@@ -146,7 +146,7 @@ class FactoredEmbedding(Factored):
     @property
     def weight(self) -> Tensor:
         """The table, computed when something reads its values; dtype and shape are free."""
-        return _lazy(self, (self.num_embeddings, self.embedding_dim))
+        return lazy_table(self, (self.num_embeddings, self.embedding_dim))
 
     def coded(self, ids: Tensor) -> Tensor:
         """Codes of tokens, (..., blocks rank)."""
@@ -310,87 +310,7 @@ class SafeEmbedding(LowRankEmbedding):
         return seen | itself
 
 
-class Numbers(nn.Module):
-    """A matrix under the name that a tied embedding gives it; nothing to call."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns))
-
-
-class TiedHead(Factored):
-    """`y = x E'^T + b` on the numbers of a factored embedding E', which the two share.
-
-    Attributes:
-        in_features: d.
-        out_features: v.
-        rank: k.
-        blocks: as the embedding's.
-    """
-
-    form: ClassVar[str] = "tied-head"
-    bias: nn.Parameter | None
-    sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank", "blocks")
-
-    def __init__(self, in_features: int, out_features: int, rank: int, blocks: int, bias: bool = False) -> None:
-        super().__init__()
-        if rank < 1 or blocks < 1 or in_features % blocks:
-            raise UsageError(
-                f"form {self.form}: {blocks} blocks of rank {rank} do not make a table of {out_features} x "
-                f"{in_features}; take both from the embedding that the head is tied to."
-            )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.rank = rank
-        self.blocks = blocks
-        self.codes = Numbers(out_features, blocks * rank)
-        self.expand = Numbers(in_features // blocks, rank)
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
-
-    @classmethod
-    def options(cls, spec: dict[str, Any]) -> dict[str, Any]:
-        """Arguments besides the sizes, from a spec."""
-        return {"bias": bool(spec.get("bias", False))}
-
-    def spec(self) -> dict[str, Any]:
-        """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
-        return super().spec() | {"bias": self.bias is not None}
-
-    def multiply_adds(self) -> int:
-        """Per token."""
-        return self.rank * self.in_features + self.codes.weight.numel()
-
-    def to_dense(self) -> Tensor:
-        """E', (v, d)."""
-        return _table(self.codes.weight, self.expand.weight)
-
-    def dense(self) -> nn.Linear:
-        """The ordinary Linear; its weight is to be tied again, its bias is this module's own."""
-        module = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        module.weight = nn.Parameter(self.to_dense().detach())
-        module.register_parameter("bias", self.bias)
-        return module
-
-    @property
-    def weight(self) -> Tensor:
-        """E', computed when something reads its values; dtype and shape are free."""
-        return _lazy(self, (self.out_features, self.in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to x (..., d), giving (..., v)."""
-        if self.blocks > 1:
-            x = x.unflatten(-1, (self.blocks, -1))  # (..., blocks, d / blocks)
-        codes = functional.linear(x, self.expand.weight.mT)
-        if self.blocks > 1:
-            codes = codes.flatten(-2)
-        return functional.linear(codes, self.codes.weight, self.bias)
-
-    def extra_repr(self) -> str:
-        """Shape and rank, as `print(model)` shows them."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}"
-
-
-def _table(codes: Tensor, expand: Tensor) -> Tensor:
+def table_of(codes: Tensor, expand: Tensor) -> Tensor:
     """(v, d) from codes (v, blocks rank) and expand (d / blocks, rank)."""
     dtype = compute_dtype(codes.dtype)
     blocks = codes.to(dtype).unflatten(-1, (-1, expand.shape[1]))  # (v, blocks, rank)
@@ -402,7 +322,8 @@ def _scaled(rows: Tensor, scale: float) -> Tensor:
     return rows if scale == 1 else rows * torch.full((), scale, dtype=rows.dtype, device=rows.device)
 
 
-def _lazy(module: Factored, shape: tuple[int, int]) -> Tensor:
+def lazy_table(module: Factored, shape: tuple[int, int]) -> Tensor:
+    """The table of a module, computed when something reads its values."""
     lazy = LazyWeight.of(module.to_dense, shape, next(module.parameters()))
     lazy._is_hf_initialized = True  # type: ignore[attr-defined]  # no model draws numbers for a table that is not there
     return lazy

@@ -49,8 +49,7 @@ class Sandwich(Distil):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in STARTS:
-            raise UsageError(f"recovery option start={self.start!r}: choose {' or '.join(STARTS)}.")
+        self.one_of(STARTS, "start")
 
     @property
     def shrinks(self) -> bool:

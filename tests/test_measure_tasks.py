@@ -77,6 +77,7 @@ def test_classification_equals_one_text_at_a_time():
     for size in (1, 2, 8):
         found = classification(model, tokenizer, task, batch_size=size, disable=True)
         assert found["accuracy"] == pytest.approx(scores.accuracy(counts))
+        assert found["right"] == [guess == truth for guess, truth in zip(predicted, task.labels, strict=True)]
         assert found["f1"] == pytest.approx(scores.f1_scores(counts)[1])
         assert found["matthews"] == pytest.approx(scores.matthews(counts))
         assert (found["rows"], found["finite"], found["nonfinite_rows"]) == (5, True, 0)

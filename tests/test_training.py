@@ -21,7 +21,7 @@ from eckart.errors import DataError, NumericalError, UsageError
 from eckart.recover import BaseRoom, Context, make_room
 from eckart.recover.distil import TERMS
 from eckart.training import Examples, better, exam, examples, load_examples, train
-from eckart.training.exam import Exam
+from eckart.training.exam import Exam, Marks
 from eckart.training.examples import _split, load_labelled
 from eckart.training.masking import mask_tokens
 from eckart.tuning_recipe import make_tune_recipe
@@ -62,10 +62,10 @@ def test_a_short_text_has_one_token_masked():
 
 @pytest.mark.parametrize("higher", [True, False])
 def test_better_is_at_least_as_good(higher):
-    asked = Exam(lambda model: {}, "score", higher, "")
+    asked = Exam(lambda model: Marks({}), "score", higher, "")
 
     def judged(after, before):
-        return better(asked, {"score": after}, {"score": before})
+        return better(asked, Marks({"score": after}), Marks({"score": before}))
 
     assert judged(2.0, 1.0) == higher
     assert judged(1.0, 2.0) != higher
@@ -74,6 +74,19 @@ def test_better_is_at_least_as_good(higher):
         assert not judged(bad, 1.0)
         assert judged(1.0, bad)
         assert not judged(bad, bad)
+
+
+@pytest.mark.parametrize(("gained", "lost", "taken"), [
+    (0, 0, True), (1, 0, True), (2, 1, False), (3, 1, True), (5, 4, False), (6, 3, True), (9, 6, False), (9, 5, True),
+    (0, 1, False), (4, 9, False),
+])  # fmt: skip
+def test_more_right_answers_count_beyond_chance(gained, lost, taken):
+    # One standard error of the difference: gained - lost >= sqrt(gained + lost), however many rows agree.
+    for agreed in (0, 300):
+        before = [False] * gained + [True] * lost + [True, False] * agreed
+        after = [True] * gained + [False] * lost + [True, False] * agreed
+        marks = [Marks({"accuracy": sum(right) / max(1, len(right))}, tuple(right)) for right in (after, before)]
+        assert better(Exam(lambda model: Marks({}), "accuracy", True, ""), *marks) == taken
 
 
 def test_masked_exam_masks_each_batch_in_its_way(monkeypatch):

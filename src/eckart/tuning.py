@@ -49,7 +49,8 @@ def tune(
 ) -> TuneResult:
     """Train a model, factored or dense, or solve its factors again, so that quality comes back or it learns a task.
 
-    The model that is passed in stays as it is. The better of the two, by the score on held-out data, is returned.
+    The model that is passed in stays as it is. The better of the two, by the score on held-out data, is returned: the
+    trained one only where an accuracy has risen by more than chance would raise it.
 
     Args:
         model: the student: a model, or the folder of one.
@@ -184,7 +185,7 @@ def _tune(
         with _timed(seconds, "scoring"):
             before = examples.exam.score(student.model)
             scored = taught is not None and not examples.exam.against_teacher
-            extra = {"teacher": examples.exam.score(taught)} if scored and taught is not None else {}
+            extra = {"teacher": examples.exam.score(taught).numbers} if scored and taught is not None else {}
         total = recipe.max_steps or max(1, math.ceil(math.ceil(len(examples.rows) / recipe.batch_size) * recipe.epochs))
         trained = copy.deepcopy(student.model)
         for parameter in trained.parameters():
@@ -212,19 +213,21 @@ def _tune(
         with _timed(seconds, "scoring"):
             after = examples.exam.score(trained)
     kept = trained
-    worse, name = not better(examples.exam, after, before), examples.exam.criterion
+    scores = {"before": before.numbers, "after": after.numbers} | extra
+    name, worse = examples.exam.criterion, not better(examples.exam, after, before)
+    found = f"{before.numbers[name]:.4g} before, {after.numbers[name]:.4g}"
     if worse and room.shrinks:
-        notes.append(f"{name} {before[name]:.4g} before, {after[name]:.4g} in the smaller model that was asked for")
+        notes.append(f"{name} {found} in the smaller model that was asked for")
     elif worse:
+        how = "did not make it better beyond chance" if after.right else "made it worse"
         notes.append(
-            f"recovery {recipe.recovery} made it worse ({name} {before[name]:.4g} before, {after[name]:.4g} after): "
-            f"the model before it is kept. {room.remedy}"
+            f"recovery {recipe.recovery} {how} ({name} {found} after): the model before it is kept. {room.remedy}"
         )
         kept = copy.deepcopy(student.model)
     cast(kept, student.dtype)
     if shared_parameters(kept):
         mark(kept)  # or `save_pretrained` would leave out what it says nothing of
-    report = _report(recipe, student, examples, room.report(), {"before": before, "after": after} | extra)
+    report = _report(recipe, student, examples, room.report(), scores)
     report |= done | {"kept": "after" if kept is trained else "before", "notes": notes, "seconds": seconds}
     return TuneResult(kept.eval(), report, recipe, student.tokenizer, student.folder)
 

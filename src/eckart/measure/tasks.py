@@ -44,7 +44,8 @@ def classification(
 
     Returns:
         `accuracy`; `f1` (of class 1 for two classes, else the macro mean); `f1_macro`; `matthews`; `rows`;
-        `finite`, and `nonfinite_rows`: rows whose logits are not finite count as wrong, never skipped.
+        `right`: for each row, in the task's order, whether it was; `finite`, and `nonfinite_rows`: rows whose logits
+        are not finite count as wrong, never skipped.
 
     Raises:
         UsageError: If the model has no classification head.
@@ -68,6 +69,7 @@ def classification(
         "f1_macro": scores.f1_macro(counts),
         "matthews": scores.matthews(counts),
         "rows": len(gold),
+        "right": [guess == truth for guess, truth in zip(predicted, gold, strict=True)],
         "finite": bool(finite.all()),
         "nonfinite_rows": int((~finite).sum()),
     }

@@ -21,43 +21,68 @@ EVAL_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
+class Marks:
+    """What an exam finds.
+
+    Attributes:
+        numbers: name -> number.
+        right: for each row, the same rows for every model, whether the answer was right; empty where there is no right
+            and wrong.
+    """
+
+    numbers: dict[str, float]
+    right: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True)
 class Exam:
     """Scores a model.
 
     Attributes:
-        score: model -> name -> number.
+        score: model -> its marks.
         criterion: the number that decides which model is better.
         higher: whether more of it is better.
         protocol: in words.
         against_teacher: whether the score compares with the teacher, whose own score would say nothing.
     """
 
-    score: Callable[[PreTrainedModel], dict[str, float]]
+    score: Callable[[PreTrainedModel], Marks]
     criterion: str
     higher: bool
     protocol: str
     against_teacher: bool = False
 
 
-def better(exam: Exam, after: dict[str, float], before: dict[str, float]) -> bool:
-    """Whether the model after is at least as good as before; a number that is not finite is worse than any other."""
-    new, old = after[exam.criterion], before[exam.criterion]
+def better(exam: Exam, after: Marks, before: Marks) -> bool:
+    """Whether the model after is to be taken in place of the one before.
+
+    It is at least as good, and where answers are right or wrong it is so beyond chance: of the rows on which the two
+    differ, b that only the model after has right and c that only the one before has, `b - c >= sqrt(b + c)`, one standard
+    error of their difference (McNemar 1947). A few hundred rows would else let many a model through that is worse.
+    A number that is not finite is worse than any other.
+    """
+    new, old = after.numbers[exam.criterion], before.numbers[exam.criterion]
     if not math.isfinite(new):
         return False
     if not math.isfinite(old):
         return True
+    if after.right:
+        pairs = list(zip(after.right, before.right, strict=True))
+        gained, lost = pairs.count((True, False)), pairs.count((False, True))
+        return gained - lost >= math.sqrt(gained + lost)
     return new >= old if exam.higher else new <= old
 
 
 def labelled_exam(task: str, tokenizer: Any, rows: TaskData, length: int) -> Exam:
     """Accuracy, F1 and Matthews of a classifier; Spearman and Pearson of a regression head."""
 
-    def score(model: PreTrainedModel) -> dict[str, float]:
+    def score(model: PreTrainedModel) -> Marks:
         if task == "classification":
             found = classification(model, tokenizer, rows, max_seq_length=length)
-            return {"accuracy": found["accuracy"], "F1": found["f1"], "Matthews": found["matthews"]}
+            numbers = {"accuracy": found["accuracy"], "F1": found["f1"], "Matthews": found["matthews"]}
+            return Marks(numbers, tuple(found["right"]))
         found = regression(model, tokenizer, rows, max_seq_length=length)
-        return {"Spearman": found["spearman"], "Pearson": found["pearson"]}
+        return Marks({"Spearman": found["spearman"], "Pearson": found["pearson"]})
 
     return Exam(score, "accuracy" if task == "classification" else "Spearman", True, f"{len(rows)} rows")
 
@@ -66,8 +91,9 @@ def text_exam(tokenizer: Any, texts: Sequence[str], length: int, windows: int | 
     """Perplexity of a causal model."""
     tokens = windows * length if windows is not None else EVAL_TOKENS
 
-    def score(model: PreTrainedModel) -> dict[str, float]:
-        return {"perplexity": perplexity(model, tokenizer, texts, window=length, max_tokens=tokens)["perplexity"]}
+    def score(model: PreTrainedModel) -> Marks:
+        found = perplexity(model, tokenizer, texts, window=length, max_tokens=tokens)
+        return Marks({"perplexity": found["perplexity"]})
 
     return Exam(score, "perplexity", False, f"windows of {length} tokens, at most {tokens} tokens")
 
@@ -75,9 +101,9 @@ def text_exam(tokenizer: Any, texts: Sequence[str], length: int, windows: int | 
 def sentence_exam(teacher: PreTrainedModel, batches: Sequence[Batch], pooling: Pooling) -> Exam:
     """Mean and largest `1 - cosine` of the sentence embeddings to the teacher's."""
 
-    def score(model: PreTrainedModel) -> dict[str, float]:
+    def score(model: PreTrainedModel) -> Marks:
         found = embedding_cosine(model, teacher, batches, pooling)
-        return {"1 - cosine": found["cosine_distance"], "worst 1 - cosine": found["worst"]}
+        return Marks({"1 - cosine": found["cosine_distance"], "worst 1 - cosine": found["worst"]})
 
     texts, how = sum(map(len, batches)), " and ".join(pooling.modes)
     protocol = f"{texts} texts, each embedding (pooled by {how}) held against the teacher's"
@@ -87,7 +113,7 @@ def sentence_exam(teacher: PreTrainedModel, batches: Sequence[Batch], pooling: P
 def masked_exam(tokenizer: Any, batches: Sequence[dict[str, Tensor]], seed: int) -> Exam:
     """Exponential of the mean cost of masked tokens; the same tokens are masked each time."""
 
-    def score(model: PreTrainedModel) -> dict[str, float]:
+    def score(model: PreTrainedModel) -> Marks:
         total, count = 0.0, 0
         with evaluating(model):
             for number, batch in enumerate(batches):
@@ -99,6 +125,6 @@ def masked_exam(tokenizer: Any, batches: Sequence[dict[str, Tensor]], seed: int)
                 )
                 total, count = total + float(costs.sum()), count + len(costs)
         mean = total / max(count, 1)
-        return {"masked perplexity": math.exp(mean) if mean < 700 else math.inf if mean > 0 else math.nan}
+        return Marks({"masked perplexity": math.exp(mean) if mean < 700 else math.inf if mean > 0 else math.nan})
 
     return Exam(score, "masked perplexity", False, "15% of the tokens masked, the same each time")

@@ -57,9 +57,9 @@ def better(exam: Exam, after: Marks, before: Marks) -> bool:
     """Whether the model after is to be taken in place of the one before.
 
     It is at least as good, and where answers are right or wrong it is so beyond chance: of the rows on which the two
-    differ, b that only the model after has right and c that only the one before has, `b - c >= sqrt(b + c)`, one standard
-    error of their difference (McNemar 1947). A few hundred rows would else let many a model through that is worse.
-    A number that is not finite is worse than any other.
+    differ, b that only the model after has right and c that only the one before has, `b - c >= sqrt(b + c)`, one
+    standard error of their difference (McNemar 1947). A few hundred rows would else let many a model through that is
+    worse. A number that is not finite is worse than any other.
     """
     new, old = after.numbers[exam.criterion], before.numbers[exam.criterion]
     if not math.isfinite(new):

@@ -259,7 +259,8 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
         train, valid = parted(options.mrpc / "train.tsv", options.work)
         columns = {"data_column": "#1 String", "data_pair_column": "#2 String", "data_label_column": "Quality"}
         held = options.mrpc / "test.tsv"
-        yield Task("mrpc", "classification", options.encoder, train, train, valid, held, columns, options.rows)
+        pairs = options.rows // 2  # of two sentences each
+        yield Task("mrpc", "classification", options.encoder, train, train, valid, held, columns, pairs)
 
 
 def parted(path: Path, work: Path) -> tuple[Path, Path]:
@@ -279,7 +280,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--keeps", default="0.5,0.25")
     parser.add_argument("--steps", type=int, default=100, help="of recovery, the same for all rows")
     parser.add_argument("--dense-steps", type=int, default=650, help="of fine-tuning the encoder")
-    parser.add_argument("--rows", type=int, default=16, help="of a step of an encoder")
+    parser.add_argument("--rows", type=int, default=16, help="of a step of an encoder; pairs: half as many")
     parser.add_argument("--windows", type=int, default=2, help="of a step of a decoder")
     parser.add_argument("--samples", type=int, default=2048, help="sentences to calibrate on; windows: a sixteenth")
     parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text; rows: a quarter of it at most")

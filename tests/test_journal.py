@@ -254,6 +254,39 @@ def test_leftovers_of_a_killed_writer_go_without_a_word(tmp_path, caplog):
     assert not caplog.records
 
 
+def superseding(tmp_path, count=5):
+    journal = Journal.open(tmp_path / "out", KEY)
+    for i in range(count):
+        journal.write("state", f"step {i}", {"x": torch.full((3,), float(i))}, {"step": i}, supersedes=True)
+    return journal
+
+
+def test_entries_that_supersede_others_take_their_place(tmp_path):
+    journal = superseding(tmp_path)
+    assert journal.entries("state") == ["step 3", "step 4"]
+    assert len(list((journal.folder / "entries" / "state").iterdir())) == 4
+    found = again(tmp_path)
+    assert found.entries("state") == ["step 3", "step 4"]
+    assert found.read("state", "step 4")[0]["x"].tolist() == [4.0, 4.0, 4.0]
+    found.write("state", "step 5", {}, {}, supersedes=True)
+    assert again(tmp_path).entries("state") == ["step 4", "step 5"]
+
+
+@pytest.mark.parametrize(("damaged", "left"), [(0, ["step 4"]), (1, ["step 3"])])
+@pytest.mark.parametrize("ending", [".json", ".safetensors"])
+def test_a_damaged_entry_does_not_harm_one_that_supersedes_it(damaged, left, ending, tmp_path, caplog):
+    journal = superseding(tmp_path)
+    path = sorted((journal.folder / "entries" / "state").glob(f"*{ending}"))[damaged]
+    flip(path)
+    found = again(tmp_path)
+    assert found.entries("state") == left
+    assert len(caplog.records) == 1
+    assert path.stem in caplog.text
+    assert len(list((journal.folder / "entries" / "state").iterdir())) == 2
+    found.write("state", "step 9", {}, {}, supersedes=True)
+    assert again(tmp_path).entries("state") == [*left, "step 9"]
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 50, b"[]", b'{"format": "eckart jour', None, "flip"])
 def test_damaged_record_starts_afresh(content, tmp_path, caplog):
     journal = fill(tmp_path)

@@ -59,7 +59,7 @@ def compress(
         recipe: everything else; or give its fields as keyword arguments.
         source_folder: where the model came from: its other files are carried over, its pooling is read.
         workplace: where to compute and to keep things; all in memory and in one process unless told otherwise.
-        **options: fields of :class:`eckart.Recipe`, such as `keep=0.5` or `targets=["mlp.*"]`.
+        **options: fields of :class:`eckart.Recipe`, such as `keep=0.5` or `targets=["*.mlp.*"]`.
 
     Returns:
         The compressed model with plan and report.

@@ -12,7 +12,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,15 @@ class Journal:
         """
         return list(self._entries.get(stage, {}))
 
-    def write(self, stage: str, name: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+    def write(
+        self,
+        stage: str,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        content: Mapping[str, Any],
+        *,
+        supersedes: bool = False,
+    ) -> None:
         """Add an entry: once this returns it outlives a kill and a power cut; before, it was never there.
 
         Args:
@@ -112,6 +120,8 @@ class Journal:
             name: any text, once a stage.
             tensors: dense tensors by name, on any device.
             content: plain JSON that reads back equal: lists, not tuples; text as keys.
+            supersedes: it needs none of its stage's entries before it. All but the last of these are removed; that one
+                is there in case this one is damaged.
 
         Raises:
             CheckpointError: the disk is full or cannot be written; the entries before are kept.
@@ -128,12 +138,16 @@ class Journal:
                 f"{place} of {name!r} ({stage}) is not finite, so {self.folder} does not keep it. Check the model's "
                 "weights and the calibration data for NaN and infinite values."
             )
-        body = {"stage": stage, "name": name, "sequence": len(self.entries(stage)), "content": dict(content)}
+        before = list(self._entries.get(stage, {}).values())
+        sequence = _sequence(before[-1]) + 1 if before else 0
+        body = {"stage": stage, "name": name, "sequence": sequence, "content": dict(content)}
+        if supersedes:
+            body["supersedes"] = True
         if json.loads(json.dumps(body)) != body:
             raise TypeError(f"content of {name!r} ({stage}) would not read back equal: plain JSON only")
         folder = self.folder / "entries" / stage
         # The sequence alone makes the file's name unique; the rest is for people. The true name is in the JSON.
-        stem = f"{body['sequence']:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:100]}"
+        stem = f"{sequence:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:100]}"
         path = folder / f"{stem}.json"
         try:
             if not folder.is_dir():
@@ -153,6 +167,14 @@ class Journal:
                 then = "run the same command again: it goes on from what is done so far."
                 raise CheckpointError(write_failed(error, self.folder, what, needed, then)) from error
             raise
+        if supersedes:
+            self._forget(stage, before[:-1])
+
+    def _forget(self, stage: str, paths: Sequence[Path]) -> None:
+        """Remove entries; what cannot be removed is in nobody's way."""
+        for name in [name for name, path in self._entries[stage].items() if path in paths]:
+            with suppress(OSError):
+                _remove(self._entries[stage].pop(name))
 
     def read(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An entry's tensors and content.
@@ -230,25 +252,38 @@ def _stages(folder: Path) -> list[Path]:
 
 
 def _verified(folder: Path) -> dict[str, Path]:
-    """The sound entries of a stage in the order written; all after the first that is not are removed."""
-    written = sorted(folder.glob("*.json"), key=lambda path: (len(path.name.split("-")[0]), path.name))
+    """The sound entries of a stage in the order written; all after the first that is not are removed.
+
+    Unless one of these is sound and needs none before it: then it is gone on from there.
+    """
+    written = sorted(folder.glob("*.json"), key=lambda path: (_sequence(path), path.name))
     sound: dict[str, Path] = {}
-    for path in written:
+    gone: list[Path] = []
+    while written:
+        path = written.pop(0)
         body, problem = _check(path, folder.name, len(sound))
-        if problem or body["name"] in sound:
-            later = len(written) - len(sound) - 1
-            last = list(sound)[-1:]
-            logger.warning(
-                "%s: %s. It and the %d entries of %s after it are dropped; the run goes on %s.",
-                path,
-                problem or "it is there twice",
-                later,
-                folder.name,
-                f"after {last[0]!r}" if last else f"from the beginning of {folder.name}",
-            )
-            break
-        sound[body["name"]] = path
-    for path in reversed(written[len(sound) :]):
+        if not problem and body["name"] not in sound:
+            sound[body["name"]] = path
+            continue
+        problem = problem or "it is there twice"
+        later = next((i for i, other in enumerate(written) if _supersedes(other, folder.name)), None)
+        if later is not None:
+            logger.warning("%s: %s. It is dropped; what was written after it needs it not.", path, problem)
+            gone += [path, *sound.values(), *written[:later]]
+            sound, written = {}, written[later:]
+            continue
+        last = list(sound)[-1:]
+        logger.warning(
+            "%s: %s. It and the %d entries of %s after it are dropped; the run goes on %s.",
+            path,
+            problem,
+            len(written),
+            folder.name,
+            f"after {last[0]!r}" if last else f"from the beginning of {folder.name}",
+        )
+        gone += [path, *written]
+        break
+    for path in reversed(gone):
         _remove(path)
     stems = {path.stem for path in sound.values()}
     for path in folder.iterdir():  # of a killed writer, which had not come to the JSON file
@@ -258,6 +293,12 @@ def _verified(folder: Path) -> dict[str, Path]:
     return sound
 
 
+def _supersedes(path: Path, stage: str) -> bool:
+    """Whether an entry is sound, and needs none before it."""
+    body, problem = _check(path, stage, -1)
+    return not problem and body.get("supersedes") is True
+
+
 def _check(path: Path, stage: str, sequence: int) -> tuple[dict[str, Any], str]:
     """What an entry's JSON file says, and what is wrong with the entry; nothing if that is empty."""
     file, size, checksum = path, 0, 0
@@ -265,7 +306,8 @@ def _check(path: Path, stage: str, sequence: int) -> tuple[dict[str, Any], str]:
         body = unsealed(file.read_bytes())
         if body is None or not isinstance(body.get("name"), str) or not isinstance(body.get("content"), dict):
             return {}, "it is damaged"
-        if (body.get("stage"), body.get("sequence")) != (stage, sequence):
+        expected = _sequence(path) if body.get("supersedes") is True else sequence
+        if (body.get("stage"), body.get("sequence")) != (stage, expected):
             return body, f"entry {sequence} is missing before it"
         file = _tensors(path)
         with file.open("rb") as stream:
@@ -281,6 +323,12 @@ def _check(path: Path, stage: str, sequence: int) -> tuple[dict[str, Any], str]:
     if checksum != body.get("crc32"):
         return body, f"{file.name} is damaged, its checksum differs"
     return body, ""
+
+
+def _sequence(path: Path) -> int:
+    """An entry's number in its stage, which its file's name begins with."""
+    number = path.name.partition("-")[0]
+    return int(number) if number.isdecimal() else -1
 
 
 def _tensors(path: Path) -> Path:

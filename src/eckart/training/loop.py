@@ -198,7 +198,7 @@ class _Trainer(Trainer):
             "trainer": _plain(self.state),
         }
         plain = json.loads(json.dumps(content))
-        self.journal.write(STATE, f"step {self.state.global_step}", tensors, plain)
+        self.journal.write(STATE, f"step {self.state.global_step}", tensors, plain, supersedes=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         saved = self.saved()

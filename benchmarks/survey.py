@@ -28,6 +28,7 @@ from survey_jobs import Task, compared, compressed, in_fresh_process, rounded, s
 
 METHODS = ("svd", "fwsvd", "drone", "kfac", "basis-sharing", "kronecker", "eckart")
 """Of `eckart compress`; svd-llm has the optimum of drone."""
+EMBEDDINGS = ("lowrank", "kronecker", "safe")
 WHEN = ("before", "after")
 DENSE_BATCH = 32
 """Rows of a step where an encoder learns its task."""
@@ -78,15 +79,19 @@ def other_rows(kind: str, steps: int, dense_steps: int) -> Iterator[Row]:
     """Methods with sizes of their own, and embeddings at a quarter of theirs."""
     yield Row("kngpt2, ilkd", {"method": "kngpt2"}, recovery("ilkd"))
     if kind == "causal":
-        yield Row("kngpt2, ilkd, six times the steps", {"method": "kngpt2"}, recovery("ilkd"), times=6)
+        yield Row("kngpt2, ilkd, 15 times the steps", {"method": "kngpt2"}, recovery("ilkd"), times=15)
     yield Row("sandwich", None, recovery("sandwich"))
-    for form in ("lowrank", "kronecker", "safe"):
-        options = {"method": "svd", "keep": 1, "embeddings": form, "embeddings_keep": 0.25}
+    embeddings = {
+        form: {"method": "svd", "keep": 1, "embeddings": form, "embeddings_keep": 0.25} for form in EMBEDDINGS
+    }
+    for form, options in embeddings.items():
         yield Row(f"embedding {form}", options, recovery("distil", embedding=1))
     if kind == "classification":
-        times = dense_steps / steps
-        options = recovery("dsee") | {"batch_size": DENSE_BATCH}
-        yield Row("dsee, trained as long as dense", None, options, taught=False, bare=True, times=times)
+        times, batch = dense_steps / steps, {"batch_size": DENSE_BATCH}
+        distil = recovery("distil", embedding=1, learning_rate=2e-4) | batch
+        yield Row("embedding safe, trained as long as dense", embeddings["safe"], distil, times=times)
+        dsee = recovery("dsee", rank=5, targets="*", learning_rate=2e-3) | batch
+        yield Row("dsee, trained as long as dense", None, dsee, taught=False, bare=True, times=times)
 
 
 class Records:

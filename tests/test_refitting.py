@@ -10,9 +10,8 @@ from dataclasses import replace as with_changes
 import pytest
 import torch
 import yaml
-from architectures import BY_NAME, scaled
-from tiny import DEMO, llama, text
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
+from architectures import BY_NAME
+from folders import model_folders
 from typer.testing import CliRunner
 
 import eckart
@@ -192,27 +191,8 @@ def test_shared_layers_have_nothing_to_solve():
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A causal model and a classifier with factored copies, text and labelled rows."""
-    folder = tmp_path_factory.mktemp("refit")
-    reader = AutoTokenizer.from_pretrained(DEMO)
-    if reader.pad_token_id is None:
-        reader.pad_token = reader.eos_token
-    text(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, pad_token_id=0,
-    )  # fmt: skip
-    for name, model in (
-        ("llama", llama(num_hidden_layers=2).to(torch.float32)),
-        ("classifier", scaled(BertForSequenceClassification(config))),
-        ("bare", scaled(BertModel(config))),
-    ):
-        model.save_pretrained(folder / name)
-        reader.save_pretrained(folder / name)
-        eckart.compress(model, reader, method="svd", keep=0.4).save_pretrained(folder / f"{name}-40")
     rows = [f"{'yes good fine' if i % 2 else 'no bad poor'} {i}\t{i % 2}" for i in range(80)]
-    (folder / "rows.tsv").write_text("text\tlabel\n" + "\n".join(rows) + "\n")
-    return folder
+    return model_folders(tmp_path_factory.mktemp("refit"), 0.4, rows)
 
 
 def refit(place, name="llama", **options):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
-from architectures import scaled
-from tiny import DEMO, llama, text
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from folders import model_folders
+from tiny import llama
 from typer.testing import CliRunner
 
 import eckart
@@ -22,26 +20,8 @@ from eckart.tuning_recipe import make_tune_recipe
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A dense model and a classifier, the same factored, text."""
-    folder = tmp_path_factory.mktemp("ways")
-    reader = AutoTokenizer.from_pretrained(DEMO)
-    if reader.pad_token_id is None:
-        reader.pad_token = reader.eos_token
-    text(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, pad_token_id=0,
-    )  # fmt: skip
-    for name, model in (
-        ("llama", llama(num_hidden_layers=2).to(torch.float32)),
-        ("classifier", scaled(BertForSequenceClassification(config))),
-    ):
-        model.save_pretrained(folder / name)
-        reader.save_pretrained(folder / name)
-        eckart.compress(model, reader, method="svd", keep=0.5).save_pretrained(folder / f"{name}-50")
-    (folder / "rows.tsv").write_text("text\tlabel\n" + "\n".join(f"row {i}\t{i % 2}" for i in range(20)) + "\n")
-    return folder
+    """Models, the same factored, text and labelled rows."""
+    return model_folders(tmp_path_factory.mktemp("ways"), 0.5, [f"row {i}\t{i % 2}" for i in range(20)])
 
 
 def refused(place, tmp_path, words) -> str:

@@ -287,6 +287,15 @@ def test_a_head_learns_whatever_is_frozen(place):
     assert result.report["recovered_by"]["trained"] in (adapters + head, adapters + head + pooler)
 
 
+def test_two_states_are_kept_and_no_more(place, tmp_path):
+    asked = {"model": str(place / "lowrank"), "data": str(place / "text.txt"), **QUICK, "recovery": "full"}
+    with pytest.raises(KeyboardInterrupt):
+        tune_checkpoint(make_tune_recipe({**asked, "save_steps": 1}), tmp_path / "out", stop_after=4)
+    assert len(list((tmp_path / "out.partial/entries/state").glob("*.safetensors"))) == 2
+    result, _ = tune_checkpoint(make_tune_recipe({**asked, "save_steps": 1}), tmp_path / "out")
+    assert result.report["training"]["resumed_from"] in (3, 4)
+
+
 def test_going_on_takes_the_same_options(place, tmp_path):
     asked = {"model": str(place / "lowrank"), "data": str(place / "text.txt"), **QUICK, "recovery": "full"}
     with pytest.raises(KeyboardInterrupt):

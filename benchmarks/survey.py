@@ -145,7 +145,8 @@ class Survey:
         return Path(self.options.work)
 
     def score(self, folder: Path, *, timed: bool) -> dict[str, Any]:
-        found = in_fresh_process(scored, folder, self.dense, self.task, self.options.tokens, timed)
+        repeats = self.options.repeats if timed else 0
+        found = in_fresh_process(scored, folder, self.dense, self.task, self.options.tokens, repeats)
         return dict(found)
 
     @property
@@ -289,6 +290,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=2, help="of a step of a decoder")
     parser.add_argument("--samples", type=int, default=2048, help="sentences to calibrate on; windows: a sixteenth")
     parser.add_argument("--tokens", type=int, default=32_768, help="of held-out text; rows: a quarter of it at most")
+    parser.add_argument("--repeats", type=int, default=3, help="how often a batch is timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="rows by name, separated by semicolons")
     parser.add_argument("--show", action="store_true", help="print what was measured, and measure nothing")
@@ -297,8 +299,8 @@ def arguments() -> argparse.Namespace:
     if (options.llama or options.gpt2) and not options.texts:
         parser.error("--texts: there is no folder of the decoders' texts")
     if options.quick:
-        options.keeps, options.steps, options.dense_steps = "0.5", 5, 60
-        options.tokens, options.samples = 2_048, 128
+        options.keeps, options.steps, options.dense_steps = "0.5", 3, 24
+        options.tokens, options.samples, options.repeats = 512, 128, 1
         options.mrpc, options.llama = None, options.llama if not options.gpt2 else None
     options.only = options.only.split(";") if options.only else []
     options.keeps = [float(word) for word in options.keeps.split(",")]

@@ -27,8 +27,8 @@ from eckart.measure import classification, perplexity, quantised_baseline, sizes
 from eckart.model import find_sites
 from eckart.tuning import tune_checkpoint
 
-BATCH, LENGTH, REPEATS = 32, 64, 3
-"""Rows and tokens of a batch that is timed, and how often."""
+BATCH, LENGTH = 32, 64
+"""Rows and tokens of a batch that is timed."""
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,12 @@ def rounded(dense: Path, output: Path) -> int:
     return int(quantised.model_bytes)
 
 
-def scored(folder: Path, dense: Path, task: Task, tokens: int, timed: bool) -> dict[str, Any]:
+def scored(folder: Path, dense: Path, task: Task, tokens: int, repeats: int) -> dict[str, Any]:
     """Quality, size and latency of a published model.
 
     Returns:
         `score`: accuracy or perplexity; `elements`, `bytes` and `multiply_adds` of the whole model; `latency`:
-        seconds of a batch of 32 over the dense model's, measured in turn, if `timed`.
+        seconds of a batch of 32 over the dense model's, measured in turn, `repeats` times if any.
     """
     tokenizer = AutoTokenizer.from_pretrained(dense)
     model = eckart.load(folder, dtype=torch.float32).eval()
@@ -142,15 +142,15 @@ def scored(folder: Path, dense: Path, task: Task, tokens: int, timed: bool) -> d
         value = perplexity(model, tokenizer, text, window=task.length, max_tokens=tokens, disable=True)["perplexity"]
     after = sizes(model).model
     found = {"score": value, "elements": after.elements, "bytes": after.bytes, "multiply_adds": after.multiply_adds}
-    return found | ({"latency": _latency(model, dense)} if timed else {})
+    return found | ({"latency": _latency(model, dense, repeats)} if repeats else {})
 
 
-def _latency(model: Any, dense: Path) -> float:
+def _latency(model: Any, dense: Path, repeats: int) -> float:
     other = eckart.load(dense, dtype=torch.float32).eval()
     ids = torch.randint(5, model.config.vocab_size, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         runs = {"row": lambda: model(input_ids=ids), "dense": lambda: other(input_ids=ids)}
-        seconds = interleaved(runs, REPEATS)
+        seconds = interleaved(runs, repeats)
     return float(seconds["row"] / seconds["dense"])
 
 

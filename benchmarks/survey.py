@@ -5,7 +5,8 @@
 Encoders are fine-tuned by this script; all rows of a task get the same number of recovery steps, but for those that
 say otherwise. Each model is published, and reloaded in a fresh process before it is scored and timed against the dense
 one. What was measured is kept in results.json in the work folder: broken off and started again, it goes on with what
-is missing, and with what failed. `--quick` takes one encoder's task and one decoder, one keep, few steps, little text.
+is missing, and with what failed. `--quick` takes one encoder's task and one decoder, one keep, few steps, little text, and
+times nothing.
 
 SST-2 and MRPC are folders of train.tsv and test.tsv, SST-2's of dev.tsv too; `--texts` is a folder of calibration.txt,
 train.txt and held.txt. A task whose folder is not given is left out.
@@ -152,7 +153,8 @@ class Survey:
     @property
     def eval_samples(self) -> int:
         """Rows or windows by which a recovery is kept or not."""
-        return 24 if self.task.kind == "causal" else int(self.options.tokens // 8)
+        tokens = int(self.options.tokens)
+        return min(24, max(2, tokens // self.task.length)) if self.task.kind == "causal" else tokens // 8
 
     @property
     def samples(self) -> int:
@@ -300,7 +302,7 @@ def arguments() -> argparse.Namespace:
         parser.error("--texts: there is no folder of the decoders' texts")
     if options.quick:
         options.keeps, options.steps, options.dense_steps = "0.5", 3, 24
-        options.tokens, options.samples, options.repeats = 512, 128, 1
+        options.tokens, options.samples, options.repeats = 512, 128, 0
         options.mrpc, options.llama = None, options.llama if not options.gpt2 else None
     options.only = options.only.split(";") if options.only else []
     options.keeps = [float(word) for word in options.keeps.split(",")]

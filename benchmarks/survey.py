@@ -5,8 +5,8 @@
 Encoders are fine-tuned by this script; all rows of a task get the same number of recovery steps, but for those that
 say otherwise. Each model is published, and reloaded in a fresh process before it is scored and timed against the dense
 one. What was measured is kept in results.json in the work folder: broken off and started again, it goes on with what
-is missing, and with what failed. `--quick` takes one encoder's task and one decoder, one keep, few steps and little text,
-and times nothing.
+is missing, and with what failed. `--quick` takes one encoder's task and one decoder, one keep, few steps and little
+text, and times nothing.
 
 SST-2 and MRPC are folders of train.tsv and test.tsv, SST-2's of dev.tsv too; `--texts` is a folder of calibration.txt,
 train.txt and held.txt. A task whose folder is not given is left out.

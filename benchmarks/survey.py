@@ -261,7 +261,8 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
         yield Task("sst2", "classification", options.encoder, train, train, valid, held, columns, options.rows)
     for name in ("gpt2", "llama"):
         if folder := getattr(options, name):
-            train, calibration, held = (options.texts / f"{part}.txt" for part in ("train", "calibration", "held"))
+            parts = ("calibration" if options.quick else "train", "calibration", "held")  # the first is the longest
+            train, calibration, held = (options.texts / f"{part}.txt" for part in parts)
             yield Task(name, "causal", folder, train, calibration, calibration, held, {}, options.windows)
     if options.encoder and options.mrpc:
         train, valid = parted(options.mrpc / "train.tsv", options.work)

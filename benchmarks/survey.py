@@ -297,7 +297,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="rows by name, separated by semicolons")
     parser.add_argument("--show", action="store_true", help="print what was measured, and measure nothing")
-    parser.add_argument("--quick", action="store_true", help="about ten minutes in place of hours")
+    parser.add_argument("--quick", action="store_true", help="about a quarter of an hour in place of hours")
     options = parser.parse_args()
     if (options.llama or options.gpt2) and not options.texts:
         parser.error("--texts: there is no folder of the decoders' texts")

@@ -19,7 +19,7 @@ from common import show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eckart
-from eckart.measure import perplexity, quantised_baseline
+from eckart.evaluation import perplexity, quantized_baseline
 from eckart.methods import METHODS
 from eckart.model import find_sites
 
@@ -97,7 +97,7 @@ def main() -> None:
     table: list[list[object]] = [["dense", 1.0, 1.0, math.exp(dense), 0.0, "-"]]
     for bits in (8, 4):
         names = [site.name for site in find_sites(model).chosen]
-        quantised = quantised_baseline(model, names, bits)
+        quantised = quantized_baseline(model, names, bits)
         share = quantised.named_bytes / (2 * sum(site.elements for site in find_sites(model).chosen))
         excess = score(quantised.model) - dense
         name = f"round to nearest, int{bits} ({share:.3f} of 16-bit bytes)"

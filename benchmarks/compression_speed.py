@@ -14,7 +14,7 @@ import torch
 from common import interleaved, show
 from transformers import AutoModel, AutoTokenizer
 
-from eckart.calibrate import calibrate
+from eckart.calibration import calibrate
 from eckart.checkpoint.source import resolve
 from eckart.data import load
 from eckart.data.inference import forward

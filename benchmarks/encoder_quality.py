@@ -18,7 +18,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import eckart
 from eckart.data import Pooling, load, load_task
-from eckart.measure import embedding_cosine, quantised_baseline, similarity
+from eckart.evaluation import embedding_cosine, quantized_baseline, similarity
 from eckart.methods import METHODS
 from eckart.model import find_sites
 
@@ -60,7 +60,7 @@ def main() -> None:
     names = [site.name for site in find_sites(model).chosen]
     elements = sum(site.elements for site in find_sites(model).chosen)
     for bits in (8, 4):
-        quantised = quantised_baseline(model, names, bits)
+        quantised = quantized_baseline(model, names, bits)
         share = quantised.named_bytes / (4 * elements)
         table.append([f"round to nearest, int{bits} ({share:.3f} of the bytes)", "-", "-",
                       *measured(quantised.model), "-"])  # fmt: skip

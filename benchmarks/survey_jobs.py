@@ -23,9 +23,9 @@ from transformers import AutoTokenizer, Trainer  # noqa: F401  Trainer is slow t
 import eckart
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import load_task
-from eckart.measure import classification, perplexity, quantised_baseline, sizes
+from eckart.evaluation import classification, perplexity, quantized_baseline, sizes
 from eckart.model import find_sites
-from eckart.tuning import tune_checkpoint
+from eckart.recovery.pipeline import tune_checkpoint
 
 BATCH, LENGTH = 32, 64
 """Rows and tokens of a batch that is timed."""
@@ -116,7 +116,7 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
 def rounded(dense: Path, output: Path) -> int:
     """The model with its sites rounded to int8, saved as it computes; returns the bytes that storing int8 takes."""
     model = eckart.load(dense, dtype=torch.float32)
-    quantised = quantised_baseline(model, [site.name for site in find_sites(model).chosen], 8)
+    quantised = quantized_baseline(model, [site.name for site in find_sites(model).chosen], 8)
     shutil.rmtree(output, ignore_errors=True)
     quantised.model.save_pretrained(output)
     load_tokenizer(dense).save_pretrained(output)

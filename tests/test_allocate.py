@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import LAYERS, answer_of, error_of, every_form, few_examples, layer
 
-from eckart import planning
-from eckart.allocate import (
+from eckart.allocation import (
     DENSE,
     Choice,
     Curve,
@@ -25,14 +24,15 @@ from eckart.allocate import (
     stored_elements,
     uniform,
 )
+from eckart.compression import plan_builder
+from eckart.compression.factorize import solve
+from eckart.compression.plan_builder import Budget, Settings
+from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS
 from eckart.linalg import factorise
 from eckart.methods import METHODS
 from eckart.model import Site, Sites
-from eckart.planning import Budget, Settings
-from eckart.recipe import Recipe
-from eckart.solving import solve
 
 
 def curve(stored: list[int], losses: list[float]) -> Curve:
@@ -188,7 +188,7 @@ def predicted_curve(found, method: str, form: str, multiple: int | None) -> tupl
     largest = [Choice(form, min(rows, columns))]
     losses = solve(site, found.weight, found.moments, settings, largest, curve=True).losses
     problem = found.problem_of(method)
-    made = planning._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
+    made = plan_builder._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
     return made, problem, factorise(problem)
 
 
@@ -289,12 +289,12 @@ def limits_and_plan(
     reached: Iterable[str],
     recipe: Recipe = Recipe(),  # noqa: B008 - it is frozen
     outside: int = 0,
-) -> tuple[planning.Limits, dict[str, Choice]]:
+) -> tuple[plan_builder.Limits, dict[str, Choice]]:
     """The limits, and what a plan at the same uniform budget chooses where only some sites are reached."""
     settings, sites = Settings(METHODS["svd"], form, "uniform", refit=False), sites_of(shapes)
     budget = budget_of(shapes, keep, outside)
-    limits = planning.largest_choices(sites, settings, recipe, keep, budget)
-    plan = planning.make_plan(sites, settings, recipe, dict.fromkeys(reached), {}, budget, "")
+    limits = plan_builder.largest_choices(sites, settings, recipe, keep, budget)
+    plan = plan_builder.make_plan(sites, settings, recipe, dict.fromkeys(reached), {}, budget, "")
     return limits, plan.choices
 
 
@@ -336,13 +336,13 @@ def test_a_site_that_can_only_stay_dense_limits_no_other(form):
 @every_form
 def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
-    found = planning.largest_choices(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1))
+    found = plan_builder.largest_choices(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1))
     limits = {name: choice.rank for name, (choice,) in found.items()}
     for name, (rows, columns) in SHAPES.items():
         assert Choice(form, limits[name]).stored(rows, columns) < rows * columns
         assert Choice(form, limits[name] + 1).stored(rows, columns) >= rows * columns
     curves = {
-        name: planning._curve(shape, settings, Recipe(rank_multiple=1), {None: torch.arange(100.0).flip(0)})
+        name: plan_builder._curve(shape, settings, Recipe(rank_multiple=1), {None: torch.arange(100.0).flip(0)})
         for name, shape in SHAPES.items()
     }
     assert limits == {name: max(choice.rank for choice in c.choices) for name, c in curves.items()}
@@ -352,7 +352,7 @@ def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
 def test_a_site_whose_factors_save_nothing_keeps_one_rank_all_the_same(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
     shapes = {"score": (1, 30)}
-    assert planning.largest_choices(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {
+    assert plan_builder.largest_choices(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {
         "score": (Choice("lowrank" if FORMS[form].shares else form, 1),)  # what shares with none
     }
 
@@ -363,7 +363,7 @@ def test_a_given_plan_says_how_far_factors_are_kept(allocation, tmp_path):
     del content["sites"]["d"]
     settings = Settings(METHODS["kfac"], "pivoted", allocation, refit=False)
     recipe = Recipe(plan=str(written(tmp_path, content)))
-    limits = planning.largest_choices(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5))
+    limits = plan_builder.largest_choices(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5))
     assert {name: choice.rank for name, (choice,) in limits.items()} == {"a": 12, "b": 8, "c": 1, "d": 1}
     assert [limits[name][0].form for name in "abcd"] == ["pivoted", "lowrank", "pivoted", "pivoted"]
 

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import eckart
-from eckart.calibrate import Calibration, calibrate
+from eckart.calibration import Calibration, calibrate
 from eckart.data import Batch, load
 from eckart.forms import FactoredLinear
 from eckart.model import find_sites, with_single_experts

@@ -16,22 +16,22 @@ from torch import nn
 from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormModel
 
 import eckart
-from eckart import shelf as shelves
-from eckart.allocate import DENSE, Choice, OverBudgetError, Plan, shared_uniform, stored_elements, uniform
+from eckart.allocation import DENSE, Choice, OverBudgetError, Plan, shared_uniform, stored_elements, uniform
+from eckart.calibration.layerwise import StatisticsWindow, block_of
+from eckart.compression import factor_store as shelves
+from eckart.compression.basis_groups import adjacent, reading_a_norm
+from eckart.compression.factor_store import FactorStore
+from eckart.compression.plan_builder import Settings
+from eckart.compression.recipe import Recipe
 from eckart.data.inference import evaluating, forward
+from eckart.distributed import Processes
 from eckart.errors import UsageError
+from eckart.evaluation import sizes
 from eckart.forms import FORMS, SharedBasis, build
-from eckart.measure import sizes
 from eckart.methods import METHODS
 from eckart.model import dense_weight, find_sites, shared_parameters
 from eckart.moments import Moments, SecondMoment
-from eckart.planning import Settings
-from eckart.processes import Processes
-from eckart.recipe import Recipe
-from eckart.sharing import adjacent, reading_a_norm
-from eckart.shelf import Shelf
-from eckart.store import Memory
-from eckart.walk import Window, block_of
+from eckart.storage.store import MemoryStore
 
 DEEP = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4, "num_decoder_layers": 4}}
 MODELS = ["gpt2", "llama", "llama-tied", "bert-mlm", "t5"]
@@ -197,7 +197,7 @@ def test_the_module_may_be_wider_than_its_outputs_and_stores_one_basis():
         ("basis-sharing", {"metric": "kfac"}, r"weighs the outputs .* Use --metric drone, asvd or svd"),
         ("basis-sharing", {"metric": "fwsvd"}, "cannot share a basis under it"),
         ("basis-sharing", {"refit": True}, "--refit: form shared-basis cannot be fitted again"),
-        ("drone", {"share": 2}, r"--share 2: layers share nothing in form lowrank; use --form shared-basis"),
+        ("drone", {"share": 2}, r"--layers-per-basis 2: layers share nothing in form lowrank; use --form shared-basis"),
     ],
 )
 def test_what_cannot_be_is_refused(method, options, named):
@@ -209,7 +209,7 @@ def test_settings():
     assert METHODS["basis-sharing"].needs_data
     assert not METHODS["basis-sharing"].needs_gradients
     assert FORMS["shared-basis"] is SharedBasis
-    assert Settings.of(METHODS["asvd"], Recipe(form="shared-basis", share=3)).allocation == "uniform"
+    assert Settings.of(METHODS["asvd"], Recipe(form="shared-basis", layers_per_basis=3)).allocation == "uniform"
     for bad in (0, -1, True):
         with pytest.raises(eckart.EckartError):
             eckart.compress(deep("llama"), method="basis-sharing", share=bad)
@@ -314,7 +314,7 @@ def test_the_error_is_the_singular_tail_of_the_stacked_problem(name):
 
 
 def test_of_one_layer_it_is_drone():
-    _, alone = compressed("llama", share=1)
+    _, alone = compressed("llama", layers_per_basis=1)
     _, drone = compressed("llama", method="drone")
     assert alone.plan.choices == drone.plan.choices
     batch = BY_NAME["llama"].batches()[0]
@@ -336,7 +336,7 @@ def test_of_full_rank_nothing_changes(tmp_path):
 
 
 def test_a_plan_is_replayed_and_its_metric_looked_at(tmp_path):
-    model, result = compressed("llama", share=3)
+    model, result = compressed("llama", layers_per_basis=3)
     assert {len(group) for group in result.plan.bases} == {3}
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(result.plan.to_json()))
@@ -398,7 +398,7 @@ def filled(windows, bases, store=None):
     sites = {site.name: site for site in find_sites(model).chosen}
     limits = {name: (Choice("shared-basis" if name.endswith("q") else "lowrank", 4),) for name in sites}
     settings = Settings.of(METHODS["basis-sharing"], Recipe())
-    shelf = Shelf(store or Memory(), Processes(), torch.device("cpu"))
+    shelf = FactorStore(store or MemoryStore(), Processes(), torch.device("cpu"))
     given = (window for window in windows)
     shelf.fill(
         lambda done: (w for w in given if w.name not in done), model, sites, settings, limits, curve=False, bases=bases
@@ -409,11 +409,11 @@ def filled(windows, bases, store=None):
 def windows_of(layers):
     for i in layers:
         names = [f"layers.{i}.q", f"layers.{i}.o"]
-        yield Window(f"segment-{i}", {n: (n,) for n in names}, {n: statistics(8, i) for n in names})
+        yield StatisticsWindow(f"segment-{i}", {n: (n,) for n in names}, {n: statistics(8, i) for n in names})
 
 
 def test_windows_wait_for_each_other_in_any_order():
-    whole = Window("whole", {}, {})
+    whole = StatisticsWindow("whole", {}, {})
     for window in windows_of(range(3)):
         whole.groups.update(window.groups)
         whole.moments.update(window.moments)
@@ -430,7 +430,7 @@ def test_windows_wait_for_each_other_in_any_order():
 def test_a_run_that_was_broken_off_knows_what_waits():
     bases = [("layers.0.q", "layers.1.q")]
     expected = filled(windows_of(range(3)), bases)
-    store = Memory()
+    store = MemoryStore()
 
     def broken():
         yield next(iter(windows_of([0])))

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eckart.checkpoint import cache as caching
-from eckart.checkpoint.cache import Cache, read_tensors, write_tensors
-from eckart.checkpoint.shards import read_header
 from eckart.errors import CheckpointError
+from eckart.storage import cache as caching
+from eckart.storage.cache import Cache, read_tensors, write_tensors
+from eckart.storage.shards import read_header
 
 SOURCE = str(Path(caching.__file__).parents[2])
 BASE = torch.arange(24.0).reshape(4, 6)
@@ -229,7 +229,7 @@ def test_full_disk_and_no_leave_to_write(tmp_path, monkeypatch):
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from eckart.checkpoint.cache import Cache
+from eckart.storage.cache import Cache
 
 def resident():
     lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Rss"))
@@ -273,7 +273,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from eckart.checkpoint.cache import Cache
+from eckart.storage.cache import Cache
 
 torch.set_num_threads(1)
 folder, chance = Path(sys.argv[1]), random.Random(3)

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 from transformers.pytorch_utils import Conv1D
 
 from eckart.checkpoint import plugin
-from eckart.checkpoint.description import FORMAT_VERSION, EckartConfig, mark, unmark
+from eckart.checkpoint.description import FORMAT_VERSION, EckartConfig, attach_config, detach_config
 from eckart.checkpoint.fingerprint import fingerprint
 from eckart.checkpoint.load import load
 from eckart.checkpoint.save import save
@@ -115,7 +115,7 @@ def edited(folder: Path, target: Path, config=None, tensors=None) -> Path:
 @pytest.mark.parametrize("make", [llama, lambda: llama(tied=False), bert, gpt2])
 def test_loads_bit_for_bit_and_can_be_saved_again(make, tmp_path):
     model = factor(make())
-    mark(model)
+    attach_config(model)
     model.save_pretrained(tmp_path / "one")  # plain transformers, without our save
     first, info = type(model).from_pretrained(tmp_path / "one", output_loading_info=True)
     assert not any(info.values())
@@ -382,7 +382,7 @@ def test_tied_weight_is_not_described(tmp_path):
     model = llama()
     model.lm_head = build({"form": "lowrank", "in_features": 32, "out_features": 64, "rank": 4, "bias": False})
     with pytest.raises(ModelError, match=r"lm_head.*tie_word_embeddings"):
-        mark(model)
+        attach_config(model)
     untied = factor(llama(tied=False))
     save(untied, tmp_path / "untied")
     refused(
@@ -395,16 +395,16 @@ def test_tied_weight_is_not_described(tmp_path):
 def test_mark_and_unmark():
     model = llama()
     with pytest.raises(ModelError, match="no factored module"):
-        mark(model)
-    unmark(model)
+        attach_config(model)
+    detach_config(model)
     factor(model)
-    mark(model)
+    attach_config(model)
     assert isinstance(model.config.quantization_config, EckartConfig)
     with pytest.raises(ModelError, match="densify"):
-        unmark(model)
+        detach_config(model)
     for name, form in factored_modules(model).items():
         model.set_submodule(name, nn.Linear(form.in_features, form.out_features, bias=False))
-    unmark(model)
+    detach_config(model)
     assert not hasattr(model.config, "quantization_config")
 
 

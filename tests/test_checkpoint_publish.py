@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from eckart.checkpoint import publish as publishing
-from eckart.checkpoint.lock import OutputLock
-from eckart.checkpoint.publish import check_output, publish
 from eckart.errors import CheckpointError
+from eckart.storage import publish as publishing
+from eckart.storage.lock import OutputLock
+from eckart.storage.publish import check_output, publish
 
 
 class BodyError(Exception):
@@ -183,7 +183,7 @@ def test_lock_of_the_whole_run_is_shared_with_publish(tmp_path):
 
 CHILD = """
 import sys, time
-from eckart.checkpoint.publish import publish
+from eckart.storage.publish import publish
 with publish(sys.argv[1], overwrite=True) as staging:
     (staging / "config.json").write_text("half")
     print(staging, flush=True)
@@ -244,7 +244,7 @@ def test_garbled_lock_does_not_block(content, tmp_path):
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch, caplog):
-    from eckart.checkpoint import lock
+    from eckart.storage import lock
 
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from test_checkpoint_model import bert, factor, llama, logits, same
 
 from eckart.checkpoint import save as saving
-from eckart.checkpoint.card import model_card
 from eckart.checkpoint.load import load
 from eckart.checkpoint.save import save
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import factored_modules
+from eckart.report.card import model_card
 
 
 def write(folder: Path, *names: str) -> None:

@@ -9,9 +9,10 @@ import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
-from eckart.checkpoint import shards, source
+from eckart.checkpoint import source
 from eckart.checkpoint.source import inspect_source, resolve
 from eckart.errors import CheckpointError, ModelError
+from eckart.storage import shards
 
 TENSORS = {
     "a.weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),

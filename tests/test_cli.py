@@ -31,11 +31,11 @@ from transformers import (
 )
 
 import eckart
-from eckart.cli import app
+from eckart.cli.app import app
+from eckart.compression.recipe import Recipe
 from eckart.forms import EMBEDDINGS
 from eckart.methods import METHODS
-from eckart.recipe import Recipe
-from eckart.recover import RECOVERIES
+from eckart.recovery import RECOVERIES
 
 TEXT = "the a cat dog bird tree river house runs sees likes finds small big red old new and in on"
 WORDS = TEXT.split()
@@ -266,7 +266,7 @@ def test_no_data_and_no_network_names_what_works_without(cli, room, tmp_path, mo
 
 
 def test_output_is_checked_before_anything_is_loaded(cli, room, tmp_path, monkeypatch):
-    monkeypatch.setattr("eckart.job.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("eckart.compression.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "there").mkdir()
     text = cli("compress", room / "llama", "--output-dir", tmp_path / "there", code=1)
     assert f"{tmp_path / 'there'} is there already" in text

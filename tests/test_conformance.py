@@ -24,7 +24,7 @@ from problems import (
     unchanged,
 )
 
-from eckart.allocate import stored_elements, uniform
+from eckart.allocation import stored_elements, uniform
 from eckart.errors import NumericalError
 from eckart.forms import FORMS
 from eckart.linalg import Metric, Problem, curve_under, factorise
@@ -306,7 +306,7 @@ def test_presets_are_known(method):
     assert METHODS[method.name] is method
     assert method.form in FORMS
     assert method.allocation in ("uniform", "loss", "own")
-    assert (method.allocation == "own") == (method.own_size is not None)
+    assert (method.allocation == "paper") == (method.paper_sizes is not None)
     assert method.needs <= {"gram", "absolute", "gradients", "fisher"}
     assert all((method.title, method.paper, method.exact_for))
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from eckart.cli import app
+from eckart.cli.app import app
 from eckart.demo.show import DEFAULT, Demo, check_same
 from eckart.errors import EckartError
 

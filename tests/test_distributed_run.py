@@ -178,7 +178,7 @@ def test_output_that_is_there_ends_all_with_one_message(worlds, tmp_path):
 
 
 def test_output_that_another_run_holds_ends_all_with_one_message(worlds, tmp_path):
-    with eckart.checkpoint.lock.OutputLock(tmp_path / "out"):
+    with eckart.storage.lock.OutputLock(tmp_path / "out"):
         done = worlds.run(worlds.words(tmp_path, "drone"))
     refused(done, f"Another run (pid {os.getpid()}")
     assert done[1].said == ""

@@ -16,17 +16,17 @@ from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import CheckpointError, UsageError
 from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
-from eckart.recover import Adapter, Dsee, load_adapter, save_adapter
-from eckart.recover.adapter import Adapted, adapted_modules, merge
-from eckart.recover.heads import find_heads
-from eckart.recover.heads import magnitudes as head_magnitudes
-from eckart.recover.neurons import find_neurons, magnitudes, remove_neurons
+from eckart.recovery import DSEE, Adapter, load_adapter, save_adapter
+from eckart.recovery.adapter import Adapted, adapted_modules, merge
+from eckart.recovery.pruning.heads import find_heads
+from eckart.recovery.pruning.heads import magnitudes as head_magnitudes
+from eckart.recovery.pruning.neurons import find_neurons, magnitudes, remove_neurons
 
 STEPS = 20
 
 
-def small(**options) -> Dsee:
-    return Dsee(**{"rank": 4, "positions": 8, "rounds": 8, **options})
+def small(**options) -> DSEE:
+    return DSEE(**{"rank": 4, "positions": 8, "rounds": 8, **options})
 
 
 # -- the update -----------------------------------------------------------------------------------------
@@ -56,9 +56,9 @@ def test_update_is_what_it_says(conv):
 
 
 def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
-    model, room = bert(), small()
+    model, recovery = bert(), small()
     pretrained = copy.deepcopy(model)
-    begun(model, room, STEPS)
+    begun(model, recovery, STEPS)
     assert torch.equal(logits(model), logits(pretrained))
     found = adapted_modules(model)
     assert [name.rpartition(".")[2] for name in found] == ["query", "value"] * 2
@@ -66,13 +66,13 @@ def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
     for name, module in found.items():
         split = low_rank_sparse_split(dense_weight(pretrained.get_submodule(name)), 4, 8, 8)
         assert torch.equal(module.positions, split.positions)
-    train(model, room, STEPS, rate=0.03)
+    train(model, recovery, STEPS, rate=0.03)
     for name, module in found.items():
         assert torch.equal(module.positions, places[name])
         assert torch.equal(module.dense.weight, pretrained.get_submodule(name).weight)  # frozen
         assert float(module.values.abs().max()) > 0
     expected = logits(model)
-    model = room.finish(model)
+    model = recovery.finish(model)
     assert not adapted_modules(model)
     assert not any("input_gate" in name for name, _ in model.named_parameters())
     close(logits(model), expected, 1e-5)
@@ -95,9 +95,9 @@ def test_a_seed_draws_another_a_for_each_site():
 def test_trains_less_than_a_hundredth_of_bert_base():
     with torch.device("meta"):
         model = transformers.BertForSequenceClassification(transformers.BertConfig())
-    room = Dsee()
-    begun(model, room, STEPS)
-    report = room.report()
+    recovery = DSEE()
+    begun(model, recovery, STEPS)
+    report = recovery.report()
     adapted = 24 * (16 * 2 * 768 + 64)
     assert report["model_elements"] == 109_483_778
     assert report["trained"] == adapted + 2 * 768 + 2 == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -108,27 +108,27 @@ def test_trains_less_than_a_hundredth_of_bert_base():
 
 
 def test_unstructured_masks_the_frozen_weights_alone():
-    model, room = bert(), small(prune="unstructured", fraction=0.3)
+    model, recovery = bert(), small(prune="unstructured", fraction=0.3)
     sites = find_sites(model).chosen
     pretrained = copy.deepcopy(model)
-    begun(model, room, STEPS)
+    begun(model, recovery, STEPS)
     zeros = []
 
     def watch(step):
         weights = [_dense(model, site.name) for site in sites]
         zeros.append(sum(int((weight == 0).sum()) for weight in weights))
 
-    train(model, room, STEPS, watch=watch)
+    train(model, recovery, STEPS, watch=watch)
     count = int(0.3 * sum(site.elements for site in sites))
     assert zeros == [0] * (STEPS // 2 - 1) + [count] * (STEPS // 2 + 1)
     for site in sites:
         before, now = dense_weight(pretrained.get_submodule(site.name)), _dense(model, site.name)
-        assert torch.equal(now, before * (before.abs() > float(room.state()["threshold"])))
+        assert torch.equal(now, before * (before.abs() > float(recovery.state()["threshold"])))
     expected = logits(model)
-    close(logits(room.finish(model)), expected, 1e-5)
-    assert room.report()["zeros"] == count
-    assert room.report()["threshold"] > 0
-    assert room.report()["multiply_adds_saved"] == 0  # zeros save nothing by themselves
+    close(logits(recovery.finish(model)), expected, 1e-5)
+    assert recovery.report()["zeros"] == count
+    assert recovery.report()["threshold"] > 0
+    assert recovery.report()["multiply_adds_saved"] == 0  # zeros save nothing by themselves
 
 
 def _dense(model, name):
@@ -141,19 +141,19 @@ def _dense(model, name):
 def test_structured_removes_what_it_masked(make, score, tmp_path):
     model = make(**{"n_head" if make is gpt2 else "num_attention_heads": 4})
     targets = "" if make is gpt2 else "query,dense"
-    room = small(prune="structured", fraction=0.25, heads=0.5, score=score, targets=targets)
+    recovery = small(prune="structured", fraction=0.25, heads=0.5, score=score, targets=targets)
     width, sizes = 64 if make is gpt2 else 32, sum(p.numel() for p in model.parameters())
-    begun(model, room, STEPS)
-    train(model, room, STEPS)
+    begun(model, recovery, STEPS)
+    train(model, recovery, STEPS)
     gates = {name: gate.detach().clone() for name, gate in model.named_parameters() if name.endswith("input_gate")}
     assert sorted(map(len, gates.values())) == [4, 4, width, width]
     assert all(int((gate == 0).sum()) == (2 if len(gate) == 4 else width // 4) for gate in gates.values())
     if score == "gates":
         assert all(bool((gate[gate != 0] != 1).any()) for gate in gates.values())
     expected = logits(model)
-    model = room.finish(model)
+    model = recovery.finish(model)
     close(logits(model), expected, 1e-5)
-    report = room.report()
+    report = recovery.report()
     assert report["removed_neurons"] == 2 * width // 4
     assert report["removed_heads"] == 4
     assert set(report["heads"].values()) == {2}
@@ -174,19 +174,19 @@ def test_structured_removes_what_it_masked(make, score, tmp_path):
 
 
 def test_gates_are_penalised_until_they_are_pruned():
-    model, room = bert(), small(prune="structured", score="gates", penalty=0.5, heads=0.5)
-    begun(model, room, STEPS)
+    model, recovery = bert(), small(prune="structured", score="gates", penalty=0.5, heads=0.5)
+    begun(model, recovery, STEPS)
     task = torch.tensor(1.0)
-    close(room.loss(None, None, {}, task), torch.tensor(1 + 0.5 * (64 + 4)), 1e-6)  # gates at 1
-    train(model, room, STEPS)
-    close(room.loss(None, None, {}, task), task, 1e-6)
+    close(recovery.loss(None, None, {}, task), torch.tensor(1 + 0.5 * (64 + 4)), 1e-6)  # gates at 1
+    train(model, recovery, STEPS)
+    close(recovery.loss(None, None, {}, task), task, 1e-6)
 
 
 @pytest.mark.parametrize("score", ["magnitude", "gates"])
 def test_what_matters_least_goes_and_the_rest_stays_as_it_is(score):
     model = bert(num_attention_heads=4)
-    room = small(prune="structured", fraction=0.5, heads=0.25, score=score, prune_at=0, penalty=0.5)
-    begun(model, room, STEPS)
+    recovery = small(prune="structured", fraction=0.5, heads=0.25, score=score, prune_at=0, penalty=0.5)
+    begun(model, recovery, STEPS)
     gates = [gate for name, gate in model.named_parameters() if name.endswith("input_gate")]
     with torch.no_grad():
         for number, gate in enumerate(gates):
@@ -194,8 +194,8 @@ def test_what_matters_least_goes_and_the_rest_stays_as_it_is(score):
     values = [gate.detach().clone() for gate in gates]
     if score == "gates":
         total = sum(value.abs().sum() for value in values)
-        close(room.loss(None, None, {}, torch.tensor(1.0)), 1 + 0.5 * total, 1e-6)
-    room.after_step(model, 0)
+        close(recovery.loss(None, None, {}, torch.tensor(1.0)), 1 + 0.5 * total, 1e-6)
+    recovery.after_step(model, 0)
     layers = [*find_neurons(bert(num_attention_heads=4), find_sites(bert()).chosen, model.dummy_inputs)[0]]
     whole = bert(num_attention_heads=4)
     for gate, value in zip(gates, values, strict=True):
@@ -219,25 +219,25 @@ def _heads(model):
 
 @pytest.mark.parametrize("prune", ["unstructured", "structured"])
 def test_what_was_pruned_stays_pruned_when_training_is_gone_on_with(prune):
-    rooms = [small(prune=prune, score="gates", heads=0.25) for _ in range(2)]
-    models = [begun(bert(num_attention_heads=4), room, 4) for room in rooms]
-    train(models[0], rooms[0], 3)
+    recoveries = [small(prune=prune, score="gates", heads=0.25) for _ in range(2)]
+    models = [begun(bert(num_attention_heads=4), recovery, 4) for recovery in recoveries]
+    train(models[0], recoveries[0], 3)
     models[1].load_state_dict(models[0].state_dict())
-    rooms[1].restore({name: value.clone() for name, value in rooms[0].state().items()})
-    one, other = (room.state() for room in rooms)
+    recoveries[1].restore({name: value.clone() for name, value in recoveries[0].state().items()})
+    one, other = (recovery.state() for recovery in recoveries)
     assert one.keys() == other.keys()
     assert all(torch.equal(value, other[key]) for key, value in one.items())
     gates = [parameter.detach().clone() for name, parameter in models[1].named_parameters() if "input_gate" in name]
-    for room, model in zip(rooms, models, strict=True):
-        train(model, room, 2)
+    for recovery, model in zip(recoveries, models, strict=True):
+        train(model, recovery, 2)
     for gate, before in zip((p for n, p in models[1].named_parameters() if "input_gate" in n), gates, strict=True):
         assert torch.equal(gate, before)
-    first, second = (room.finish(model) for room, model in zip(rooms, models, strict=True))
+    first, second = (recovery.finish(model) for recovery, model in zip(recoveries, models, strict=True))
     assert torch.equal(logits(first), logits(second))
     for key in ("removed_heads", "removed_neurons", "multiply_adds_after"):
-        assert rooms[0].report()[key] == rooms[1].report()[key]
-    assert rooms[0].report().get("threshold") == rooms[1].report().get("threshold")
-    assert rooms[1].adapter.description == rooms[0].adapter.description
+        assert recoveries[0].report()[key] == recoveries[1].report()[key]
+    assert recoveries[0].report().get("threshold") == recoveries[1].report().get("threshold")
+    assert recoveries[1].adapter.description == recoveries[0].adapter.description
 
 
 # -- neurons --------------------------------------------------------------------------------------------
@@ -330,14 +330,14 @@ def test_magnitude_is_the_product_of_norms():
 @pytest.mark.parametrize("prune", ["none", "unstructured", "structured"])
 def test_adapter_round_trip(prune, tmp_path):
     pretrained = bert(num_attention_heads=4)
-    model, room = bert(num_attention_heads=4), small(prune=prune, alpha=6.0)
-    begun(model, room, STEPS)
-    train(model, room, STEPS)
+    model, recovery = bert(num_attention_heads=4), small(prune=prune, alpha=6.0)
+    begun(model, recovery, STEPS)
+    train(model, recovery, STEPS)
     expected = logits(model)
     with pytest.raises(UsageError, match="finish"):
-        room.save_adapter(tmp_path)
-    room.finish(model)
-    room.save_adapter(tmp_path)
+        recovery.save_adapter(tmp_path)
+    recovery.finish(model)
+    recovery.save_adapter(tmp_path)
     again = load_adapter(bert(num_attention_heads=4), tmp_path)
     close(logits(again), expected, 1e-6)
     assert not torch.equal(logits(again), logits(pretrained))
@@ -370,4 +370,4 @@ def test_adapter_refusals(tmp_path):
 def test_refusals():
     for options in ({"prune": "heads"}, {"score": "l1"}, {"rank": 0}, {"fraction": 1}, {"prune_at": 2}, {"rounds": 0}):
         with pytest.raises(UsageError, match="recovery dsee"):
-            Dsee(**options)
+            DSEE(**options)

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import eckart
-from eckart.embedding import _counts
+from eckart.compression.embeddings import _counts
 from eckart.errors import ModelError, UsageError
 from eckart.forms import EMBEDDINGS, SafeEmbedding, TiedHead, build
 from eckart.linalg import in_blocks, smoothed, table_factors, tied_factors

@@ -12,7 +12,7 @@ from problems import close
 from safetensors.torch import load_file, save_file
 
 import eckart
-from eckart.calibrate import calibrate
+from eckart.calibration import calibrate
 from eckart.data import load
 from eckart.forms import FactoredLinear
 from eckart.model import experts_apart, find_sites, with_single_experts

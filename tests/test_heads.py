@@ -19,12 +19,12 @@ from tuning_problem import batch, begun, bert, logits, train
 import eckart
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_size, stored_tensors
+from eckart.compression.checkpoint import export_dense
 from eckart.errors import CheckpointError, UsageError
-from eckart.job import export_dense
-from eckart.measure.sizes import sizes
+from eckart.evaluation.sizes import sizes
 from eckart.model import HeadCut, cut_heads, dense_weight, find_sites
-from eckart.recover import Dsee
-from eckart.recover.heads import find_heads, magnitudes, remove_heads
+from eckart.recovery import DSEE
+from eckart.recovery.pruning.heads import find_heads, magnitudes, remove_heads
 
 # family: attentions found, heads in each, heads that go together, how it is said that they are fewer
 EXPECTED = {
@@ -278,8 +278,8 @@ def test_spec_refusals(changes, words):
 
 
 def test_a_damaged_description_is_named(tmp_path):
-    model, room = bert(num_attention_heads=4), Dsee(rank=2, positions=4, rounds=2, prune="structured")
-    model = room.finish(begun(model, room, 0))
+    model, recovery = bert(num_attention_heads=4), DSEE(rank=2, positions=4, rounds=2, prune="structured")
+    model = recovery.finish(begun(model, recovery, 0))
     save(model, tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
@@ -291,9 +291,9 @@ def test_a_damaged_description_is_named(tmp_path):
 
 def test_tuned_in_one_process_loaded_in_another(tmp_path):
     model = bert(num_attention_heads=4)
-    room = Dsee(rank=2, positions=4, rounds=4, prune="structured", score="gates", heads=0.5)
-    model = room.finish(train(begun(model, room, 6), room, 6))
-    assert room.report()["removed_heads"] == 4
+    recovery = DSEE(rank=2, positions=4, rounds=4, prune="structured", score="gates", heads=0.5)
+    model = recovery.finish(train(begun(model, recovery, 6), recovery, 6))
+    assert recovery.report()["removed_heads"] == 4
     save(model, tmp_path / "out")
     torch.save((batch(99), logits(model)), tmp_path / "expected.pt")
     code = f"""

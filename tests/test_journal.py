@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from eckart.checkpoint import cache as caching
-from eckart.checkpoint import journal as journals
-from eckart.checkpoint import record as records
-from eckart.checkpoint.cache import Cache
-from eckart.checkpoint.journal import Journal
-from eckart.checkpoint.lock import OutputLock
-from eckart.checkpoint.publish import check_output, publish
-from eckart.checkpoint.sealed import sealed
 from eckart.errors import CheckpointError, NumericalError
+from eckart.storage import cache as caching
+from eckart.storage import journal as journals
+from eckart.storage import record as records
+from eckart.storage.cache import Cache
+from eckart.storage.journal import Journal
+from eckart.storage.lock import OutputLock
+from eckart.storage.publish import check_output, publish
+from eckart.storage.sealed import sealed
 
 SOURCE = str(Path(caching.__file__).parents[2])
 KEY = {"model": "3f2a" * 16, "recipe": {"keep": 0.5, "targets": ["*"]}, "version": "1"}
@@ -483,7 +483,7 @@ def test_lock_and_publish_leave_the_journal_alone(error, tmp_path):
 KILLED = """
 import os, random, signal, sys, time
 import torch
-from eckart.checkpoint.journal import Journal
+from eckart.storage.journal import Journal
 
 torch.set_num_threads(1)
 out, restart, chance = sys.argv[1], sys.argv[2] == "restart", random.Random(5)

@@ -15,15 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from transformers.pytorch_utils import Conv1D
 
 import eckart
-from eckart.allocate import DENSE, Choice, Plan, stored_elements, uniform
+from eckart.allocation import DENSE, Choice, Plan, stored_elements, uniform
+from eckart.compression.plan_builder import Settings
+from eckart.compression.recipe import Recipe, make_recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS, Kronecker, build
 from eckart.linalg import Metric, Problem, kronecker_factorise, rearranged, rearranged_back
 from eckart.linalg.kronecker import alternating
 from eckart.methods import METHODS, method_named
 from eckart.model import Site, store, to_dense_modules
-from eckart.planning import Settings
-from eckart.recipe import Recipe, make_recipe
 
 # (out, in, block)
 CASES = {
@@ -378,7 +378,7 @@ def test_stated_sizes_belong_to_their_form():
             UsageError, match=f"--form lowrank: {name} is its form, kronecker.*--method svd --form lowrank"
         ):
             Settings.of(METHODS[name], Recipe(form="lowrank"))
-    stated = replace(METHODS["kngpt2"], of_form=False)
+    stated = replace(METHODS["kngpt2"], fixed_form=False)
     with pytest.raises(UsageError, match="--form lowrank: kngpt2 states sizes of form kronecker"):
         Settings.of(stated, Recipe(form="lowrank"))
     assert Settings.of(stated, Recipe(form="lowrank", allocation="uniform")).allocation == "uniform"

@@ -11,13 +11,13 @@ from problems import close
 from torch.nn import functional
 from tuning_problem import accuracy, batch, begun, bert, gpt2, logits, train
 
-from eckart.checkpoint.description import mark
+from eckart.checkpoint.description import attach_config
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import UsageError
 from eckart.forms import MaskedLowRankSparse
 from eckart.model import factored_modules, find_sites
-from eckart.recover import LoSparse, LoSparseDistilled
+from eckart.recovery import LoSparse, LoSparseDistilled
 
 STEPS = 24
 
@@ -44,9 +44,9 @@ def test_split_changes_nothing_and_its_ranks_keep_to_their_share(make):
 
 @pytest.mark.parametrize("make", [bert, gpt2])
 def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
-    model, room = make(), LoSparse(keep=0.4, every=4)
+    model, recovery = make(), LoSparse(keep=0.4, every=4)
     sites = find_sites(model).chosen
-    begun(model, room, STEPS)
+    begun(model, recovery, STEPS)
     counts, before = [], {name: module.alive.clone() for name, module in masked(model).items()}
 
     def watch(step):
@@ -57,13 +57,13 @@ def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
         for module in masked(model).values():
             assert not module.sparse.weight[~module.alive].any()
 
-    train(model, room, STEPS, watch=watch)
+    train(model, recovery, STEPS, watch=watch)
     assert len(set(counts)) > 2  # in several goes
     assert counts[0] == sum(site.out_features for site in sites)  # not in the warm-up
     assert counts[-1] == counts[-1 - 4] < counts[0] / 2  # not in the final phase
     expected = logits(model)
     alive = {name: module.alive.clone() for name, module in masked(model).items()}
-    model = room.finish(model)
+    model = recovery.finish(model)
     close(logits(model), expected, 1e-5)
     assert accuracy(model) > 0.9
     forms = factored_modules(model)
@@ -79,7 +79,7 @@ def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
         site = next((site for site in sites if key.startswith(f"{site.name}.")), None)
         if site is not None and not key.endswith(".bias"):
             stored += torch.Size(entry.shape).numel()
-    report = room.report()
+    report = recovery.report()
     assert stored == report["stored_elements"]
     assert report["keep"] == stored / total <= 0.4
     assert stored > 0.3 * total
@@ -88,9 +88,9 @@ def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
 
 
 def test_fresh_process_gives_the_same_logits(tmp_path):
-    model, room = bert(), LoSparse(keep=0.4, every=4)
-    model = room.finish(train(begun(model, room, 12), room, 12))
-    mark(model)
+    model, recovery = bert(), LoSparse(keep=0.4, every=4)
+    model = recovery.finish(train(begun(model, recovery, 12), recovery, 12))
+    attach_config(model)
     model.save_pretrained(tmp_path)
     torch.save((batch(99), logits(model)), tmp_path / "expected.pt")
     code = f"""
@@ -111,38 +111,41 @@ print(sorted({{module.form for module in model.modules() if hasattr(module, "for
 
 
 def test_importance_is_the_mean_of_its_steps():
-    model, room = bert(), LoSparse(keep=0.4, every=2, beta=0.75, warmup=0.9, final=0.1)
-    begun(model, room, 100)
+    model, recovery = bert(), LoSparse(keep=0.4, every=2, beta=0.75, warmup=0.9, final=0.1)
+    begun(model, recovery, 100)
     name, module = next(iter(masked(model).items()))
     terms = []
     for step in range(4):
         model.zero_grad()
         model(**batch(step)).loss.backward()
         terms.append((module.sparse.weight * module.sparse.weight.grad).abs().mean(1).detach())
-        room.after_backward(model, step)
-        room.after_step(model, step)
+        recovery.after_backward(model, step)
+        recovery.after_step(model, step)
     first, second = (terms[0] + terms[1]) / 2, (terms[2] + terms[3]) / 2
-    close(room._importance[name], 0.75 * 0.25 * first + 0.25 * second, 1e-5)
+    close(recovery._importance[name], 0.75 * 0.25 * first + 0.25 * second, 1e-5)
 
 
 def test_a_step_in_parts_counts_once():
-    model, room = bert(), LoSparse(keep=0.4, every=1, warmup=0.9, final=0.1)
-    begun(model, room, 100)
+    model, recovery = bert(), LoSparse(keep=0.4, every=1, warmup=0.9, final=0.1)
+    begun(model, recovery, 100)
     name, module = next(iter(masked(model).items()))
     for part in range(2):
         (model(**batch(part)).loss / 2).backward()
-        room.after_backward(model, 0)
-    room.after_step(model, 0)
-    close(room._importance[name], 0.15 * (module.sparse.weight * module.sparse.weight.grad).abs().mean(1), 1e-5)
+        recovery.after_backward(model, 0)
+    recovery.after_step(model, 0)
+    close(recovery._importance[name], 0.15 * (module.sparse.weight * module.sparse.weight.grad).abs().mean(1), 1e-5)
 
 
 def test_budget_is_met_without_any_step():
-    model, room = bert(), LoSparse(keep=0.3, targets="query,intermediate.dense", ignore="layer.0.intermediate.dense")
-    begun(model, room, 0)
-    model = room.finish(model)
-    assert room.report()["keep"] <= 0.3
-    assert len(room.report()["forms"]) == 3
-    assert any("no gradient was seen" in note for note in room.context.notes)
+    model, recovery = (
+        bert(),
+        LoSparse(keep=0.3, targets="query,intermediate.dense", ignore="layer.0.intermediate.dense"),
+    )
+    begun(model, recovery, 0)
+    model = recovery.finish(model)
+    assert recovery.report()["keep"] <= 0.3
+    assert len(recovery.report()["forms"]) == 3
+    assert any("no gradient was seen" in note for note in recovery.context.notes)
 
 
 def same(one, other) -> bool:
@@ -150,10 +153,10 @@ def same(one, other) -> bool:
 
 
 def test_nothing_is_pruned_in_the_first_phase_and_nothing_more_in_the_last():
-    model, room = bert(), LoSparse(keep=0.4, every=1, warmup=0.5, final=0.25)
-    begun(model, room, 16)
+    model, recovery = bert(), LoSparse(keep=0.4, every=1, warmup=0.5, final=0.25)
+    begun(model, recovery, 16)
     counts = []
-    train(model, room, 16, watch=lambda _: counts.append(sum(int(m.alive.sum()) for m in masked(model).values())))
+    train(model, recovery, 16, watch=lambda _: counts.append(sum(int(m.alive.sum()) for m in masked(model).values())))
     everything = sum(site.out_features for site in find_sites(bert()).chosen)
     assert counts[:8] == [everything] * 8
     assert everything > counts[8] > counts[9] > counts[10] > counts[11]
@@ -161,16 +164,16 @@ def test_nothing_is_pruned_in_the_first_phase_and_nothing_more_in_the_last():
 
 
 def test_resumed_training_prunes_the_same():
-    rooms, models = [LoSparse(keep=0.4, every=4) for _ in range(2)], [bert() for _ in range(2)]
-    for room, model in zip(rooms, models, strict=True):
-        begun(model, room, STEPS)
-    train(models[0], rooms[0], 14)
+    recoveries, models = [LoSparse(keep=0.4, every=4) for _ in range(2)], [bert() for _ in range(2)]
+    for recovery, model in zip(recoveries, models, strict=True):
+        begun(model, recovery, STEPS)
+    train(models[0], recoveries[0], 14)
     models[1].load_state_dict(models[0].state_dict())
-    rooms[1].restore({name: value.clone() for name, value in rooms[0].state().items()})
-    assert same(*(room.state() for room in rooms))
-    for room, model in zip(rooms, models, strict=True):
-        train(model, room, 7)
-    assert same(*(room.state() for room in rooms))
+    recoveries[1].restore({name: value.clone() for name, value in recoveries[0].state().items()})
+    assert same(*(recovery.state() for recovery in recoveries))
+    for recovery, model in zip(recoveries, models, strict=True):
+        train(model, recovery, 7)
+    assert same(*(recovery.state() for recovery in recoveries))
     for one, other in zip(*(masked(model).values() for model in models), strict=True):
         assert torch.equal(one.alive, other.alive)
         assert torch.equal(one.sparse.weight, other.sparse.weight)
@@ -178,9 +181,9 @@ def test_resumed_training_prunes_the_same():
 
 
 def test_distillation_is_the_weighted_sum():
-    room, teacher, model = LoSparseDistilled(keep=0.4, distil=0.5, layers=3.0), bert(), bert(initializer_range=0.1)
-    assert room.needs_teacher
-    assert room.wants == {"hidden_states"}
+    recovery, teacher, model = LoSparseDistilled(keep=0.4, distil=0.5, layers=3.0), bert(), bert(initializer_range=0.1)
+    assert recovery.needs_teacher
+    assert recovery.wants == {"hidden_states"}
     assert not LoSparse.needs_teacher
     inputs = batch(0)
     inputs["attention_mask"][:, 6:] = 0
@@ -192,7 +195,7 @@ def test_distillation_is_the_weighted_sum():
     divergence = 4 * (p * (p / q).log()).sum(-1).mean()
     pairs = zip(mine.hidden_states, its.hidden_states, strict=True)
     layers = torch.stack([(a - b)[:, :6].square().mean() for a, b in pairs]).mean()
-    close(room.loss(mine, its, inputs, mine.loss), mine.loss + 0.5 * (divergence + 3 * layers), 1e-5)
+    close(recovery.loss(mine, its, inputs, mine.loss), mine.loss + 0.5 * (divergence + 3 * layers), 1e-5)
     plain = LoSparseDistilled(keep=0.4, layers=0.0)
     assert plain.wants == frozenset()
     close(plain.loss(mine, its, inputs, mine.loss), mine.loss + divergence, 1e-5)

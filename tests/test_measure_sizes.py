@@ -9,8 +9,8 @@ from torch import nn
 from transformers import BertModel
 
 from eckart.errors import NumericalError, UsageError
-from eckart.measure import Size, quantised_baseline, sizes
-from eckart.measure.quantised import round_to_nearest, stored_bytes
+from eckart.evaluation import Size, quantized_baseline, sizes
+from eckart.evaluation.quantized import round_to_nearest, stored_bytes
 
 
 class Factored(nn.Module):
@@ -104,7 +104,7 @@ def test_baseline_is_a_copy(bits):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         names = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
         names.remove("lm_head")
-        found = quantised_baseline(model, names, bits)
+        found = quantized_baseline(model, names, bits)
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name])
             changed = not torch.equal(value, found.model.state_dict()[name])
@@ -124,13 +124,13 @@ def test_conv1d_is_rounded_by_output():
     model = gpt2()
     name = "transformer.h.0.mlp.c_fc"
     weight = model.get_submodule(name).weight
-    rounded = quantised_baseline(model, [name], 8).model.get_submodule(name).weight
+    rounded = quantized_baseline(model, [name], 8).model.get_submodule(name).weight
     assert torch.equal(rounded.T, round_to_nearest(weight.detach().T, 8))
 
 
 def test_a_tied_head_is_rounded_and_counted_once():
     model = llama(tie_word_embeddings=True)
-    found = quantised_baseline(model, ["lm_head"], 8)
+    found = quantized_baseline(model, ["lm_head"], 8)
     assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
     assert found.model_bytes == sizes(model).model.bytes - 4 * 259 * 32 + stored_bytes(259, 32, 8)
 
@@ -138,11 +138,11 @@ def test_a_tied_head_is_rounded_and_counted_once():
 def test_baseline_refusals():
     model = llama()
     with pytest.raises(UsageError, match="bits: 3"):
-        quantised_baseline(model, ["lm_head"], 3)
+        quantized_baseline(model, ["lm_head"], 3)
     with pytest.raises(UsageError, match="'model' is a LlamaModel"):
-        quantised_baseline(model, ["model"], 8)
+        quantized_baseline(model, ["model"], 8)
     with pytest.raises(UsageError, match="'absent' is not in the model"):
-        quantised_baseline(model, ["absent"], 8)
+        quantized_baseline(model, ["absent"], 8)
     model.lm_head.weight.data[0, :3] = torch.inf
     with pytest.raises(NumericalError, match=r"lm_head\.weight: 3 numbers are not finite"):
-        quantised_baseline(model, ["lm_head"], 8)
+        quantized_baseline(model, ["lm_head"], 8)

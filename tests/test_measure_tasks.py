@@ -19,7 +19,7 @@ from transformers import (
 
 from eckart.data import Pooling, load_task
 from eckart.errors import DataError, UsageError
-from eckart.measure import classification, regression, scores, similarity
+from eckart.evaluation import classification, metrics, regression, similarity
 
 ROWS = [
     {"text": "the cat sat on the mat", "label": 1},
@@ -31,36 +31,36 @@ ROWS = [
 
 
 def test_three_classes_as_scikit_learn_has_them():
-    counts = scores.confusion([0, 1, 2, 2, 1, 0, 2, 1, 1, 0], [0, 1, 1, 2, 1, 2, 2, 0, 1, 0], 3)
-    assert scores.accuracy(counts) == pytest.approx(0.7)
-    assert scores.f1_scores(counts) == pytest.approx([0.66666667, 0.75, 0.66666667])
-    assert scores.f1_macro(counts) == pytest.approx(0.6944444444444443)
-    assert scores.matthews(counts) == pytest.approx(0.5454545454545454)
+    counts = metrics.confusion([0, 1, 2, 2, 1, 0, 2, 1, 1, 0], [0, 1, 1, 2, 1, 2, 2, 0, 1, 0], 3)
+    assert metrics.accuracy(counts) == pytest.approx(0.7)
+    assert metrics.f1_scores(counts) == pytest.approx([0.66666667, 0.75, 0.66666667])
+    assert metrics.f1_macro(counts) == pytest.approx(0.6944444444444443)
+    assert metrics.matthews(counts) == pytest.approx(0.5454545454545454)
 
 
 def test_two_classes_as_scikit_learn_has_them():
-    counts = scores.confusion([0, 1, 1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 1, 0, 1, 1], 2)
-    assert scores.accuracy(counts) == pytest.approx(0.8)
-    assert scores.f1_scores(counts)[1] == pytest.approx(0.8333333333333334)
-    assert scores.f1_macro(counts) == pytest.approx(0.7916666666666667)
-    assert scores.matthews(counts) == pytest.approx(0.5833333333333334)
+    counts = metrics.confusion([0, 1, 1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 1, 0, 1, 1], 2)
+    assert metrics.accuracy(counts) == pytest.approx(0.8)
+    assert metrics.f1_scores(counts)[1] == pytest.approx(0.8333333333333334)
+    assert metrics.f1_macro(counts) == pytest.approx(0.7916666666666667)
+    assert metrics.matthews(counts) == pytest.approx(0.5833333333333334)
 
 
 def test_answers_that_are_no_class_are_wrong():
-    counts = scores.confusion([0, 1, 1], [0, 1, -1], 2)
-    assert scores.accuracy(counts) == pytest.approx(2 / 3)
-    assert scores.f1_scores(counts)[1] == pytest.approx(2 / 3)
-    assert scores.matthews(scores.confusion([0, 1], [0, 0], 2)) == 0
+    counts = metrics.confusion([0, 1, 1], [0, 1, -1], 2)
+    assert metrics.accuracy(counts) == pytest.approx(2 / 3)
+    assert metrics.f1_scores(counts)[1] == pytest.approx(2 / 3)
+    assert metrics.matthews(metrics.confusion([0, 1], [0, 0], 2)) == 0
 
 
 def test_correlations_as_scipy_has_them():
     a = torch.tensor([1.0, 2.0, 2.0, 3.5, 5.0, 5.0, 5.0, 0.5])
     b = torch.tensor([2.0, 1.0, 4.0, 4.0, 4.0, 9.0, 8.0, 0.1], dtype=torch.float64)
-    assert scores.ranks(a).tolist() == [2, 3.5, 3.5, 5, 7, 7, 7, 1]
-    assert scores.spearman(a, b) == pytest.approx(0.8679416943609327)
-    assert scores.pearson(a, b) == pytest.approx(0.8439005385731561)
-    assert math.isnan(scores.spearman(a, torch.ones(8)))
-    assert math.isnan(scores.spearman(a.clone().fill_(torch.nan), b))
+    assert metrics.ranks(a).tolist() == [2, 3.5, 3.5, 5, 7, 7, 7, 1]
+    assert metrics.spearman(a, b) == pytest.approx(0.8679416943609327)
+    assert metrics.pearson(a, b) == pytest.approx(0.8439005385731561)
+    assert math.isnan(metrics.spearman(a, torch.ones(8)))
+    assert math.isnan(metrics.spearman(a.clone().fill_(torch.nan), b))
 
 
 def test_classification_equals_one_text_at_a_time():
@@ -73,13 +73,13 @@ def test_classification_equals_one_text_at_a_time():
             for row in ROWS
         ]
     model.train()
-    counts = scores.confusion(task.labels, predicted, 2)
+    counts = metrics.confusion(task.labels, predicted, 2)
     for size in (1, 2, 8):
         found = classification(model, tokenizer, task, batch_size=size, disable=True)
-        assert found["accuracy"] == pytest.approx(scores.accuracy(counts))
+        assert found["accuracy"] == pytest.approx(metrics.accuracy(counts))
         assert found["right"] == [guess == truth for guess, truth in zip(predicted, task.labels, strict=True)]
-        assert found["f1"] == pytest.approx(scores.f1_scores(counts)[1])
-        assert found["matthews"] == pytest.approx(scores.matthews(counts))
+        assert found["f1"] == pytest.approx(metrics.f1_scores(counts)[1])
+        assert found["matthews"] == pytest.approx(metrics.matthews(counts))
         assert (found["rows"], found["finite"], found["nonfinite_rows"]) == (5, True, 0)
     assert model.training
 

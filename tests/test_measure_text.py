@@ -11,9 +11,9 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 
 from eckart.data import Batch, Pooling, load
 from eckart.errors import DataError, UsageError
-from eckart.measure import agreement, embed, embedding_cosine, perplexity
-from eckart.measure import divergence as divergence_module
-from eckart.measure.divergence import kl_and_agreement, negative_log_likelihood
+from eckart.evaluation import agreement, embed, embedding_cosine, perplexity
+from eckart.evaluation import divergence as divergence_module
+from eckart.evaluation.divergence import kl_and_agreement, negative_log_likelihood
 
 TEXT = "Call me Ishmael. Some years ago – never mind how long precisely – having little money, I thought I would sail."
 PLAIN, WITH_BOS = byte_tokenizer(), byte_tokenizer(bos=True)

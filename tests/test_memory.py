@@ -9,10 +9,11 @@ import pytest
 import torch
 from problems import normal
 
-from eckart import memory
+from eckart.distributed import memory
+from eckart.distributed.memory import PeakMemory, Watch, free, human, rss
 from eckart.linalg import Metric, Problem, factorise
-from eckart.memory import Estimate, Watch, free, human, rss, solving_bytes, statistics_bytes
 from eckart.moments import Fisher, Moments, SecondMoment
+from eckart.moments.memory import solving_bytes, statistics_bytes
 
 MIB = 2**20
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -140,16 +141,16 @@ def test_a_gpu_counts_what_the_cache_holds_unused(monkeypatch):
 
 def test_an_estimate_is_one_line():
     parts = {"block": 8e8, "statistics": 2e9, "solving": 6e8, "text": 3e8, "outside": 2e8}
-    whole = Estimate(**{name: int(value) for name, value in parts.items()}, free=int(14.2e9))
+    whole = PeakMemory(**{name: int(value) for name, value in parts.items()}, free=int(14.2e9))
     assert whole.total == 3_900_000_000
     assert str(whole) == (
         "about 3.9 GB at the peak (block 0.8, statistics 2.0, solving 0.6, text 0.3, outside 0.2), 14.2 GB free"
     )
     assert whole.fits
-    assert not Estimate(block=2, free=1).fits
-    assert Estimate(block=2).fits
-    assert str(Estimate(block=3_000_000, text=1_500_000)) == "about 4.5 MB at the peak (block 3.0, text 1.5)"
-    assert str(Estimate()) == "about 0 B at the peak"
+    assert not PeakMemory(block=2, free=1).fits
+    assert PeakMemory(block=2).fits
+    assert str(PeakMemory(block=3_000_000, text=1_500_000)) == "about 4.5 MB at the peak (block 3.0, text 1.5)"
+    assert str(PeakMemory()) == "about 0 B at the peak"
 
 
 @pytest.mark.parametrize(

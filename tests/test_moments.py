@@ -29,7 +29,7 @@ from eckart.moments import (
     unpack,
 )
 from eckart.moments.accumulate import BLOCK, add_gram, complete
-from eckart.recover.moved import MovedInputs
+from eckart.moments.input_shift import InputShift
 
 # -- accumulating ------------------------------------------------------------------------------------
 
@@ -305,9 +305,9 @@ def test_packed_groups_share_their_inputs_again():
 
 def test_state_of_moved_inputs_and_back():
     before, now = normal(9, 5), normal(9, 5, seed=1)
-    moved = MovedInputs.empty(5, torch.device("cpu"))
+    moved = InputShift.empty(5, torch.device("cpu"))
     moved.update(before, now, "x")
-    again = MovedInputs.from_state(moved.state())
+    again = InputShift.from_state(moved.state())
     assert equal(again.state(), moved.state())
     assert again.count == 9
     weight = normal(3, 5).float()
@@ -319,7 +319,7 @@ def test_target_of_wide_moved_inputs(centred):
     """Past the width from which sums and products come in blocks."""
     width = 2 * BLOCK + 300
     before, now, weight = normal(2000, width), normal(2000, width, seed=1) + 0.3, normal(4, width, seed=2)
-    moved = MovedInputs.empty(width, torch.device("cpu"))
+    moved = InputShift.empty(width, torch.device("cpu"))
     moved.update(before, now, "x")
     x, y = (before - before.mean(0), now - now.mean(0)) if centred else (before, now)
     gram, cross = y.mT @ y / 2000, (x - y).mT @ y / 2000

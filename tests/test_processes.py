@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import eckart
+from eckart.distributed import ElsewhereError, Processes, is_main, quiet_others, start
+from eckart.distributed.group import SMALL
+from eckart.distributed.wire import PIECE
 from eckart.errors import EckartError, NumericalError, UsageError
-from eckart.processes import ElsewhereError, Processes, is_main, quiet_others, start
-from eckart.processes.group import SMALL
-from eckart.processes.wire import PIECE
 
 SIZES = (2, 3)
 SCENARIOS: dict[str, Callable[[Processes], None]] = {}
@@ -372,7 +372,7 @@ def test_what_cannot_travel_is_refused_before_a_word_is_sent(value):
 
 def test_quiet_others():
     code = (
-        "import logging; from eckart.processes import Processes, quiet_others; quiet_others(Processes(1, 2));"
+        "import logging; from eckart.distributed import Processes, quiet_others; quiet_others(Processes(1, 2));"
         "from eckart.data.inference import progress; assert progress([1], what='x', disable=False).disable;"
         "assert logging.getLogger('eckart').level == logging.ERROR"
     )

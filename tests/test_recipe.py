@@ -3,10 +3,10 @@
 import pytest
 import yaml
 
+from eckart.compression.recipe import Recipe, make_recipe, read_config
 from eckart.errors import UsageError
 from eckart.forms import FORMS
 from eckart.methods import METHODS
-from eckart.recipe import Recipe, make_recipe, read_config
 
 BAD_FIELDS = [
     ("keep", 0, "greater than 0"),

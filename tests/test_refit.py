@@ -12,30 +12,30 @@ from architectures import BY_NAME, ZOO
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.allocate import DENSE, Choice
-from eckart.checkpoint.cache import Cache
+from eckart.allocation import DENSE, Choice
+from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, trace_blocks
+from eckart.compression.refit_groups import GroupRefit, refittable
 from eckart.data import Batch, load
 from eckart.data.inference import evaluating, forward
 from eckart.errors import NumericalError
 from eckart.methods import METHODS
 from eckart.model import dense_weight, find_sites
-from eckart.moments import Moments, common_calls, gather, shared_inputs
-from eckart.recover import Refit, moved, refittable
-from eckart.recover.moved import MovedInputs
-from eckart.walk import UnwalkableError, Walk, take_apart
+from eckart.moments import Moments, common_calls, gather, input_shift, shared_inputs
+from eckart.moments.input_shift import InputShift
+from eckart.storage.cache import Cache
 
 
 def names_of(model: PreTrainedModel) -> list[str]:
     return [site.name for site in find_sites(model).chosen]
 
 
-def walk_of(model: PreTrainedModel, batches: list[Batch], name: str = "walk") -> Walk:
+def start_runner(model: PreTrainedModel, batches: list[Batch], name: str = "walk") -> LayerwiseRunner:
     def run(batch: Batch) -> Any:
         return forward(model, batch.inputs)
 
     store = Cache(sys.maxsize, None)
-    order, structures = take_apart(model, names_of(model), run, batches[0].rows(0, 1), store)
-    walk = Walk(model, order, run, batches, store, name=name)
+    order, structures = trace_blocks(model, names_of(model), run, batches[0].rows(0, 1), store)
+    walk = LayerwiseRunner(model, order, run, batches, store, name=name)
     walk.structures = structures
     return walk
 
@@ -62,7 +62,7 @@ def plain_inputs(model: PreTrainedModel, batches: list[Batch], names: list[str])
     return seen
 
 
-def advance(walk: Walk, step: int) -> None:
+def advance(walk: LayerwiseRunner, step: int) -> None:
     with walk.at(step):
         for batch in walk.batches:
             walk.forward(step, batch)
@@ -76,7 +76,7 @@ def test_a_look_shows_what_a_plain_forward_gives(architecture):
     batches = load(architecture.batches(count=2), model=model).batches
     with evaluating(model):
         seen = plain_inputs(model, batches, names_of(model))
-        walk = walk_of(model, batches)
+        walk = start_runner(model, batches)
         inside = {n: walk.order.segments[n] for n, calls in seen.items() if all(calls) and n not in walk.order.between}
         looked = 0
         for step in range(walk.order.tail):
@@ -102,7 +102,7 @@ def test_a_look_sees_what_was_replaced_before_it_in_the_same_block():
     batches = load(architecture.batches(count=1), model=model).batches
     layer = model.model.layers[1]
     with evaluating(model):
-        walk = walk_of(model, batches)
+        walk = start_runner(model, batches)
         advance(walk, 0)
         before = walk.look(1, batches[0], "model.layers.1.mlp.down_proj")
         layer.self_attn.o_proj.weight.data = -layer.self_attn.o_proj.weight.data
@@ -118,8 +118,8 @@ def test_a_look_for_what_a_step_does_not_call_says_so():
     model = architecture.model()
     batches = load(architecture.batches(count=1), model=model).batches
     with evaluating(model):
-        walk = walk_of(model, batches)
-        with pytest.raises(UnwalkableError, match=r"layers\.1\.mlp\.up_proj is not called in model\.layers\.0"):
+        walk = start_runner(model, batches)
+        with pytest.raises(LayerwiseError, match=r"layers\.1\.mlp\.up_proj is not called in model\.layers\.0"):
             walk.look(0, batches[0], "model.layers.1.mlp.up_proj")
         assert not model.model.layers[1].mlp.up_proj._forward_pre_hooks
 
@@ -136,7 +136,7 @@ def refittable_of(name: str) -> tuple[dict[int, dict[str, tuple[str, ...]]], lis
     with evaluating(model):
         groups = shared_inputs(model, names, lambda: forward(model, one))
         leave = common_calls(model, names, lambda: forward(model, one), lambda: forward(model, twice))
-        steps, notes = refittable(groups, walk_of(model, batches), sorted(leave))
+        steps, notes = refittable(groups, start_runner(model, batches), sorted(leave))
     return steps, notes, groups
 
 
@@ -187,8 +187,8 @@ def test_what_reads_relative_positions_too_is_left_as_it_is():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_every_site_gets_the_least_squares_answer_on_what_it_is_given_now(name, monkeypatch):
     """The sites of a block one after the other, each on the inputs that those before it leave; ranks stay."""
-    monkeypatch.setattr(moved, "RIDGE", 0.0)
-    monkeypatch.setattr(moved, "LEAST_RIDGE", 1e-6)  # the features behind a layer norm add up to a constant
+    monkeypatch.setattr(input_shift, "RIDGE", 0.0)
+    monkeypatch.setattr(input_shift, "LEAST_RIDGE", 1e-6)  # the features behind a layer norm add up to a constant
     architecture = BY_NAME[name]
     model = architecture.model()
     batches = load(architecture.batches(rows=8), model=model).batches  # 288 tokens
@@ -204,11 +204,11 @@ def test_every_site_gets_the_least_squares_answer_on_what_it_is_given_now(name, 
         moments = gather(model, groups, batches, lambda batch: forward(model, batch.inputs) and None, needs=drone.needs)
         for site, entry in moments.items():
             entry.centred = sites[site].has_bias
-        before, now = walk_of(model, batches, "before"), walk_of(changed, batches, "now")
+        before, now = start_runner(model, batches, "before"), start_runner(changed, batches, "now")
         steps, notes = refittable(groups, before, [])
         assert notes == []
         choices = {n: Choice(DENSE) if i % 2 else Choice("lowrank", 9) for i, n in enumerate(sites)}
-        work = Refit(sites, choices, frozenset(sites), moments.__getitem__, drone)
+        work = GroupRefit(sites, choices, frozenset(sites), moments.__getitem__, drone)
         advance(before, 0)
         advance(now, 0)
         solved = [name for members in steps[1].values() for name in members]
@@ -249,12 +249,12 @@ def test_sites_without_statistics_are_left_as_they_are():
     changed = copy.deepcopy(model)
     sites = {site.name: site for site in find_sites(model).chosen}
     kept = "model.layers.0.mlp.down_proj"
-    moments = {kept: Moments(MovedInputs.empty(48, torch.device("cpu")).second_moment())}
+    moments = {kept: Moments(InputShift.empty(48, torch.device("cpu")).second_moment())}
     with evaluating(model, changed):
-        before, now = walk_of(model, batches), walk_of(changed, batches)
+        before, now = start_runner(model, batches), start_runner(changed, batches)
         groups = shared_inputs(model, list(sites), lambda: forward(model, batches[0].inputs))
         steps, _ = refittable(groups, before, [])
-        work = Refit(sites, dict.fromkeys(sites, Choice(DENSE)), {kept}, moments.__getitem__, METHODS["drone"])
+        work = GroupRefit(sites, dict.fromkeys(sites, Choice(DENSE)), {kept}, moments.__getitem__, METHODS["drone"])
         assert work.step(before, now, 0, steps[0]) == ([kept], [])
     for name in sites:
         assert torch.equal(dense_weight(changed.get_submodule(name)), dense_weight(model.get_submodule(name)))
@@ -269,11 +269,11 @@ def test_numbers_that_overflow_in_the_compressed_model_are_named():
         changed.model.layers[0].mlp.up_proj.weight[0] = float("inf")
     sites = {site.name: site for site in find_sites(model).chosen}
     with evaluating(model, changed):
-        before, now = walk_of(model, batches), walk_of(model, batches)
+        before, now = start_runner(model, batches), start_runner(model, batches)
         now.model = changed
         now.run = lambda batch: forward(changed, batch.inputs)
         groups = {"model.layers.0.mlp.down_proj": ("model.layers.0.mlp.down_proj",)}
-        work = Refit(sites, dict.fromkeys(sites, Choice(DENSE)), set(sites), {}.__getitem__, METHODS["drone"])
+        work = GroupRefit(sites, dict.fromkeys(sites, Choice(DENSE)), set(sites), {}.__getitem__, METHODS["drone"])
         with pytest.raises(NumericalError, match=r"input of model\.layers\.0\.mlp\.down_proj in the compressed model"):
             work.step(before, now, 0, groups)
 
@@ -286,10 +286,10 @@ def pair(tokens: int = 4000, width: int = 6) -> tuple[torch.Tensor, torch.Tensor
 
 @pytest.mark.parametrize("centred", [False, True])
 def test_target_is_the_least_squares_answer(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moved, "RIDGE", 0.0)
-    monkeypatch.setattr(moved, "LEAST_RIDGE", 1e-12)
+    monkeypatch.setattr(input_shift, "RIDGE", 0.0)
+    monkeypatch.setattr(input_shift, "LEAST_RIDGE", 1e-12)
     before, now = pair()
-    statistics = MovedInputs.empty(6, torch.device("cpu"))
+    statistics = InputShift.empty(6, torch.device("cpu"))
     statistics.update(before[:1500], now[:1500], "x")
     statistics.update(before[1500:], now[1500:], "x")
     weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
@@ -300,14 +300,14 @@ def test_target_is_the_least_squares_answer(centred: bool, monkeypatch: pytest.M
 
 def test_inputs_that_did_not_move_leave_the_weight() -> None:
     before, _ = pair()
-    statistics = MovedInputs.empty(6, torch.device("cpu"))
+    statistics = InputShift.empty(6, torch.device("cpu"))
     statistics.update(before, before, "x")
     weight = torch.randn(5, 6)
     assert torch.equal(statistics.target(weight, centred=False), weight)
 
 
 def test_nothing_seen_and_dead_inputs_leave_the_weight() -> None:
-    statistics = MovedInputs.empty(6, torch.device("cpu"))
+    statistics = InputShift.empty(6, torch.device("cpu"))
     weight = torch.randn(5, 6)
     assert torch.equal(statistics.target(weight, centred=False), weight)
     statistics.update(torch.randn(9, 6), torch.zeros(9, 6), "x")

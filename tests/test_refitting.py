@@ -15,30 +15,30 @@ from folders import model_folders
 from typer.testing import CliRunner
 
 import eckart
-from eckart.allocate import DENSE
-from eckart.checkpoint.cache import Cache
-from eckart.cli import app
+from eckart.allocation import DENSE
+from eckart.cli.app import app
 from eckart.data import Batch, load
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FactoredLinear, LowRankSparse
 from eckart.methods import METHODS
 from eckart.model import dense_weight, factored_modules, find_sites, replace, store
-from eckart.recover import Context, make_room
-from eckart.recover.moved import MovedInputs
-from eckart.tuning import tune_checkpoint
-from eckart.tuning_recipe import make_tune_recipe
+from eckart.moments.input_shift import InputShift
+from eckart.recovery import RecoveryContext, make_recovery
+from eckart.recovery.pipeline import tune_checkpoint
+from eckart.recovery.recipe import make_tune_recipe
+from eckart.storage.cache import Cache
 
 QUICK = {"batch_size": 8, "max_seq_length": 32, "num_samples": 120, "eval_samples": 16}
 
 
 def solved(student, teacher, batches: list[Batch], **options):
     """A copy of the student, solved again, and the room that did it."""
-    room = make_room("refit", options)
+    recovery = make_recovery("refit", options)
     student = copy.deepcopy(student).eval()
-    context = Context(teacher, "causal", None, 0)
+    context = RecoveryContext(teacher, "causal", None, 0)
     with torch.no_grad():
-        room.solve(student, context, batches, Cache(memory=sys.maxsize, folder=None))
-    return student, room, context.notes
+        recovery.solve(student, context, batches, Cache(memory=sys.maxsize, folder=None))
+    return student, recovery, context.notes
 
 
 def weights(model) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
@@ -64,7 +64,7 @@ def batches_of(architecture, model, count: int = 6) -> list[Batch]:
 ])  # fmt: skip
 def test_it_is_the_answer_of_compress(name, form, centred, monkeypatch, tmp_path):
     """The same weights as a refit while the model is compressed, dense ones that a plan leaves included."""
-    monkeypatch.setattr("eckart.preparing.hold_out", lambda loaded, _: (loaded, None))
+    monkeypatch.setattr("eckart.compression.prepare.hold_out", lambda loaded, _: (loaded, None))
     architecture = BY_NAME[name]
     model = architecture.model()
     batches = batches_of(architecture, model)
@@ -76,15 +76,15 @@ def test_it_is_the_answer_of_compress(name, form, centred, monkeypatch, tmp_path
     before, wanted = (
         eckart.compress(model, refit=refit, plan=str(tmp_path / "plan.json"), **asked).model for refit in (False, True)
     )
-    found, room, _ = solved(before, model, batches, centred=str(centred), dense="true")
-    assert len(room.fits) >= 8
+    found, recovery, _ = solved(before, model, batches, centred=str(centred), dense="true")
+    assert len(recovery.fits) >= 8
     here, there, old = weights(found), weights(wanted), weights(before)
-    for site in room.fits:
+    for site in recovery.fits:
         torch.testing.assert_close(here[site][0], there[site][0], rtol=1e-4, atol=1e-5)
         if here[site][1] is not None:
             torch.testing.assert_close(here[site][1], there[site][1], rtol=1e-4, atol=1e-5)
-    changed = [site for site in room.fits if not torch.allclose(here[site][0], old[site][0], atol=1e-3)]
-    assert len(changed) > len(room.fits) // 2
+    changed = [site for site in recovery.fits if not torch.allclose(here[site][0], old[site][0], atol=1e-3)]
+    assert len(changed) > len(recovery.fits) // 2
 
 
 @pytest.mark.parametrize("form", ["lowrank", "pivoted"])
@@ -94,12 +94,12 @@ def test_outputs_come_nearer_and_sizes_stay(name, form):
     model = architecture.model()
     batches = batches_of(architecture, model, 10)
     student = eckart.compress(model, method="svd", keep=0.4, form=form).model
-    found, room, _ = solved(student, model, batches[:8])
+    found, recovery, _ = solved(student, model, batches[:8])
     assert {n: m.spec() for n, m in factored_modules(found).items()} == {
         n: m.spec() for n, m in factored_modules(student).items()
     }
-    assert all(fit.after < fit.before for fit in room.fits.values())
-    report = room.report()
+    assert all(fit.after < fit.before for fit in recovery.fits.values())
+    report = recovery.report()
     assert report["output_error"]["after"] < 0.9 * report["output_error"]["before"]
     assert report["refitted"] + len(report["left"]) == report["of"] == len(factored_modules(student))
     assert report["tokens"] == sum(batch.num_tokens for batch in batches[:8])
@@ -120,10 +120,10 @@ def test_what_is_dense_stays_unless_it_is_asked_for():
     student = eckart.compress(model, method="svd", keep=0.4, ignore=["down_proj"]).model
     untouched = "model.layers.1.mlp.down_proj"
     for dense in (False, True):
-        found, room, _ = solved(student, model, batches, dense=str(dense).lower())
+        found, recovery, _ = solved(student, model, batches, dense=str(dense).lower())
         same = torch.equal(weights(found)[untouched][0], weights(student)[untouched][0])
         assert same == (not dense)
-        assert (untouched in room.fits) == dense
+        assert (untouched in recovery.fits) == dense
 
 
 @pytest.mark.parametrize("centred", ["true", "false"])
@@ -131,9 +131,9 @@ def test_means_go_into_the_bias_where_they_are_asked_to(centred):
     architecture = BY_NAME["bert"]
     model = architecture.model()
     student = eckart.compress(model, method="svd", keep=0.4).model
-    found, room, _ = solved(student, model, batches_of(architecture, model), centred=centred)
-    moved = [n for n in room.fits if not torch.allclose(weights(found)[n][1], weights(model)[n][1], atol=1e-5)]
-    assert len(moved) == (len(room.fits) if centred == "true" else 0)
+    found, recovery, _ = solved(student, model, batches_of(architecture, model), centred=centred)
+    moved = [n for n in recovery.fits if not torch.allclose(weights(found)[n][1], weights(model)[n][1], atol=1e-5)]
+    assert len(moved) == (len(recovery.fits) if centred == "true" else 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -143,7 +143,7 @@ def test_output_error_is_what_direct_sums_say(bias):
     moved = x @ torch.randn(6, 6, generator=stream) + 0.2
     weight, stored = torch.randn(2, 4, 6, generator=stream)
     b, b_now = torch.randn(2, 4, generator=stream) if bias else (None, None)
-    statistics = MovedInputs.empty(6, torch.device("cpu"))
+    statistics = InputShift.empty(6, torch.device("cpu"))
     statistics.update(x[:100], moved[:100], "x")
     statistics.update(x[100:], moved[100:], "x")
     y = torch.nn.functional.linear(x, weight, b).double()
@@ -168,13 +168,13 @@ def test_other_forms_and_places_are_left_and_named():
     replace(student, kronecker, module)
     replace(student, sparse, LowRankSparse(width, width, 2, 3))
     kept = {name: weights(student)[name][0].clone() for name in (kronecker, sparse)}
-    found, room, notes = solved(student, model, batches_of(architecture, model))
+    found, recovery, notes = solved(student, model, batches_of(architecture, model))
     for name, form in ((kronecker, "kronecker"), (sparse, "lowrank-sparse")):
-        assert room.left[name] == f"form {form} cannot be"
+        assert recovery.left[name] == f"form {form} cannot be"
         assert f"not refitted, form {form} cannot be: {name}" in notes
         assert torch.equal(weights(found)[name][0], kept[name])
     pooler = [name for name in sites if "pooler" in name or "cls" in name]
-    assert all(name in room.left for name in pooler if name in factored_modules(student))
+    assert all(name in recovery.left for name in pooler if name in factored_modules(student))
 
 
 def test_shared_layers_have_nothing_to_solve():
@@ -224,7 +224,7 @@ def test_the_command_publishes_what_it_measured(place, tmp_path):
 
 def test_the_better_one_is_kept(place, monkeypatch):
     for better, kept in ((True, "after"), (False, "before")):
-        monkeypatch.setattr("eckart.tuning.better", lambda *_, better=better: better)
+        monkeypatch.setattr("eckart.recovery.pipeline.better", lambda *_, better=better: better)
         result = refit(place)
         assert result.report["kept"] == kept
         old = weights(eckart.load(place / "llama-40"))
@@ -241,7 +241,7 @@ def test_a_classifier_is_fitted_on_its_tasks_text(place):
 
 
 def test_more_rows_than_it_takes_are_drawn_from(place, monkeypatch):
-    monkeypatch.setitem(sys.modules["eckart.training.solving"].NUM_SAMPLES, "causal", 20)
+    monkeypatch.setitem(sys.modules["eckart.recovery.training.closed_form"].NUM_SAMPLES, "causal", 20)
     result = refit(place, num_samples=None)
     assert result.report["solving"]["rows"] == 20
     assert any(note.startswith("20 of ") and "--num-samples" in note for note in result.report["notes"])
@@ -251,7 +251,7 @@ def test_a_run_that_was_killed_begins_again(place, tmp_path, monkeypatch):
     asked = {"model": str(place / "llama-40"), "teacher": str(place / "llama"), "data": str(place / "text.txt")}
     recipe = make_tune_recipe({**asked, "recovery": "refit", **QUICK})
     with monkeypatch.context() as patched:
-        patched.setattr("eckart.recover.refitting.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("eckart.recovery.refit.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             tune_checkpoint(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()

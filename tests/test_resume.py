@@ -14,7 +14,7 @@ from architectures import BY_NAME
 from safetensors.torch import load_file, save_file
 from tiny import Done, Room, Server, furnished, place, published
 
-from eckart.checkpoint.lock import OutputLock
+from eckart.storage.lock import OutputLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 METHODS = {"drone": ("--method", "drone"), "kfac": ("--method", "kfac"), "eckart": ()}

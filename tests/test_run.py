@@ -12,11 +12,11 @@ from architectures import Architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import eckart
-from eckart.assembling import Assembly
+from eckart.compression.assemble import Assembly
 from eckart.data.stdlib import documents
 from eckart.errors import DataError, ModelError, NumericalError, UsageError
+from eckart.evaluation import distance
 from eckart.linalg import Metric, Problem
-from eckart.measure import distance
 from eckart.methods import METHODS
 from eckart.model import shared_clone
 

@@ -2,7 +2,7 @@
 
 import random
 
-from eckart.training.sampling import ByLength
+from eckart.recovery.training.sampling import ByLength
 
 LENGTHS = random.Random(0).choices(range(3, 60), k=203)
 

@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 from tuning_problem import begun, bert, gpt2, logits, train
 
 import eckart
-from eckart.checkpoint.description import mark
+from eckart.calibration.layerwise import all_blocks
+from eckart.checkpoint.description import attach_config
 from eckart.errors import UsageError
+from eckart.evaluation import sizes
 from eckart.linalg import Problem, kronecker_factorise, rearranged_back
-from eckart.measure import sizes
 from eckart.model import shared_parameters
-from eckart.recover import Context, Sandwich, make_room
-from eckart.tuning import tune_checkpoint
-from eckart.tuning_recipe import make_tune_recipe
-from eckart.walk import all_blocks
+from eckart.recovery import RecoveryContext, Sandwich, make_recovery
+from eckart.recovery.pipeline import tune_checkpoint
+from eckart.recovery.recipe import make_tune_recipe
 
 QUICK = {"max_steps": 8, "batch_size": 4, "max_seq_length": 16, "learning_rate": 3e-3, "num_samples": 40,
          "eval_samples": 8}  # fmt: skip
@@ -37,10 +37,10 @@ class Asked:
 
 
 def prepared(model, teacher=None, **options):
-    room = Sandwich(**options)
-    context = Context(teacher or model, "classification", Asked(), 20)
-    room.prepare(model, context)
-    return room, context
+    recovery = Sandwich(**options)
+    context = RecoveryContext(teacher or model, "classification", Asked(), 20)
+    recovery.prepare(model, context)
+    return recovery, context
 
 
 def numbers(block):
@@ -61,7 +61,7 @@ def test_all_blocks_but_the_first_and_the_last_are_one(make, start):
     model, original = make(), make()
     blocks = all_blocks(model)
     before = sum(p.numel() for p in model.parameters())
-    room, _ = prepared(model, start=start)
+    recovery, _ = prepared(model, start=start)
     first, *others = central_of(model)
     for other in others:
         for name, parameter in other.named_parameters():
@@ -76,37 +76,37 @@ def test_all_blocks_but_the_first_and_the_last_are_one(make, start):
         close(parameter, expected, 1e-6)
         assert parameter.requires_grad
     once = sum(p.numel() for p in first.parameters())
-    report = room.report()
+    report = recovery.report()
     assert report["elements_before"] == before
     assert report["elements_after"] == before - 2 * once == sizes(model).model.elements
     assert report["shared"] == {blocks[0].rpartition(".")[0]: blocks[1:-1]}
-    assert room.shrinks
+    assert recovery.shrinks
     assert Sandwich().start == "mean"
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_they_learn_together_and_from_the_task_alone(make):
     model, teacher = make(), make()
-    room, _ = prepared(model, teacher, **TASK)
+    recovery, _ = prepared(model, teacher, **TASK)
     ties = shared_parameters(model)
     start = numbers(central_of(model)[0])
-    train(model, room, 20, teacher)
+    train(model, recovery, 20, teacher)
     assert shared_parameters(model) == ties
     assert all(not torch.equal(a, b) for a, b in zip(start, central_of(model)[0].parameters(), strict=True) if a.any())
-    assert room.finish(model) is model
+    assert recovery.finish(model) is model
 
 
 def test_both_sides_of_an_encoder_decoder_and_a_short_list():
     model = BY_NAME["t5"].model(num_layers=4, num_decoder_layers=5)
-    room, _ = prepared(model, hidden=0.0)
-    assert {parent: len(names) for parent, names in room.report()["shared"].items()} == {
+    recovery, _ = prepared(model, hidden=0.0)
+    assert {parent: len(names) for parent, names in recovery.report()["shared"].items()} == {
         "encoder.block": 2,
         "decoder.block": 3,
     }
     output(model, BY_NAME["t5"].batches()[0])
     model = BY_NAME["t5"].model(num_layers=2, num_decoder_layers=5)
-    room, context = prepared(model, hidden=0.0)
-    assert list(room.report()["shared"]) == ["decoder.block"]
+    recovery, context = prepared(model, hidden=0.0)
+    assert list(recovery.report()["shared"]) == ["decoder.block"]
     assert any("encoder.block share nothing: encoder.block has 2 blocks" in note for note in context.notes)
 
 
@@ -152,7 +152,7 @@ def test_a_factored_model_is_published_and_loaded(start, tmp_path):
     dense = llama(num_hidden_layers=6)
     model = eckart.compress(dense, method="svd", form="pivoted", keep=0.6).model
     prepared(model, start=start)
-    mark(model)
+    attach_config(model)
     model.save_pretrained(tmp_path)
     again = eckart.load(tmp_path)
     ids = {"input_ids": torch.arange(20).view(2, 10)}
@@ -176,7 +176,7 @@ def test_refusals():
     with pytest.raises(UsageError, match=r"albert_layer_groups has 1 blocks"):
         prepared(BY_NAME["albert"].model())
     with pytest.raises(UsageError, match="start must be one of mean, middle, not 'first'"):
-        make_room("sandwich", {"start": "first"})
+        make_recovery("sandwich", {"start": "first"})
     odd = bert(num_hidden_layers=5)
     odd.bert.encoder.layer[2].intermediate.dense = torch.nn.Linear(16, 40)
     with pytest.raises(
@@ -226,20 +226,20 @@ def test_tuned_published_and_loaded_in_a_fresh_process(place, tmp_path):
     training = result.report["training"]
     assert training["last_loss"] < training["first_loss"]
     assert result.report["kept"] == "after"  # the smaller model is what was asked for
-    room = result.report["recovered_by"]
-    assert room["elements_after"] < room["elements_before"]
+    recovery = result.report["recovered_by"]
+    assert recovery["elements_after"] < recovery["elements_before"]
     ids = {"input_ids": torch.arange(20).view(2, 10)}
     expected = output(result.model, ids)
     result.model.save_pretrained(tmp_path / "by-transformers")
     assert torch.equal(output(eckart.load(tmp_path / "by-transformers"), ids), expected)
     result.save_pretrained(tmp_path / "out")
-    assert written(tmp_path / "out") == room["elements_after"] == sizes(result.model).model.elements
+    assert written(tmp_path / "out") == recovery["elements_after"] == sizes(result.model).model.elements
     environment = {**os.environ, "PYTHONPATH": str(Path(eckart.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, tmp_path / "out"], check=True, env=environment)
     assert torch.equal(torch.load(tmp_path / "out" / "logits.pt"), expected)
     again = eckart.tune(tmp_path / "out", recovery="distil", **options)  # trained on, it stays shared
     assert shared_parameters(again.model) == shared_parameters(result.model)
-    plain = eckart.job.export_dense(tmp_path / "out", tmp_path / "plain")
+    plain = eckart.compression.checkpoint.export_dense(tmp_path / "out", tmp_path / "plain")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     assert torch.equal(output(eckart.load(plain), ids), expected)
 
@@ -261,5 +261,5 @@ def test_a_training_that_was_broken_off_goes_on(place, tmp_path):
 def test_untied_it_scores_as_it_did(place):
     model = begun(bert(num_hidden_layers=5), Sandwich(**TASK, temperature=2.0), 4, bert(num_hidden_layers=5))
     expected = logits(model)
-    mark(model)
+    attach_config(model)
     assert torch.equal(logits(eckart.densify(model)), expected)

@@ -14,11 +14,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModel
 
 import eckart
-from eckart.checkpoint.description import EckartConfig, mark, unmark
+from eckart.calibration.layerwise import all_blocks
+from eckart.checkpoint.description import EckartConfig, attach_config, detach_config
 from eckart.errors import CheckpointError, ModelError
-from eckart.measure import sizes
+from eckart.evaluation import sizes
 from eckart.model import cast, share, shared_clone, shared_parameters, unshare
-from eckart.walk import all_blocks
 
 DEEP = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4, "num_decoder_layers": 4}}
 MODELS = ["gpt2", "llama", "llama-tied", "bert-mlm", "t5"]  # Conv1D with bias, no bias, a tied head, another head
@@ -66,7 +66,7 @@ def test_saved_once_and_loaded_as_one(name, tmp_path):
     batch = BY_NAME[name].batches()[0]
     logits = output(model, batch)
     assert shared_parameters(model) == ties
-    mark(model)
+    attach_config(model)
     model.save_pretrained(tmp_path / "m")
     written = tensors(tmp_path / "m")
     assert sum(t.numel() for t in written.values()) == sizes(model).model.elements == before - block_size(model)
@@ -100,7 +100,7 @@ def block_size(model):
 @pytest.mark.parametrize("name", ["gpt2"])
 def test_transformers_alone_refuses(name, tmp_path):
     model, _, _ = made(name)
-    mark(model)
+    attach_config(model)
     model.save_pretrained(tmp_path)
     done = in_fresh_process(tmp_path, type(model).__name__, package="none")
     assert done.returncode != 0
@@ -114,7 +114,7 @@ def test_copies_and_casts_stay_one_and_learn_as_one(name):
         assert shared_parameters(other) == ties
     cast(model, torch.float32)
     assert shared_parameters(model) == ties
-    mark(model)
+    attach_config(model)
     assert model.load_state_dict(model.state_dict()) == ([], [])
     assert shared_parameters(model) == ties
     found = model(**BY_NAME[name].batches()[0])
@@ -128,9 +128,9 @@ def test_taken_apart(name, tmp_path):
     model, ties, before = made(name)
     batch = BY_NAME[name].batches()[0]
     logits = output(model, batch)
-    mark(model)
+    attach_config(model)
     with pytest.raises(ModelError, match=rf"{len(ties)} parameters are still those of others"):
-        unmark(model)
+        detach_config(model)
     eckart.densify(model)
     assert not shared_parameters(model)
     assert sizes(model).model.elements == before
@@ -159,7 +159,7 @@ def test_refusals(tmp_path):
     model, ties, _ = made("llama")
     with pytest.raises(ModelError, match=r"up_proj\.weight cannot be .*q_proj\.weight: their shapes are"):
         share(model, {"model.layers.3.mlp.up_proj.weight": "model.layers.0.self_attn.q_proj.weight"})
-    mark(model)
+    attach_config(model)
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     target, source = next(iter(ties.items()))

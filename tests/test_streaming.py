@@ -20,12 +20,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
-from eckart import streaming
+from eckart.compression.memory_estimate import MemoryEstimate, estimate_memory
+from eckart.compression.plan_builder import Settings
+from eckart.compression.recipe import Recipe
 from eckart.methods import method_named
 from eckart.model import dense_weight, factored_modules
-from eckart.planning import Settings
-from eckart.recipe import Recipe
-from eckart.streaming import Needs, needs_of
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 GB = 10**9
@@ -133,7 +132,7 @@ def test_what_was_streamed_loads_in_a_fresh_process(room, tmp_path, monkeypatch)
         "float16": place(llama(), tmp_path / "source-float16", torch.float16),
         "experts": place(mixtral, tmp_path / "source-experts", max_shard_size="200KB"),
     }
-    monkeypatch.setattr("eckart.job.STREAMED_SHARD", "100KB")
+    monkeypatch.setattr("eckart.compression.checkpoint.STREAMED_SHARD", "100KB")
     logits = {}
     for name, source in sources.items():
         result, _ = compressed(tmp_path / name, recipe_of(source, room.text, stream="on", method="drone", keep=0.6))
@@ -172,16 +171,16 @@ def test_it_says_first_how_it_works_and_what_that_takes(server, room, tmp_path):
 @pytest.mark.parametrize(("part", "way"), [(1.3, "in memory"), (1.2, "block by block"), (0.1, "block by block")])
 def test_auto_streams_where_memory_is_short(part, way, room, tmp_path, monkeypatch):
     recipe = recipe_of(room.model, room.text, method="svd", stream="auto")
-    monkeypatch.setattr(streaming, "rss", lambda: 0)
+    monkeypatch.setattr(memory_estimate, "rss", lambda: 0)
     total = estimated(recipe).whole.total
-    monkeypatch.setattr(streaming, "free", lambda _: int(part * total))
+    monkeypatch.setattr(memory_estimate, "free", lambda _: int(part * total))
     _, told = compressed(tmp_path / "out", recipe)
     assert told[0].startswith(way)
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
-    monkeypatch.setattr(streaming, "free", lambda _: None)
+    monkeypatch.setattr(memory_estimate, "free", lambda _: None)
     _, told = compressed(tmp_path / "out", recipe_of(room.model, room.text, method="svd"))
     assert told[0].startswith("in memory")
     assert "free" not in told[0]
@@ -189,7 +188,7 @@ def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
 
 def test_asked_for_is_done_whatever_memory_there_is(room, tmp_path, monkeypatch):
     for stream, free, way in (("off", 1000, "in memory"), ("on", 10**15, "block by block")):
-        monkeypatch.setattr(streaming, "free", lambda _, free=free: free)
+        monkeypatch.setattr(memory_estimate, "free", lambda _, free=free: free)
         _, told = compressed(tmp_path / stream, recipe_of(room.model, room.text, method="svd", stream=stream))
         assert told[0].startswith(way)
 
@@ -212,13 +211,13 @@ def test_auto_goes_on_with_what_was_begun(server, room, tmp_path):
 # -- what it will take -------------------------------------------------------------------------------
 
 
-def estimated(recipe: Recipe, room_for: int | None = None, model: Any = None, **config: Any) -> Needs:
+def estimated(recipe: Recipe, room_for: int | None = None, model: Any = None, **config: Any) -> MemoryEstimate:
     if model is None:
         options = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
                    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
         with torch.device("meta"):
             model = LlamaForCausalLM(LlamaConfig(**{**options, **config}))
-    return needs_of(model, recipe, Settings.of(method_named(recipe.method), recipe), room_for)
+    return estimate_memory(model, recipe, Settings.of(method_named(recipe.method), recipe), room_for)
 
 
 def parts(estimate: Any) -> int:

@@ -16,15 +16,15 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 from tuning_problem import LENGTH, VOCABULARY, batch, bert, gpt2
 
-from eckart.checkpoint.journal import Journal
 from eckart.errors import DataError, NumericalError, UsageError
-from eckart.recover import BaseRoom, Context, make_room
-from eckart.recover.distil import TERMS
-from eckart.training import Examples, better, exam, examples, load_examples, train
-from eckart.training.exam import Exam, Marks
-from eckart.training.examples import _split, load_labelled
-from eckart.training.masking import mask_tokens
-from eckart.tuning_recipe import make_tune_recipe
+from eckart.recovery import Recovery, RecoveryContext, make_recovery
+from eckart.recovery.distil import TERMS
+from eckart.recovery.recipe import make_tune_recipe
+from eckart.recovery.training import Examples, better, examples, load_examples, scorer, train
+from eckart.recovery.training.examples import _split, load_labelled
+from eckart.recovery.training.masking import mask_tokens
+from eckart.recovery.training.scorer import Scorer, Scores
+from eckart.storage.journal import Journal
 
 # -- masking -------------------------------------------------------------------------------------------
 
@@ -62,10 +62,10 @@ def test_a_short_text_has_one_token_masked():
 
 @pytest.mark.parametrize("higher", [True, False])
 def test_better_is_at_least_as_good(higher):
-    asked = Exam(lambda model: Marks({}), "score", higher, "")
+    asked = Scorer(lambda model: Scores({}), "score", higher, "")
 
     def judged(after, before):
-        return better(asked, Marks({"score": after}), Marks({"score": before}))
+        return better(asked, Scores({"score": after}), Scores({"score": before}))
 
     assert judged(2.0, 1.0) == higher
     assert judged(1.0, 2.0) != higher
@@ -85,17 +85,17 @@ def test_more_right_answers_count_beyond_chance(gained, lost, taken):
     for agreed in (0, 300):
         before = [False] * gained + [True] * lost + [True, False] * agreed
         after = [True] * gained + [False] * lost + [True, False] * agreed
-        marks = [Marks({"accuracy": sum(right) / max(1, len(right))}, tuple(right)) for right in (after, before)]
-        assert better(Exam(lambda model: Marks({}), "accuracy", True, ""), *marks) == taken
+        marks = [Scores({"accuracy": sum(right) / max(1, len(right))}, tuple(right)) for right in (after, before)]
+        assert better(Scorer(lambda model: Scores({}), "accuracy", True, ""), *marks) == taken
 
 
 def test_masked_exam_masks_each_batch_in_its_way(monkeypatch):
     seeds = []
-    monkeypatch.setattr(exam, "mask_tokens", lambda *given: seeds.append(given[-1]) or mask_tokens(*given))
+    monkeypatch.setattr(scorer, "mask_tokens", lambda *given: seeds.append(given[-1]) or mask_tokens(*given))
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(bert().config).eval()
     one = {key: value for key, value in batch(0).items() if key != "labels"}
-    score = exam.masked_exam(READER, [one, one], 4).score
+    score = scorer.masked_scorer(READER, [one, one], 4).score
     assert score(model) == score(model)
     assert seeds == [4, 5, 4, 5]
 
@@ -163,8 +163,8 @@ def test_scores_stay_what_they_are_and_other_data_are_scored_on(reader):
     rows = [{"text": f"text {i}", "label": i + 0.5} for i in range(6)]
     made = labelled(reader, rows, "regression", rows[:2])
     assert [row["labels"] for row in made.rows] == [i + 0.5 for i in range(6)]
-    assert made.exam.protocol == "2 rows"
-    assert labelled(reader, rows, "regression").exam.protocol == "1 rows"
+    assert made.scorer.protocol == "2 rows"
+    assert labelled(reader, rows, "regression").scorer.protocol == "1 rows"
 
 
 def test_a_label_that_is_no_class_is_named(reader):
@@ -186,7 +186,7 @@ def test_padding_is_marked():
 # -- steps -----------------------------------------------------------------------------------------------
 
 
-class Watching(BaseRoom):
+class Watching(Recovery):
     """A room that notes what it is told."""
 
     def __init__(self, of=None, teacher=False):
@@ -209,31 +209,31 @@ def drawn():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def trained(model, room, steps=3, *, task="classification", teacher=None, journal=None, stop_after=None, **options):
+def trained(model, recovery, steps=3, *, task="classification", teacher=None, journal=None, stop_after=None, **options):
     given = {"learning_rate": None, "batch_size": 4, "weight_decay": 0.0, "warmup": 0.0, "save_steps": 2,
              "device": None, "seed": 0}  # fmt: skip
-    context = Context(teacher, task, SimpleNamespace(**{**given, **options}), steps)
-    room.prepare(model, context)
+    context = RecoveryContext(teacher, task, SimpleNamespace(**{**given, **options}), steps)
+    recovery.prepare(model, context)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in batch(0)["input_ids"]]
     if task != "masked":
         rows = [{**row, "labels": label} for row, label in zip(rows, batch(0)["labels"].tolist(), strict=True)]
     shown = Examples(rows[:1] * 16 if task == "masked" else rows, None, 0, {})
-    return train(model, room, context, shown, READER, journal, stop_after=stop_after)
+    return train(model, recovery, context, shown, READER, journal, stop_after=stop_after)
 
 
 def test_hooks_are_called_in_order_with_the_step():
-    room = Watching()
-    made = trained(bert(), room)
-    assert [entry[:2] for entry in room.seen] == [
+    recovery = Watching()
+    made = trained(bert(), recovery)
+    assert [entry[:2] for entry in recovery.seen] == [
         (what, step) for step in range(3) for what in ("loss", "backward", "step")
     ]
-    assert all(entry[2] for entry in room.seen if entry[0] == "backward")
+    assert all(entry[2] for entry in recovery.seen if entry[0] == "backward")
     assert made["steps"] == 3
 
 
 def test_the_loss_is_the_rooms_and_its_ends_are_reported():
-    room = Watching(of=lambda outputs, task: 0 * outputs.logits.sum() + 7.0 - room.context.step)
-    made = trained(bert(), room)
+    recovery = Watching(of=lambda outputs, task: 0 * outputs.logits.sum() + 7.0 - recovery.context.step)
+    made = trained(bert(), recovery)
     assert (made["first_loss"], made["last_loss"]) == (7, 5)
     with pytest.raises(NumericalError, match="step 1"):
         trained(bert(), Watching(of=lambda outputs, task: task * float("nan")))
@@ -249,11 +249,11 @@ def test_decay_rate_and_warmup_are_those_asked_for():
         ({"weight_decay": 0.5, "warmup": 0.5}, 1.0),  # the rate starts at zero
         ({}, 1.0),
     ):
-        model, room = bert(), Watching(of=still)
+        model, recovery = bert(), Watching(of=still)
         matrix = model.bert.encoder.layer[0].intermediate.dense.weight
         norm, before = model.bert.encoder.layer[0].output.LayerNorm.weight, matrix.detach().clone()
-        trained(model, room, 2, **options)
-        after = next(entry[2] for entry in room.seen if entry[0] == "step")
+        trained(model, recovery, 2, **options)
+        after = next(entry[2] for entry in recovery.seen if entry[0] == "step")
         place = next(i for i, parameter in enumerate(model.parameters()) if parameter is matrix)
         close(after[place], before * factor, 1e-6)
         assert bool((norm == 1).all())
@@ -262,9 +262,9 @@ def test_decay_rate_and_warmup_are_those_asked_for():
 def test_a_teacher_is_in_evaluation_mode_and_gets_no_gradients():
     teacher = bert(hidden_dropout_prob=0.5).train()
     expected = copy.deepcopy(teacher).eval()
-    room = Watching(teacher=True)
-    trained(bert(), room, teacher=teacher)
-    for _, _, ids, told in (entry for entry in room.seen if entry[0] == "loss"):
+    recovery = Watching(teacher=True)
+    trained(bert(), recovery, teacher=teacher)
+    for _, _, ids, told in (entry for entry in recovery.seen if entry[0] == "loss"):
         assert not told.requires_grad
         with torch.no_grad():
             assert torch.equal(told, expected(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
@@ -273,26 +273,26 @@ def test_a_teacher_is_in_evaluation_mode_and_gets_no_gradients():
 
 def test_each_step_masks_other_tokens():
     torch.manual_seed(0)
-    room = Watching()
-    trained(transformers.BertForMaskedLM(bert().config), room, task="masked")
-    masked = [entry[2] for entry in room.seen if entry[0] == "loss"]
+    recovery = Watching()
+    trained(transformers.BertForMaskedLM(bert().config), recovery, task="masked")
+    masked = [entry[2] for entry in recovery.seen if entry[0] == "loss"]
     assert not torch.equal(masked[0], masked[1])
     assert not torch.equal(masked[1], masked[2])
 
 
 def test_going_on_draws_and_reports_what_it_would_have(tmp_path):
-    def draws(room):
-        return [entry[3] for entry in room.seen if entry[0] == "step"]
+    def draws(recovery):
+        return [entry[3] for entry in recovery.seen if entry[0] == "step"]
 
     whole, broken, resumed = Watching(), Watching(), Watching()
     states = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
 
-    def run(room, folder, **more):
+    def run(recovery, folder, **more):
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         model = bert()
-        made = trained(model, room, 6, journal=Journal.open(tmp_path / folder, {}, restart=False), **more)
+        made = trained(model, recovery, 6, journal=Journal.open(tmp_path / folder, {}, restart=False), **more)
         return made, model
 
     first, model = run(whole, "whole")
@@ -319,9 +319,9 @@ def told(seed, layers=2):
 
 
 def room_of(kind="causal", name="distil", **weights):
-    room = make_room(name, {**dict.fromkeys(TERMS, "0"), **weights})
-    room.context, room._temperature = Context(None, kind, None, 8), 2.0
-    return room
+    recovery = make_recovery(name, {**dict.fromkeys(TERMS, "0"), **weights})
+    recovery.context, recovery._temperature = RecoveryContext(None, kind, None, 8), 2.0
+    return recovery
 
 
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -347,10 +347,10 @@ def test_each_term_of_distillation_by_its_formula_and_weight():
         "task": task,
     }
     for name, value in wanted.items():
-        room = room_of(**{name: "3"})
-        close(room.loss(mine, its, {"attention_mask": MASK}, task), 3 * value, 1e-5)
-    room = room_of(attention="1", attention_loss="mse")
-    close(room.loss(mine, its, {"attention_mask": MASK}, task), (mse[0] + mse[1]) / 2, 1e-5)
+        recovery = room_of(**{name: "3"})
+        close(recovery.loss(mine, its, {"attention_mask": MASK}, task), 3 * value, 1e-5)
+    recovery = room_of(attention="1", attention_loss="mse")
+    close(recovery.loss(mine, its, {"attention_mask": MASK}, task), (mse[0] + mse[1]) / 2, 1e-5)
     every = room_of(**dict.fromkeys(wanted, "1"))
     close(every.loss(mine, its, {"attention_mask": MASK}, task), sum(wanted.values()), 1e-5)
 
@@ -362,19 +362,19 @@ def test_scores_are_compared_by_their_distance():
 
 
 def test_first_features_then_logits():
-    room = room_of(name="noach-goldberg", hidden="1", embedding="1", logits="1", task="1", first_stage="0.25")
+    recovery = room_of(name="noach-goldberg", hidden="1", embedding="1", logits="1", task="1", first_stage="0.25")
     stages = []
     for step in range(8):
-        room.context.step = step
-        stages.append(room.active())
+        recovery.context.step = step
+        stages.append(recovery.active())
     assert stages == [("hidden", "embedding")] * 2 + [("logits", "task")] * 6
 
 
 def test_temperature_is_the_recipes_unless_the_room_has_one():
     for options, wanted in (({}, 3.0), ({"temperature": "5"}, 5.0)):
-        room = make_room("distil", options)
-        room.prepare(bert(), Context(bert(), "classification", SimpleNamespace(temperature=3.0), 1))
-        assert room.report()["temperature"] == wanted
+        recovery = make_recovery("distil", options)
+        recovery.prepare(bert(), RecoveryContext(bert(), "classification", SimpleNamespace(temperature=3.0), 1))
+        assert recovery.report()["temperature"] == wanted
 
 
 # -- settings --------------------------------------------------------------------------------------------
@@ -396,12 +396,12 @@ def test_temperature_is_the_recipes_unless_the_room_has_one():
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_named(name, options, words):
     with pytest.raises(UsageError, match=words):
-        make_room(name, options)
+        make_recovery(name, options)
 
 
 def test_the_ends_of_a_range_are_inside():
-    room = make_room("dsee", {"prune_at": "1", "fraction": "0", "positions": "0", "rank": "1"})
-    assert (room.prune_at, room.fraction, room.positions, room.rank) == (1, 0, 0, 1)
+    recovery = make_recovery("dsee", {"prune_at": "1", "fraction": "0", "positions": "0", "rank": "1"})
+    assert (recovery.prune_at, recovery.fraction, recovery.positions, recovery.rank) == (1, 0, 0, 1)
 
 
 # -- adapters ------------------------------------------------------------------------------------------
@@ -412,23 +412,23 @@ def test_adapters_are_scaled_and_the_head_is_trained(options, scale):
     from peft.tuners.lora import LoraLayer
 
     model = bert()
-    room = make_room("lora", {"rank": "4", "dropout": "0.25", **options})
-    room.prepare(model, Context(None, "classification", None, 1, ("classifier",)))
+    recovery = make_recovery("lora", {"rank": "4", "dropout": "0.25", **options})
+    recovery.prepare(model, RecoveryContext(None, "classification", None, 1, ("classifier",)))
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert adapted
     assert {module.scaling["default"] for module in adapted} == {scale}
     assert {module.lora_dropout["default"].p for module in adapted} == {0.25}
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name for name in trains if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
-    room.finish(model)
+    recovery.finish(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_tied_weights_get_no_adapter():
     model = transformers.GPT2LMHeadModel(gpt2().config)
     assert model.lm_head.weight is model.transformer.wte.weight
-    room = make_room("lora", {"rank": "2"})
-    room.prepare(model, Context(None, "causal", None, 1))
-    assert room.targets
-    assert "lm_head" not in room.targets
+    recovery = make_recovery("lora", {"rank": "2"})
+    recovery.prepare(model, RecoveryContext(None, "causal", None, 1))
+    assert recovery.targets
+    assert "lm_head" not in recovery.targets
     assert len(model.lm_head.weight) == VOCABULARY

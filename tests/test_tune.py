@@ -19,13 +19,13 @@ from typer.testing import CliRunner
 
 import eckart
 from eckart.checkpoint.description import described
-from eckart.cli import app
+from eckart.cli.app import app
 from eckart.errors import CheckpointError, DataError, UsageError
 from eckart.model import factored_modules
-from eckart.recover import RECOVERIES, Context, make_room
-from eckart.training import better
-from eckart.tuning import tune_checkpoint
-from eckart.tuning_recipe import make_tune_recipe
+from eckart.recovery import RECOVERIES, RecoveryContext, make_recovery
+from eckart.recovery.pipeline import tune_checkpoint
+from eckart.recovery.recipe import make_tune_recipe
+from eckart.recovery.training import better
 
 QUICK = {"max_steps": 6, "batch_size": 4, "max_seq_length": 16, "learning_rate": 3e-3, "num_samples": 40,
          "eval_samples": 8}  # fmt: skip
@@ -98,37 +98,37 @@ def test_loss_falls_and_forms_stay(place, recovery, form):
 def test_the_teacher_itself_has_nothing_to_learn(place):
     model = eckart.load(place / "dense")
     for recovery in ("distil", "ilkd"):
-        room = make_room(recovery, {"attention": "1", "task": "0"})
+        recovery = make_recovery(recovery, {"attention": "1", "task": "0"})
         model.set_attn_implementation("eager")
-        room.prepare(model, Context(model, "causal", SimpleNamespace(temperature=2.0), 1))
+        recovery.prepare(model, RecoveryContext(model, "causal", SimpleNamespace(temperature=2.0), 1))
         batch = {"input_ids": torch.arange(20).view(2, 10), "attention_mask": torch.ones(2, 10).long()}
         outputs = model(**batch, output_hidden_states=True, output_attentions=True)
-        assert abs(float(room.loss(outputs, outputs, batch, outputs.logits.sum()))) < 1e-7
+        assert abs(float(recovery.loss(outputs, outputs, batch, outputs.logits.sum()))) < 1e-7
         other = llama(num_hidden_layers=4)
         other.set_attn_implementation("eager")
         theirs = other(**batch, output_hidden_states=True, output_attentions=True)
-        assert float(room.loss(outputs, theirs, batch, outputs.logits.sum())) > 1e-2
+        assert float(recovery.loss(outputs, theirs, batch, outputs.logits.sum())) > 1e-2
 
 
 def test_padding_is_left_out_and_layers_are_mapped():
-    room = make_room("distil", {"logits": "0"})
+    recovery = make_recovery("distil", {"logits": "0"})
     deep = [torch.full((1, 3, 4), float(i)) for i in range(5)]
     shallow = [deep[0], deep[2].clone(), deep[4].clone()]
     for layer in shallow:
         layer[:, 2] = 99.0
     outputs, theirs = SimpleNamespace(hidden_states=shallow), SimpleNamespace(hidden_states=deep)
     batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
-    assert float(room.loss(outputs, theirs, batch, torch.zeros(()))) == 0
-    assert float(room.loss(outputs, theirs, {}, torch.zeros(()))) > 0
+    assert float(recovery.loss(outputs, theirs, batch, torch.zeros(()))) == 0
+    assert float(recovery.loss(outputs, theirs, {}, torch.zeros(()))) > 0
 
 
 def test_divergence_is_of_the_softened_teacher_from_the_student():
-    room = make_room("distil", {"hidden": "0", "temperature": "2"})
+    recovery = make_recovery("distil", {"hidden": "0", "temperature": "2"})
     mine, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
-    room.context, room._temperature = SimpleNamespace(task="causal"), 2.0
+    recovery.context, recovery._temperature = SimpleNamespace(task="causal"), 2.0
     p, q = (theirs.double() / 2).softmax(-1), (mine.double() / 2).softmax(-1)
     wanted = 4 * (p * (p / q).log()).sum(-1).mean()
-    found = room.loss(SimpleNamespace(logits=mine), SimpleNamespace(logits=theirs), {}, torch.zeros(()))
+    found = recovery.loss(SimpleNamespace(logits=mine), SimpleNamespace(logits=theirs), {}, torch.zeros(()))
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=0)
 
 
@@ -137,8 +137,8 @@ def test_adapters_merge_exactly(place, form):
     model = eckart.load(place / form)
     names = [name for name, _ in model.named_modules()]
     first, size = logits(model), sum(p.numel() for p in model.parameters())
-    room = make_room("lora", {"rank": "3"})
-    room.prepare(model, Context(None, "causal", None, 1))
+    recovery = make_recovery("lora", {"rank": "3"})
+    recovery.prepare(model, RecoveryContext(None, "causal", None, 1))
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
         n for n, _ in model.named_parameters() if "lora_" in n
     }
@@ -147,7 +147,7 @@ def test_adapters_merge_exactly(place, form):
             if "lora_" in name:
                 parameter.normal_(std=0.1)
     apart = logits(model)
-    merged = room.finish(model)
+    merged = recovery.finish(model)
     torch.testing.assert_close(logits(merged), apart, rtol=1e-4, atol=1e-5)
     assert (apart - first).abs().max() > 1e-2
     assert [name for name, _ in merged.named_modules()] == names
@@ -259,7 +259,9 @@ def test_the_model_passed_in_and_the_random_state_stay(place):
 
 def test_what_is_published_is_what_was_scored(place, tmp_path, monkeypatch):
     exams = []
-    monkeypatch.setattr("eckart.tuning.better", lambda exam, *scores: exams.append(exam) or better(exam, *scores))
+    monkeypatch.setattr(
+        "eckart.recovery.pipeline.better", lambda scorer, *scores: exams.append(scorer) or better(scorer, *scores)
+    )
     model, teacher = (eckart.load(place / name, dtype=torch.bfloat16) for name in ("lowrank", "dense"))
     before, told = (copy.deepcopy(each).float() for each in (model, teacher))
     attention = teacher.config._attn_implementation

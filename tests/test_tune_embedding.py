@@ -22,13 +22,13 @@ from transformers import (
 from typer.testing import CliRunner
 
 import eckart
-from eckart.cli import app
+from eckart.cli.app import app
 from eckart.data import Pooling
 from eckart.data.stdlib import documents
 from eckart.errors import UsageError
-from eckart.recover import Context, make_room
-from eckart.tuning import tune_checkpoint
-from eckart.tuning_recipe import make_tune_recipe
+from eckart.recovery import RecoveryContext, make_recovery
+from eckart.recovery.pipeline import tune_checkpoint
+from eckart.recovery.recipe import make_tune_recipe
 
 QUICK = {"batch_size": 8, "max_seq_length": 24, "num_samples": 120}
 POOLED = {"cls": ("cls", False), "mean": ("mean", True)}
@@ -146,26 +146,28 @@ def test_a_student_without_pooling_is_pooled_as_its_teacher_is(place):
 
 
 def test_the_loss_is_one_minus_cosine_and_hidden_states():
-    room = make_room("distil", {"sentence": "3", "hidden": "0.5"})
-    room.context = Context(None, "embedding", None, 1, pooling=Pooling())
+    recovery = make_recovery("distil", {"sentence": "3", "hidden": "0.5"})
+    recovery.context = RecoveryContext(None, "embedding", None, 1, pooling=Pooling())
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
     mine, theirs = torch.randn(2, 2, 3, 4)
     outputs, wanted = (SimpleNamespace(last_hidden_state=h, hidden_states=(h, h)) for h in (mine, theirs))
     pooled = [torch.stack([h[0, :2].mean(0), h[1].mean(0)]) for h in (mine, theirs)]
     cosine = torch.nn.functional.cosine_similarity(*pooled)
     error = (mine - theirs).square().mean(-1)[mask.bool()].mean()
-    found = room.loss(outputs, wanted, {"attention_mask": mask}, torch.zeros(()))
+    found = recovery.loss(outputs, wanted, {"attention_mask": mask}, torch.zeros(()))
     torch.testing.assert_close(found, 3 * (1 - cosine).mean() + 0.5 * error)
-    assert float(room.loss(outputs, outputs, {"attention_mask": mask}, torch.zeros(()))) == pytest.approx(0, abs=1e-6)
+    assert float(recovery.loss(outputs, outputs, {"attention_mask": mask}, torch.zeros(()))) == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_weights_of_another_task_leave_nothing(place):
     with pytest.raises(UsageError, match=r"nothing to minimise.*sentence=1"):
         tuned(place, recovery_option=("sentence=0", "hidden=0"), max_steps=1)
-    room = make_room("distil", {"logits": "0", "hidden": "0"})
+    recovery = make_recovery("distil", {"logits": "0", "hidden": "0"})
     with pytest.raises(UsageError, match=r"nothing to minimise.*logits=1"):
-        room.prepare(BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=9)),
-                     Context(SimpleNamespace(), "causal", SimpleNamespace(temperature=1), 1))  # fmt: skip
+        recovery.prepare(BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=9)),
+                     RecoveryContext(SimpleNamespace(), "causal", SimpleNamespace(temperature=1), 1))  # fmt: skip
 
 
 def test_a_teacher_with_a_head_teaches_with_its_body(place):

@@ -21,15 +21,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import eckart
-from eckart.calibrate import Calibration, calibrate
-from eckart.checkpoint.cache import Cache
+from eckart.calibration import Calibration, calibrate
+from eckart.calibration.layerwise import (
+    LayerwiseError,
+    LayerwiseRunner,
+    StatisticsWindow,
+    gather_layerwise,
+    split_by_segment,
+    trace_blocks,
+)
 from eckart.data import Batch, CalibrationData, load
 from eckart.data.inference import evaluating, forward
+from eckart.distributed import Processes
 from eckart.errors import ModelError
 from eckart.model import find_sites
 from eckart.moments import Moments, common_calls, gather, halving, shared_inputs
-from eckart.processes import Processes
-from eckart.walk import UnwalkableError, Walk, Window, gather_walking, split_by_segment, take_apart
+from eckart.storage.cache import Cache
 
 NAMES = list(BY_NAME)
 FORWARDS = frozenset({"gram"})
@@ -64,16 +71,16 @@ class Case:
         with evaluating(self.model):
             return gather(self.model, self.groups, self.batches, self.run, needs=needs, common=self.common)
 
-    def walk(self, store: Any, *, backward: bool = True, run: Callable[[Batch], Any] | None = None) -> Walk:
+    def walk(self, store: Any, *, backward: bool = True, run: Callable[[Batch], Any] | None = None) -> LayerwiseRunner:
         """Before its first step, the model in evaluation mode."""
         first = self.batches[0].rows(0, 1)
-        order, structures = take_apart(self.model, self.names, self.run, first, store, backward=backward)
-        walk = Walk(self.model, order, run or self.run, self.batches, store)
+        order, structures = trace_blocks(self.model, self.names, self.run, first, store, backward=backward)
+        walk = LayerwiseRunner(self.model, order, run or self.run, self.batches, store)
         walk.structures = structures
         return walk
 
-    def windows(self, walk: Walk, needs: frozenset[str], **more: Any) -> Iterator[Window]:
-        return gather_walking(walk, self.groups, needs=needs, common=self.common, **more)
+    def windows(self, walk: LayerwiseRunner, needs: frozenset[str], **more: Any) -> Iterator[StatisticsWindow]:
+        return gather_layerwise(walk, self.groups, needs=needs, common=self.common, **more)
 
 
 def loss_of(made: Any) -> Tensor:
@@ -119,7 +126,7 @@ def expected(name: str, needs: frozenset[str], rows: int = 3) -> dict[str, Momen
     return case(name, rows).whole(needs)
 
 
-def needs_of(name: str, needs: frozenset[str]) -> frozenset[str]:
+def estimate_memory(name: str, needs: frozenset[str]) -> frozenset[str]:
     """Albert calls one block several times: its squared gradients are of all calls together."""
     return needs - {"fisher"} if name == "albert" else needs
 
@@ -146,7 +153,7 @@ def agree(found: dict[str, Moments], known: dict[str, Moments], tolerance: float
             assert off <= tolerance * scale, f"{name}, {key}: {float(off):.2g} of {float(scale):.2g}"
 
 
-def together(windows: Iterator[Window]) -> dict[str, Moments]:
+def together(windows: Iterator[StatisticsWindow]) -> dict[str, Moments]:
     """All statistics; each site in one window alone."""
     found: dict[str, Moments] = {}
     for window in windows:
@@ -197,7 +204,7 @@ def test_statistics_forwards_are_those_of_whole_passes(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_statistics_backwards_are_those_of_whole_passes(name):
     it, store = case(name), waiting()
-    needs = needs_of(name, BACKWARDS)
+    needs = estimate_memory(name, BACKWARDS)
     with evaluating(it.model):
         windows = list(it.windows(it.walk(store), needs))
     agree(together(iter(windows)), expected(name, needs))
@@ -232,7 +239,7 @@ def test_no_more_waits_than_the_steps_ahead_will_read(name):
 
 def test_squared_gradients_of_a_shared_block_come_in_one_piece():
     it = case("albert")
-    with evaluating(it.model), pytest.raises(UnwalkableError, match=r"albert_layers\.0\..* called by several blocks"):
+    with evaluating(it.model), pytest.raises(LayerwiseError, match=r"albert_layers\.0\..* called by several blocks"):
         it.windows(it.walk(waiting()), BACKWARDS)
 
 
@@ -259,7 +266,7 @@ RESUMED = ("llama", "t5", "bloom", "opt", "albert", "deberta")
 
 
 @contextmanager
-def counted(it: Case, walk: Walk) -> Iterator[Counter[int]]:
+def counted(it: Case, walk: LayerwiseRunner) -> Iterator[Counter[int]]:
     """How often each step's own block ran, watched at a site inside it; a shared one counts at its first step."""
     calls: Counter[int] = Counter()
     inside = {block: next(n for n in it.names if n.startswith(f"{block}.")) for block in walk.order.steps}
@@ -282,7 +289,7 @@ def counted(it: Case, walk: Walk) -> Iterator[Counter[int]]:
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_walk_that_was_broken_off_goes_on_behind_its_last_window(name, needs, tmp_path):
     it = case(name)
-    needs, backward = needs_of(name, needs), needs != FORWARDS
+    needs, backward = estimate_memory(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
         every = [window.name for window in it.windows(it.walk(waiting(), backward=backward), needs)]
@@ -313,7 +320,7 @@ def test_a_walk_that_was_broken_off_goes_on_behind_its_last_window(name, needs, 
 @pytest.mark.parametrize("name", RESUMED)
 def test_with_nothing_at_hand_it_begins_anew(name, needs):
     it = case(name)
-    needs, backward = needs_of(name, needs), needs != FORWARDS
+    needs, backward = estimate_memory(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
         every = list(it.windows(it.walk(waiting(), backward=backward), needs))
@@ -349,7 +356,7 @@ class Stop(BaseException):
 def test_broken_off_in_the_middle_of_a_step(name, needs, tmp_path):
     """At any pass of any batch: what was written of a step by then is not taken for all of it."""
     it = case(name)
-    needs, backward = needs_of(name, needs), needs != FORWARDS
+    needs, backward = estimate_memory(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
         for after in itertools.count(1, 4 if name == "llama" else 11):
@@ -361,7 +368,7 @@ def test_broken_off_in_the_middle_of_a_step(name, needs, tmp_path):
                 return it.run(batch)
 
             folder = tmp_path / str(after)
-            done: list[Window] = []
+            done: list[StatisticsWindow] = []
             try:
                 for window in it.windows(it.walk(Cache(0, folder, durable=True), backward=backward, run=run), needs):
                     done.append(window)
@@ -414,7 +421,7 @@ class Full:
 
 
 @contextmanager
-def full(it: Case, walk: Walk, place: str, after: int) -> Iterator[Full]:
+def full(it: Case, walk: LayerwiseRunner, place: str, after: int) -> Iterator[Full]:
     failing = Full(it, place, after)
     walk.run = failing.run
     site = next(name for name in it.names if name.startswith(f"{walk.order.steps[1]}."))
@@ -436,7 +443,7 @@ CUT = ("bert-classes", "albert", "xlnet", "opt", "bloom", "llama", "mixtral", "t
 def test_a_batch_that_is_cut_on_the_way_changes_nothing(name):
     """`after` 2: when the first batch went through that place."""
     it = case(name, rows=5)
-    both = needs_of(name, BACKWARDS)
+    both = estimate_memory(name, BACKWARDS)
     places = [("step", both, 1), ("step again", both, 2), ("gradient", both, 1), ("tail", both, 2)]
     with evaluating(it.model):
         for place, needs, after in (("step", FORWARDS, 2), *places):
@@ -730,7 +737,7 @@ class Counts(Small):
 
 def test_a_model_whose_passes_differ_is_not_walked():
     it = made_case(Counts(), texts().batches)
-    with evaluating(it.model), pytest.raises(UnwalkableError, match=r"walked, its output differs by 0\.\d+ of \d"):
+    with evaluating(it.model), pytest.raises(LayerwiseError, match=r"walked, its output differs by 0\.\d+ of \d"):
         it.walk(waiting())
 
 

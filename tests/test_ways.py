@@ -10,12 +10,12 @@ from tiny import llama
 from typer.testing import CliRunner
 
 import eckart
-from eckart.cli import app
+from eckart.cli.app import app
+from eckart.compression.recipe import make_recipe
 from eckart.errors import UsageError
 from eckart.methods import METHODS
-from eckart.recipe import make_recipe
-from eckart.recover import RECOVERIES
-from eckart.tuning_recipe import make_tune_recipe
+from eckart.recovery import RECOVERIES
+from eckart.recovery.recipe import make_tune_recipe
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_compress_names_the_way_that_was_meant(place, tmp_path, case):
 
 
 def test_embeddings_that_cannot_be_are_refused_before_any_work(place, tmp_path, monkeypatch):
-    monkeypatch.setattr("eckart.preparing.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("eckart.compression.prepare.calibrate", lambda *_, **__: pytest.fail("calibrated"))
     words = ["compress", "llama", "--data", "text.txt", "--embeddings", "safe", "--embeddings-keep", "0.0001"]
     assert "Raise --embeddings-keep" in refused(place, tmp_path, words)
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import eckart
-from eckart.calibrate import calibrate
-from eckart.checkpoint.cache import Cache
+from eckart.calibration import calibrate
+from eckart.compression.workspace import Workspace
 from eckart.data import load
 from eckart.forms import FactoredLinear
 from eckart.model import Compute, Weights, find_sites
 from eckart.moments import Moments
-from eckart.workplace import Workplace
+from eckart.storage.cache import Cache
 
 MODELS = ("bert", "gpt2", "llama", "t5", "llama-tied", "gemma3", "albert", "mixtral")
 # The default reads all that kfac reads, and allocates by it; svd reads nothing.
@@ -42,8 +42,8 @@ def batches(name: str) -> list[Inputs]:
     return found
 
 
-def block_by_block(folder: Path, memory: int = 0) -> Workplace:
-    return Workplace(compute=FLOAT, waiting=Cache(memory=memory, folder=folder / "waiting", durable=True))
+def block_by_block(folder: Path, memory: int = 0) -> Workspace:
+    return Workspace(compute=FLOAT, waiting=Cache(memory=memory, folder=folder / "waiting", durable=True))
 
 
 def products(model: nn.Module) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def test_a_run_block_by_block_gives_what_a_run_in_memory_gives(name, method, tmp
     options = {"data": data, "method": method, "keep": 0.6, "refit": method == "eckart"}
     whole = eckart.compress(model, **options)
     place = block_by_block(tmp_path)
-    found = eckart.compress(model, workplace=place, **options)
+    found = eckart.compress(model, workspace=place, **options)
 
     assert found.plan.choices == whole.plan.choices
     assert found.plan.predicted.keys() == whole.plan.predicted.keys()
@@ -113,7 +113,7 @@ def test_a_run_block_by_block_gives_what_a_run_in_memory_gives(name, method, tmp
 def test_where_hidden_states_wait_changes_no_bit(name, some, tmp_path):
     model, data = BY_NAME[name].model(), batches(name)
     places = [block_by_block(tmp_path / str(memory), memory) for memory in (0, some)]
-    first, other = (eckart.compress(model, data=data, keep=0.6, refit=True, workplace=place) for place in places)
+    first, other = (eckart.compress(model, data=data, keep=0.6, refit=True, workspace=place) for place in places)
     assert other.plan == first.plan
     state = other.model.state_dict()
     assert state.keys() == first.model.state_dict().keys()
@@ -187,7 +187,7 @@ def test_a_model_in_half_precision_is_left_as_it_was(name, method, tmp_path):
     before = tensors_of(model)
     bits = {key: tensor.detach().clone() for key, tensor in before.items()}
     flags = {key: (tensor.dtype, tensor.requires_grad, tensor.data_ptr()) for key, tensor in before.items()}
-    result = eckart.compress(model, data=data, method=method, keep=0.6, workplace=block_by_block(tmp_path))
+    result = eckart.compress(model, data=data, method=method, keep=0.6, workspace=block_by_block(tmp_path))
     after = tensors_of(model)
     assert list(after) == list(before)
     for key, tensor in after.items():
@@ -207,7 +207,7 @@ def test_a_model_in_half_precision_is_left_as_it_was(name, method, tmp_path):
 def test_the_plan_of_a_model_in_half_precision_is_that_of_its_copy_in_single(name, method, tmp_path):
     model, data = halved(BY_NAME[name].model()), batches(name)
     whole = eckart.compress(widened(model), data=data, method=method, keep=0.6)
-    found = eckart.compress(model, data=data, method=method, keep=0.6, workplace=block_by_block(tmp_path))
+    found = eckart.compress(model, data=data, method=method, keep=0.6, workspace=block_by_block(tmp_path))
     assert found.plan.choices == whole.plan.choices
     matrices = products(found.model)
     for site, matrix in products(whole.model).items():
@@ -225,7 +225,7 @@ def test_a_plan_file_is_followed_block_by_block(method, tmp_path):
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"format_version": 1, "sites": dict(zip(names, forms, strict=True))}))
     place = block_by_block(tmp_path)
-    result = eckart.compress(model, data=data, method=method, plan=str(file), workplace=place)
+    result = eckart.compress(model, data=data, method=method, plan=str(file), workspace=place)
     matrices = products(result.model)
     assert list(matrices) == [name for i, name in enumerate(names) if i % 3]
     whole = products(eckart.compress(model, data=data, method=method, plan=str(file)).model)

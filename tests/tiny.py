@@ -42,20 +42,20 @@ ENVIRONMENT = {
 }
 LIMIT = 120  # seconds that a command may take, on a slow machine
 TICKING = (
-    "eckart.checkpoint.cache:Cache.drop",
-    "eckart.checkpoint.cache:Cache.put",
-    "eckart.checkpoint.journal:Journal.remove",
-    "eckart.checkpoint.journal:Journal.write",
-    "eckart.checkpoint.publish:_place",
-    "eckart.checkpoint.publish:_sync",
+    "eckart.storage.cache:Cache.drop",
+    "eckart.storage.cache:Cache.put",
+    "eckart.storage.journal:Journal.remove",
+    "eckart.storage.journal:Journal.write",
+    "eckart.storage.publish:_place",
+    "eckart.storage.publish:_sync",
     "eckart.checkpoint.save:_verify",
-    "eckart.recover.refit:factorise",
-    "eckart.preparing:load_data",
-    "eckart.shelf:solve",
-    "eckart.walk.walk:Walk.backward",
-    "eckart.walk.walk:Walk.finish",
-    "eckart.walk.walk:Walk.forward",
-    "eckart.walk.walk:Walk.look",
+    "eckart.compression.refit_groups:factorise",
+    "eckart.compression.prepare:load_data",
+    "eckart.compression.factor_store:solve",
+    "eckart.calibration.layerwise.runner:Walk.backward",
+    "eckart.calibration.layerwise.runner:Walk.finish",
+    "eckart.calibration.layerwise.runner:Walk.forward",
+    "eckart.calibration.layerwise.runner:Walk.look",
     "os:fsync",
     "os:unlink",
     "pathlib:Path.replace",
@@ -297,9 +297,10 @@ class _Ticks:
 
 def _run(job: dict[str, Any]) -> int:
     """A command in this process, which is a fork of the server."""
-    from eckart import job as jobs
-    from eckart import memory, streaming
-    from eckart.cli import app
+    from eckart.cli.app import app
+    from eckart.compression import checkpoint as jobs
+    from eckart.compression import memory_estimate as estimates
+    from eckart.distributed import memory
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.alarm(LIMIT)
@@ -308,10 +309,10 @@ def _run(job: dict[str, Any]) -> int:
     os.dup2(log, 2)
     os.environ.update(job.get("environ", {}))
     if "free" in job:
-        streaming.free = lambda _: job["free"]
+        estimates.free = lambda _: job["free"]
     if "at_once" in job:
-        needs_of = streaming.needs_of
-        streaming.needs_of = lambda *asked: replace(needs_of(*asked), at_once=job["at_once"])
+        estimate_memory = estimates.estimate_memory
+        estimates.estimate_memory = lambda *asked: replace(estimate_memory(*asked), at_once=job["at_once"])
     jobs.STREAMED_SHARD = job.get("shard", jobs.STREAMED_SHARD)
     ticks = _Ticks(job["at"], job["what"])
     ticks.watch()
@@ -337,7 +338,7 @@ def _run(job: dict[str, Any]) -> int:
 def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  so that no fork has to
 
-    import eckart.cli  # noqa: F401
+    import eckart.cli.app  # noqa: F401
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.recover.room import Context
+from eckart.recovery.base import RecoveryContext
 
 VOCABULARY, LENGTH = 32, 8
 
@@ -52,15 +52,15 @@ def accuracy(model: PreTrainedModel) -> float:
     return float((logits(model).argmax(-1) == batch(99)["labels"]).float().mean())
 
 
-def begun(model: PreTrainedModel, room: Any, steps: int, teacher: PreTrainedModel | None = None) -> PreTrainedModel:
+def begun(model: PreTrainedModel, recovery: Any, steps: int, teacher: PreTrainedModel | None = None) -> PreTrainedModel:
     """The model as the room has prepared it."""
-    room.prepare(model, Context(teacher, "classification", None, steps))
+    recovery.prepare(model, RecoveryContext(teacher, "classification", None, steps))
     return model
 
 
 def train(
     model: PreTrainedModel,
-    room: Any,
+    recovery: Any,
     steps: int,
     teacher: PreTrainedModel | None = None,
     watch: Any = None,
@@ -70,17 +70,17 @@ def train(
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, rate)
-    layers = "hidden_states" in room.wants
+    layers = "hidden_states" in recovery.wants
     for step in range(steps):
         inputs = batch(step)
         outputs = model(**inputs, output_hidden_states=layers)
         with torch.no_grad():
             told = teacher(**inputs, output_hidden_states=layers) if teacher is not None else None
-        room.loss(outputs, told, inputs, outputs.loss).backward()
-        room.after_backward(model, step)
+        recovery.loss(outputs, told, inputs, outputs.loss).backward()
+        recovery.after_backward(model, step)
         optimizer.step()
         optimizer.zero_grad()
-        room.after_step(model, step)
+        recovery.after_step(model, step)
         if watch is not None:
             watch(step)
     return model.eval()

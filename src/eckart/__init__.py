@@ -4,20 +4,20 @@ Importing it registers the checkpoint format with transformers, so that `from_pr
 :func:`compress` saved.
 """
 
-from eckart.checkpoint.description import unmark as _unmark
+from eckart.checkpoint.description import detach_config as _unmark
 from eckart.checkpoint.load import load
 from eckart.checkpoint.plugin import register as _register
+from eckart.compression.checkpoint import compress_checkpoint
+from eckart.compression.pipeline import compare, compress
+from eckart.compression.recipe import Recipe
+from eckart.compression.result import Result
 from eckart.errors import EckartError
-from eckart.evaluation import evaluate
-from eckart.job import compress_checkpoint
+from eckart.evaluation.evaluation import evaluate
 from eckart.model import fuse as _fuse
 from eckart.model import to_dense_modules as _to_dense_modules
-from eckart.recipe import Recipe
-from eckart.result import Result
-from eckart.run import compare, compress
-from eckart.tuned import TuneResult
-from eckart.tuning import tune
-from eckart.tuning_recipe import TuneRecipe
+from eckart.recovery.pipeline import tune
+from eckart.recovery.recipe import TuneRecipe
+from eckart.recovery.result import TuneResult
 
 __version__ = "0.1.0"
 __all__ = [

@@ -75,7 +75,7 @@ def _are_ties(ties: Any) -> bool:
     return isinstance(ties, dict) and all(isinstance(name, str) for pair in ties.items() for name in pair)
 
 
-def mark(model: PreTrainedModel) -> None:
+def attach_config(model: PreTrainedModel) -> None:
     """Make ``model.save_pretrained`` describe the model's forms and shared parameters in ``config.json``.
 
     To be called again after modules have been replaced.
@@ -91,7 +91,7 @@ def mark(model: PreTrainedModel) -> None:
     if not is_special(model):
         raise ModelError(
             f"{type(model).__name__} holds no factored module and shares no parameters; there is nothing to describe: "
-            "use unmark."
+            "use detach_config."
         )
     tied = getattr(model, "all_tied_weights_keys", {})
     for name in forms:
@@ -117,7 +117,7 @@ def is_special(model: PreTrainedModel) -> bool:
     return bool(described(model) or shared_parameters(model))
 
 
-def unmark(model: PreTrainedModel) -> None:
+def detach_config(model: PreTrainedModel) -> None:
     """Undo :func:`mark` on a model whose forms have been replaced by dense modules.
 
     Args:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eckart.checkpoint.layout import model_folder
 from eckart.checkpoint.stored import stored_tensors
+from eckart.storage.layout import model_folder
 
 SAMPLES = 4096
 SPOTS, SPOT = 256, 4096

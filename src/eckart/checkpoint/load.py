@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint import plugin  # noqa: F401  registers the format
 from eckart.checkpoint.description import METHOD
-from eckart.checkpoint.layout import model_folder, read_json
-from eckart.checkpoint.shards import read_weights
 from eckart.checkpoint.source import resolve
 from eckart.errors import CheckpointError, UsageError
+from eckart.storage.layout import model_folder, read_json
+from eckart.storage.shards import read_weights
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.load import load
-from eckart.checkpoint.publish import sync_folder
 from eckart.errors import CheckpointError
+from eckart.storage.publish import sync_folder
 
 # Bytes. A tensor that has no more may lie in memory: a file for each norm and bias would save nothing.
 SMALL = 1 << 20

@@ -16,7 +16,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.checkpoint.description import METHOD, EckartConfig, mark
+from eckart.checkpoint.description import METHOD, EckartConfig, attach_config
 from eckart.checkpoint.guard import guard_of
 from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out
 from eckart.errors import CheckpointError
@@ -167,7 +167,7 @@ class EckartQuantizer(HfQuantizer):
                 module.config.__dict__.pop("_is_quantized", None)
                 for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
                     module.__dict__.pop(attribute, None)
-        mark(model)
+        attach_config(model)
         return model
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
-from eckart.checkpoint.description import METHOD, described, is_special, mark, unmark
-from eckart.checkpoint.layout import model_folder, read_json, sentence_modules, stays_inside
-from eckart.checkpoint.lock import OutputLock, output_path
-from eckart.checkpoint.publish import publish
-from eckart.checkpoint.shards import read_weights
+from eckart.checkpoint.description import METHOD, described, detach_config, is_special
 from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import factored_modules, shared_parameters
+from eckart.storage.layout import model_folder, read_json, sentence_modules, stays_inside
+from eckart.storage.lock import OutputLock, output_path
+from eckart.storage.publish import publish
+from eckart.storage.shards import read_weights
 
 # Carried over by suffix, so that no weight, pickle or program comes along under any name.
 CARRIED = {".json", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab"}
@@ -61,7 +61,7 @@ def save(
         plan: ``eckart/plan.json``.
         report: ``eckart/report.json``; numbers that are not finite are written as strings.
         report_html: ``eckart/report.html``.
-        card: ``README.md``, see :func:`eckart.checkpoint.card.model_card`.
+        card: ``README.md``, see :func:`eckart.report.card.model_card`.
         overwrite: replace a model folder that is already there.
         max_shard_size: as in ``save_pretrained``. Tensors that lie in files take the memory of one shard at most.
         lock: the lock on ``output_dir`` if the caller holds it.
@@ -78,7 +78,7 @@ def save(
             f"{type(model).__name__} cannot be published as a checkpoint of its own. Give the transformers "
             "model; merge adapters first: model.merge_and_unload()."
         )
-    (mark if is_special(model) else unmark)(model)
+    (attach_config if is_special(model) else detach_config)(model)
     source = Path(source_folder) if source_folder is not None else None
     inner = model_folder(source).relative_to(source) if source is not None else Path()
     if source is not None:

@@ -20,9 +20,9 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from eckart.checkpoint.layout import model_folder, read_json, sentence_modules
-from eckart.checkpoint.shards import TensorEntry, read_weights
 from eckart.errors import CheckpointError, ModelError
+from eckart.storage.layout import model_folder, read_json, sentence_modules
+from eckart.storage.shards import TensorEntry, read_weights
 
 WANTED = [
     "*.safetensors",

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from eckart.checkpoint.layout import model_folder, read_json
-from eckart.checkpoint.shards import BITS, TensorEntry, read_weights
+from eckart.storage.layout import model_folder, read_json
+from eckart.storage.shards import BITS, TensorEntry, read_weights
 
 FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float32}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from eckart.checkpoint.layout import model_folder
 from eckart.errors import CheckpointError
+from eckart.storage.layout import model_folder
 
 # Any one of these makes a tokenizer: without them transformers may build an empty one from the model's type.
 FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",

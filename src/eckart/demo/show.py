@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.compression.checkpoint import compress_checkpoint, find_checkpoint, open_model
+from eckart.compression.pipeline import compare
+from eckart.compression.recipe import Recipe
+from eckart.compression.result import Result
 from eckart.data.documents import load_documents
 from eckart.data.inference import progress
 from eckart.errors import CheckpointError, EckartError
-from eckart.job import compress_checkpoint, find, open_model
-from eckart.measure import perplexity
+from eckart.evaluation import perplexity
 from eckart.methods import METHODS
-from eckart.recipe import Recipe
-from eckart.result import Result
-from eckart.run import compare
 
 MODEL = Path(__file__).parent / "model"
 DEFAULT = str(Recipe.model_fields["method"].default)
@@ -34,7 +34,7 @@ TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
-class Row:
+class DemoRow:
     """What one method made of the model at one size."""
 
     method: str
@@ -87,7 +87,7 @@ class Demo:
         """The bundled model in float32."""
         if not (MODEL / "model.safetensors").is_file():
             raise CheckpointError(f"{MODEL} holds no model.safetensors. Install eckart again: it is part of it.")
-        return open_model(find(MODEL), needs_text="the demo")
+        return open_model(find_checkpoint(MODEL), needs_text="the demo")
 
     def measure(self, model: PreTrainedModel) -> float:
         """Perplexity on held-out modules of the standard library."""
@@ -96,7 +96,7 @@ class Demo:
         options: dict[str, Any] = {"window": self.window, "max_tokens": self.held_tokens}
         return float(perplexity(model, self.source.tokenizer, self.held, **options)["perplexity"])
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[DemoRow]:
         """Every method at every size, as they are ready."""
         made = compare(
             self.source.model, self.source.tokenizer, methods=self.methods, keeps=self.keeps, recipe=self.recipe()
@@ -104,7 +104,7 @@ class Demo:
         for name, keep, result in progress(made, what="methods", total=len(self.methods) * len(self.keeps)):
             seconds = result.report["seconds"]
             own = sum(seconds.get(step, 0.0) for step in ("factorisation", "replacement", "refit"))
-            yield Row(name, keep, self.measure(result.model), result.report["kept"]["of_sites"], own)
+            yield DemoRow(name, keep, self.measure(result.model), result.report["kept"]["of_sites"], own)
 
     def publish(self, folder: Path, keep: float, overwrite: bool = False) -> tuple[Result, Path]:
         """Compress by the default method, from checkpoint to checkpoint."""

@@ -1,11 +1,11 @@
-"""Stored forms of a weight. A new form is one file and one line in `FORMS`."""
+"""Stored forms of a weight. A new form is one file and one line in :data:`eckart.registry.FORMS`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms.base import Block, Factored, FactoredLinear, Size
+from eckart.forms.base import Block, Factored, FactoredLinear, StoredSize
 from eckart.forms.embedding import (
     FactoredEmbedding,
     KroneckerEmbedding,
@@ -18,25 +18,13 @@ from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse
 from eckart.forms.pivoted import Pivoted
 from eckart.forms.shared_basis import SharedBasis
 from eckart.forms.tied_head import TiedHead
-
-FORMS: dict[str, type[FactoredLinear]] = {form.form: form for form in (LowRank, Pivoted, Kronecker, SharedBasis)}
-"""Of a Linear or Conv1D, by name: what a plan can choose."""
-
-EMBEDDINGS: dict[str, type[FactoredEmbedding]] = {
-    "lowrank": LowRankEmbedding,
-    "kronecker": KroneckerEmbedding,
-    "safe": SafeEmbedding,
-}
-"""Of a token embedding, by the word of `--embeddings`."""
+from eckart.registry import EMBEDDINGS, FORMS
 
 _OTHERS: tuple[type[Factored], ...] = (LowRankSparse, *EMBEDDINGS.values(), TiedHead)
-STORED: dict[str, type[Factored]] = {**FORMS, **{form.form: form for form in _OTHERS}}
-"""Everything that a checkpoint may hold, by the name in its spec."""
 
 __all__ = [
     "EMBEDDINGS",
     "FORMS",
-    "STORED",
     "Block",
     "Factored",
     "FactoredEmbedding",
@@ -50,7 +38,7 @@ __all__ = [
     "Pivoted",
     "SafeEmbedding",
     "SharedBasis",
-    "Size",
+    "StoredSize",
     "TiedHead",
     "build",
     "form_named",
@@ -61,11 +49,10 @@ def form_named(name: str) -> type[FactoredLinear]:
     """The form of that name.
 
     Raises:
-        UsageError: naming the forms there are.
+        UsageError: with the nearest spelling and the names there are.
     """
-    if not isinstance(name, str) or name not in FORMS:  # read from JSON: anything may stand there
-        raise UsageError(f"form {name!r} is unknown to this version of eckart; it knows {', '.join(FORMS)}.")
-    return FORMS[name]
+    found: type[FactoredLinear] = FORMS[FORMS.check(name)]  # read from JSON: anything may stand there
+    return found
 
 
 def build(spec: dict[str, Any]) -> Factored:
@@ -77,7 +64,8 @@ def build(spec: dict[str, Any]) -> Factored:
     if not isinstance(spec, dict) or "form" not in spec:
         raise UsageError(f"module spec {spec!r} names no form; it needs form, sizes and bias.")
     name = spec["form"]
-    form = STORED[name] if isinstance(name, str) and name in STORED else form_named(name)
+    others = {form.form: form for form in _OTHERS}
+    form = others[name] if isinstance(name, str) and name in others else form_named(name)
     sizes: dict[str, Any] = {}
     for key in form.sizes:
         value = spec.get(key)

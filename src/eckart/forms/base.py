@@ -18,7 +18,7 @@ Block = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Size:
+class StoredSize:
     """What a stored weight costs. The bias is counted apart: it is there before and after.
 
     Attributes:
@@ -122,7 +122,7 @@ class FactoredLinear(Factored):
     # -- what a form must say ------------------------------------------------------------------------
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> StoredSize:
         """What the form stores and computes at a rank, the bias left out."""
         raise NotImplementedError
 

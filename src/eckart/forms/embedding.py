@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eckart.errors import ModelError, UsageError
-from eckart.forms.base import Factored, Size, compute_dtype, copy_into
+from eckart.forms.base import Factored, StoredSize, compute_dtype, copy_into
 from eckart.forms.lazy import LazyWeight
 
 SAFE_HEADS = 4
@@ -97,9 +97,9 @@ class FactoredEmbedding(Factored):
         return {"padding_idx": padding, "scale": float(scale)}
 
     @classmethod
-    def size(cls, rows: int, width: int, rank: int) -> Size:
+    def size(cls, rows: int, width: int, rank: int) -> StoredSize:
         """What the form stores for a (rows, width) table, and multiply-adds per token."""
-        return Size(rank * (rows + width), rank * width)
+        return StoredSize(rank * (rows + width), rank * width)
 
     @classmethod
     def largest(cls, rows: int, width: int, keep: float) -> int:
@@ -196,9 +196,9 @@ class KroneckerEmbedding(FactoredEmbedding):
         self.factor = factor
 
     @classmethod
-    def size(cls, rows: int, width: int, rank: int) -> Size:
+    def size(cls, rows: int, width: int, rank: int) -> StoredSize:
         """v d / f + f numbers; `rank` is the factor f."""
-        return Size(rows * (width // rank) + rank, width)
+        return StoredSize(rows * (width // rank) + rank, width)
 
     @classmethod
     def largest(cls, rows: int, width: int, keep: float) -> int:
@@ -247,9 +247,9 @@ class SafeEmbedding(LowRankEmbedding):
         return super().options(spec) | {"causal": bool(spec.get("causal", True))}
 
     @classmethod
-    def size(cls, rows: int, width: int, rank: int) -> Size:
+    def size(cls, rows: int, width: int, rank: int) -> StoredSize:
         """k (v + d) + 4 k^2 numbers; attention scores are left out of the multiply-adds, as everywhere."""
-        return Size(rank * (rows + width + 4 * rank), rank * (width + 4 * rank))
+        return StoredSize(rank * (rows + width + 4 * rank), rank * (width + 4 * rank))
 
     @classmethod
     def largest(cls, rows: int, width: int, keep: float) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import UsageError
-from eckart.forms.base import Block, FactoredLinear, Size, compute_dtype, copy_into
+from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
 from eckart.linalg import Factorisation, Problem, kronecker_curve_under, kronecker_factorise, rearranged_back
 
 FACTORS = (2, 16)
@@ -100,12 +100,12 @@ class Kronecker(FactoredLinear):
         return min(inner, out_features * in_features // inner)
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> StoredSize:
         """r (m1 n1 + m2 n2) numbers, and the multiply-adds of the cheaper order; of the balanced block by default."""
         block = block or _balanced(out_features, in_features)
         inner = block[0] * block[1]
         numbers = rank * (out_features * in_features // inner + inner)
-        return Size(numbers, min(_multiply_adds(out_features, in_features, rank, block)))
+        return StoredSize(numbers, min(_multiply_adds(out_features, in_features, rank, block)))
 
     @classmethod
     def max_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from eckart.forms.base import Block, FactoredLinear, Size, compute_dtype, copy_into
+from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
 
 
 class LowRank(FactoredLinear):
@@ -22,10 +22,10 @@ class LowRank(FactoredLinear):
         self.second = nn.Linear(rank, out_features, bias=bias)
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> StoredSize:
         """k (m + n) numbers and as many multiply-adds."""
         numbers = rank * (out_features + in_features)
-        return Size(numbers, numbers)
+        return StoredSize(numbers, numbers)
 
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Fill the factors, each rank-one term's norm split evenly between both sides."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import UsageError
-from eckart.forms.base import Block, FactoredLinear, Size, compute_dtype, copy_into
+from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
 from eckart.forms.lowrank import LowRank
 
 
@@ -44,10 +44,12 @@ class LowRankSparse(FactoredLinear):
         self.register_buffer("places", torch.arange(rows, dtype=torch.int32))
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None, rows: int = 0) -> Size:
+    def size(
+        cls, out_features: int, in_features: int, rank: int, block: Block | None = None, rows: int = 0
+    ) -> StoredSize:
         """k (m + n) + rows n numbers and multiply-adds, and an index for each row."""
         numbers = rank * (out_features + in_features) + rows * in_features
-        return Size(numbers + rows, numbers, rows)
+        return StoredSize(numbers + rows, numbers, rows)
 
     def multiply_adds(self) -> int:
         """Multiply-adds per token."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eckart.forms.base import Block, FactoredLinear, Size, compute_dtype, copy_into
+from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
 from eckart.linalg import pivoted_factors
 
 # The largest |C| that is accepted: each of C's products amplifies the rounding of a pivot output by at
@@ -45,10 +45,10 @@ class Pivoted(FactoredLinear):
         self._prepared: tuple[tuple[object, ...], Tensor, Tensor | None] | None = None
 
     @classmethod
-    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> Size:
+    def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> StoredSize:
         """k (m + n - k) numbers and multiply-adds, and the m row numbers of the order."""
         numbers = rank * (out_features + in_features - rank)
-        return Size(numbers + out_features, numbers, out_features)
+        return StoredSize(numbers + out_features, numbers, out_features)
 
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Choose pivot rows and fill; refused when no choice keeps C within the bound."""

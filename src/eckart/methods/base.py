@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-from eckart.forms import Block
-from eckart.linalg import Problem
-from eckart.moments import Moments
+    from eckart.forms import Block
+    from eckart.linalg import Problem
+    from eckart.moments import Moments
 
 # (weight (out, in), moments) -> problem. Moments hold what the method's `needs` ask for.
-MetricFunction = Callable[[Tensor, Moments], Problem]
+MetricFunction: TypeAlias = "Callable[[Tensor, Moments], Problem]"
 
-SizeRule = Callable[[str, int, int], tuple[int, Block | None] | None]
+SizeRule: TypeAlias = "Callable[[str, int, int], tuple[int, Block | None] | None]"
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Method:
         needs: statistics the metric reads: "gram", "absolute", "gradients", "fisher"; empty: no data.
         exact_for: what error the factors are optimal for, in words.
         form: the stored form of the paper.
-        allocation: "uniform", "loss", or "own": what `own_size` says.
+        allocation: "uniform", "loss", or "paper": what `own_size` says.
         centred: whether means are folded into the bias of sites that have one, and the metric is centred.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
         of_form: whether it is what its form is: in another one nothing of it would be left.
@@ -47,8 +49,8 @@ class Method:
     allocation: str = "uniform"
     centred: bool = False
     refit: bool = False
-    of_form: bool = False
-    own_size: SizeRule | None = None
+    fixed_form: bool = False
+    paper_sizes: SizeRule | None = None
 
     @property
     def needs_data(self) -> bool:

@@ -29,7 +29,7 @@ METHOD = Method(
     exact_for="the error of the weights themselves, of each shape of block; approximate under the metric of another "
     "method that is not a Kronecker product itself",
     form="kronecker",
-    of_form=True,
+    fixed_form=True,
 )
 KNGPT2 = Method(
     name="kngpt2",
@@ -39,7 +39,7 @@ KNGPT2 = Method(
     metric=metric,
     exact_for="the error of the weights themselves, of one product with blocks of 2 x 1",
     form="kronecker",
-    of_form=True,
-    allocation="own",
-    own_size=odd_blocks_halved,
+    fixed_form=True,
+    allocation="paper",
+    paper_sizes=odd_blocks_halved,
 )

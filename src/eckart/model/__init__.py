@@ -1,4 +1,4 @@
-"""The rooms that know transformers' module types: find sites, replace them."""
+"""What knows transformers' module types: find sites, replace them."""
 
 from eckart.model.clone import cast, own_storage, shared_clone
 from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
@@ -15,7 +15,7 @@ from eckart.model.replace import (
     unpack,
 )
 from eckart.model.shared import owner_of, share, shared_parameters, unshare
-from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_head
+from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_output_head
 from eckart.model.ties import ties_of, ties_of_factored
 from eckart.model.weights import Compute, Weights
 
@@ -41,7 +41,7 @@ __all__ = [
     "forget_cut",
     "fuse",
     "fused_experts",
-    "has_head",
+    "has_output_head",
     "heads_of_rows",
     "own_storage",
     "owner_of",

@@ -16,7 +16,7 @@ from eckart.model.replace import replace
 from eckart.model.sites import matches
 from eckart.model.ties import ties_of, ties_of_factored
 
-KEEP = "keep"
+DENSE = "dense"
 """In place of a form: embeddings stay as they are."""
 
 PROBED = 64
@@ -132,7 +132,7 @@ def chosen_size(table: Table, form: str, keep: float) -> int:
 
 def saved_numbers(model: nn.Module, form: str, keep: float, ignore: Sequence[str] | None = None) -> int:
     """How many numbers fewer a model stores with its token embeddings in a form; 0 for `keep`."""
-    if form == KEEP:
+    if form == DENSE:
         return 0
     saved = 0
     for table in find_tables(model, ignore).chosen:

@@ -139,7 +139,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     return Sites(tuple(kept.values()), skipped)
 
 
-def has_head(model: nn.Module) -> bool:
+def has_output_head(model: nn.Module) -> bool:
     """Whether the model turns hidden states into logits; a model without a head puts out features."""
     return bool(_head_modules(model))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from eckart.allocate import DENSE, Choice, Plan
-from eckart.measure import Size, Sizes
+from eckart.allocation import DENSE, Choice, Plan
+from eckart.evaluation import Size, Sizes
 from eckart.methods import Method
 from eckart.model import Sites
 

@@ -65,7 +65,7 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
     recipe, data = report["recipe"], report["data"]
     of = "the sites' numbers" if recipe["keep_of"] == "sites" else "the whole model's numbers"
     budget = f"keep {recipe['keep']:g} of {of}" if report["allocation"] != "plan" else f"the plan {recipe['plan']}"
-    if report["allocation"] == "own":
+    if report["allocation"] == "paper":
         budget = "the sizes that it states"
     lines = [
         f"{report['model']} by {report['method']}: {budget}",

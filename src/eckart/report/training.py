@@ -9,7 +9,6 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from eckart.recover import BaseRoom
 from eckart.report.words import columns, count, number, plain_table
 
 
@@ -33,17 +32,17 @@ def tuned_rich(report: Mapping[str, Any]) -> Group:
 
 
 def _trained(report: Mapping[str, Any]) -> str:
-    steps, room = report["training"], report["recovered_by"]
+    steps, recovery = report["training"], report["recovered_by"]
     return (
         f"{steps['steps']} steps, loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
-        f"{count(room['trained'])} of {count(room['of'])} numbers trained"
+        f"{count(recovery['trained'])} of {count(recovery['of'])} numbers trained"
     )
 
 
 def _solved(report: Mapping[str, Any]) -> str:
-    room, error = report["recovered_by"], report["recovered_by"]["output_error"]
+    recovery, error = report["recovered_by"], report["recovered_by"]["output_error"]
     return (
-        f"{room['refitted']} of {room['of']} sites solved again on {count(room['tokens'])} tokens; mean relative error "
+        f"{recovery['refitted']} of {recovery['of']} sites solved again on {count(recovery['tokens'])} tokens; mean relative error "
         f"of outputs {number(error['before'])} -> {number(error['after'])}"
     )
 
@@ -54,12 +53,12 @@ def tuned_rows(report: Mapping[str, Any]) -> dict[str, Any]:
     return {name: {column: row.get(name) for column, row in scores.items()} for name in scores["before"]}
 
 
-def recoveries_table(rooms: Iterable[type[BaseRoom]]) -> Table:
+def recoveries_table(recoveries: Iterable[Any]) -> Table:
     """Every way of recovering, its paper and what it needs."""
     table = columns(plain_table(title="recoveries (eckart tune --recovery)"), "name", [])
     for name in ("needs", "what is trained on what", "paper"):
         table.add_column(name, overflow="fold")
-    for room in rooms:
-        needs = "data + teacher" if room.needs_teacher else "labels or text of the task"
-        table.add_row(room.name, needs, room.title, room.paper)
+    for recovery in recoveries:
+        needs = "data + teacher" if recovery.needs_teacher else "labels or text of the task"
+        table.add_row(recovery.name, needs, recovery.title, recovery.paper)
     return table

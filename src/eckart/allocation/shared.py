@@ -1,0 +1,81 @@
+"""Ranks of weights that share bases: the same fraction of every group, as the paper does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from eckart.allocation.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
+from eckart.allocation.uniform import uniform
+
+ALONE = "lowrank"
+"""The form of a weight that shares with none."""
+
+Bases = Sequence[Sequence[str]]
+"""Groups of sites that share a basis, each of at least two."""
+
+
+def shared_uniform(
+    shapes: Mapping[str, tuple[int, int]], bases: Bases, keep: float, form: str, *, multiple: int = 1
+) -> dict[str, Choice]:
+    """The largest rank of each group whose stored numbers are at most `keep` of its matrices; others as by `uniform`.
+
+    A group of weights (m_i, n) has the rank `floor(keep n sum m_i / (n + sum m_i))`.
+
+    Args:
+        shapes: site -> (out, in).
+        bases: groups; each has one width n.
+        keep: fraction of the matrices of each group, in (0, 1]; 1 leaves everything dense.
+        form: name of the form that shares.
+        multiple: ranks are multiples of this where there is one that fits.
+
+    Returns:
+        Site -> choice; the first of a group holds the basis that the others name.
+
+    Raises:
+        OverBudgetError: if some group or site cannot be that small, naming it and the smallest keep that can.
+    """
+    if keep >= 1:
+        return {name: Choice(DENSE) for name in shapes}
+    choices: dict[str, Choice] = {}
+    total = sum(rows * columns for rows, columns in shapes.values())
+    most, tightest, least = 0, "", 0.0
+    for group in bases:
+        elements, once = _elements(shapes, group)
+        rank = largest_shared_rank(shapes, group, keep, multiple=multiple)
+        if rank < 1:
+            needed = -(-once * total // elements)
+            if needed > most:
+                most, tightest, least = needed, group[0], smallest_keep(once, elements)
+            continue
+        choices[group[0]] = Choice(form, rank)
+        choices |= {name: Choice(form, rank, basis=group[0]) for name in group[1:]}
+    together = {name for group in bases for name in group}
+    alone = {name: shape for name, shape in shapes.items() if name not in together}
+    try:
+        choices |= uniform(alone, keep, ALONE, multiple=multiple)
+    except OverBudgetError as error:
+        inside = sum(rows * columns for rows, columns in alone.values())
+        raise OverBudgetError(str(error), max(most, -(-error.needed * total // inside))) from None
+    if tightest:
+        raise OverBudgetError(
+            f"--keep {keep:g}: {tightest} and what shares its basis cannot be stored that small; the smallest keep "
+            f"that every group can reach is {least:.4f}. Raise --keep, or --ignore the sites.",
+            most,
+        )
+    return choices
+
+
+def largest_shared_rank(
+    shapes: Mapping[str, tuple[int, int]], group: Sequence[str], keep: float, *, multiple: int = 1
+) -> int:
+    """The largest rank at which a group stores at most `keep` of its matrices, and less than all; 0 if none does."""
+    elements, once = _elements(shapes, group)
+    largest = (elements - 1) // once
+    fitting = min(largest, int(keep * elements // once))
+    return max((rank for rank in rank_steps(largest, multiple) if rank <= fitting), default=fitting)
+
+
+def _elements(shapes: Mapping[str, tuple[int, int]], group: Sequence[str]) -> tuple[int, int]:
+    """Numbers of a group's matrices, and those that it stores a rank: `n sum m_i` and `n + sum m_i`."""
+    rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
+    return rows * columns, rows + columns

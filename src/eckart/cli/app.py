@@ -1,0 +1,64 @@
+"""The command line: names the commands and starts one of them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eckart import __version__
+from eckart.cli.compare import compare
+from eckart.cli.compress import compress
+from eckart.cli.console import quieten
+from eckart.cli.demo import demo
+from eckart.cli.evaluate import evaluate_folder
+from eckart.cli.export import export
+from eckart.cli.inspect import inspect
+from eckart.cli.methods import methods
+from eckart.cli.tune import tune
+
+app = typer.Typer(
+    name="eckart",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": lambda word: word.replace("_", "-"),  # --max_seq_length is --max-seq-length
+    },
+)
+
+for name, command in (
+    ("compress", compress),
+    ("tune", tune),
+    ("eval", evaluate_folder),
+    ("compare", compare),
+    ("inspect", inspect),
+    ("export", export),
+    ("methods", methods),
+    ("demo", demo),
+):
+    app.command(name)(command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"eckart {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def eckart(
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every step.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Make pretrained transformers smaller by factoring their weight matrices, and measure what it cost."""
+    quieten(verbose)
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    app()

@@ -1,0 +1,1 @@
+"""The compression of a model: recipe in, smaller model out; `pipeline.py` tells the order."""

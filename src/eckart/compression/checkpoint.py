@@ -1,0 +1,290 @@
+"""A run from a checkpoint to a checkpoint: what is checked before anything is computed, loaded, and published.
+
+:func:`eckart.compress` works on a model in memory; here the model is named by a folder or a name on the hub.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.checkpoint.description import is_special
+from eckart.checkpoint.load import load
+from eckart.checkpoint.mapped import load_mapped
+from eckart.checkpoint.save import save
+from eckart.checkpoint.source import inspect_source, resolve
+from eckart.checkpoint.stored import stored_dtype, stored_size
+from eckart.checkpoint.tokenizer import FILES, load_tokenizer
+from eckart.compression.memory_estimate import scratch, workspace
+from eckart.compression.pipeline import compare, compress
+from eckart.compression.plan_builder import Settings
+from eckart.compression.recipe import Recipe, make_recipe
+from eckart.compression.result import Result
+from eckart.compression.workspace import Workspace
+from eckart.distributed import quiet_others, start
+from eckart.errors import CheckpointError, ModelError, UsageError
+from eckart.methods import method_named
+from eckart.model import fuse, to_dense_modules
+from eckart.report import quality_cells
+from eckart.storage.lock import OutputLock, output_path
+from eckart.storage.publish import check_output
+
+logger = logging.getLogger(__name__)
+
+WHOLE_SHARD, STREAMED_SHARD = "50GB", "2GB"
+"""The largest file of weights; one at a time is written from memory."""
+
+OWN_STEPS = ("factorisation", "replacement", "refit")
+"""Steps of a comparison that each method takes by itself."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint that is ready to be worked on.
+
+    Attributes:
+        folder: where it lies.
+        model: in float32 on the CPU, whatever the checkpoint's type; in the checkpoint's own on an accelerator.
+        tokenizer: or None where there is none and none is needed.
+        dtype: the checkpoint's own type.
+        elements: numbers that it stores.
+        bytes: the same in bytes.
+        warnings: what is odd about it but not wrong.
+    """
+
+    folder: Path
+    model: PreTrainedModel
+    tokenizer: Any
+    dtype: torch.dtype
+    elements: int
+    bytes: int
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FoundCheckpoint:
+    """A checkpoint that has been looked at and not loaded yet; :func:`find` makes it, :func:`open_model` loads it."""
+
+    folder: Path
+    dtype: torch.dtype
+    elements: int
+    bytes: int
+    warnings: tuple[str, ...]
+    trust_remote_code: bool = False
+
+
+def find_checkpoint(
+    model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
+) -> FoundCheckpoint:
+    """Find a checkpoint and check that it is whole, safe to read, and neither factored nor quantised.
+
+    Args:
+        model: a folder, or a name on the hub.
+        revision: on the hub.
+        trust_remote_code: accept a model that brings its own Python code.
+
+    Raises:
+        CheckpointError: it is not there, damaged or pickled.
+        ModelError: it is factored or quantised already.
+    """
+    folder = resolve(str(model), revision, trust_remote_code=trust_remote_code)
+    looked = inspect_source(folder, trust_remote_code=trust_remote_code)
+    for warning in looked.warnings:
+        logger.warning(warning)
+    elements, size = stored_size(looked.tensors)
+    dtype = stored_dtype(looked.tensors) or torch.float32
+    return FoundCheckpoint(folder, dtype, elements, size, tuple(looked.warnings), trust_remote_code)
+
+
+def open_model(
+    found: FoundCheckpoint, *, device: str | None = None, needs_text: str | None = None, place: Workspace | None = None
+) -> OpenedModel:
+    """Load model and tokenizer; the tokenizer first, since it is the smaller one to be missing.
+
+    Args:
+        found: what :func:`find` gave.
+        device: where it will compute.
+        needs_text: what reads text and so needs a tokenizer, in words; None if nothing does.
+        place: where it will be worked on; block by block, its weights stay in their files.
+
+    Raises:
+        CheckpointError: the tokenizer is needed and missing, or the weights are not the model's.
+    """
+    tokenizer = load_tokenizer(found.folder, trust_remote_code=found.trust_remote_code)
+    if tokenizer is None and needs_text is not None:
+        raise CheckpointError(
+            f"{found.folder} has no tokenizer (looked for {', '.join(FILES[:4])}, ...), and {needs_text} reads text. "
+            "Put the tokenizer's files into the folder (tokenizer.save_pretrained), use a method that needs no data "
+            "(--method svd), or pass model-ready batches to eckart.compress from Python."
+        )
+    if place is not None and place.streaming:
+        model = load_mapped(found.folder, scratch=scratch(place), trust_remote_code=found.trust_remote_code)
+    else:
+        dtype = found.dtype if device is not None and not device.startswith("cpu") else torch.float32
+        model = load(found.folder, dtype=dtype, trust_remote_code=found.trust_remote_code)
+    return OpenedModel(found.folder, model, tokenizer, found.dtype, found.elements, found.bytes, found.warnings)
+
+
+def text_reader(recipe: Recipe, methods: Sequence[str]) -> str | None:
+    """Which of the methods reads text under this recipe, in words; None if none does and no data is named."""
+    for name in methods:
+        settings = Settings.of(method_named(name), recipe)
+        if settings.needs(planned=recipe.plan is not None):
+            return f"method {name}"
+    return f"--data {recipe.data}" if recipe.data is not None else None
+
+
+def compress_checkpoint(
+    recipe: Recipe,
+    output_dir: str | Path,
+    *,
+    overwrite: bool = False,
+    restart: bool = False,
+    tell: Callable[[str], None] = logger.info,
+) -> tuple[Result, Path]:
+    """Compress the model that a recipe names, and publish the result.
+
+    What can be refused is refused before anything is computed: the output folder, the source, a missing tokenizer.
+    The output is locked for the whole run. Under a launcher that starts several processes (torchrun), they share the
+    text and the sites, and the first one publishes.
+
+    Args:
+        recipe: with `model`; stored numbers get the checkpoint's own type where it names none.
+        output_dir: a folder that is not there yet.
+        overwrite: replace a model folder that is.
+        restart: throw away what an unfinished run on the same output has done.
+        tell: is told how the model will be worked on, and what that takes.
+
+    Returns:
+        The result, and the published folder.
+
+    Raises:
+        EckartError: naming what failed, where, and what to do; then nothing is published.
+    """
+    if recipe.model is None:
+        raise UsageError("model: there is none to compress. Name a folder or a model on the hub (MODEL, or `model:`).")
+    processes = start(recipe.device)
+    quiet_others(processes)
+    reader = text_reader(recipe, [recipe.method])
+    with processes.together():
+        if processes.main:
+            check_output(output_dir, overwrite=overwrite, source=recipe.model)
+        found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+        if recipe.dtype is None:
+            recipe = recipe.model_copy(update={"dtype": str(found.dtype).removeprefix("torch.")})
+        needed = int(recipe.keep * found.elements) * getattr(torch, str(recipe.dtype)).itemsize
+        if processes.main:
+            check_output(output_dir, overwrite=overwrite, source=found.folder, needed_bytes=needed)
+    settings = Settings.of(method_named(recipe.method), recipe)
+    with ExitStack() as stack:
+        with processes.together():
+            lock = stack.enter_context(OutputLock(output_dir)) if processes.main else None
+        place, how = stack.enter_context(
+            workspace(
+                found.folder,
+                Path(output_dir),
+                recipe,
+                settings,
+                processes,
+                restart=restart,
+                trust_remote_code=recipe.trust_remote_code,
+            )
+        )
+        tell(how)
+        with processes.together():
+            source = open_model(found, device=recipe.device, needs_text=reader, place=place)
+        result = compress(source.model, source.tokenizer, recipe=recipe, source_folder=source.folder, workspace=place)
+        result.report["notes"][:0] = source.warnings
+        published = output_path(output_dir)
+        with processes.together():
+            if processes.main:
+                shard = STREAMED_SHARD if place.streaming else WHOLE_SHARD
+                published = result.save_pretrained(output_dir, overwrite=overwrite, lock=lock, max_shard_size=shard)
+        return result, published
+
+
+def compare_checkpoint(recipe: Recipe, methods: Sequence[str], keeps: Sequence[float]) -> dict[str, Any]:
+    """Compress the model that a recipe names by several methods at several sizes; nothing is published.
+
+    Args:
+        recipe: everything but method and keep.
+        methods: names.
+        keeps: fractions.
+
+    Returns:
+        `rows`: `method`, `keep`, `of_sites`, `of_model`, `elements`, `bytes`, `quality` on held-out text, `seconds`
+        of the factors alone; `original`: its sizes; `notes`. All plain JSON values.
+
+    Raises:
+        EckartError: naming what failed.
+    """
+    if recipe.model is None:
+        raise UsageError("model: there is none to compare on. Name a folder or a model on the hub.")
+    for keep in keeps:
+        make_recipe({"keep": keep}, "--keep")
+    for name in methods:
+        make_recipe({"method": name}, "--methods")
+    reader = text_reader(recipe, methods)
+    found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
+    if recipe.dtype is None:
+        recipe = recipe.model_copy(update={"dtype": str(found.dtype).removeprefix("torch.")})
+    source = open_model(found, device=recipe.device, needs_text=reader)
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = list(source.warnings)
+    for name, keep, result in compare(
+        source.model, source.tokenizer, methods=methods, keeps=keeps, recipe=recipe, source_folder=source.folder
+    ):
+        made, seconds = result.report, result.report["seconds"]
+        after = made["sizes"]["model"]["after"]
+        rows.append(
+            {
+                "method": name,
+                "keep": keep,
+                "of_sites": made["kept"]["of_sites"],
+                "of_model": made["kept"]["of_model"],
+                "elements": after["elements"],
+                "bytes": after["bytes"],
+                "multiply_adds": after["multiply_adds"],
+                "quality": quality_cells(made),
+                "seconds": round(sum(seconds.get(step, 0.0) for step in OWN_STEPS), 2),
+            }
+        )
+        shared = {step: value for step, value in seconds.items() if step not in (*OWN_STEPS, "measuring")}
+    if shared:
+        steps = ", ".join(f"{step} {value:.1f} s" for step, value in shared.items())
+        notes.append(f"seconds are those of factoring alone; shared by all methods: {steps}")
+    return {"rows": rows, "original": made["sizes"]["model"]["before"], "notes": notes}
+
+
+def export_dense(folder: str | Path, output_dir: str | Path, *, overwrite: bool = False) -> Path:
+    """Publish an ordinary checkpoint in which every factored weight is multiplied out.
+
+    Args:
+        folder: what eckart published.
+        output_dir: a folder that is not there yet.
+        overwrite: replace a model folder that is.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: the source cannot be read or the output not be written.
+        ModelError: the model is not factored.
+    """
+    check_output(output_dir, overwrite=overwrite, source=folder)
+    source = resolve(str(folder))
+    with OutputLock(output_dir) as lock:
+        model = load(source)
+        if not is_special(model):
+            raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
+        to_dense_modules(model)
+        fuse(model)
+        tokenizer = load_tokenizer(source)
+        return save(model, output_dir, tokenizer=tokenizer, source_folder=source, overwrite=overwrite, lock=lock)

@@ -1,0 +1,342 @@
+"""From solved sites and a budget to a plan: curves in units of loss, uniform ranks, or a plan that was given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace as with_changes
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from eckart.allocation import (
+    DENSE,
+    Bases,
+    Choice,
+    Curve,
+    OverBudgetError,
+    Plan,
+    allocate,
+    fitting_choices,
+    largest_shared_rank,
+    rank_steps,
+    read_plan,
+    shared_uniform,
+    smallest_keep,
+    uniform,
+)
+from eckart.allocation.shared import ALONE
+from eckart.compression.recipe import Recipe
+from eckart.errors import UsageError
+from eckart.evaluation import sizes
+from eckart.forms import Block, form_named
+from eckart.methods import METHODS, Method
+from eckart.model import Sites, saved_numbers
+
+Losses = Mapping[Block | None, Tensor]
+"""Shape of block -> (r + 1,) loss at rank 0 .. r; a form without blocks has one curve, under None."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe's choices with the method's own filled in.
+
+    Attributes:
+        method: with the metric that is used.
+        form: name of the stored form.
+        allocation: "uniform", "loss", or "paper": the sizes that the method states.
+        refit: whether sites are solved again on the compressed model's own inputs.
+        notes: what was asked for and is not done.
+    """
+
+    method: Method
+    form: str
+    allocation: str
+    refit: bool
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, method: Method, recipe: Recipe) -> Settings:
+        """What the recipe says, and the method where it says nothing.
+
+        Raises:
+            UsageError: if a refit is asked of a metric that knows no input Gram or of a form that has none, another
+                form of a method that is its form or states sizes of its own, or a size of a method that states them.
+        """
+        if recipe.metric is not None:
+            other = METHODS[recipe.metric]
+            method = with_changes(
+                method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centred=other.centred
+            )
+        refit = method.refit if recipe.refit is None else recipe.refit
+        if "gram" not in method.needs and refit:
+            if recipe.refit:
+                raise UsageError(
+                    f"--refit: the metric of {recipe.metric or method.name} does not look at inputs, so there is "
+                    "nothing to fit again; use --metric drone or kfac, or leave --refit out."
+                )
+            refit = False
+        form, allocation = recipe.form or method.form, recipe.allocation or method.allocation
+        notes: tuple[str, ...] = ()
+        if method.fixed_form and form != method.form:
+            raise UsageError(
+                f"--form {form}: {method.name} is its form, {method.form}, and in another one nothing of it is left. "
+                f"Leave --form out, or use a method that any form can store: --method svd --form {form}"
+            )
+        if allocation == "paper" and form != method.form:
+            raise UsageError(
+                f"--form {form}: {method.name} states sizes of form {method.form} only; "
+                "pass --allocation uniform or loss as well."
+            )
+        if allocation == "paper" and recipe.plan is None:
+            if given := [key for key in ("keep", "keep_of") if key in recipe.model_fields_set]:
+                flag = f"--{given[0].replace('_', '-')}"
+                raise UsageError(
+                    f"{flag} {getattr(recipe, given[0])}: {method.name} states its own sizes. Leave {flag} out, or "
+                    "have ranks chosen for it: --allocation uniform or loss"
+                )
+            notes = (f"{method.name} states its own sizes; --allocation uniform or loss has them follow --keep",)
+        if refit and not form_named(form).refits:
+            if recipe.refit:
+                raise UsageError(
+                    f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form pivoted or lowrank."
+                )
+            refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
+        if form_named(form).shares:
+            _check_sharing(method, form, allocation, recipe)
+        elif recipe.layers_per_basis is not None and recipe.plan is None:
+            raise UsageError(
+                f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use --form shared-basis, or --method "
+                "basis-sharing."
+            )
+        if method.needs and not form_named(form).weighted_exactly:
+            method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
+        return cls(method, form, allocation, refit, notes)
+
+    def needs(self, *, planned: bool = False) -> frozenset[str]:
+        """Statistics to gather; `planned`: ranks are given, so no curve in units of loss is needed."""
+        needs = self.method.needs
+        if self.allocation == "loss" and not planned:
+            needs = needs | METHODS["kfac"].needs
+        return needs | (frozenset({"gram"}) if self.refit else frozenset())
+
+
+def check_metric_shares(method: Method) -> None:
+    """Refuse a metric under which layers cannot share a basis.
+
+    Raises:
+        UsageError: it weighs each layer's own outputs, or centres each layer's own inputs.
+    """
+    if method.centred or not method.needs <= {"gram", "absolute"}:
+        raise UsageError(
+            f"--method {method.name}: its metric weighs the outputs or the mean of each layer by itself, so that "
+            "layers cannot share a basis under it. Use --metric drone, asvd or svd, or --method basis-sharing."
+        )
+
+
+def _check_sharing(method: Method, form: str, allocation: str, recipe: Recipe) -> None:
+    if allocation != "uniform" and recipe.plan is None:
+        raise UsageError(
+            f"--allocation {allocation}: in form {form} the layers of a group have one rank, which no layer's own "
+            "curve of losses decides. Use --allocation uniform, or --method basis-sharing."
+        )
+    check_metric_shares(method)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Elements that may be stored, and what they are a fraction of.
+
+    Attributes:
+        elements: of the matrices of all sites.
+        outside: elements of the model that are counted but in no site; 0 where `keep` is of the sites.
+        dense: what `keep` is a fraction of.
+        keep: as it was asked for.
+        of: "sites" or "model".
+    """
+
+    elements: int
+    outside: int
+    dense: int
+    keep: float
+    of: str
+
+    @classmethod
+    def of_recipe(cls, model: nn.Module, sites: Sites, recipe: Recipe) -> Budget:
+        """The budget of a recipe's keep."""
+        inside = sum(site.elements for site in sites.chosen)
+        whole = inside if recipe.keep_of == "sites" else sizes(model).model.elements
+        outside = whole - inside
+        if recipe.keep_of == "model":  # embeddings count as they will be stored
+            outside -= saved_numbers(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
+        elements = int(round(recipe.keep * whole, 6)) - outside
+        return cls(elements, outside, whole, recipe.keep, recipe.keep_of)
+
+    def refusal(self, needed: int, why: str) -> UsageError:
+        """The error of a budget that is too small: `needed` elements of the sites would do."""
+        least = smallest_keep(needed + self.outside, self.dense)
+        return UsageError(
+            f"--keep {self.keep:g} --keep-of {self.of}: {why}. The smallest keep that can be reached is {least:.4f}: "
+            "raise --keep, or name more --targets."
+        )
+
+
+def make_plan(
+    sites: Sites,
+    settings: Settings,
+    recipe: Recipe,
+    solved: Mapping[str, Losses | None],
+    dense: Mapping[str, str],
+    budget: Budget,
+    mark: str,
+    bases: Bases = (),
+) -> Plan:
+    """Which form and rank every site gets.
+
+    Args:
+        sites: what was found.
+        settings: method, form and allocation.
+        recipe: keep, plan file, rank multiple.
+        solved: site -> predicted losses, or, where ranks are uniform and there are several shapes of block to choose
+            from, errors in the method's own metric; None where nothing is chosen by them.
+        dense: sites that stay dense -> why.
+        budget: what all sites together may store.
+        mark: fingerprint of the model, written into the plan.
+        bases: sites that are to share a basis; those that stay dense are left out of their group.
+
+    Raises:
+        UsageError: if the budget cannot be met or a plan file does not fit, naming file and site.
+    """
+    shapes = {site.name: site.shape for site in sites.chosen}
+    if recipe.plan is not None:
+        plan = read_plan(Path(recipe.plan), shapes)
+        if plan.model and plan.model != mark:
+            raise UsageError(
+                f"--plan {recipe.plan}: it was made for another model ({plan.model[:12]}, this one is {mark[:12]}). "
+                "Make a plan for this model, or remove the entry 'model' to use it all the same."
+            )
+        missing = [n for n, c in plan.choices.items() if c.form != DENSE and n not in solved]
+        if missing:
+            raise UsageError(
+                f"--plan {recipe.plan}: site {missing[0]} cannot be factored: "
+                f'{dense.get(missing[0], "no statistics")}. Set its form to "dense".'
+            )
+        return with_changes(plan, model=mark)
+    reached = {name: shape for name, shape in shapes.items() if name in solved}
+    fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
+    predicted: dict[str, float] = {}
+    try:
+        if settings.allocation == "paper":
+            choices = {name: _own(settings.method, name, shape) for name, shape in reached.items()}
+        elif settings.allocation == "uniform":
+            inside = sum(rows * columns for rows, columns in reached.values())
+            # What stays dense counts too, so the others keep a little less than was asked for.
+            keep = (budget.elements - fixed) / inside
+            multiple = recipe.rank_multiple or 1
+            if form_named(settings.form).shares:
+                choices = shared_uniform(reached, _among(bases, reached), keep, settings.form, multiple=multiple)
+            else:
+                choices = uniform(reached, keep, settings.form, multiple=multiple, errors=solved)
+        else:
+            curves = {name: _curve(shape, settings, recipe, solved[name]) for name, shape in reached.items()}
+            choices = allocate(curves, budget.elements - fixed)
+            predicted = {name: curve.losses[list(curve.choices).index(choices[name])] for name, curve in curves.items()}
+    except OverBudgetError as error:
+        raise budget.refusal(error.needed + fixed, "the smallest factors of the eligible weights store more") from error
+    for name in shapes:
+        choices.setdefault(name, Choice(DENSE))
+    choices = {name: choices[name] for name in shapes}
+    return Plan(choices, mark, predicted)
+
+
+def _among(bases: Bases, names: Mapping[str, object]) -> Bases:
+    """Groups without the sites that are not named; no group is of one."""
+    found = [tuple(name for name in group if name in names) for group in bases]
+    return [group for group in found if len(group) > 1]
+
+
+def _own(method: Method, name: str, shape: tuple[int, int]) -> Choice:
+    """What the method itself makes of a site."""
+    assert method.paper_sizes is not None, f"{method.name} states no sizes"
+    stated = method.paper_sizes(name, *shape)
+    return Choice(DENSE) if stated is None else Choice(method.form, *stated)
+
+
+Limits = dict[str, tuple[Choice, ...]]
+"""Site -> for each shape of block that may be chosen, the largest choice."""
+
+
+def largest_choices(
+    sites: Sites, settings: Settings, recipe: Recipe, keep: float, budget: Budget, bases: Bases = ()
+) -> Limits:
+    """For each site the largest choices that any plan may make: factors beyond them need not be kept.
+
+    Args:
+        sites: what was found.
+        settings: form and allocation.
+        recipe: plan file, rank multiple.
+        keep: the largest fraction that will be asked for.
+        budget: at that fraction.
+        bases: sites that are to share a basis.
+    """
+    shapes = {site.name: site.shape for site in sites.chosen}
+    if recipe.plan is not None:
+        given = read_plan(Path(recipe.plan), shapes).choices
+        return {name: _or_smallest([given[name]], shape, settings.form) for name, shape in shapes.items()}
+    if settings.allocation == "paper":
+        own = {name: _own(settings.method, name, shape) for name, shape in shapes.items()}
+        return {name: _or_smallest([own[name]], shape, settings.form) for name, shape in shapes.items()}
+    # Sites that no data reaches stay dense, and leave the others less than this.
+    share = budget.elements / sum(rows * columns for rows, columns in shapes.values())
+    limits: Limits = {}
+    form = settings.form
+    if form_named(form).shares:
+        for group in bases:
+            rank = largest_shared_rank(shapes, group, min(share, 1.0), multiple=recipe.rank_multiple or 1)
+            limits |= dict.fromkeys(group, (Choice(form, max(rank, 1)),))
+        form = ALONE
+    for name, shape in shapes.items():
+        if name in limits:
+            continue
+        if settings.allocation == "loss" or keep >= 1:
+            found = _smaller_than_dense(shape, form)
+        else:
+            found = fitting_choices(shape, share, form, multiple=recipe.rank_multiple or 1)
+        # Nothing that fits is refused when the plan is made, which knows the smallest keep.
+        limits[name] = _or_smallest(found, shape, form)
+    return limits
+
+
+def _smaller_than_dense(shape: tuple[int, int], form: str) -> list[Choice]:
+    kind = form_named(form)
+    found = [Choice(form, kind.max_rank(*shape, block), block) for block in kind.blocks(*shape)]
+    return [choice for choice in found if choice.rank > 0]
+
+
+def _or_smallest(found: list[Choice], shape: tuple[int, int], form: str) -> tuple[Choice, ...]:
+    """The choices that are not dense; rank 1 of the form where there are none."""
+    factored = tuple(choice for choice in found if choice.form != DENSE)
+    return factored or (Choice(form, 1, form_named(form).blocks(*shape)[0]),)
+
+
+def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: Losses | None) -> Curve:
+    """What the site can be, and the loss that each option is predicted to cost."""
+    assert losses is not None, "ranks are allocated by curves that were not made"
+    form, multiple = form_named(settings.form), recipe.rank_multiple or default_multiple(shape)
+    points: dict[int, tuple[float, Choice]] = {shape[0] * shape[1]: (0.0, Choice(DENSE))}
+    for block, curve in losses.items():
+        for rank in rank_steps(form.max_rank(*shape, block), multiple):
+            choice, loss = Choice(settings.form, rank, block), float(curve[rank])
+            stored = choice.stored(*shape)
+            if stored not in points or loss < points[stored][0]:  # of one size the better shape of block
+                points[stored] = loss, choice
+    ordered = sorted(points)
+    return Curve([points[n][1] for n in ordered], ordered, [points[n][0] for n in ordered])
+
+
+def default_multiple(shape: tuple[int, int]) -> int:
+    """Ranks in multiples of 8 for hardware's sake, finer where a weight is small."""
+    multiple = 8
+    while multiple > 1 and min(shape) < 64 * multiple:
+        multiple //= 2
+    return multiple

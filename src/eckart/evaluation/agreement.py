@@ -1,0 +1,138 @@
+"""How closely a compressed model's outputs follow the original's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.data.batch import Batch
+from eckart.data.inference import evaluating, forward, progress
+from eckart.data.pooling import Pooling
+from eckart.errors import DataError, UsageError
+from eckart.evaluation.divergence import kl_and_agreement
+
+
+def agreement(
+    model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, disable: bool | None = None
+) -> dict[str, Any]:
+    """Compare the predictions of two models.
+
+    For models with logits a token (causal, masked, encoder-decoder, token classification) every real token counts,
+    padding does not; for classifiers every row.
+
+    Args:
+        model: The compressed model.
+        reference: The original.
+        batches: What both read; labels are left out.
+        disable: No progress bar.
+
+    Returns:
+        `kl`: mean KL(reference || model) in nats; `top1`: share of positions where the most likely class is the
+        same; `tokens` (positions compared); `finite`: False where a value is not, which is kept.
+
+    Raises:
+        UsageError: If the models return no logits, or logits of different shapes.
+        DataError: If there is nothing to compare.
+    """
+    total, same, count = 0.0, 0, 0
+    with evaluating(model, reference):
+        for batch in progress(batches, what="agreement", disable=disable):
+            logits, truth = _logits(model, batch), _logits(reference, batch)
+            if logits.shape != truth.shape:
+                raise UsageError(
+                    f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
+                    "compare a model with the one it was made from"
+                )
+            divergence, equal = kl_and_agreement(_compared(logits, batch), _compared(truth.to(logits.device), batch))
+            total += float(divergence.sum())
+            same += int(equal.sum())
+            count += len(equal)
+    if count == 0:
+        raise DataError("batches: no real token to compare: pass batches that hold text")
+    return {"kl": total / count, "top1": same / count, "tokens": count, "finite": math.isfinite(total)}
+
+
+def embedding_cosine(
+    model: nn.Module,
+    reference: nn.Module,
+    batches: Iterable[Batch],
+    pooling: Pooling | None = None,
+    *,
+    disable: bool | None = None,
+) -> dict[str, Any]:
+    """Compare the sentence embeddings of two models.
+
+    Args:
+        model: The compressed model; a head on it is left out.
+        reference: The original.
+        batches: What both read.
+        pooling: How tokens become a sentence; None for the mean over real tokens of the last hidden state.
+        disable: No progress bar.
+
+    Returns:
+        `cosine_distance`: mean of 1 - cosine; `worst`: the largest; `sentences`; `finite`: False where a value is
+        not, which is kept.
+
+    Raises:
+        UsageError: If the models put out no token embeddings.
+        DataError: If there is nothing to compare.
+    """
+    distances = []
+    with evaluating(model, reference):
+        for batch in progress(batches, what="embeddings", disable=disable):
+            mine, truth = embed(model, batch, pooling), embed(reference, batch, pooling)
+            if mine.shape != truth.shape:
+                raise UsageError(
+                    f"the models' embeddings differ in shape, {tuple(mine.shape)} and {tuple(truth.shape)}: "
+                    "compare a model with the one it was made from"
+                )
+            distances.append(1 - torch.nn.functional.cosine_similarity(mine, truth, dim=-1))
+    if not distances:
+        raise DataError("batches: no sentence to compare: pass batches that hold text")
+    all_ = torch.cat(distances)
+    return {
+        "cosine_distance": float(all_.mean()),
+        "worst": float(all_.max()),
+        "sentences": len(all_),
+        "finite": bool(torch.isfinite(all_).all()),
+    }
+
+
+def embed(model: nn.Module, batch: Batch, pooling: Pooling | None = None) -> Tensor:
+    """Return sentence embeddings.
+
+    Args:
+        model: The model; a head on it is left out.
+        batch: What it reads.
+        pooling: How tokens become a sentence; None for the mean over real tokens.
+
+    Returns:
+        (B, d) in float64 on the CPU.
+    """
+    backbone = getattr(model, "base_model", model)
+    output = forward(backbone, batch.inputs)
+    return (pooling or Pooling())(output, batch.inputs.get("attention_mask")).double().cpu()
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits = getattr(forward(model, batch.inputs), "logits", None)
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+        raise UsageError(
+            f"{type(model).__name__} returns no logits to compare: load it with its head (AutoModelForCausalLM, "
+            "...), or compare embeddings"
+        )
+    if logits.shape[-1] == 1:
+        raise UsageError(f"{type(model).__name__} returns one score, no distribution: compare its task scores instead")
+    return logits
+
+
+def _compared(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the logits that count: (N, V) of real tokens, (B, C) of classifiers."""
+    if logits.dim() == 2:
+        return logits
+    mask = batch.masks().get(logits.shape[1])
+    return logits.flatten(0, 1) if mask is None else logits[mask.to(logits.device)]

@@ -1,0 +1,45 @@
+"""How near a compressed model is to its original, on text that neither was fitted to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from eckart.data import CalibrationData, Pooling
+from eckart.errors import NumericalError, UsageError
+from eckart.evaluation.agreement import agreement, embedding_cosine
+
+
+def quality(model: nn.Module, original: nn.Module, held: CalibrationData, pooling: Pooling | None) -> dict[str, Any]:
+    """Agreement of the predictions, or of the embeddings of a model that predicts no distribution.
+
+    Args:
+        model: the compressed model.
+        original: the model it was made from.
+        held: batches that were not calibrated on.
+        pooling: how sentence embeddings are made, for embedding models.
+
+    Returns:
+        `agreement` or `embedding`, with how many examples and tokens were read.
+
+    Raises:
+        NumericalError: if the compressed model's output is not finite.
+    """
+    try:
+        name, values = "agreement", agreement(model, original, held)
+    except UsageError:  # features, one score, spans: no distribution to compare, so the hidden states are
+        name, values = "embedding", embedding_cosine(model, original, held, pooling)
+    if not values["finite"]:
+        raise NumericalError(
+            f"the compressed {type(model).__name__}'s output on held-out text is not finite ({values}); it is not "
+            "published. Store in float32 with --dtype float32, raise --keep, or leave out layers with --ignore."
+        )
+    return {name: values, "examples": held.num_examples, "tokens": held.num_tokens}
+
+
+def distance(measured: dict[str, Any]) -> float:
+    """One number of :func:`quality`: KL in nats a token, or 1 - cosine; 0 for the original itself."""
+    if "agreement" in measured:
+        return float(measured["agreement"]["kl"])
+    return float(measured["embedding"]["cosine_distance"])

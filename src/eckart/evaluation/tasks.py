@@ -1,0 +1,194 @@
+"""Scores on labelled tasks: classifiers, regression heads and sentence embeddings."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eckart.data.batch import Batch
+from eckart.data.columns import Text
+from eckart.data.inference import evaluating, forward, progress
+from eckart.data.kind import pad_token, sequence_length
+from eckart.data.padded import encoder_batches
+from eckart.data.pooling import Pooling
+from eckart.data.task import TaskData
+from eckart.errors import DataError, UsageError
+from eckart.evaluation import metrics
+from eckart.evaluation.agreement import embed
+
+MAX_SEQ_LENGTH = 512
+"""Tokens a text, where no number is asked for and the model has as many positions."""
+
+
+def classification(
+    model: nn.Module,
+    tokenizer: Any,
+    task: TaskData,
+    *,
+    batch_size: int = 32,
+    max_seq_length: int | None = None,
+    disable: bool | None = None,
+) -> dict[str, Any]:
+    """Score a classifier.
+
+    Args:
+        model: A model with a classification head.
+        tokenizer: Its tokenizer.
+        task: Texts with class numbers.
+        batch_size: Texts at once.
+        max_seq_length: Tokens a text; None for 512 or as many as the model has positions for.
+        disable: No progress bar.
+
+    Returns:
+        `accuracy`; `f1` (of class 1 for two classes, else the macro mean); `f1_macro`; `matthews`; `rows`;
+        `right`: for each row, in the task's order, whether it was; `finite`, and `nonfinite_rows`: rows whose logits
+        are not finite count as wrong, never skipped.
+
+    Raises:
+        UsageError: If the model has no classification head.
+        DataError: If a label is no class of the model.
+    """
+    logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)  # (N, C)
+    classes = logits.shape[1]
+    if classes == 1:
+        raise UsageError(f"{type(model).__name__} has one output: score it with `regression`")
+    gold = []
+    for row in task:
+        if row.label != int(row.label) or not 0 <= row.label < classes:
+            raise DataError(f"{row.text.where}: label {row.label} is no class of the model's {classes}: correct it")
+        gold.append(int(row.label))
+    finite = torch.isfinite(logits).all(-1)
+    predicted = torch.where(finite, logits.argmax(-1), -1).tolist()
+    counts = metrics.confusion(gold, predicted, classes)
+    return {
+        "accuracy": metrics.accuracy(counts),
+        "f1": metrics.f1_scores(counts)[1] if classes == 2 else metrics.f1_macro(counts),
+        "f1_macro": metrics.f1_macro(counts),
+        "matthews": metrics.matthews(counts),
+        "rows": len(gold),
+        "right": [guess == truth for guess, truth in zip(predicted, gold, strict=True)],
+        "finite": bool(finite.all()),
+        "nonfinite_rows": int((~finite).sum()),
+    }
+
+
+def regression(
+    model: nn.Module,
+    tokenizer: Any,
+    task: TaskData,
+    *,
+    batch_size: int = 32,
+    max_seq_length: int | None = None,
+    disable: bool | None = None,
+) -> dict[str, Any]:
+    """Score a model with one output against gold scores.
+
+    Args:
+        model: A model with a regression head.
+        tokenizer: Its tokenizer.
+        task: Texts with scores.
+        batch_size: Texts at once.
+        max_seq_length: Tokens a text; None for 512 or as many as the model has positions for.
+        disable: No progress bar.
+
+    Returns:
+        `spearman`; `pearson`; `rows`; `finite`.
+
+    Raises:
+        UsageError: If the model has not one output.
+    """
+    logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)
+    if logits.shape[1] != 1:
+        raise UsageError(f"{type(model).__name__} has {logits.shape[1]} outputs: score it with `classification`")
+    return _correlations(logits[:, 0], task)
+
+
+def similarity(
+    model: nn.Module,
+    tokenizer: Any,
+    task: TaskData,
+    pooling: Pooling | None = None,
+    *,
+    batch_size: int = 32,
+    max_seq_length: int | None = None,
+    disable: bool | None = None,
+) -> dict[str, Any]:
+    """Score sentence embeddings: the cosine of each pair against its gold score.
+
+    Args:
+        model: A model that puts out token embeddings; a head on it is left out.
+        tokenizer: Its tokenizer.
+        task: Pairs of sentences with scores.
+        pooling: How tokens become a sentence; None for the mean over real tokens.
+        batch_size: Sentences at once.
+        max_seq_length: Tokens a sentence; None for 512 or as many as the model has positions for.
+        disable: No progress bar.
+
+    Returns:
+        `spearman`; `pearson`; `rows`; `finite`: False where an embedding is not, and the scores are NaN.
+
+    Raises:
+        DataError: If a row has no second sentence.
+    """
+    sentences: dict[str, int] = {}
+    pairs = []
+    for row in task:
+        if row.text.pair is None:
+            raise DataError(f"{row.text.where}: no second sentence: name its column (pair_column)")
+        pairs.append(tuple(sentences.setdefault(text, len(sentences)) for text in (row.text.text, row.text.pair)))
+    texts = [Text(text, "sentence", index) for text, index in sentences.items()]
+    found: dict[int, Tensor] = {}
+    with evaluating(model):
+        batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
+        for batch in progress(batches, what="embeddings", disable=disable):
+            found |= dict(zip(batch.examples, embed(model, batch, pooling), strict=True))
+    first = torch.stack([found[one] for one, _ in pairs])
+    second = torch.stack([found[two] for _, two in pairs])
+    return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), task)
+
+
+def _correlations(predicted: Tensor, task: TaskData) -> dict[str, Any]:
+    gold = torch.tensor(task.labels, dtype=torch.float64)
+    finite = bool(torch.isfinite(predicted).all())
+    return {
+        "spearman": metrics.spearman(predicted, gold),
+        "pearson": metrics.pearson(predicted, gold) if finite else math.nan,
+        "rows": len(task),
+        "finite": finite,
+    }
+
+
+def _head_logits(
+    model: nn.Module, tokenizer: Any, task: TaskData, batch_size: int, max_seq_length: int | None, disable: bool | None
+) -> Tensor:
+    """Return the logits of all rows (N, C), in the task's order."""
+    config: Any = model.config
+    if config.get_text_config().pad_token_id is None:
+        batch_size = 1  # heads on causal models find a text's end by its padding, or take one text at a time
+    found: dict[int, Tensor] = {}
+    # A row's place in the task, not in the data, as what it is known by: rows may come from several files.
+    texts = [Text(row.text.text, row.text.where, place, pair=row.text.pair) for place, row in enumerate(task)]
+    with evaluating(model):
+        batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
+        for batch in progress(batches, what="task", disable=disable):
+            logits = getattr(forward(model, batch.inputs), "logits", None)
+            if not isinstance(logits, Tensor) or logits.dim() != 2:
+                raise UsageError(
+                    f"{type(model).__name__} gives no logits a text: load it with AutoModelForSequenceClassification"
+                )
+            found |= dict(zip(batch.examples, logits.double().cpu(), strict=True))
+    return torch.stack([found[place] for place in range(len(task))])
+
+
+def _batches(
+    model: nn.Module, tokenizer: Any, texts: list[Text], batch_size: int, max_seq_length: int | None
+) -> list[Batch]:
+    if not texts:
+        raise DataError("task: no rows to score: pass data that hold some")
+    config: Any = model.config
+    length = sequence_length(max_seq_length, MAX_SEQ_LENGTH, tokenizer=tokenizer, config=config, model=model)
+    pad_id = pad_token(tokenizer, config)
+    return list(encoder_batches(texts, tokenizer, max_length=length, batch_size=batch_size, pad_id=pad_id))

@@ -1,0 +1,141 @@
+"""Statistics of moved inputs: what a site saw in the original model, and what it sees now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eckart.linalg import Metric, require_finite
+from eckart.linalg.blocks import blocks
+from eckart.moments import SecondMoment
+from eckart.moments.accumulate import add_gram, add_product, empty_gram
+
+# lambda, relative to the mean of the diagonal of E[x~ x~^T], for as many tokens as features. The regression of x on x~
+# has n coefficients an output to learn from N tokens: its noise, and the ridge that it needs, go with n / N.
+RIDGE = 3.0
+LEAST_RIDGE = 1e-3
+
+
+@dataclass
+class InputShift:
+    """Statistics of pairs (x, x~) of a group: what it saw, and what it sees now.
+
+    Attributes:
+        count: tokens.
+        gram: (n, n) sum of x~ x~^T; below its block diagonal it may lag behind, as in a `SecondMoment`.
+        cross: (n, n) sum of (x - x~) x~^T.
+        total: (n,) sum of x.
+        moved: (n,) sum of x~.
+    """
+
+    count: int
+    gram: Tensor
+    cross: Tensor
+    total: Tensor
+    moved: Tensor
+
+    @classmethod
+    def empty(cls, width: int, device: torch.device) -> InputShift:
+        """Nothing seen yet."""
+        vector = torch.zeros(width, device=device, dtype=torch.float64)
+        square = empty_gram(width, vector)
+        return cls(0, square, square.clone(), vector, vector.clone())
+
+    def update(self, before: Tensor, now: Tensor, where: str) -> None:
+        """Add tokens: x and x~, both (tokens, n); `where` names them in errors. All or nothing.
+
+        Raises:
+            NumericalError: if the compressed model's x~ is not finite.
+        """
+        before, now = before.float(), now.float()
+        require_finite(now, where)
+        difference = before - now
+        total, moved = before.sum(0, dtype=torch.float64), now.sum(0, dtype=torch.float64)
+        room = None if self.cross.dtype == now.dtype else now.new_empty(self.cross.numel())
+        add_gram(self.gram, now, room)
+        add_product(self.cross, difference.mT, now, room)
+        self.total += total
+        self.moved += moved
+        self.count += len(now)
+
+    def second_moment(self) -> SecondMoment:
+        """Of x~, in the shape that metrics read; it shares the Gram."""
+        return SecondMoment(self.gram.shape[0], count=self.count, gram=self.gram, total=self.moved)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """`mu = E[x]` and `mu~ = E[x~]`, (n,), float64."""
+        return self.total / self.count, self.moved / self.count
+
+    def target(self, weight: Tensor, *, centred: bool) -> Tensor:
+        """`T = W + W E[(x - x~) x~^T] (E[x~ x~^T] + lambda I)^-1`, (m, n); covariances where centred.
+
+        The weight whose output on x~ is nearest to the original output on x; directions that the text never
+        showed keep W.
+        """
+        if self.count == 0:
+            return weight
+        gram = self._metric(centred).dense(torch.float64)
+        scale = gram.diagonal().mean()
+        if not bool(scale > 0):  # dead inputs: nothing moved that could be seen
+            return weight
+        ridge = max(LEAST_RIDGE, RIDGE * len(gram) / self.count)
+        gram.diagonal().add_(ridge * scale)
+        lower = gram.mT  # symmetric, and column by column, as LAPACK writes the factor over it
+        torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge
+        shift = self._times_cross(weight, centred)  # (m, n); all solved in place: wide matrices in float64
+        torch.linalg.solve_triangular(lower.mT, shift, upper=True, left=False, out=shift)
+        torch.linalg.solve_triangular(lower, shift, upper=False, left=False, out=shift)
+        return weight + shift.to(weight)
+
+    def output_error(self, weight: Tensor, bias: Tensor | None, stored: Tensor, offset: Tensor | None) -> float:
+        """`E || W x + b - W' x~ - b' ||^2 - E || W x + b ||^2`, summed over the outputs, float64.
+
+        The second term, which needs x alone, is summed where x is seen. Without it `E[x x^T]` is not needed:
+
+            tr(W' (E[x~ x~^T] W'^T - 2 E[x~ x^T] W^T)) + 2 (b' - b) . W' mu~ - 2 b' . (W mu + b) + b' . b'
+
+        Args:
+            weight: W, (m, n), which x is given to.
+            bias: b, (m,), or None for zeros.
+            stored: W', (m, n), which x~ is given to.
+            offset: b', (m,), or None for zeros.
+        """
+        weight, stored = weight.double(), stored.double()
+        nothing = weight.new_zeros(len(weight))
+        b, b_now = (nothing if part is None else part.double() for part in (bias, offset))
+        mean, moved = self.means()
+        gram = self.second_moment().metric.dense(torch.float64)  # E[x~ x~^T]
+        first = weight @ (self.cross.double() / self.count + gram)  # W E[x x~^T]
+        error = (stored * (stored @ gram - 2 * first)).sum()
+        error += 2 * (b_now - b) @ (stored @ moved) - 2 * b_now @ (weight @ mean + b) + b_now @ b_now
+        return float(error)
+
+    def _metric(self, centred: bool) -> Metric:
+        """`E[x~ x~^T]`, or the covariance of x~."""
+        metric = self.second_moment().metric
+        return Metric(full=metric.full, scale=metric.scale, mean=self.means()[1] if centred else None)
+
+    def _times_cross(self, weight: Tensor, centred: bool) -> Tensor:
+        """`W E[(x - x~) x~^T]`, (m, n), float64; the covariance where centred."""
+        weight = weight.double()
+        product = weight.new_empty(weight.shape)
+        for part in blocks(len(self.cross)):
+            product[:, part] = weight @ self.cross[:, part].double()
+        product /= self.count
+        if centred:
+            mean, moved = self.means()
+            product.addr_(weight @ (mean - moved), moved, alpha=-1)
+        return product
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums themselves, not copies, and the count: what adds up over processes, and what is saved."""
+        sums = {"gram": self.gram, "cross": self.cross, "total": self.total, "moved": self.moved}
+        return sums | {"count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> InputShift:
+        """What :meth:`state` took apart, on the same tensors."""
+        return cls(int(state["count"]), state["gram"], state["cross"], state["total"], state["moved"])

@@ -1,0 +1,1 @@
+"""Attention heads and hidden neurons: found by trying the model, and removed."""

@@ -1,0 +1,234 @@
+"""Who is taught, and by whom: the model with its task and head, and the teacher that fits it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.checkpoint.load import load
+from eckart.checkpoint.source import resolve
+from eckart.checkpoint.stored import stored_dtype, stored_tensors
+from eckart.checkpoint.tokenizer import load_tokenizer
+from eckart.data import Pooling, TaskData, kind_of
+from eckart.errors import CheckpointError, UsageError
+from eckart.model import cast, factored_modules, has_output_head
+from eckart.recovery import ClosedFormRecovery, Recovery
+from eckart.recovery.recipe import TuneRecipe
+from eckart.recovery.training.examples import load_labelled
+
+HEADS = {
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "masked": "AutoModelForMaskedLM",
+    "causal": "AutoModelForCausalLM",
+}
+ENDINGS = {
+    "classification": ("ForSequenceClassification",),
+    "regression": ("ForSequenceClassification",),
+    "masked": ("ForMaskedLM", "ForPreTraining"),
+    "causal": ("ForCausalLM", "LMHeadModel"),
+}
+
+
+@dataclass
+class Student:
+    """The model before training, in float32 on the CPU, with the type that it is stored in."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    dtype: torch.dtype
+    folder: Path | None
+    new_head: list[str]
+    task: str
+    rows: TaskData | None
+
+
+def load_student(recipe: TuneRecipe, model: PreTrainedModel | None, tokenizer: Any, data: Any) -> Student:
+    """The model with a head that fits the task, and its labelled rows where it has some."""
+    folder = None
+    new_head: list[str] = []
+    dtype = torch.float32
+    if model is None:
+        if recipe.model is None:
+            raise UsageError("model: there is none to train. Pass a model, or the folder of one.")
+        folder = resolve(recipe.model, None, trust_remote_code=recipe.trust_remote_code)
+        dtype = stored_dtype(stored_tensors(folder)) or torch.float32
+        tokenizer = tokenizer or load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
+        model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
+    else:
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        if dtype != torch.float32:
+            model = copy.deepcopy(model)
+            cast(model, torch.float32)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{folder or 'tokenizer'}: there is no tokenizer, and there is nothing to read text with. Put the "
+            "tokenizer's files into the folder (tokenizer.save_pretrained), or pass tokenizer=..."
+        )
+    task, rows = find_task(recipe, model, data)
+    if task != "embedding" and not type(model).__name__.endswith(ENDINGS[task]):
+        if folder is None:
+            raise UsageError(
+                f"task {task}: {type(model).__name__} has no head for it. Load the model with {HEADS[task]}, or pass "
+                "its folder."
+            )
+        settings: dict[str, Any] = {}
+        if rows is not None:
+            classes = 1 if task == "regression" else max(2, 1 + max(int(row.label) for row in rows))
+            kind = "regression" if task == "regression" else "single_label_classification"
+            settings = {"num_labels": classes, "problem_type": kind}
+        model = load(
+            folder, auto_class=HEADS[task], dtype=torch.float32, new_head=new_head, settings=settings,
+            trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
+    config: Any = model.config
+    if task in ("classification", "regression"):
+        config.problem_type = "regression" if task == "regression" else "single_label_classification"
+        if (task == "regression") != (config.num_labels == 1):
+            raise UsageError(
+                f"task {task}: the model's head has {config.num_labels} outputs. Use --task "
+                f"{'regression' if config.num_labels == 1 else 'classification'}, or start from a model without a head."
+            )
+        if config.get_text_config().pad_token_id is None:  # heads on causal models find a text's end by its padding
+            config.get_text_config().pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows)
+
+
+def check_fits(recovery: Recovery, student: Student) -> None:
+    """Refuse a recovery that the student is not made for.
+
+    Raises:
+        UsageError: naming one that it is made for.
+    """
+    if isinstance(recovery, ClosedFormRecovery) and student.new_head:
+        raise UsageError(
+            f"recovery {recovery.name}: the model has no head for task {student.task}, and a new one would have to be "
+            "trained. Train it first (--recovery full), or give a model that has one."
+        )
+    reason = recovery.refusal(student.task)
+    if reason is not None:
+        raise UsageError(
+            f"recovery {recovery.name}, task {student.task}: {reason}. Learn from the original's sentence embeddings "
+            "(--recovery distil or refit, with --teacher MODEL), or name the labels of another task "
+            "(--data-label-column COLUMN)"
+        )
+    factored = next(iter(factored_modules(student.model)), None)
+    if recovery.starts_dense and factored is not None:
+        raise UsageError(
+            f"recovery {recovery.name} starts from a dense model, and {factored} is factored already. Give the original, "
+            "or its dense weights (eckart export DIR --format dense); the factors themselves are trained by --recovery "
+            "distil, full or lora."
+        )
+
+
+def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[str, TaskData | None]:
+    """The task that was asked for or fits, and the labelled rows if it has labels."""
+    name, config = type(model).__name__, model.config
+    task: str | None = recipe.task if recipe.task != "auto" else None
+    if task is None:
+        if name.endswith("ForSequenceClassification"):
+            task = "regression" if config.num_labels == 1 else "classification"
+        elif (
+            recipe.data_label_column is None
+            and not has_output_head(model)
+            and kind_of(config, model) != "encoder-decoder"
+        ):
+            task = "embedding"
+        elif recipe.data_label_column is None and has_output_head(model):
+            if name.endswith(ENDINGS["masked"]):
+                task = "masked"
+            elif kind_of(config, model) == "causal":
+                task = "causal"
+        if task is None and recipe.data_label_column is None:
+            raise UsageError(
+                f"--task: {name} has no head that says what to learn. Name the labels (--data-label-column COLUMN), or "
+                "the task: --task classification, regression, masked, causal, or embedding for an encoder alone"
+            )
+    if task == "embedding":
+        _check_pooled(model)
+    if task in ("masked", "causal", "embedding"):
+        return task, None
+    label2id = getattr(config, "label2id", None) if name.endswith("ForSequenceClassification") else None
+    rows = load_labelled(recipe, data, label2id=label2id, task=task)
+    if task is None:
+        task = "regression" if any(isinstance(row.label, float) for row in rows) else "classification"
+    return task, rows
+
+
+def _check_pooled(model: PreTrainedModel) -> None:
+    """Refuse a model that puts out something else than the embeddings of one text's tokens.
+
+    Raises:
+        UsageError: naming its own task, or what can be done.
+    """
+    name = type(model).__name__
+    if has_output_head(model):
+        raise UsageError(
+            f"--task embedding: {name} has a head, whose outputs its users read. Leave --task out, or save the model "
+            "without the head first: AutoModel.from_pretrained(...).save_pretrained(...)"
+        )
+    if kind_of(model.config, model) == "encoder-decoder":
+        raise UsageError(
+            f"--task embedding: {name} reads two texts, and a sentence embedding is made of one. Give its encoder "
+            "alone, or name another --task"
+        )
+
+
+def pooling_of(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
+    """How the tokens of a text become its embedding: as the student's folder says, or the teacher's; else the mean.
+
+    Args:
+        recipe: whether the teacher may bring its own code.
+        student: may come from a folder.
+        teacher: a model, or the folder or hub name of one.
+    """
+    folders = [student.folder]
+    if not isinstance(teacher, PreTrainedModel):
+        folders.append(resolve(str(teacher), None, trust_remote_code=recipe.trust_remote_code))
+    found = (Pooling.from_folder(folder) for folder in folders if folder is not None)
+    return next((pooling for pooling in found if pooling is not None), Pooling())
+
+
+def load_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrainedModel:
+    """The model that is learnt from, checked to speak the student's language."""
+    if isinstance(teacher, PreTrainedModel):
+        model = teacher
+    else:
+        folder = resolve(str(teacher), None, trust_remote_code=recipe.trust_remote_code)
+        model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
+    where = f"--teacher {teacher if not isinstance(teacher, PreTrainedModel) else type(teacher).__name__}"
+    if student.task == "embedding":
+        bare: Any = model.base_model
+        model = bare if has_output_head(model) else model
+    elif not type(model).__name__.endswith(ENDINGS[student.task]):
+        raise UsageError(
+            f"{where}: {type(model).__name__} has no head for task {student.task}. Train the teacher on the task first "
+            "(eckart tune TEACHER --recovery full), or give one that has been."
+        )
+    mine: Any = student.model.config
+    theirs: Any = model.config
+    for key, here, there in (
+        ("vocabulary", mine.get_text_config().vocab_size, theirs.get_text_config().vocab_size),
+        ("number of labels", mine.num_labels, theirs.num_labels),
+    ):
+        if here != there and (key == "vocabulary" or student.task == "classification"):
+            raise UsageError(
+                f"{where}: its {key} is {there}, the student's {here}. Give the model that the student was made from, "
+                "or train on the task alone: --recovery full"
+            )
+    if theirs.get_text_config().pad_token_id is None:
+        theirs.get_text_config().pad_token_id = mine.get_text_config().pad_token_id
+    return model.eval()
+
+
+def head_of(model: PreTrainedModel, student: Student) -> tuple[str, ...]:
+    """Modules that are trained whatever is frozen: what is new, and a classifier's head."""
+    new = {name.rpartition(".")[0] for name in student.new_head}
+    if student.task in ("classification", "regression"):
+        new |= {name for name, _ in model.named_children() if name != model.base_model_prefix}
+    return tuple(sorted(new))

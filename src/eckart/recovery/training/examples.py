@@ -1,0 +1,237 @@
+"""Rows that are trained on, and what is held out of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.data import Batch, Pooling, TaskData, load_task
+from eckart.data import load as load_data
+from eckart.data.columns import Text
+from eckart.data.documents import load_documents
+from eckart.data.kind import pad_token, sequence_length
+from eckart.data.loading import MAX_SEQ_LENGTH
+from eckart.data.padded import by_length, collate, encode
+from eckart.data.windows import token_stream
+from eckart.errors import DataError
+from eckart.recovery.training.scorer import Scorer, labelled_scorer, masked_scorer, sentence_scorer, text_scorer
+
+HELD = 0.1
+"""Of the data, where no other data are given to score on."""
+
+EVERYTHING = 1_000_000
+"""Texts that are read where no number is asked for."""
+
+SCORED_AT_ONCE = 32
+"""Texts of a batch that is scored."""
+
+
+@dataclass
+class Examples:
+    """What a training reads.
+
+    Attributes:
+        rows: tokenised, each a dictionary of lists, with its label where the task has labels.
+        exam: scores a model on what is held out.
+        pad_id: fills up short rows.
+        description: of the data, as JSON values.
+        notes: what was not as asked.
+    """
+
+    rows: list[dict[str, Any]]
+    scorer: Scorer
+    pad_id: int
+    description: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """A batch of rows, padded on the right."""
+        lists = [{name: value for name, value in row.items() if name != "labels"} for row in rows]
+        batch = collate(lists, self.pad_id)
+        if "labels" in rows[0]:
+            batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        return batch
+
+
+def load_labelled(recipe: Any, data: Any, *, label2id: Any, task: str | None, evaluation: bool = False) -> TaskData:
+    """The labelled rows of a recipe, for training or (`evaluation`) for scoring."""
+    return load_task(
+        data,
+        column=recipe.data_column,
+        pair_column=recipe.data_pair_column,
+        label=recipe.data_label_column,
+        label2id=label2id,
+        regression=None if task is None else task == "regression",
+        config=recipe.data_config,
+        split=recipe.eval_split if evaluation else recipe.data_split,
+        revision=recipe.data_revision,
+        num_samples=recipe.eval_samples if evaluation else recipe.num_samples,
+    )
+
+
+def load_examples(
+    recipe: Any,
+    data: Any,
+    eval_data: Any,
+    task: str,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    rows: TaskData | None,
+    *,
+    teacher: PreTrainedModel | None = None,
+    pooling: Pooling | None = None,
+) -> Examples:
+    """Tokenise what a task is trained on, and hold out what it is scored on.
+
+    Args:
+        recipe: the recipe.
+        data: the data, as :func:`eckart.data.load` takes them.
+        eval_data: other data to score on; None for a tenth of `data`.
+        task: "classification", "regression", "masked", "causal" or "embedding".
+        model: the student.
+        tokenizer: its tokenizer.
+        rows: labelled rows, where they have been read already.
+        teacher: whose sentence embeddings those of task "embedding" are held against.
+        pooling: how they are made.
+
+    Raises:
+        DataError: the data cannot be read, or leave nothing to train on.
+    """
+    config: Any = model.config
+    length = sequence_length(recipe.max_seq_length, MAX_SEQ_LENGTH, tokenizer=tokenizer, config=config, model=model)
+    if task in ("classification", "regression"):
+        assert rows is not None
+        return _labelled(recipe, eval_data, task, model, tokenizer, rows, length)
+    if task == "embedding":
+        assert teacher is not None
+        assert pooling is not None
+        return _sentences(recipe, data, eval_data, model, tokenizer, length, teacher, pooling)
+    return (_masked if task == "masked" else _causal)(recipe, data, eval_data, model, tokenizer, length)
+
+
+def _labelled(
+    recipe: Any, eval_data: Any, task: str, model: PreTrainedModel, tokenizer: Any, rows: TaskData, length: int
+) -> Examples:
+    config: Any = model.config
+    notes = []
+    train, held = rows.rows, None
+    if eval_data is not None:
+        held = load_labelled(recipe, eval_data, label2id=getattr(config, "label2id", None), task=task, evaluation=True)
+    else:
+        train, kept = _split(train, recipe.seed)
+        held = TaskData(kept, rows.description)
+        notes.append(f"scored on {len(kept)} rows held out of the data; --eval-data gives others")
+    if task == "classification":
+        for row in (*train, *held):
+            if not 0 <= int(row.label) < config.num_labels:
+                raise DataError(
+                    f"{row.text.where}: label {row.label} is no class of the model's {config.num_labels} "
+                    "(0, 1, ...): correct it, or train a model with a new head"
+                )
+    encoded: list[dict[str, Any]] = list(encode([row.text for row in train], tokenizer, length))
+    for row, source in zip(encoded, train, strict=True):
+        row["labels"] = int(source.label) if task == "classification" else float(source.label)
+    scorer = labelled_scorer(task, tokenizer, held, length)
+    return Examples(encoded, scorer, pad_token(tokenizer, config), rows.description | {"trained_on": len(train)}, notes)
+
+
+def _masked(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:
+    if getattr(tokenizer, "mask_token_id", None) is None:
+        raise DataError("tokenizer: it has no mask token, so no token can be masked: use --task causal, or its own")
+
+    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
+    pad_id = pad_token(tokenizer, model.config)
+    scorer = masked_scorer(
+        tokenizer,
+        [collate(held[i : i + SCORED_AT_ONCE], pad_id) for i in range(0, len(held), SCORED_AT_ONCE)],
+        recipe.seed,
+    )
+    return Examples(rows, scorer, pad_id, description | {"trained_on": len(rows)}, notes)
+
+
+def _sentences(
+    recipe: Any,
+    data: Any,
+    eval_data: Any,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    length: int,
+    teacher: PreTrainedModel,
+    pooling: Pooling,
+) -> Examples:
+    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
+    pad_id = pad_token(tokenizer, model.config)
+    groups = by_length([len(row["input_ids"]) for row in held], SCORED_AT_ONCE)
+    batches = [Batch(collate([held[i] for i in group], pad_id), tuple(group)) for group in groups]
+    description |= {"trained_on": len(rows), "pooling": list(pooling.modes)}
+    return Examples(rows, sentence_scorer(teacher, batches, pooling), pad_id, description, notes)
+
+
+def _texts(
+    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any], list[str]]:
+    """Separate texts, tokenised: to train on, held out, what they are, and notes."""
+
+    def read(source: Any, split: str, count: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        loaded = load_data(
+            source, tokenizer=tokenizer, model=model, config=recipe.data_config, split=split,
+            column=recipe.data_column, target_column=recipe.data_pair_column, revision=recipe.data_revision,
+            num_samples=count or EVERYTHING, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
+        )  # fmt: skip
+        found = sorted(loaded, key=lambda batch: batch.examples)
+        return [{name: value[0].tolist() for name, value in b.inputs.items()} for b in found], loaded.description
+
+    rows, description = read(data, recipe.data_split, recipe.num_samples)
+    if eval_data is not None:
+        held, _ = read(eval_data, recipe.eval_split, recipe.eval_samples)
+        return rows, held, description, []
+    rows, held = _split(rows, recipe.seed)
+    return rows, held, description, [f"scored on {len(held)} texts held out of the data; --eval-data gives others"]
+
+
+def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:
+    def read(source: Any, split: str) -> tuple[list[str], dict[str, Any]]:
+        return load_documents(
+            source, tokenizer=tokenizer, config=recipe.data_config, split=split, column=recipe.data_column,
+            revision=recipe.data_revision,
+        )  # fmt: skip
+
+    texts, description = read(data, recipe.data_split)
+    notes = []
+    if eval_data is not None:
+        held, _ = read(eval_data, "held" if eval_data == "stdlib" else recipe.eval_split)
+    elif len(texts) == 1:
+        cut = int(len(texts[0]) * (1 - HELD))
+        texts, held = [texts[0][:cut]], [texts[0][cut:]]
+        notes.append("scored on the last tenth of the text, held out; --eval-data gives another")
+    else:
+        texts, held = _split(texts, recipe.seed)
+        notes.append(f"scored on {len(held)} documents held out of the data; --eval-data gives others")
+    documents = [Text(text, "data", place) for place, text in enumerate(texts)]
+    stream, _, _ = token_stream(documents, tokenizer, enough=sum(map(len, texts)) + 2 * len(texts), joined=False)
+    length = min(length, len(stream))
+    if length < 2:
+        raise DataError("data: not two tokens of text to train on: pass more text")
+    windows = stream[: len(stream) // length * length].view(-1, length)
+    if recipe.num_samples is not None and len(windows) > recipe.num_samples:
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))
+        windows = windows[order[: recipe.num_samples].sort().values]
+    rows = [{"input_ids": row.tolist(), "attention_mask": [1] * length, "labels": row.tolist()} for row in windows]
+    scorer = text_scorer(tokenizer, held, length, recipe.eval_samples)
+    described = description | {"trained_on": len(rows), "tokens": windows.numel()}
+    return Examples(rows, scorer, pad_token(tokenizer, model.config), described, notes)
+
+
+def _split(rows: list[Any], seed: int) -> tuple[list[Any], list[Any]]:
+    """Hold a tenth out, by a seeded draw; both in the order of the data."""
+    if len(rows) < 2:
+        raise DataError("data: one row leaves none to score on: pass more rows, or --eval-data")
+    count = math.ceil(HELD * len(rows))
+    drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    held = set(drawn)
+    return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

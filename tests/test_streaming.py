@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eckart
+from eckart.compression import memory_estimate
 from eckart.compression.memory_estimate import MemoryEstimate, estimate_memory
 from eckart.compression.plan_builder import Settings
 from eckart.compression.recipe import Recipe

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
-from eckart.checkpoint.description import METHOD, described, detach_config, is_special
+from eckart.checkpoint.description import METHOD, attach_config, described, detach_config, is_special
 from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import factored_modules, shared_parameters

@@ -25,7 +25,7 @@ LAYERS_PER_BASIS = 2
 def adjacent(
     sites: Sequence[Site], model: nn.Module, layers_per_basis: int | None = None, among: Collection[str] | None = None
 ) -> Bases:
-    """Groups of sites of one role and shape in adjacent blocks of a list: blocks 0 to layers_per_basis - 1, then the next ones.
+    """Groups of sites of one role and shape in adjacent blocks of a list, `layers_per_basis` blocks each.
 
     Args:
         sites: in the order of the model.

@@ -264,7 +264,7 @@ class FactorStore:
 
 @dataclass(frozen=True)
 class FactorizationContext:
-    """What all windows of a run are solved with; see :meth:`FactorStore.fill`. `mates`: site -> the group of its basis."""
+    """What all windows of a run are solved with (:meth:`FactorStore.fill`). `mates`: site -> the group of its basis."""
 
     model: nn.Module
     sites: Mapping[str, Site]

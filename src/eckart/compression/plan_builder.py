@@ -106,8 +106,8 @@ class Settings:
             _check_sharing(method, form, allocation, recipe)
         elif recipe.layers_per_basis is not None and recipe.plan is None:
             raise UsageError(
-                f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use --form shared-basis, or --method "
-                "basis-sharing."
+                f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use "
+                "--form shared-basis, or --method basis-sharing."
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")

@@ -7,8 +7,8 @@ METHOD = Method(
     name="basis-sharing",
     title="Basis Sharing",
     paper="Wang et al., Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model Compression, ICLR 2025, "
-    "arXiv 2410.03765: groups of two adjacent layers for what reads a normalised input (--layers-per-basis), every other weight "
-    "by itself",
+    "arXiv 2410.03765: groups of two adjacent layers for what reads a normalised input (--layers-per-basis), "
+    "every other weight by itself",
     metric=metric,
     needs=frozenset({"gram"}),
     exact_for="the squared error of the outputs of a group's layers together on the calibration text",

@@ -159,7 +159,7 @@ class Recovery:
 
 @dataclass
 class ClosedFormRecovery(Recovery):
-    """A recovery that solves for better weights and trains nothing: in place of the training loop, `solve` is called once.
+    """A recovery that solves for better weights and trains nothing: `solve` is called once, in place of the loop.
 
     It gives no hooks of a step. Every weight that it changes comes from the statistics of one pass over the text.
     """

@@ -121,8 +121,8 @@ def check_fits(recovery: Recovery, student: Student) -> None:
     if recovery.starts_dense and factored is not None:
         raise UsageError(
             f"recovery {recovery.name} starts from a dense model, and {factored} is factored already. Give the "
-            "original, or its dense weights (eckart export DIR --format dense); the factors themselves are trained by --recovery "
-            "distil, full or lora."
+            "original, or its dense weights (eckart export DIR --format dense); the factors themselves are trained by "
+            "--recovery distil, full or lora."
         )
 
 

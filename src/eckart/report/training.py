@@ -42,8 +42,8 @@ def _trained(report: Mapping[str, Any]) -> str:
 def _solved(report: Mapping[str, Any]) -> str:
     recovery, error = report["recovered_by"], report["recovered_by"]["output_error"]
     return (
-        f"{recovery['refitted']} of {recovery['of']} sites solved again on {count(recovery['tokens'])} tokens; mean relative "
-        f"error of outputs {number(error['before'])} -> {number(error['after'])}"
+        f"{recovery['refitted']} of {recovery['of']} sites solved again on {count(recovery['tokens'])} tokens; "
+        f"mean relative error of outputs {number(error['before'])} -> {number(error['after'])}"
     )
 
 

@@ -97,9 +97,9 @@ def main() -> None:
     table: list[list[object]] = [["dense", 1.0, 1.0, math.exp(dense), 0.0, "-"]]
     for bits in (8, 4):
         names = [site.name for site in find_sites(model).chosen]
-        quantised = quantized_baseline(model, names, bits)
-        share = quantised.named_bytes / (2 * sum(site.elements for site in find_sites(model).chosen))
-        excess = score(quantised.model) - dense
+        quantized = quantized_baseline(model, names, bits)
+        share = quantized.named_bytes / (2 * sum(site.elements for site in find_sites(model).chosen))
+        excess = score(quantized.model) - dense
         name = f"round to nearest, int{bits} ({share:.3f} of 16-bit bytes)"
         table.append([name, "-", "-", math.exp(dense + excess), excess, "-"])
     for keep in keeps:

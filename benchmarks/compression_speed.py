@@ -18,7 +18,7 @@ from eckart.calibration import calibrate
 from eckart.checkpoint.source import resolve
 from eckart.data import load
 from eckart.data.inference import forward
-from eckart.linalg import factorise
+from eckart.linalg import factorize
 from eckart.methods import METHODS
 from eckart.model import dense_weight, find_sites
 
@@ -54,7 +54,7 @@ def main() -> None:
     def solve(method: str):
         def run() -> None:
             for name, weight in weights.items():
-                solved = factorise(METHODS[method].metric(weight, moments[name]), name)
+                solved = factorize(METHODS[method].metric(weight, moments[name]), name)
                 solved.truncated(int(KEEP * weight.numel() / sum(weight.shape)))
 
         return run

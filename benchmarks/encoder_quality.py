@@ -60,10 +60,10 @@ def main() -> None:
     names = [site.name for site in find_sites(model).chosen]
     elements = sum(site.elements for site in find_sites(model).chosen)
     for bits in (8, 4):
-        quantised = quantized_baseline(model, names, bits)
-        share = quantised.named_bytes / (4 * elements)
+        quantized = quantized_baseline(model, names, bits)
+        share = quantized.named_bytes / (4 * elements)
         table.append([f"round to nearest, int{bits} ({share:.3f} of the bytes)", "-", "-",
-                      *measured(quantised.model), "-"])  # fmt: skip
+                      *measured(quantized.model), "-"])  # fmt: skip
     found = {}
     keeps = [float(keep) for keep in options.keeps.split(",")]
     for name, keep, result in eckart.compare(

@@ -39,11 +39,11 @@ class Task:
         name: of the task.
         kind: "classification" or "causal".
         model: an encoder that has yet to learn it, or a language model.
-        train: labelled rows or text.
+        train: labeled rows or text.
         calibration: what statistics are gathered on.
         valid: what decides whether a recovery is kept; None: a tenth of what is trained on.
         held: what is scored; nothing else reads it.
-        columns: of labelled rows, as options of :func:`eckart.tune`.
+        columns: of labeled rows, as options of :func:`eckart.tune`.
         batch: rows or windows of a step.
     """
 
@@ -116,11 +116,11 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
 def rounded(dense: Path, output: Path) -> int:
     """The model with its sites rounded to int8, saved as it computes; returns the bytes that storing int8 takes."""
     model = eckart.load(dense, dtype=torch.float32)
-    quantised = quantized_baseline(model, [site.name for site in find_sites(model).chosen], 8)
+    quantized = quantized_baseline(model, [site.name for site in find_sites(model).chosen], 8)
     shutil.rmtree(output, ignore_errors=True)
-    quantised.model.save_pretrained(output)
+    quantized.model.save_pretrained(output)
     load_tokenizer(dense).save_pretrained(output)
-    return int(quantised.model_bytes)
+    return int(quantized.model_bytes)
 
 
 def scored(folder: Path, dense: Path, task: Task, tokens: int, repeats: int) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eckart.forms import FORMS, FactoredLinear
-from eckart.linalg import Problem, factorise, weighted_error
+from eckart.linalg import Problem, factorize, weighted_error
 from eckart.methods import METHODS, Method, method_named
 from eckart.moments import Fisher, Moments, SecondMoment
 
-# Derandomised: the same examples on every run.
+# Derandomized: the same examples on every run.
 few_examples = settings(
     max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
@@ -65,9 +65,9 @@ class Layer:
         squared = (self.gradients.mT @ self.inputs).square()  # (sequences, m, n)
         return Fisher(squared.sum((0, 2)), squared.sum((0, 1)), len(squared))
 
-    def problem_of(self, method: Method | str, centred: bool = False) -> Problem:
-        """The method's problem for this layer; centred: the bias takes the means."""
-        return method_named(method).metric(self.weight, replace(self.moments, centred=centred))
+    def problem_of(self, method: Method | str, centered: bool = False) -> Problem:
+        """The method's problem for this layer; centered: the bias takes the means."""
+        return method_named(method).metric(self.weight, replace(self.moments, centered=centered))
 
     def take(self, outputs: Tensor, inputs: Tensor) -> Layer:
         """The layer with its outputs and inputs in another order."""
@@ -143,12 +143,12 @@ REGULAR = ("tall", "wide", "square")
 
 # A method, and whether the means go into the bias where there is one.
 VARIANTS = {
-    method.name + ("-centred" if centred else ""): (method, centred)
+    method.name + ("-centered" if centered else ""): (method, centered)
     for method in METHODS.values()
-    for centred in sorted({False, method.centred})
+    for centered in sorted({False, method.centered})
 }
 
-every_method = pytest.mark.parametrize(("method", "centred"), VARIANTS.values(), ids=VARIANTS)
+every_method = pytest.mark.parametrize(("method", "centered"), VARIANTS.values(), ids=VARIANTS)
 every_layer = pytest.mark.parametrize("found", LAYERS.values(), ids=LAYERS)
 every_regular_layer = pytest.mark.parametrize("found", [LAYERS[name] for name in REGULAR], ids=REGULAR)
 # Forms that hold any matrix of a rank; those that cut a weight into blocks have tests of their own.
@@ -178,7 +178,7 @@ def error_of(problem: Problem, answer: Tensor) -> float:
 
 def answer_of(problem: Problem, rank: int) -> Tensor:
     """The solver's W' of that rank."""
-    left, right = factorise(problem).truncated(rank)
+    left, right = factorize(problem).truncated(rank)
     return left @ right
 
 

@@ -30,7 +30,7 @@ from eckart.compression.plan_builder import Budget, Settings
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS
-from eckart.linalg import factorise
+from eckart.linalg import factorize
 from eckart.methods import METHODS
 from eckart.model import Site, Sites
 
@@ -189,7 +189,7 @@ def predicted_curve(found, method: str, form: str, multiple: int | None) -> tupl
     losses = solve(site, found.weight, found.moments, settings, largest, curve=True).losses
     problem = found.problem_of(method)
     made = plan_builder._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
-    return made, problem, factorise(problem)
+    return made, problem, factorize(problem)
 
 
 @pytest.mark.parametrize("multiple", [None, 1, 3])

@@ -84,7 +84,7 @@ def test_reading_a_norm(name):
     assert 0 < len(found) < len(sites)
 
 
-def test_a_word_in_a_models_name_is_no_normalisation():
+def test_a_word_in_a_models_name_is_no_normalization():
     config = RobertaPreLayerNormConfig(
         vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
     )

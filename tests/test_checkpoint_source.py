@@ -279,11 +279,11 @@ def test_already_factored(single):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_quantised(nested, single):
-    quantised = {"quantization_config": {"quant_method": "gptq"}}
-    configure(single, **({"text_config": quantised} if nested else quantised))
+def test_quantized(nested, single):
+    quantized = {"quantization_config": {"quant_method": "gptq"}}
+    configure(single, **({"text_config": quantized} if nested else quantized))
     place = "text_config.quantization_config" if nested else "quantization_config"
-    refused(single, place, "gptq", "unquantised", error=ModelError)
+    refused(single, place, "gptq", "unquantized", error=ModelError)
 
 
 def test_adapter(single):

@@ -27,7 +27,7 @@ from problems import (
 from eckart.allocation import stored_elements, uniform
 from eckart.errors import NumericalError
 from eckart.forms import FORMS
-from eckart.linalg import Metric, Problem, curve_under, factorise
+from eckart.linalg import Metric, Problem, curve_under, factorize
 from eckart.methods import METHODS, method_named
 from eckart.moments import Moments, SecondMoment
 
@@ -61,17 +61,17 @@ def tensors_of(found) -> list[torch.Tensor]:
 
 @every_layer
 @every_method
-def test_full_size_reproduces_the_target(method, centred, found):
-    problem = found.problem_of(method, centred)
-    solved = factorise(problem)
+def test_full_size_reproduces_the_target(method, centered, found):
+    problem = found.problem_of(method, centered)
+    solved = factorize(problem)
     close(solved.left @ solved.right, problem.target, 1e-9)
 
 
 @every_layer
 @every_method
-def test_weighted_error_is_the_singular_tail_and_never_rises(method, centred, found):
-    problem = found.problem_of(method, centred)
-    curve, scale = factorise(problem).curve, scale_of(problem)
+def test_weighted_error_is_the_singular_tail_and_never_rises(method, centered, found):
+    problem = found.problem_of(method, centered)
+    curve, scale = factorize(problem).curve, scale_of(problem)
     measured = [error_of(problem, answer_of(problem, rank)) for rank in ranks_of(problem)]
     assert float(curve[-1]) == 0
     assert bool((curve[1:] <= curve[:-1]).all())
@@ -87,7 +87,7 @@ def test_any_shape_spectrum_and_number_of_tokens(name):
     def check(found, share):
         problem = found.problem_of(name)
         rank = round(share * min(problem.target.shape))
-        solved = factorise(problem)
+        solved = factorize(problem)
         scale = scale_of(problem)
         close(solved.left @ solved.right, problem.target, 1e-8)
         error = error_of(problem, answer_of(problem, rank))
@@ -99,8 +99,8 @@ def test_any_shape_spectrum_and_number_of_tokens(name):
 
 @every_layer
 @every_method
-def test_no_candidate_is_better(method, centred, found):
-    problem = found.problem_of(method, centred)
+def test_no_candidate_is_better(method, centered, found):
+    problem = found.problem_of(method, centered)
     for rank in some_ranks(problem):
         error = error_of(problem, answer_of(problem, rank))
         assert error <= best_candidate(problem, rank) + 1e-9 * scale_of(problem)
@@ -111,7 +111,7 @@ def best_candidate(problem: Problem, rank: int) -> float:
     plain = error_of(problem, answer_of(Problem(problem.target), rank))
     if rank == 0:
         return plain
-    left, right = factorise(problem).truncated(rank)
+    left, right = factorize(problem).truncated(rank)
     half = CANDIDATES // 2
     steps = 10.0 ** -torch.arange(half, dtype=torch.float64).remainder(6)[:, None, None]
     size = float(left.abs().max())
@@ -133,24 +133,24 @@ def fit(problem: Problem, left: torch.Tensor) -> torch.Tensor:
 
 @every_layer
 @every_method
-def test_inputs_stay_and_bits_repeat(method, centred, found):
+def test_inputs_stay_and_bits_repeat(method, centered, found):
     with unchanged(found.weight, found.inputs, found.gradients):
-        problem = found.problem_of(method, centred)
+        problem = found.problem_of(method, centered)
         metrics = [m for side in (problem.left, problem.right) for m in (side.full, side.diagonal) if m is not None]
         with unchanged(*metrics):
-            first, second = factorise(problem), factorise(found.problem_of(method, centred))
+            first, second = factorize(problem), factorize(found.problem_of(method, centered))
     assert torch.equal(first.left, second.left)
     assert torch.equal(first.right, second.right)
     assert torch.equal(first.squared, second.squared)
 
 
 @every_method
-def test_making_the_problem_leaves_the_statistics(method, centred):
+def test_making_the_problem_leaves_the_statistics(method, centered):
     found = LAYERS["tall"]
     moments = found.moments
-    moments.centred = centred
+    moments.centered = centered
     with unchanged(*tensors_of(found), moments.inputs.gram, moments.gradients.gram):
-        factorise(method.metric(found.weight, moments))
+        factorize(method.metric(found.weight, moments))
 
 
 # -- symmetries --------------------------------------------------------------------------------------
@@ -158,11 +158,11 @@ def test_making_the_problem_leaves_the_statistics(method, centred):
 
 @every_regular_layer
 @every_method
-def test_permuted_inputs_and_outputs_permute_the_answer(method, centred, found):
+def test_permuted_inputs_and_outputs_permute_the_answer(method, centered, found):
     rows, columns = found.weight.shape
     outputs, inputs = normal(rows, seed=7).argsort(), normal(columns, seed=8).argsort()
-    problem = found.problem_of(method, centred)
-    permuted = found.take(outputs, inputs).problem_of(method, centred)
+    problem = found.problem_of(method, centered)
+    permuted = found.take(outputs, inputs).problem_of(method, centered)
     for rank in some_ranks(problem):
         close(answer_of(permuted, rank), answer_of(problem, rank)[outputs][:, inputs], 1e-8)
 
@@ -285,11 +285,11 @@ def test_kfac_is_two_sided_token_wise_and_shrunk_as_published(name):
         close(metric.matrix, shrunk, 1e-12)
 
 
-def test_centred_metric_is_the_covariance():
+def test_centered_metric_is_the_covariance():
     """With the means in the bias, the best bias is `b + (W - W') mu` and what is left is the covariance."""
     found = LAYERS["tall"]
     moments = found.moments
-    moments.centred = True
+    moments.centered = True
     rows = found.inputs.reshape(-1, 12)
     close(moments.input_gram, torch.cov(rows.mT, correction=0), 1e-10)
     problem = Problem(found.weight, right=Metric(full=moments.input_gram))
@@ -344,7 +344,7 @@ def statistics(found, parts: int) -> Moments:
 
 @every_regular_layer
 @every_method
-def test_one_batch_many_batches_and_merged_are_one(method, centred, found):
+def test_one_batch_many_batches_and_merged_are_one(method, centered, found):
     halves = [
         layer_of(found, slice(0, 3)),
         layer_of(found, slice(3, None)),
@@ -352,9 +352,9 @@ def test_one_batch_many_batches_and_merged_are_one(method, centred, found):
     merged = statistics(halves[0], 1)
     merged.inputs.merge(statistics(halves[1], 1).inputs)
     merged.merge(statistics(halves[1], 1))
-    expected = answer_of(found.problem_of(method, centred), 4)
+    expected = answer_of(found.problem_of(method, centered), 4)
     for moments in (statistics(found, 1), statistics(found, 8), merged):
-        moments.centred = centred
+        moments.centered = centered
         assert moments.sequences == 8
         close(answer_of(method.metric(found.weight, moments), 4), expected, 2e-5)
 
@@ -370,10 +370,10 @@ def layer_of(found, part: slice):
 @every_form
 @every_regular_layer
 @every_method
-def test_stored_form_holds_the_answer_at_the_declared_size(method, centred, found, form):
-    problem = found.problem_of(method, centred)
+def test_stored_form_holds_the_answer_at_the_declared_size(method, centered, found, form):
+    problem = found.problem_of(method, centered)
     rows, columns = problem.target.shape
-    solved, before = factorise(problem), scale_of(problem)
+    solved, before = factorize(problem), scale_of(problem)
     for rank in range(1, min(rows, columns) + 1):
         left, right = solved.truncated(rank)
         with unchanged(left, right):
@@ -392,26 +392,26 @@ def test_stored_form_holds_the_answer_at_the_declared_size(method, centred, foun
 @every_form
 @pytest.mark.parametrize("name", REGULAR)
 @every_method
-def test_stored_in_lower_precision(method, centred, name, form, dtype, tolerance):
+def test_stored_in_lower_precision(method, centered, name, form, dtype, tolerance):
     found = LAYERS[name]
-    problem = found.with_weight(found.weight.to(dtype)).problem_of(method, centred)
+    problem = found.with_weight(found.weight.to(dtype)).problem_of(method, centered)
     full = min(problem.target.shape)
     for rank in (full // 2, full):
-        left, right = factorise(problem).truncated(rank)
+        left, right = factorize(problem).truncated(rank)
         assert left.dtype == torch.float32
         module = FORMS[form](problem.target.shape[1], problem.target.shape[0], rank, False).to(dtype)
         assert module.store(left, right, None) is None
-        expected = answer_of(found.with_weight(found.weight.to(dtype).double()).problem_of(method, centred), rank)
+        expected = answer_of(found.with_weight(found.weight.to(dtype).double()).problem_of(method, centered), rank)
         close(module.to_dense(), expected, tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @every_layer
 @every_method
-def test_single_precision_keeps_the_target_and_the_curve(method, centred, found, dtype):
+def test_single_precision_keeps_the_target_and_the_curve(method, centered, found, dtype):
     weight = found.weight.to(dtype)
-    exact = factorise(found.with_weight(weight.double()).problem_of(method, centred))
-    solved = factorise(found.with_weight(weight).problem_of(method, centred))
+    exact = factorize(found.with_weight(weight.double()).problem_of(method, centered))
+    solved = factorize(found.with_weight(weight).problem_of(method, centered))
     close(solved.left @ solved.right, weight.float(), 1e-4)
     close(solved.curve, exact.curve, 1e-5)
 
@@ -431,10 +431,10 @@ def test_declared_sizes_add_up_over_a_plan(form, keep):
 
 
 @every_method
-def test_deliberately_broken_solvers_are_told_apart(method, centred):
+def test_deliberately_broken_solvers_are_told_apart(method, centered):
     """The checks above have teeth: each of these wrong answers is worse by far more than their tolerances."""
     found = layer(16, 14, decay=0.95)
-    problem = found.problem_of(method, centred)
+    problem = found.problem_of(method, centered)
     rank, scale = 6, scale_of(problem)
     best = error_of(problem, answer_of(problem, rank))
     broken = {"rank off by one": answer_of(problem, rank - 1)}
@@ -444,4 +444,4 @@ def test_deliberately_broken_solvers_are_told_apart(method, centred):
         broken["left metric dropped"] = answer_of(Problem(problem.target, right=problem.right), rank)
     for name, answer in broken.items():
         assert error_of(problem, answer) > best + 1e-6 * scale, name
-    assert curve_under(factorise(problem), problem)[rank] == pytest.approx(best, rel=1e-6)
+    assert curve_under(factorize(problem), problem)[rank] == pytest.approx(best, rel=1e-6)

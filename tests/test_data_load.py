@@ -473,9 +473,9 @@ def test_ready_batches_of_an_encoder_decoder_are_told_apart():
     inputs = load(given, model=t5()).batches[0].inputs
     assert inputs["decoder_input_ids"].shape == inputs["labels"].shape == (1, 5)
     assert inputs["decoder_attention_mask"].tolist() == [[1, 1, 1, 1, 0]]
-    labelled = load([{"input_ids": ids, "labels": torch.tensor([[5, 1, -100]])}], model=t5()).batches[0]
-    assert labelled.inputs["decoder_input_ids"].tolist() == [[0, 5, 0]]
-    assert labelled.masks()[3].tolist() == [[True, True, False]]
+    labeled = load([{"input_ids": ids, "labels": torch.tensor([[5, 1, -100]])}], model=t5()).batches[0]
+    assert labeled.inputs["decoder_input_ids"].tolist() == [[0, 5, 0]]
+    assert labeled.masks()[3].tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Files, columns and labelled rows."""
+"""Files, columns and labeled rows."""
 
 from __future__ import annotations
 

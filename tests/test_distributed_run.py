@@ -194,7 +194,7 @@ TROUBLE = [
     ("drone streamed", "full", 0, ">Walk.forward", 0.8, "is full"),
     ("drone streamed", "denied", 1, ">Walk.forward", 0.8, "Permission denied"),
     ("kfac streamed", "full", 1, ">Walk.backward", 0.5, "is full"),
-    ("eckart streamed", "full", 0, ">factorise", 0.5, "is full"),
+    ("eckart streamed", "full", 0, ">factorize", 0.5, "is full"),
 ]
 
 
@@ -226,7 +226,7 @@ KILLS = [
     ("kfac streamed", 1, "<Walk.forward", 0.9),
     ("eckart streamed", 0, "<Journal.write", 0.8),
     ("eckart streamed", 1, "<Journal.write", 0.9),
-    ("eckart streamed", 0, ">factorise", 0.9),
+    ("eckart streamed", 0, ">factorize", 0.9),
     ("eckart streamed", 0, ">_place", 0.0),
 ]
 

@@ -20,7 +20,7 @@ from eckart.compression.plan_builder import Settings
 from eckart.compression.recipe import Recipe, make_recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS, Kronecker, build
-from eckart.linalg import Metric, Problem, kronecker_factorise, rearranged, rearranged_back
+from eckart.linalg import Metric, Problem, kronecker_factorize, rearranged, rearranged_back
 from eckart.linalg.kronecker import alternating
 from eckart.methods import METHODS, method_named
 from eckart.model import Site, store, to_dense_modules
@@ -58,7 +58,7 @@ def candidates(left, right, count=12):
 def test_nearest_sum_for_every_number_of_terms(case):
     rows, columns, block = case
     problem = Problem(normal(rows, columns))
-    solved = kronecker_factorise(problem, block, 1)
+    solved = kronecker_factorize(problem, block, 1)
     full = Kronecker.full_rank(rows, columns, block)
     assert len(solved.curve) == full + 1
     for rank in range(1, full + 1):
@@ -75,7 +75,7 @@ def test_a_sum_of_products_is_found_again(case):
     rows, columns, block = case
     inner = block[0] * block[1]
     weight = summed(normal(rows * columns // inner, 1), normal(1, inner, seed=1), rows, columns, block)
-    left, right = kronecker_factorise(Problem(weight), block, 1).truncated(1)
+    left, right = kronecker_factorize(Problem(weight), block, 1).truncated(1)
     close(summed(left, right, rows, columns, block), weight, 1e-10)
     close(rearranged_back(rearranged(weight, block), (rows, columns), block), weight, 0)
 
@@ -83,7 +83,7 @@ def test_a_sum_of_products_is_found_again(case):
 def test_blocks_that_do_not_divide_are_refused():
     for block in ((5, 1), (1, 7), (0, 1), (48, 1)):
         with pytest.raises(UsageError, match=r"do not divide a weight of 24 x 18"):
-            kronecker_factorise(Problem(normal(24, 18)), block, 1)
+            kronecker_factorize(Problem(normal(24, 18)), block, 1)
         with pytest.raises(UsageError, match="do not divide"):
             Kronecker(18, 24, 1, block_out=block[0], block_in=block[1])
 
@@ -96,13 +96,13 @@ def test_metrics_that_are_kronecker_products_are_solved_exactly():
         Problem(normal(rows, columns), Metric(diagonal=left), Metric(diagonal=right)),
         Problem(normal(rows, columns), right=Metric(diagonal=right)),
     ):
-        solved = kronecker_factorise(problem, block, 2)
+        solved = kronecker_factorize(problem, block, 2)
         assert not solved.notes
         for rank in (1, 5, 17):
             factors = solved.truncated(rank)
             error = error_of(problem, summed(*factors, rows, columns, block))
             assert error == pytest.approx(float(solved.curve[rank]), rel=1e-9)
-            plain = kronecker_factorise(Problem(problem.target), block, 2).truncated(rank)
+            plain = kronecker_factorize(Problem(problem.target), block, 2).truncated(rank)
             for other in (plain, *candidates(*factors)):
                 assert error_of(problem, summed(*other, rows, columns, block)) > error
 
@@ -116,13 +116,13 @@ def test_other_metrics_approximately_and_never_worse_than_without_them(method, n
         if rows % block[0] or columns % block[1]:
             continue
         rank = 2
-        plain = kronecker_factorise(Problem(problem.target), block, rank).truncated(rank)
+        plain = kronecker_factorize(Problem(problem.target), block, rank).truncated(rank)
         left, right, history = alternating(problem, block, plain)
         start = error_of(problem, summed(*plain, rows, columns, block))
         assert history[0] == pytest.approx(start, rel=1e-9, abs=1e-12)
         assert all(after < before for before, after in itertools.pairwise(history))
         assert history[-1] == pytest.approx(error_of(problem, summed(left, right, rows, columns, block)), abs=1e-12)
-        solved = kronecker_factorise(problem, block, rank)
+        solved = kronecker_factorize(problem, block, rank)
         if not solved.notes:  # a diagonal that blocks of one row or column do not cut
             assert method in ("asvd", "fwsvd")
             assert float(solved.curve[rank]) <= history[-1] * (1 + 1e-9) + 1e-20
@@ -138,8 +138,8 @@ def test_other_metrics_approximately_and_never_worse_than_without_them(method, n
 def test_the_metric_is_felt():
     """Against plain Van Loan it gains much where the data is far from white."""
     problem = LAYERS["tall"].problem_of("drone")
-    plain = kronecker_factorise(Problem(problem.target), (4, 4), 2).truncated(2)
-    weighted = kronecker_factorise(problem, (4, 4), 2).truncated(2)
+    plain = kronecker_factorize(Problem(problem.target), (4, 4), 2).truncated(2)
+    weighted = kronecker_factorize(problem, (4, 4), 2).truncated(2)
     assert error_of(problem, summed(*weighted, 20, 12, (4, 4))) < 0.75 * error_of(
         problem, summed(*plain, 20, 12, (4, 4))
     )
@@ -148,7 +148,7 @@ def test_the_metric_is_felt():
 def test_inputs_stay_and_bits_repeat():
     problem = LAYERS["tall"].problem_of("drone")
     before = problem.target.clone()
-    first, second = (kronecker_factorise(problem, (4, 4), 3) for _ in range(2))
+    first, second = (kronecker_factorize(problem, (4, 4), 3) for _ in range(2))
     assert torch.equal(first.left, second.left)
     assert torch.equal(first.right, second.right)
     assert torch.equal(problem.target, before)
@@ -305,7 +305,7 @@ def test_every_shape_has_blocks_that_save_without_computing_more(shape):
 def test_uniform_keeps_to_the_budget_and_takes_the_block_of_least_error(keep):
     shapes = {name: SHAPES[name] for name in "abc"}
     solved = {
-        name: {b: kronecker_factorise(Problem(normal(*shape)), b, 1).curve for b in Kronecker.blocks(*shape)}
+        name: {b: kronecker_factorize(Problem(normal(*shape)), b, 1).curve for b in Kronecker.blocks(*shape)}
         for name, shape in shapes.items()
     }
     choices = uniform(shapes, keep, "kronecker", errors=solved)
@@ -481,11 +481,11 @@ def test_the_mean_that_is_lost_goes_into_the_bias():
     """With the covariance as metric, the bias makes up for `(W - W') E[x]`."""
     architecture = MODELS["gpt2"]
     model, data = architecture.model(), architecture.batches(rows=4, count=3)
-    centred = replace(method_named("drone"), name="centred", centred=True, form="kronecker")
+    centered = replace(method_named("drone"), name="centered", centered=True, form="kronecker")
     seen = []
     site = "transformer.h.0.attn.c_attn"
     handle = model.get_submodule(site).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    result = eckart.compress(model, data=data, method=centred, keep=0.5, targets=[site])
+    result = eckart.compress(model, data=data, method=centered, keep=0.5, targets=[site])
     handle.remove()
     module = result.model.get_submodule(site)
     assert module.form == "kronecker"

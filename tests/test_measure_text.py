@@ -279,7 +279,7 @@ def test_pooling_modes():
     assert torch.equal(Pooling(("cls",))(hidden, mask), torch.stack([hidden[0, 0], hidden[1, 2]]))
     assert torch.equal(Pooling(("lasttoken",))(hidden, mask), torch.stack([hidden[0, 2], hidden[1, 3]]))
     assert torch.equal(Pooling(("max",))(hidden, mask), torch.stack([hidden[0, 2], hidden[1, 3]]))
-    both = Pooling(("cls", "max"), normalise=True)(hidden, mask)
+    both = Pooling(("cls", "max"), normalize=True)(hidden, mask)
     assert both.shape == (2, 6)
     assert torch.allclose(both.norm(dim=-1), torch.ones(2))
     spoilt = hidden.clone()
@@ -293,7 +293,7 @@ def test_pooling_modes():
 
 def test_pooling_passes_gradients():
     hidden = torch.randn(2, 4, 3, requires_grad=True)
-    Pooling(normalise=True)(hidden, torch.tensor([[1, 1, 0, 0]] * 2))[:, 0].sum().backward()
+    Pooling(normalize=True)(hidden, torch.tensor([[1, 1, 0, 0]] * 2))[:, 0].sum().backward()
     assert hidden.grad[:, 2:].abs().max() == 0
     assert hidden.grad[:, :2].abs().min() > 0
 
@@ -312,7 +312,7 @@ def test_pooling_from_a_folder(tmp_path):
         ' {"path": "2_Normalize", "type": "sentence_transformers.models.Normalize"}]'
     )
     config.write_text('{"pooling_mode": "lasttoken"}')
-    assert Pooling.from_folder(tmp_path) == Pooling(("lasttoken",), normalise=True)
+    assert Pooling.from_folder(tmp_path) == Pooling(("lasttoken",), normalize=True)
     config.write_text('{"pooling_mode": "weightedmean"}')
     with pytest.raises(DataError, match=r"config\.json: pooling mode 'weightedmean'.*mean, cls"):
         Pooling.from_folder(tmp_path)

@@ -11,7 +11,7 @@ from problems import normal
 
 from eckart.distributed import memory
 from eckart.distributed.memory import PeakMemory, Watch, free, human, rss
-from eckart.linalg import Metric, Problem, factorise
+from eckart.linalg import Metric, Problem, factorize
 from eckart.moments import Fisher, Moments, SecondMoment
 from eckart.moments.memory import solving_bytes, statistics_bytes
 
@@ -192,10 +192,10 @@ def test_solving_takes_no_more_than_estimated(m, n, two_sided):
         left = Metric(full=rows.mT @ rows).shrunk(0.3) if two_sided else Metric()
         return Problem(normal(m, n).float(), left, Metric(full=columns.mT @ columns).shrunk(0.1 if two_sided else 0))
 
-    assert factorise(problem(96, 64)).factors  # what libraries allocate once
+    assert factorize(problem(96, 64)).factors  # what libraries allocate once
     problem, needs = problem(m, n), frozenset({"gram", "gradients"} if two_sided else {"gram"})
     gc.collect()
     with Watch(0.002) as watch:
-        factors = factorise(problem).factors
+        factors = factorize(problem).factors
     assert factors[0].shape == (m, min(m, n))
     assert 0 < watch.peak - watch.before <= solving_bytes(m, n, needs)

@@ -21,7 +21,7 @@ from eckart.moments import (
     accumulate,
     gather,
     generator,
-    labelled_loss,
+    labeled_loss,
     merge,
     pack,
     sampled_loss,
@@ -97,18 +97,18 @@ def test_merging_into_an_empty_one_leaves_the_other_alone(width):
     same(full, second_moment(rows))
 
 
-@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("width", [6, 2 * BLOCK + 1])
-def test_metrics_read_the_sum_where_it_lies(width, centred):
+def test_metrics_read_the_sum_where_it_lies(width, centered):
     """Also after more was added to a sum that had been made symmetric."""
     rows = normal(9, width).float()
-    moments = Moments(SecondMoment(width), centred=centred)
+    moments = Moments(SecondMoment(width), centered=centered)
     for part in rows.chunk(2):
         moments.inputs.update(part, "test")
         metric = moments.input_metric
         assert metric.full is moments.inputs.gram
         close(metric.full, metric.full.mT, 1e-6)
-    expected = torch.cov(rows.double().mT, correction=0) if centred else rows.double().mT @ rows.double() / 9
+    expected = torch.cov(rows.double().mT, correction=0) if centered else rows.double().mT @ rows.double() / 9
     close(moments.input_gram, expected.float(), 1e-5)
     probe = normal(width, 3).float()
     close(moments.input_metric.times(probe), expected.float() @ probe, 1e-5)
@@ -117,7 +117,7 @@ def test_metrics_read_the_sum_where_it_lies(width, centred):
 def test_inputs_that_never_vary_have_no_covariance():
     """Not one of rounding, which would count as a direction."""
     for dtype in (torch.float32, torch.float64):
-        moments = Moments(second_moment(normal(1, 7).to(dtype).expand(5, 7)), centred=True)
+        moments = Moments(second_moment(normal(1, 7).to(dtype).expand(5, 7)), centered=True)
         assert not moments.input_gram.any()
         assert moments.input_metric.shrunk(0.5).mean_diagonal == 0
 
@@ -250,7 +250,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 PARTS = {
     "all": one_site(0),
     "inputs alone": Moments(SecondMoment(3)),
-    "inputs alone, seen": Moments(second_moment(normal(4, 3)), sequences=3, centred=True),
+    "inputs alone, seen": Moments(second_moment(normal(4, 3)), sequences=3, centered=True),
     "no gram": Moments(second_moment(normal(4, 3)).without_gram(), SecondMoment(2), Fisher()),
 }
 
@@ -260,7 +260,7 @@ def test_state_and_back(moments):
     state = moments.state()
     again = Moments.from_state(state)
     assert equal(again.state(), state)
-    assert (again.sequences, again.centred) == (moments.sequences, moments.centred)
+    assert (again.sequences, again.centered) == (moments.sequences, moments.centered)
     assert again.inputs.with_gram == moments.inputs.with_gram
     assert (again.gradients is None, again.fisher is None) == (moments.gradients is None, moments.fisher is None)
     assert all(
@@ -311,20 +311,20 @@ def test_state_of_moved_inputs_and_back():
     assert equal(again.state(), moved.state())
     assert again.count == 9
     weight = normal(3, 5).float()
-    assert torch.equal(again.target(weight, centred=True), moved.target(weight, centred=True))
+    assert torch.equal(again.target(weight, centered=True), moved.target(weight, centered=True))
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_target_of_wide_moved_inputs(centred):
+@pytest.mark.parametrize("centered", [False, True])
+def test_target_of_wide_moved_inputs(centered):
     """Past the width from which sums and products come in blocks."""
     width = 2 * BLOCK + 300
     before, now, weight = normal(2000, width), normal(2000, width, seed=1) + 0.3, normal(4, width, seed=2)
     moved = InputShift.empty(width, torch.device("cpu"))
     moved.update(before, now, "x")
-    x, y = (before - before.mean(0), now - now.mean(0)) if centred else (before, now)
+    x, y = (before - before.mean(0), now - now.mean(0)) if centered else (before, now)
     gram, cross = y.mT @ y / 2000, (x - y).mT @ y / 2000
     gram.diagonal().add_(3.0 * width / 2000 * gram.diagonal().mean())
-    close(moved.target(weight, centred=centred), weight + weight @ cross @ torch.linalg.inv(gram), 1e-4)
+    close(moved.target(weight, centered=centered), weight + weight @ cross @ torch.linalg.inv(gram), 1e-4)
 
 
 # -- the loss ----------------------------------------------------------------------------------------
@@ -336,7 +336,7 @@ def causal_outputs(logits: Tensor, labels: Tensor) -> SimpleNamespace:
     return SimpleNamespace(loss=loss, logits=logits)
 
 
-def test_labelled_loss_is_a_sum_over_what_a_causal_model_scored():
+def test_labeled_loss_is_a_sum_over_what_a_causal_model_scored():
     logits, labels = normal(2, 6, 11), torch.arange(12).reshape(2, 6) % 11
     labels[0, 4:] = -100  # padding on the right
     labels[1, 0] = -100  # a first token that is never scored anyway
@@ -346,25 +346,25 @@ def test_labelled_loss_is_a_sum_over_what_a_causal_model_scored():
         for i in range(5)
         if labels[row, i + 1] != -100
     )
-    close(labelled_loss(causal_outputs(logits, labels), labels, shifted=True), expected, 1e-12)
+    close(labeled_loss(causal_outputs(logits, labels), labels, shifted=True), expected, 1e-12)
 
 
-def test_labelled_loss_of_a_head_that_does_not_shift():
+def test_labeled_loss_of_a_head_that_does_not_shift():
     logits, labels = normal(4, 3), torch.tensor([0, 2, -100, 1])
     mean = SimpleNamespace(loss=functional.cross_entropy(logits, labels, ignore_index=-100))
     expected = functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
-    close(labelled_loss(mean, labels, shifted=False), expected, 1e-12)
+    close(labeled_loss(mean, labels, shifted=False), expected, 1e-12)
 
 
-def test_labelled_loss_of_a_regression_counts_examples():
+def test_labeled_loss_of_a_regression_counts_examples():
     outputs, labels = normal(5), normal(5, seed=1)
     mean = SimpleNamespace(loss=functional.mse_loss(outputs, labels))
-    close(labelled_loss(mean, labels, shifted=False), (outputs - labels).square().sum(), 1e-12)
+    close(labeled_loss(mean, labels, shifted=False), (outputs - labels).square().sum(), 1e-12)
 
 
 def test_no_loss_for_labels_is_refused():
     with pytest.raises(DataError, match=r"labels: the model returned no loss.*curvature='sampled'"):
-        labelled_loss(SimpleNamespace(logits=normal(2, 3)), torch.zeros(2), shifted=False)
+        labeled_loss(SimpleNamespace(logits=normal(2, 3)), torch.zeros(2), shifted=False)
 
 
 def sure_of(tokens: Tensor, vocabulary: int = 13) -> Tensor:

@@ -203,7 +203,7 @@ def test_every_site_gets_the_least_squares_answer_on_what_it_is_given_now(name, 
         groups = shared_inputs(model, list(sites), lambda: forward(model, batches[0].inputs))
         moments = gather(model, groups, batches, lambda batch: forward(model, batch.inputs) and None, needs=drone.needs)
         for site, entry in moments.items():
-            entry.centred = sites[site].has_bias
+            entry.centered = sites[site].has_bias
         before, now = start_runner(model, batches, "before"), start_runner(changed, batches, "now")
         steps, notes = refittable(groups, before, [])
         assert notes == []
@@ -284,8 +284,8 @@ def pair(tokens: int = 4000, width: int = 6) -> tuple[torch.Tensor, torch.Tensor
     return before, before @ torch.randn(width, width, generator=stream) + 0.1
 
 
-@pytest.mark.parametrize("centred", [False, True])
-def test_target_is_the_least_squares_answer(centred: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_target_is_the_least_squares_answer(centered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(input_shift, "RIDGE", 0.0)
     monkeypatch.setattr(input_shift, "LEAST_RIDGE", 1e-12)
     before, now = pair()
@@ -293,9 +293,9 @@ def test_target_is_the_least_squares_answer(centred: bool, monkeypatch: pytest.M
     statistics.update(before[:1500], now[:1500], "x")
     statistics.update(before[1500:], now[1500:], "x")
     weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
-    x, y = (before - before.mean(0), now - now.mean(0)) if centred else (before, now)
+    x, y = (before - before.mean(0), now - now.mean(0)) if centered else (before, now)
     expected = torch.linalg.lstsq(y.double(), (x @ weight.mT).double()).solution.mT
-    torch.testing.assert_close(statistics.target(weight, centred=centred).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(statistics.target(weight, centered=centered).double(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_did_not_move_leave_the_weight() -> None:
@@ -303,12 +303,12 @@ def test_inputs_that_did_not_move_leave_the_weight() -> None:
     statistics = InputShift.empty(6, torch.device("cpu"))
     statistics.update(before, before, "x")
     weight = torch.randn(5, 6)
-    assert torch.equal(statistics.target(weight, centred=False), weight)
+    assert torch.equal(statistics.target(weight, centered=False), weight)
 
 
 def test_nothing_seen_and_dead_inputs_leave_the_weight() -> None:
     statistics = InputShift.empty(6, torch.device("cpu"))
     weight = torch.randn(5, 6)
-    assert torch.equal(statistics.target(weight, centred=False), weight)
+    assert torch.equal(statistics.target(weight, centered=False), weight)
     statistics.update(torch.randn(9, 6), torch.zeros(9, 6), "x")
-    assert torch.equal(statistics.target(weight, centred=True), weight)
+    assert torch.equal(statistics.target(weight, centered=True), weight)

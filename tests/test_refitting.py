@@ -58,17 +58,17 @@ def batches_of(architecture, model, count: int = 6) -> list[Batch]:
 # -- the answer ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "form", "centred"), [
+@pytest.mark.parametrize(("name", "form", "centered"), [
     ("llama", "lowrank", False), ("llama", "pivoted", True), ("gpt2", "lowrank", True), ("bert", "pivoted", True),
     ("bert", "lowrank", False),
 ])  # fmt: skip
-def test_it_is_the_answer_of_compress(name, form, centred, monkeypatch, tmp_path):
+def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_path):
     """The same weights as a refit while the model is compressed, dense ones that a plan leaves included."""
     monkeypatch.setattr("eckart.compression.prepare.hold_out", lambda loaded, _: (loaded, None))
     architecture = BY_NAME[name]
     model = architecture.model()
     batches = batches_of(architecture, model)
-    method = with_changes(METHODS["drone"], centred=centred)
+    method = with_changes(METHODS["drone"], centered=centered)
     asked = {"data": batches, "method": method, "form": form, "keep": 0.5}
     plan = eckart.compress(model, refit=False, **asked).plan.to_json()
     plan["sites"][list(plan["sites"])[4]] = {"form": DENSE}
@@ -76,7 +76,7 @@ def test_it_is_the_answer_of_compress(name, form, centred, monkeypatch, tmp_path
     before, wanted = (
         eckart.compress(model, refit=refit, plan=str(tmp_path / "plan.json"), **asked).model for refit in (False, True)
     )
-    found, recovery, _ = solved(before, model, batches, centred=str(centred), dense="true")
+    found, recovery, _ = solved(before, model, batches, centered=str(centered), dense="true")
     assert len(recovery.fits) >= 8
     here, there, old = weights(found), weights(wanted), weights(before)
     for site in recovery.fits:
@@ -126,14 +126,14 @@ def test_what_is_dense_stays_unless_it_is_asked_for():
         assert (untouched in recovery.fits) == dense
 
 
-@pytest.mark.parametrize("centred", ["true", "false"])
-def test_means_go_into_the_bias_where_they_are_asked_to(centred):
+@pytest.mark.parametrize("centered", ["true", "false"])
+def test_means_go_into_the_bias_where_they_are_asked_to(centered):
     architecture = BY_NAME["bert"]
     model = architecture.model()
     student = eckart.compress(model, method="svd", keep=0.4).model
-    found, recovery, _ = solved(student, model, batches_of(architecture, model), centred=centred)
+    found, recovery, _ = solved(student, model, batches_of(architecture, model), centered=centered)
     moved = [n for n in recovery.fits if not torch.allclose(weights(found)[n][1], weights(model)[n][1], atol=1e-5)]
-    assert len(moved) == (len(recovery.fits) if centred == "true" else 0)
+    assert len(moved) == (len(recovery.fits) if centered == "true" else 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -190,7 +190,7 @@ def test_shared_layers_have_nothing_to_solve():
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A causal model and a classifier with factored copies, text and labelled rows."""
+    """A causal model and a classifier with factored copies, text and labeled rows."""
     rows = [f"{'yes good fine' if i % 2 else 'no bad poor'} {i}\t{i % 2}" for i in range(80)]
     return model_folders(tmp_path_factory.mktemp("refit"), 0.4, rows)
 

@@ -153,7 +153,7 @@ CRITICAL = [
     ("kfac", "<Walk.backward", 0.5),
     ("kfac", "<Journal.write", 0.3),
     ("eckart", "<Journal.write", 0.7),
-    ("eckart", ">factorise", 0.8),
+    ("eckart", ">factorize", 0.8),
     ("eckart", ">Path.replace", 0.6),
     ("eckart", ">_verify", 0.0),
     ("eckart", ">_place", 0.0),
@@ -227,13 +227,13 @@ def test_forwards_that_wait_are_not_run_again(runs, tmp_path):
 
 def test_refitted_blocks_are_not_refitted_again(runs, tmp_path):
     whole = runs.undisturbed("eckart")[0]
-    runs.unfinished("eckart", runs.moment("eckart", ">factorise"), tmp_path)
+    runs.unfinished("eckart", runs.moment("eckart", ">factorize"), tmp_path)
     stages = tmp_path / "out.partial/entries"
     done_before = len(list((stages / "refitted").glob("*.json")))
     assert done_before == 3
     done = runs.finish("eckart", tmp_path)
     assert done["solve"] == 0
-    assert 0 < done["factorise"] < whole["factorise"] / 2
+    assert 0 < done["factorize"] < whole["factorize"] / 2
     assert done["Walk.look"] == whole["Walk.look"] / 4
     assert done["Walk.forward"] < whole["Walk.forward"] / 2
 
@@ -242,7 +242,7 @@ def test_refitted_blocks_are_not_refitted_again(runs, tmp_path):
 def test_nothing_is_computed_again_before_publishing(method, runs, tmp_path):
     runs.unfinished(method, runs.moment(method, ">_sync"), tmp_path)
     done = runs.finish(method, tmp_path)
-    assert done["solve"] == done["factorise"] == done["Walk.look"] == done["Journal.write"] == 0
+    assert done["solve"] == done["factorize"] == done["Walk.look"] == done["Journal.write"] == 0
     tried = {"drone": 4, "kfac": 4 + 4, "eckart": 4 + 4 + 2 * 4}  # one example through each block
     assert done["Walk.forward"] == tried[method]
 
@@ -315,8 +315,8 @@ def test_damaged_record_starts_afresh(runs, tmp_path):
     [
         ("drone", ">Walk.forward", 0.7, Path.unlink),
         ("kfac", ">Walk.backward", 0.8, cut),
-        ("eckart", ">factorise", 0.7, Path.unlink),
-        ("eckart", ">factorise", 0.7, lambda path: path.write_bytes(b"")),
+        ("eckart", ">factorize", 0.7, Path.unlink),
+        ("eckart", ">factorize", 0.7, lambda path: path.write_bytes(b"")),
     ],
 )
 def test_hidden_states_that_are_lost_are_made_again(method, name, part, harm, runs, tmp_path):
@@ -327,7 +327,7 @@ def test_hidden_states_that_are_lost_are_made_again(method, name, part, harm, ru
         harm(path)
     whole = runs.undisturbed(method)[0]
     done = runs.finish(method, tmp_path)
-    assert done["solve"] + done["factorise"] < whole["solve"] + whole["factorise"]
+    assert done["solve"] + done["factorize"] < whole["solve"] + whole["factorize"]
 
 
 @pytest.mark.parametrize("which", [0, -1])
@@ -404,7 +404,7 @@ def test_other_labels_of_the_same_text_are_refused(runs, tmp_path):
     lines = runs.room.text.read_text().splitlines()
     rows = [line.replace(",", " ").replace('"', " ") for line in lines if line.strip()][:40]
 
-    def labelled(shift: int) -> None:
+    def labeled(shift: int) -> None:
         content = [f"{row},{(i + shift) % 3}" for i, row in enumerate(rows)]
         file.write_text("\n".join(["sentence,label", *content]))
 
@@ -413,15 +413,15 @@ def test_other_labels_of_the_same_text_are_refused(runs, tmp_path):
     words = ["compress", model, "--data", file, "--data-column", "sentence", "--data-label-column", "label", *STREAM,
              "--method", "kfac", "--num-samples", 24, "--max-seq-length", 16, "--output-dir", home / "out"]  # fmt: skip
     words = list(map(str, words))
-    labelled(0)
+    labeled(0)
     whole = runs.server(words)
     assert whole.code == 0, whole.said
     expected = published(home / "out")
     shutil.rmtree(home / "out")
     assert runs.server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1).code == KILLED
-    labelled(1)
+    labeled(1)
     runs.refused(home, "other text", "--restart", words=words)
-    labelled(0)
+    labeled(0)
     assert runs.server(words).code == 0
     same(published(home / "out"), expected)
 
@@ -482,7 +482,7 @@ def test_second_run_on_the_same_output_names_the_first(runs, tmp_path):
 @pytest.mark.parametrize(
     ("method", "name", "part"),
     [("drone", "<load_data", 0.0), ("drone", ">solve", 0.5), ("drone", ">Path.replace", 0.5),
-     ("kfac", ">Walk.backward", 0.9), ("eckart", ">factorise", 0.5), ("drone", ">_verify", 0.0),
+     ("kfac", ">Walk.backward", 0.9), ("eckart", ">factorize", 0.5), ("drone", ">_verify", 0.0),
      ("drone", ">_sync", 0.0)],
 )  # fmt: skip
 def test_interrupted(method, name, part, runs, tmp_path):
@@ -510,7 +510,7 @@ TROUBLE = {
         ("full", "kfac", ">Walk.forward", 1.0),
         ("full", "kfac", ">Walk.backward", 0.4),
         ("denied", "kfac", ">Walk.backward", 0.9),
-        ("full", "eckart", ">factorise", 0.5),
+        ("full", "eckart", ">factorize", 0.5),
     ],
 )
 def test_disk_that_takes_no_more(what, method, name, part, runs, tmp_path):

@@ -207,9 +207,9 @@ def test_model_with_one_score_is_measured_by_its_features():
 def test_training_the_result_leaves_the_original_alone(model, batches):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     result = eckart.compress(model, data=batches, keep=0.5)
-    optimiser = torch.optim.SGD(result.model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(result.model.parameters(), lr=0.1)
     result.model(batches[0]["input_ids"], labels=batches[0]["input_ids"]).loss.backward()
-    optimiser.step()
+    optimizer.step()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 

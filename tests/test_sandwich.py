@@ -20,7 +20,7 @@ from eckart.calibration.layerwise import all_blocks
 from eckart.checkpoint.description import attach_config
 from eckart.errors import UsageError
 from eckart.evaluation import sizes
-from eckart.linalg import Problem, kronecker_factorise, rearranged_back
+from eckart.linalg import Problem, kronecker_factorize, rearranged_back
 from eckart.model import shared_parameters
 from eckart.recovery import RecoveryContext, Sandwich, make_recovery
 from eckart.recovery.pipeline import tune_checkpoint
@@ -143,7 +143,7 @@ def test_products_start_from_the_nearest_ones_to_the_mean(tmp_path):
     weights = [model.get_submodule(name).to_dense().detach().double() for name in list(sites)[1:-1]]
     prepared(model)
     found = model.get_submodule("model.layers.1.mlp.up_proj")
-    left, right = kronecker_factorise(Problem(torch.stack(weights).mean(0)), (16, 1), 2).truncated(2)
+    left, right = kronecker_factorize(Problem(torch.stack(weights).mean(0)), (16, 1), 2).truncated(2)
     close(found.to_dense(), rearranged_back(left @ right, (48, 32), (16, 1)), 1e-5)
 
 

@@ -5,7 +5,7 @@ import torch
 from problems import close, normal, unchanged
 
 from eckart.errors import UsageError
-from eckart.linalg import Metric, Problem, factorise, shared_basis, weighted_error
+from eckart.linalg import Metric, Problem, factorize, shared_basis, weighted_error
 
 WEIGHTS = [normal(10, 8), normal(6, 8, seed=1), normal(14, 8, seed=2)]
 INPUTS = normal(40, 8, seed=3) @ normal(8, 8, seed=4)
@@ -53,9 +53,9 @@ def test_is_the_decomposition_of_the_paper(rank):
             close(part @ basis, weight, 1e-9)
 
 
-def test_alone_it_is_the_ordinary_factorisation_and_with_others_no_better():
+def test_alone_it_is_the_ordinary_factorization_and_with_others_no_better():
     basis, (part,), _, _ = solved(WEIGHTS[:1], GRAM, 3)
-    left, right = factorise(Problem(WEIGHTS[0], right=Metric(full=GRAM))).truncated(3)
+    left, right = factorize(Problem(WEIGHTS[0], right=Metric(full=GRAM))).truncated(3)
     close(part @ basis, left @ right, 1e-8)
     shared, (first, *_), _, _ = solved(WEIGHTS, GRAM, 3)
     assert error(WEIGHTS[:1], shared, [first], GRAM) > error(WEIGHTS[:1], basis, [part], GRAM)

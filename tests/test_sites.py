@@ -122,9 +122,9 @@ def test_densify_refuses_a_model_without_factors(llama):
         eckart.densify(llama)
 
 
-def test_a_quantised_model_is_refused(llama):
+def test_a_quantized_model_is_refused(llama):
     llama.is_quantized = True
-    with pytest.raises(ModelError, match="quantised"):
+    with pytest.raises(ModelError, match="quantized"):
         find_sites(llama)
 
 
@@ -215,7 +215,7 @@ class Mixture(nn.Module):
         self.deep.experts = nn.ModuleDict({"expert_0": nn.Linear(16, 16)})
 
 
-def test_a_router_is_known_by_its_outputs_and_its_neighbours():
+def test_a_router_is_known_by_its_outputs_and_its_neighbors():
     sites = find_sites(Mixture())
     assert {n for n, reason in sites.skipped.items() if "router" in reason} == {"mlp.gate", "deep.router.classifier"}
     names = [site.name for site in sites.chosen]

@@ -242,7 +242,7 @@ def test_masks_only_shrink_and_pruned_rows_stay_zero():
     module.prune(torch.arange(10) > 3)
     assert module.alive.nonzero().flatten().tolist() == [4, 5]
     with torch.no_grad():
-        module.sparse.weight.add_(1)  # an optimiser's momentum
+        module.sparse.weight.add_(1)  # an optimizer's momentum
     x = normal(5, 8)
     low_rank = functional.linear(x, normal(10, 3) @ normal(3, 8, seed=1), normal(10, seed=4))
     close(module(x)[:, ~module.alive], low_rank[:, ~module.alive], 1e-12)

@@ -21,7 +21,7 @@ from eckart.recovery import Recovery, RecoveryContext, make_recovery
 from eckart.recovery.distil import TERMS
 from eckart.recovery.recipe import make_tune_recipe
 from eckart.recovery.training import Examples, better, examples, load_examples, scorer, train
-from eckart.recovery.training.examples import _split, load_labelled
+from eckart.recovery.training.examples import _split, load_labeled
 from eckart.recovery.training.masking import mask_tokens
 from eckart.recovery.training.scorer import Scorer, Scores
 from eckart.storage.journal import Journal
@@ -152,25 +152,25 @@ def test_the_end_of_one_text_is_held_out(monkeypatch, reader, tmp_path):
     assert "word190" in trained
 
 
-def labelled(reader, rows, task, eval_rows=None, labels=2):
+def labeled(reader, rows, task, eval_rows=None, labels=2):
     recipe = asked(data_column="text", data_label_column="label")
     model = bert(num_labels=labels)
-    loaded = load_labelled(recipe, rows, label2id=None, task=task)
+    loaded = load_labeled(recipe, rows, label2id=None, task=task)
     return load_examples(recipe, rows, eval_rows, task, model, reader, loaded)
 
 
 def test_scores_stay_what_they_are_and_other_data_are_scored_on(reader):
     rows = [{"text": f"text {i}", "label": i + 0.5} for i in range(6)]
-    made = labelled(reader, rows, "regression", rows[:2])
+    made = labeled(reader, rows, "regression", rows[:2])
     assert [row["labels"] for row in made.rows] == [i + 0.5 for i in range(6)]
     assert made.scorer.protocol == "2 rows"
-    assert labelled(reader, rows, "regression").scorer.protocol == "1 rows"
+    assert labeled(reader, rows, "regression").scorer.protocol == "1 rows"
 
 
 def test_a_label_that_is_no_class_is_named(reader):
     rows = [{"text": "text", "label": i} for i in (0, 1, 2)]
     with pytest.raises(DataError, match="label 2 is no class"):
-        labelled(reader, rows, "classification", rows)
+        labeled(reader, rows, "classification", rows)
 
 
 def test_padding_is_marked():
@@ -387,7 +387,7 @@ def test_temperature_is_the_recipes_unless_the_room_has_one():
     ("dsee", {"prune": "heads"}, "prune must be one of none, unstructured, structured, not 'heads'"),
     ("distil", {"attention_loss": "l1"}, "one of kl, mse"),
     ("distil", {"hidden": "-1"}, r"hidden must be in \[0, inf\)"),
-    ("distil", {"hidden": "0", "logits": "0", "sentence": "0"}, "nothing to minimise"),
+    ("distil", {"hidden": "0", "logits": "0", "sentence": "0"}, "nothing to minimize"),
     ("distil", {"temperature": "0"}, r"temperature must be in \(0, inf\)"),
     ("noach-goldberg", {"first_stage": "1.5"}, r"first_stage must be in \[0, 1\]"),
     ("losparse", {"keep": "1"}, r"keep must be in \(0, 1\)"),

@@ -48,7 +48,7 @@ def bert_config(**more):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A dense causal model, the same factored in both forms, encoders, text and labelled rows."""
+    """A dense causal model, the same factored in both forms, encoders, text and labeled rows."""
     folder = tmp_path_factory.mktemp("tune")
     reader = tokenizer()
     text(folder)

@@ -34,9 +34,9 @@ QUICK = {"batch_size": 8, "max_seq_length": 24, "num_samples": 120}
 POOLED = {"cls": ("cls", False), "mean": ("mean", True)}
 
 
-def as_sentence_encoder(folder, mode: str, normalise: bool) -> None:
+def as_sentence_encoder(folder, mode: str, normalize: bool) -> None:
     """The files of sentence-transformers beside a model."""
-    parts = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][: 3 if normalise else 2]
+    parts = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")][: 3 if normalize else 2]
     modules = [
         {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
         for i, (path, kind) in enumerate(parts)
@@ -120,7 +120,7 @@ def test_embeddings_come_nearer_and_the_folder_is_a_sentence_encoder(place, tmp_
     model, reader = eckart.load(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
     batch = reader(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
-        pooled = Pooling(("mean",), normalise=True)(model(**batch), batch["attention_mask"])
+        pooled = Pooling(("mean",), normalize=True)(model(**batch), batch["attention_mask"])
     torch.testing.assert_close(vectors.cpu(), pooled, rtol=1e-4, atol=1e-5)
 
 
@@ -162,10 +162,10 @@ def test_the_loss_is_one_minus_cosine_and_hidden_states():
 
 
 def test_weights_of_another_task_leave_nothing(place):
-    with pytest.raises(UsageError, match=r"nothing to minimise.*sentence=1"):
+    with pytest.raises(UsageError, match=r"nothing to minimize.*sentence=1"):
         tuned(place, recovery_option=("sentence=0", "hidden=0"), max_steps=1)
     recovery = make_recovery("distil", {"logits": "0", "hidden": "0"})
-    with pytest.raises(UsageError, match=r"nothing to minimise.*logits=1"):
+    with pytest.raises(UsageError, match=r"nothing to minimize.*logits=1"):
         recovery.prepare(BertModel(BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=1, vocab_size=9)),
                      RecoveryContext(SimpleNamespace(), "causal", SimpleNamespace(temperature=1), 1))  # fmt: skip
 

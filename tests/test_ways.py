@@ -20,7 +20,7 @@ from eckart.recovery.recipe import make_tune_recipe
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Models, the same factored, text and labelled rows."""
+    """Models, the same factored, text and labeled rows."""
     return model_folders(tmp_path_factory.mktemp("ways"), 0.5, [f"row {i}\t{i % 2}" for i in range(20)])
 
 

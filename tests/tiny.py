@@ -49,7 +49,7 @@ TICKING = (
     "eckart.storage.publish:_place",
     "eckart.storage.publish:_sync",
     "eckart.checkpoint.save:_verify",
-    "eckart.compression.refit_groups:factorise",
+    "eckart.compression.refit_groups:factorize",
     "eckart.compression.prepare:load_data",
     "eckart.compression.factor_store:solve",
     "eckart.calibration.layerwise.runner:Walk.backward",

@@ -29,7 +29,7 @@ class CheckpointError(EckartError):
 
 
 class ModelError(EckartError):
-    """A model that holds nothing to factor, or is already factored or quantised."""
+    """A model that holds nothing to factor, or is already factored or quantized."""
 
 
 class NumericalError(EckartError):

@@ -26,7 +26,7 @@ from eckart.calibration.layerwise import (
     split_by_block,
     trace_blocks,
 )
-from eckart.calibration.losses import labelled_step, plain_step, sampled_step
+from eckart.calibration.losses import labeled_step, plain_step, sampled_step
 from eckart.calibration.progress import show_steps
 from eckart.data import Batch, CalibrationData, Pooling
 from eckart.data.inference import forward, progress
@@ -119,8 +119,8 @@ def calibrate(
     """
     weights = weights or Weights(model, None)
     backward = bool(needs & {"gradients", "fisher"})
-    labelled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
-    step = labelled_step(model) if labelled else sampled_step(model, seed, pooling) if backward else plain_step(model)
+    labeled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
+    step = labeled_step(model) if labeled else sampled_step(model, seed, pooling) if backward else plain_step(model)
     work = _Work(model, weights, all_blocks(model))
     first = data.batches[0].rows(0, 1)
     with work.running(None):
@@ -148,13 +148,13 @@ def calibrate(
                 f"{type(model).__name__}: no backward pass runs through it ({failed}). "
                 "Use a method that needs none: --method drone --allocation uniform."
             )
-        backward, labelled, step, needs = False, False, plain_step(model), frozenset({"gram"})
+        backward, labeled, step, needs = False, False, plain_step(model), frozenset({"gram"})
         notes.append(
             f"no backward pass runs through {type(model).__name__} ({failed}): "
             "the drone metric and uniform ranks took the place of kfac and allocation by loss"
         )
         logger.warning(notes[-1])
-    found = Calibration(groups, _curvature_name(backward, labelled), frozenset(common), failed, notes)
+    found = Calibration(groups, _curvature_name(backward, labeled), frozenset(common), failed, notes)
 
     def part_of(batch: Batch) -> Tensor | None:
         loss = step(batch)
@@ -308,5 +308,5 @@ def _common_calls(model: PreTrainedModel, names: Sequence[str], first: Batch) ->
     return common_calls(model, names, lambda: forward(model, first.inputs), lambda: forward(model, twice))
 
 
-def _curvature_name(backward: bool, labelled: bool) -> str:
-    return "none" if not backward else "labels" if labelled else "sampled"
+def _curvature_name(backward: bool, labeled: bool) -> str:
+    return "none" if not backward else "labels" if labeled else "sampled"

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from eckart.data import Batch, Pooling, kind_of
 from eckart.data.inference import device_of, forward
 from eckart.errors import NumericalError
-from eckart.moments import Step, labelled_loss, sampled_loss
+from eckart.moments import Step, labeled_loss, sampled_loss
 
 
 def plain_step(model: PreTrainedModel) -> Step:
@@ -41,7 +41,7 @@ def sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None) -> 
     return step
 
 
-def labelled_step(model: PreTrainedModel) -> Step:
+def labeled_step(model: PreTrainedModel) -> Step:
     """The loss of the data's labels, or of the text itself: the empirical Fisher.
 
     Raises:
@@ -57,7 +57,7 @@ def labelled_step(model: PreTrainedModel) -> Step:
             if mask is not None:
                 labels[~mask.bool()] = -100
         labels = labels.to(device_of(model))
-        return _finite(labelled_loss(forward(model, batch.inputs, labels=labels), labels, shifted=shifted), batch)
+        return _finite(labeled_loss(forward(model, batch.inputs, labels=labels), labels, shifted=shifted), batch)
 
     return step
 

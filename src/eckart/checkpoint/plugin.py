@@ -2,7 +2,7 @@
 
 ``config.json`` says ``quantization_config: {quant_method: "eckart", format_version, modules, ties}``; transformers
 asks the quantizer registered under that name to put the forms in place before it loads the weights.
-Nothing is quantised, and the loaded model is left an ordinary one that can be cast, trained and saved.
+Nothing is quantized, and the loaded model is left an ordinary one that can be cast, trained and saved.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
 
     Raises:
         CheckpointError: the folder is incomplete, damaged, or not to be trusted.
-        ModelError: the model is factored, quantised, or an adapter.
+        ModelError: the model is factored, quantized, or an adapter.
     """
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is no folder. Check the path, or use a name on the hub: org/model.")
@@ -91,8 +91,8 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
                 "--output-dir DENSE (in Python: eckart.densify(model))."
             )
         raise ModelError(
-            f"{folder} is quantised ({key}.quant_method in config.json is {method!r}). Compress the "
-            "original, unquantised model, and quantise the result."
+            f"{folder} is quantized ({key}.quant_method in config.json is {method!r}). Compress the "
+            "original, unquantized model, and quantize the result."
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(

@@ -16,7 +16,7 @@ DATA = ("data", "data_config", "data_split", "data_column", "data_target_column"
         "data_revision", "num_samples", "max_seq_length", "batch_size", "device")  # fmt: skip
 
 WORDS = {
-    "data": "Text or labelled rows: a file, a folder, a hub data set, or 'stdlib'. Default: WikiText-2.",
+    "data": "Text or labeled rows: a file, a folder, a hub data set, or 'stdlib'. Default: WikiText-2.",
     "data_split": "Split of the hub data set. Default: test, and of 'stdlib' the held-out modules.",
     "num_samples": "Rows, windows or sentences to score.",
 }

@@ -1,7 +1,7 @@
-"""Which weights share a basis: those of one role in adjacent layers that read what a normalisation put out.
+"""Which weights share a basis: those of one role in adjacent layers that read what a normalization put out.
 
 The paper (Basis Sharing, arXiv 2410.03765) shares among queries, keys, values, up and gate, and not among what writes
-back to the residual stream, whose inputs differ too much from layer to layer. The first read a normalised input, which
+back to the residual stream, whose inputs differ too much from layer to layer. The first read a normalized input, which
 keeps its scale and its directions from one layer to the next; outputs of attention and of activations do not. That is
 seen by running the model, so that no name of a projection is asked for.
 """
@@ -50,5 +50,5 @@ def adjacent(
 
 
 def reading_a_norm(sites: Sequence[Site], model: nn.Module, run: Callable[[], Any]) -> frozenset[str]:
-    """The sites that are called on what a normalisation put out, seen in one small forward pass."""
+    """The sites that are called on what a normalization put out, seen in one small forward pass."""
     return reading_norms(model, [site.name for site in sites], run, all_blocks(model))

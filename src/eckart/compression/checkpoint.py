@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 WHOLE_SHARD, STREAMED_SHARD = "50GB", "2GB"
 """The largest file of weights; one at a time is written from memory."""
 
-OWN_STEPS = ("factorisation", "replacement", "refit")
+OWN_STEPS = ("factorization", "replacement", "refit")
 """Steps of a comparison that each method takes by itself."""
 
 
@@ -83,7 +83,7 @@ class FoundCheckpoint:
 def find_checkpoint(
     model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
 ) -> FoundCheckpoint:
-    """Find a checkpoint and check that it is whole, safe to read, and neither factored nor quantised.
+    """Find a checkpoint and check that it is whole, safe to read, and neither factored nor quantized.
 
     Args:
         model: a folder, or a name on the hub.
@@ -92,7 +92,7 @@ def find_checkpoint(
 
     Raises:
         CheckpointError: it is not there, damaged or pickled.
-        ModelError: it is factored or quantised already.
+        ModelError: it is factored or quantized already.
     """
     folder = resolve(str(model), revision, trust_remote_code=trust_remote_code)
     looked = inspect_source(folder, trust_remote_code=trust_remote_code)

@@ -12,7 +12,7 @@ from torch import Tensor
 from eckart.allocation import Choice
 from eckart.compression.plan_builder import Losses, Settings
 from eckart.forms import FORMS, Block
-from eckart.linalg import Factorisation, Problem, shared_basis
+from eckart.linalg import Factorization, Problem, shared_basis
 from eckart.methods import METHODS
 from eckart.model import Site
 from eckart.moments import Moments, SecondMoment
@@ -30,19 +30,19 @@ class SiteFactors:
         moments: the statistics without those of the inputs, where the site will be refitted.
     """
 
-    factors: Mapping[Block | None, Factorisation]
+    factors: Mapping[Block | None, Factorization]
     losses: Losses | None = None
     mean: Tensor | None = None
     moments: Moments | None = None
 
     @property
     def effective_rank(self) -> float:
-        """Of the first factorisation."""
+        """Of the first factorization."""
         return next(iter(self.factors.values())).effective_rank
 
     @property
     def notes(self) -> list[str]:
-        """Fallbacks taken; of several factorisations, those of the chosen one are told when it is stored."""
+        """Fallbacks taken; of several factorizations, those of the chosen one are told when it is stored."""
         return [note for found in self.factors.values() for note in found.notes] if len(self.factors) == 1 else []
 
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -69,7 +69,7 @@ class SiteFactors:
         state = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
         blocks: list[Block | None] = [None if b is None else (b[0], b[1]) for b in content["blocks"]]
         factors = {
-            block: Factorisation(
+            block: Factorization(
                 (tensors[f"{place}.left"], tensors[f"{place}.right"]), tensors[f"{place}.squared"], tuple(notes)
             )
             for place, (block, notes) in enumerate(zip(blocks, content["notes"], strict=True))
@@ -95,9 +95,9 @@ def solve(
         Its factors, and its curve where ranks are allocated by it.
     """
     if moments is not None:
-        moments.centred = settings.method.centred and site.has_bias
+        moments.centered = settings.method.centered and site.has_bias
     problem = settings.method.metric(weight, moments)  # type: ignore[arg-type]
-    factors: dict[Block | None, Factorisation] = {}
+    factors: dict[Block | None, Factorization] = {}
     losses: dict[Block | None, Tensor] = {}
     for largest in limits:
         form, block = FORMS[largest.form], largest.block
@@ -112,7 +112,7 @@ def solve(
     kept = None
     if settings.refit and moments is not None:
         kept = replace(moments, inputs=moments.inputs.without_gram())
-    mean = moments.inputs.mean if moments is not None and moments.centred else None
+    mean = moments.inputs.mean if moments is not None and moments.centered else None
     return SiteFactors(factors, losses or None, mean, kept)
 
 
@@ -148,7 +148,7 @@ def _summed(moments: Sequence[Moments]) -> Moments | None:
     return Moments(inputs, sequences=moments[0].sequences)
 
 
-def _losses(factors: Factorisation, largest: Choice, target: Tensor, moments: Moments, settings: Settings) -> Tensor:
+def _losses(factors: Factorization, largest: Choice, target: Tensor, moments: Moments, settings: Settings) -> Tensor:
     """Predicted change of the loss per sequence at every rank.
 
     `1/2 (n_site / n_sequences) || H^(1/2) D G^(1/2) ||^2`, n_site the tokens that reached the site, D the change

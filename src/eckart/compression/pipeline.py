@@ -155,7 +155,7 @@ def _shelf(
         return work.timed(work.calibration.windows(done) if kept is None else iter(kept))
 
     before = work.seconds.get("calibration", 0.0)
-    with work.clock("factorisation"):
+    with work.clock("factorization"):
         shelf.fill(
             windows,
             work.model,
@@ -167,7 +167,7 @@ def _shelf(
             reuse=kept is not None,
         )
     gathering = work.seconds.get("calibration", 0.0) - before
-    work.seconds["factorisation"] = round(work.seconds["factorisation"] - gathering, 3)
+    work.seconds["factorization"] = round(work.seconds["factorization"] - gathering, 3)
     summary = shelf.summary()
     if not summary.losses:
         raise ModelError(

@@ -66,7 +66,7 @@ class Settings:
         if recipe.metric is not None:
             other = METHODS[recipe.metric]
             method = with_changes(
-                method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centred=other.centred
+                method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centered=other.centered
             )
         refit = method.refit if recipe.refit is None else recipe.refit
         if "gram" not in method.needs and refit:
@@ -127,7 +127,7 @@ def check_metric_shares(method: Method) -> None:
     Raises:
         UsageError: it weighs each layer's own outputs, or centres each layer's own inputs.
     """
-    if method.centred or not method.needs <= {"gram", "absolute"}:
+    if method.centered or not method.needs <= {"gram", "absolute"}:
         raise UsageError(
             f"--method {method.name}: its metric weighs the outputs or the mean of each layer by itself, so that "
             "layers cannot share a basis under it. Use --metric drone, asvd or svd, or --method basis-sharing."

@@ -78,7 +78,7 @@ class CompressionContext:
         return with_changes(settings, method=method, allocation="uniform")
 
     def bases(self, settings: Settings, recipe: Recipe) -> Bases:
-        """Which sites share a basis: as a plan says, or those of adjacent layers that read a normalised input.
+        """Which sites share a basis: as a plan says, or those of adjacent layers that read a normalized input.
 
         Raises:
             UsageError: the metric does not allow it, or without data no small pass through the model runs.
@@ -107,7 +107,7 @@ class CompressionContext:
                 raise
             raise UsageError(
                 f"--form {settings.form}: no pass runs through {type(model).__name__} without data "
-                f"({type(error).__name__}: {error}), and what reads a normalised input shows in one. Give --data."
+                f"({type(error).__name__}: {error}), and what reads a normalized input shows in one. Give --data."
             ) from error
 
     def timed(self, windows: Iterator[StatisticsWindow]) -> Iterator[StatisticsWindow]:

@@ -21,7 +21,7 @@ from eckart.calibration.layerwise import Groups, LayerwiseRunner, split_by_segme
 from eckart.distributed import Processes
 from eckart.errors import NumericalError
 from eckart.forms import FactoredLinear
-from eckart.linalg import factorise
+from eckart.linalg import factorize
 from eckart.methods import Method
 from eckart.model import Site, dense_weight, pack, replace, set_dense, store, unpack
 from eckart.moments import Moments, real_rows
@@ -166,18 +166,18 @@ class GroupRefit:
         current: Any = compressed.get_submodule(name)
         device = moved.gram.device
         weight = dense_weight(old).to(device).float()
-        target = moved.target(weight, centred=moments.centred)
+        target = moved.target(weight, centered=moments.centered)
         bias = old.bias.detach().to(device) if site.has_bias else None
         notes: list[str] = []
         if choice.form == DENSE:
             stored = target
         else:
             now = with_changes(moments, inputs=moved.second_moment())
-            solved = factorise(self.method.metric(target, now), name)
+            solved = factorize(self.method.metric(target, now), name)
             notes.extend(solved.notes)
             left, right = solved.truncated(choice.rank)
             stored = left @ right
-        if bias is not None and moments.centred:
+        if bias is not None and moments.centered:
             mean, shifted = moved.means()
             bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
         if choice.form == DENSE:

@@ -1,4 +1,4 @@
-"""Calibration text and labelled tasks."""
+"""Calibration text and labeled tasks."""
 
 from eckart.data.batch import Batch, CalibrationData
 from eckart.data.kind import Kind, kind_of, max_positions

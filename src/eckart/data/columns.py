@@ -22,7 +22,7 @@ PEEK = 100
 
 @dataclass(frozen=True)
 class Text:
-    """A text to tokenise.
+    """A text to tokenize.
 
     Attributes:
         text: The text.

@@ -82,7 +82,7 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, disable
         what: The bar's caption.
         total: Number of items, where `items` has no length.
         disable: True for no bar, None for none where nobody looks (no terminal). The switch of
-            `huggingface_hub.utils.disable_progress_bars` is honoured in any case.
+            `huggingface_hub.utils.disable_progress_bars` is honored in any case.
 
     Returns:
         The items.

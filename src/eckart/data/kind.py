@@ -57,7 +57,7 @@ def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> i
     """Return how many tokens a model has positions for.
 
     RoBERTa and its kin number their positions from `padding_idx + 1`, so that a table of 514 serves 512 tokens.
-    They are recognised by a position table that has a padding row; without a model at hand the class is built on
+    They are recognized by a position table that has a padding row; without a model at hand the class is built on
     the meta device to look.
 
     Args:

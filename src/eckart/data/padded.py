@@ -20,7 +20,7 @@ Shift = Callable[[Tensor], Tensor]
 
 
 def encode(texts: Sequence[Text], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
-    """Tokenise texts (or pairs) one by one, cut to a length.
+    """Tokenize texts (or pairs) one by one, cut to a length.
 
     Args:
         texts: The texts.
@@ -62,7 +62,7 @@ def pad(rows: Sequence[Sequence[int]], fill: int, length: int | None = None) -> 
 
 
 def collate(encoded: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, Tensor]:
-    """Pad tokenised texts to the longest of them.
+    """Pad tokenized texts to the longest of them.
 
     Args:
         encoded: What `encode` gave.

@@ -35,11 +35,11 @@ class Pooling:
 
     Attributes:
         modes: One or several of mean, cls (first real token), lasttoken and max; several are put side by side.
-        normalise: Whether the result is scaled to length 1.
+        normalize: Whether the result is scaled to length 1.
     """
 
     modes: tuple[str, ...] = ("mean",)
-    normalise: bool = False
+    normalize: bool = False
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Pooling | None:
@@ -69,7 +69,7 @@ class Pooling:
         for mode in modes:
             if mode not in MODES:
                 raise DataError(f"{file}: pooling mode {mode!r} is not known: use one of {', '.join(MODES)}")
-        return cls(modes, normalise="Normalize" in parts)
+        return cls(modes, normalize="Normalize" in parts)
 
     def __call__(self, output: Any, attention_mask: Tensor | None = None) -> Tensor:
         """Pool.
@@ -88,7 +88,7 @@ class Pooling:
             attention_mask = hidden.new_ones(batch, length)
         real = attention_mask.to(hidden.device).bool()  # (B, T)
         pooled = torch.cat([_pool(mode, hidden, real) for mode in self.modes], dim=-1)
-        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalise else pooled
+        return torch.nn.functional.normalize(pooled, dim=-1) if self.normalize else pooled
 
 
 def last_hidden_state(output: Any) -> Tensor:

@@ -1,6 +1,6 @@
 """Text that a causal model samples from itself: calibration without any data.
 
-Calibrating on a model's own samples is what LLM-QAT (Liu et al. 2023, arXiv 2305.17888) does for quantisation.
+Calibrating on a model's own samples is what LLM-QAT (Liu et al. 2023, arXiv 2305.17888) does for quantization.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def sample_windows(
     takes it to be.
 
     Args:
-        model: A causal model with its language modelling head.
+        model: A causal model with its language modeling head.
         tokenizer: The tokenizer.
         num_samples: Windows.
         length: Tokens a window.
@@ -78,7 +78,7 @@ def sample_windows(
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate():
         raise UsageError(
-            f"data 'self': {type(model).__name__} has no language modelling head to sample from: "
+            f"data 'self': {type(model).__name__} has no language modeling head to sample from: "
             "load it with AutoModelForCausalLM, or pass a file of text"
         )
     start = _first_known(getattr(tokenizer, "bos_token_id", None), model.config.get_text_config().bos_token_id)

@@ -1,4 +1,4 @@
-"""Labelled rows: what classifiers and sentence embeddings are scored on."""
+"""Labeled rows: what classifiers and sentence embeddings are scored on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eckart.errors import DataError
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One labelled text, or pair of texts.
+    """One labeled text, or pair of texts.
 
     Attributes:
         text: The text, with the second one as its pair.
@@ -68,7 +68,7 @@ def load_task(
     revision: str | None = None,
     num_samples: int | None = None,
 ) -> TaskData:
-    """Read labelled rows.
+    """Read labeled rows.
 
     Args:
         data: A .tsv, .csv or .jsonl file, a folder of such files, a hub identifier, a `datasets.Dataset` or a list

@@ -19,7 +19,7 @@ POOL = 16
 """Reading stops once there are this many times as many windows as asked for: a large file need not be read whole."""
 
 CHARACTERS_PER_TOKEN = 12
-"""No text is this long per token: a bound on what is tokenised at once."""
+"""No text is this long per token: a bound on what is tokenized at once."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def token_stream(texts: Iterable[Text], tokenizer: Any, *, enough: int, joined: bool) -> tuple[Tensor, str, bool]:
-    """Tokenise documents into one stream.
+    """Tokenize documents into one stream.
 
     A document starts with BOS if the tokenizer adds it by default, and is parted from the next by EOS if there is
     one. Documents that a chat template wrote bring their own special tokens and get no second BOS.

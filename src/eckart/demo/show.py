@@ -103,7 +103,7 @@ class Demo:
         )
         for name, keep, result in progress(made, what="methods", total=len(self.methods) * len(self.keeps)):
             seconds = result.report["seconds"]
-            own = sum(seconds.get(step, 0.0) for step in ("factorisation", "replacement", "refit"))
+            own = sum(seconds.get(step, 0.0) for step in ("factorization", "replacement", "refit"))
             yield DemoRow(name, keep, self.measure(result.model), result.report["kept"]["of_sites"], own)
 
     def publish(self, folder: Path, keep: float, overwrite: bool = False) -> tuple[Result, Path]:

@@ -199,10 +199,10 @@ def _rounded(original: _Model, bits: int) -> Iterator[tuple[PreTrainedModel, dic
     """The original with all its sites rounded, and what that would take when stored."""
     model = with_single_experts(original.model)
     sites = find_sites(model).chosen
-    quantised = quantized_baseline(model, [site.name for site in sites], bits)
+    quantized = quantized_baseline(model, [site.name for site in sites], bits)
     matrices = sum(site.elements for site in sites) * original.dtype.itemsize
-    assert isinstance(quantised.model, PreTrainedModel)
-    yield quantised.model, {**original.size, "bytes": original.bytes - matrices + quantised.named_bytes}
+    assert isinstance(quantized.model, PreTrainedModel)
+    yield quantized.model, {**original.size, "bytes": original.bytes - matrices + quantized.named_bytes}
 
 
 def _fitting(model: PreTrainedModel, asked: Asked, compared: bool) -> str:
@@ -221,7 +221,7 @@ def _fitting(model: PreTrainedModel, asked: Asked, compared: bool) -> str:
     found = "agreement" if has_output_head(model) else "embedding"
     if not compared:
         raise UsageError(
-            f"{type(model).__name__} is scored by comparison with the original, or on labelled rows: pass --against "
+            f"{type(model).__name__} is scored by comparison with the original, or on labeled rows: pass --against "
             "MODEL, or --data FILE with --data-column, --data-target-column (pairs) and --data-label-column."
         )
     return found
@@ -235,7 +235,7 @@ def _scorer(task: str, asked: Asked, mine: _Model, original: _Model | None, toke
     if task == "perplexity":
         return _perplexity(asked, mine, original, tokenizer)
     if task in ("classification", "regression", "similarity"):
-        return _labelled(task, asked, mine, tokenizer)
+        return _labeled(task, asked, mine, tokenizer)
     assert original is not None
     loaded = _batches(asked, mine, tokenizer)
     return _compared(task, loaded, original, _pooling(mine))
@@ -283,9 +283,9 @@ def _perplexity(asked: Asked, mine: _Model, original: _Model | None, tokenizer: 
     return scorer
 
 
-def _labelled(task: str, asked: Asked, mine: _Model, tokenizer: Any) -> _Scorer:
+def _labeled(task: str, asked: Asked, mine: _Model, tokenizer: Any) -> _Scorer:
     if asked.data is None:
-        raise UsageError(f"--task {task} needs labelled rows: pass --data FILE with --data-label-column.")
+        raise UsageError(f"--task {task} needs labeled rows: pass --data FILE with --data-label-column.")
     config = mine.model.config
     rows = load_task(
         asked.data,

@@ -43,14 +43,14 @@ def perplexity(
 ) -> dict[str, Any]:
     """Measure how well a causal model predicts a text.
 
-    Protocol: the text is tokenised without special tokens; several documents are joined by EOS. It is cut into
+    Protocol: the text is tokenized without special tokens; several documents are joined by EOS. It is cut into
     windows of `window` tokens one after the other, the tail included. If the tokenizer adds BOS by default, every
     window starts with it (as one of its `window` tokens) and all other tokens are scored; if not, a window's first
     token is context and is not scored. With a `stride` smaller than a window, windows overlap, and each scores only
     what none before it has scored. Log-probabilities are taken in float32 and summed in float64.
 
     Args:
-        model: A causal model with its language modelling head, on any device, in any dtype.
+        model: A causal model with its language modeling head, on any device, in any dtype.
         tokenizer: Its tokenizer.
         text: One text, or documents.
         window: Tokens a window; None for 1,024 or as many as the model has positions for.
@@ -71,7 +71,7 @@ def perplexity(
     bos = adds_bos(tokenizer)
     window, stride = _settle(model, tokenizer, window, stride, bos, batch_size, max_tokens)
     documents = [text] if isinstance(text, str) else list(text)
-    ids, byte_ends = _tokenise(documents, tokenizer, max_tokens)
+    ids, byte_ends = _tokenize(documents, tokenizer, max_tokens)
     windows = _windows(len(ids), window - bos, stride, context=0 if bos else 1)
     scored = sum(part.end - part.scored for part in windows)
     if scored == 0:
@@ -138,7 +138,7 @@ def _settle(
     return window, stride
 
 
-def _tokenise(documents: list[str], tokenizer: Any, max_tokens: int | None) -> tuple[list[int], list[int]]:
+def _tokenize(documents: list[str], tokenizer: Any, max_tokens: int | None) -> tuple[list[int], list[int]]:
     """Return the tokens of all documents, joined by EOS, and at which UTF-8 byte of the text each of them ends."""
     eos = getattr(tokenizer, "eos_token_id", None)
     ids: list[int] = []
@@ -158,7 +158,7 @@ def _tokenise(documents: list[str], tokenizer: Any, max_tokens: int | None) -> t
 
 
 def _byte_lengths(document: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokenise one document; return its tokens and how many bytes of it lie before the end of each."""
+    """Tokenize one document; return its tokens and how many bytes of it lie before the end of each."""
     size = len(document.encode("utf-8", "surrogatepass"))
     if not getattr(tokenizer, "is_fast", False):
         ids = list(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])

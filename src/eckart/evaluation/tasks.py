@@ -1,4 +1,4 @@
-"""Scores on labelled tasks: classifiers, regression heads and sentence embeddings."""
+"""Scores on labeled tasks: classifiers, regression heads and sentence embeddings."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def form_named(name: str) -> type[FactoredLinear]:
 
 
 def build(spec: dict[str, Any]) -> Factored:
-    """An uninitialised module from its JSON spec, as :meth:`Factored.spec` gives it.
+    """An uninitialized module from its JSON spec, as :meth:`Factored.spec` gives it.
 
     Raises:
         UsageError: if the form is unknown, a size is missing, of the wrong type or out of range.

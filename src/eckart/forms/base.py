@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.forms.lazy import LazyWeight
-from eckart.linalg import Factorisation, Problem, curve_under, factorise
+from eckart.linalg import Factorization, Problem, curve_under, factorize
 
 Block = tuple[int, int]
 """(rows, columns) of the blocks that a form cuts a weight into."""
@@ -83,7 +83,7 @@ class FactoredLinear(Factored):
     """`y = x W'^T + b` with W' (out, in) in a stored form.
 
     A subclass sets `form`, builds its leaves in `__init__` (plain `nn.Linear`, so that adapters and
-    quantisers find them), and defines `size`, `store`, `to_dense`, `dense_bias` and `forward`.
+    quantizers find them), and defines `size`, `store`, `to_dense`, `dense_bias` and `forward`.
 
     Attributes:
         in_features: n.
@@ -150,12 +150,12 @@ class FactoredLinear(Factored):
         return low
 
     @classmethod
-    def solve(cls, problem: Problem, block: Block | None, limit: int, what: str) -> Factorisation:
+    def solve(cls, problem: Problem, block: Block | None, limit: int, what: str) -> Factorization:
         """The factors that :meth:`store` takes, for every rank up to `limit` at least."""
-        return factorise(problem, what)
+        return factorize(problem, what)
 
     @classmethod
-    def errors_under(cls, solved: Factorisation, problem: Problem, block: Block | None, limit: int) -> Tensor:
+    def errors_under(cls, solved: Factorization, problem: Problem, block: Block | None, limit: int) -> Tensor:
         """Squared error of ranks 0, 1, ..., `limit` at least, measured in another problem's metric."""
         return curve_under(solved, problem)
 

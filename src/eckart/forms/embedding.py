@@ -41,7 +41,7 @@ class FactoredEmbedding(Factored):
 
     Class attributes:
         needs: what it is made of, as methods say it.
-        exact_for: what it minimises.
+        exact_for: what it minimizes.
         paper: authors, year, identifier.
 
     Attributes:

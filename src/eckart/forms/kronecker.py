@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
-from eckart.linalg import Factorisation, Problem, kronecker_curve_under, kronecker_factorise, rearranged_back
+from eckart.linalg import Factorization, Problem, kronecker_curve_under, kronecker_factorize, rearranged_back
 
 FACTORS = (2, 16)
 """Blocks of so many rows or columns are tried beside the balanced one."""
@@ -121,13 +121,13 @@ class Kronecker(FactoredLinear):
     # -- solving ---------------------------------------------------------------------------------------
 
     @classmethod
-    def solve(cls, problem: Problem, block: Block | None, limit: int, what: str) -> Factorisation:
-        """The nearest sums of Kronecker products: :func:`eckart.linalg.kronecker_factorise`."""
+    def solve(cls, problem: Problem, block: Block | None, limit: int, what: str) -> Factorization:
+        """The nearest sums of Kronecker products: :func:`eckart.linalg.kronecker_factorize`."""
         assert block is not None
-        return kronecker_factorise(problem, block, limit, what)
+        return kronecker_factorize(problem, block, limit, what)
 
     @classmethod
-    def errors_under(cls, solved: Factorisation, problem: Problem, block: Block | None, limit: int) -> Tensor:
+    def errors_under(cls, solved: Factorization, problem: Problem, block: Block | None, limit: int) -> Tensor:
         """Squared error of each sum in another problem's metric."""
         assert block is not None
         rows, columns = problem.target.shape

@@ -113,7 +113,7 @@ class LowRankSparse(FactoredLinear):
 class MaskedLowRankSparse(LowRankSparse):
     """The same with all rows of S and a mask of those that are still there: what LoSparse trains.
 
-    Pruned rows are zero in the forward whatever an optimiser's momentum makes of them, and get no gradient.
+    Pruned rows are zero in the forward whatever an optimizer's momentum makes of them, and get no gradient.
     """
 
     alive: Tensor

@@ -156,7 +156,7 @@ class Pivoted(FactoredLinear):
         return both.gather(1, inverse.expand(flat.shape[0], -1)).view(*x.shape[:-1], self.out_features)
 
     def train(self, mode: bool = True) -> Pivoted:
-        """Also forgets the working memory: some optimisers write to `.data`, which no version counts."""
+        """Also forgets the working memory: some optimizers write to `.data`, which no version counts."""
         self._prepared = None
         return super().train(mode)
 
@@ -172,7 +172,7 @@ def _changed(leaf: nn.Module) -> bool:
     """Whether something else than `nn.Linear.forward` runs when the leaf is called: an adapter, an offloader."""
     return (
         type(leaf) is not nn.Linear
-        or type(leaf.weight) is not nn.Parameter  # quantised leaves
+        or type(leaf.weight) is not nn.Parameter  # quantized leaves
         or "forward" in vars(leaf)
         or bool(leaf._forward_hooks)
         or bool(leaf._forward_pre_hooks)

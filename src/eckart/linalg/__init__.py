@@ -2,11 +2,11 @@
 
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
 from eckart.linalg.embedding import TableFactors, in_blocks, smoothed, table_factors, tied_factors
-from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorise, rearranged, rearranged_back
+from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorize, rearranged, rearranged_back
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.shared_basis import shared_basis
-from eckart.linalg.solve import Factorisation, Problem, curve_under, factorise
+from eckart.linalg.solve import Factorization, Problem, curve_under, factorize
 from eckart.linalg.sparse import (
     Split,
     averaged_importance,
@@ -18,7 +18,7 @@ from eckart.linalg.sparse import (
 
 __all__ = [
     "WIDE",
-    "Factorisation",
+    "Factorization",
     "Metric",
     "PivotedFactors",
     "Problem",
@@ -29,10 +29,10 @@ __all__ = [
     "checked_svd",
     "cubic_fraction",
     "curve_under",
-    "factorise",
+    "factorize",
     "in_blocks",
     "kronecker_curve_under",
-    "kronecker_factorise",
+    "kronecker_factorize",
     "low_rank_sparse_split",
     "pivoted_factors",
     "rearranged",

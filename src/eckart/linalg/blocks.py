@@ -16,7 +16,7 @@ def blocks(size: int, width: int = BLOCK) -> Iterator[slice]:
         yield slice(start, min(start + width, size))
 
 
-def symmetrise(matrix: Tensor) -> None:
+def symmetrize(matrix: Tensor) -> None:
     """Replace a square matrix by the mean of itself and its transpose, in place."""
     for part in blocks(len(matrix)):
         mean = (matrix[part, part.start :] + matrix[part.start :, part].mT) / 2

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eckart.errors import NumericalError
-from eckart.linalg.blocks import symmetrise
+from eckart.linalg.blocks import symmetrize
 
 # Above this width a float32 matrix is decomposed as it is: the products that made it carry the same rounding, and
 # float64 takes two to three times as long on a CPU, and far longer on most GPUs.
@@ -67,7 +67,7 @@ def checked_eigh(matrix: Tensor, what: str = "matrix") -> tuple[Tensor, Tensor, 
 def _symmetric(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy without the rounding that broke the symmetry."""
     copy = matrix.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
-    symmetrise(copy)
+    symmetrize(copy)
     return copy
 
 

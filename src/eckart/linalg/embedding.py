@@ -3,9 +3,9 @@
 Looking a row up is a product with a one-hot input, so that the metric of the look-ups is diagonal over the vocabulary,
 with the tokens' frequencies on it, and
 
-    minimise over E' of rank k:   || D^(1/2) (E - E') ||_F^2                                                     (1)
+    minimize over E' of rank k:   || D^(1/2) (E - E') ||_F^2                                                     (1)
 
-is the one-sided problem of :func:`eckart.linalg.factorise`, solved exactly. A tied head multiplies the same matrix with
+is the one-sided problem of :func:`eckart.linalg.factorize`, solved exactly. A tied head multiplies the same matrix with
 the last hidden states h, and its error `|| (E - E') H^(1/2) ||_F^2`, H = E[h h^T], joins as a sum,
 
     f(E') = || D^(1/2) (E - E') ||_F^2 + lambda || P^(1/2) (E - E') H^(1/2) ||_F^2                               (2)
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eckart.linalg.decompose import checked_eigh, require_finite
 from eckart.linalg.metric import Metric, weighted_error
-from eckart.linalg.solve import Factors, Problem, factorise
+from eckart.linalg.solve import Factors, Problem, factorize
 
 ROUNDS = 30
 SMALLEST_FALL = 1e-4
@@ -80,7 +80,7 @@ def table_factors(table: Tensor, lookups: Tensor, rank: int, what: str = "embedd
         NumericalError: if the table is not finite, or nothing converges.
     """
     table = _precise(table)
-    solved = factorise(Problem(table, left=Metric(diagonal=lookups)), what)
+    solved = factorize(Problem(table, left=Metric(diagonal=lookups)), what)
     left, right = solved.truncated(rank)
     error = _share(table, left, right, Metric(diagonal=lookups), Metric())
     return TableFactors(left, right, error, None, (error,), solved.notes)
@@ -101,7 +101,7 @@ def tied_factors(
     Both steps are exact. With A fixed, row i solves `b_i A M_i A^T = e_i M_i A^T`, `M_i = D_i I + lambda P_i H`, and
     one basis makes `A A^T` the identity and `A H A^T` diagonal for all rows at once. With B fixed,
     `B^T D B A + lambda B^T P B A H = B^T D E + lambda B^T P E H` falls apart in the eigenvectors of H and a basis that
-    diagonalises both Grams of B.
+    diagonalizes both Grams of B.
 
     Args:
         table: E, (v, d).
@@ -141,7 +141,7 @@ def tied_factors(
     # Where both terms weigh the rows alike, the first of these is (2) itself, solved exactly.
     joint = Metric(full=H, scale=float(P.mean() / D.mean()), ridge=1.0)
     for begin in (Problem(table, weights, joint), Problem(table, rows, head)):
-        candidate = factorise(begin, what).truncated(rank)
+        candidate = factorize(begin, what).truncated(rank)
         if (value := objective(candidate)) < history[-1]:
             best = candidate
             history.append(value)

@@ -24,7 +24,7 @@ from torch import Tensor
 from eckart.errors import UsageError
 from eckart.linalg.decompose import checked_svd, require_finite
 from eckart.linalg.metric import Metric, weighted_error
-from eckart.linalg.solve import Factorisation, Factors, Problem, factorise
+from eckart.linalg.solve import Factorization, Factors, Problem, factorize
 
 Block = tuple[int, int]
 """(m2, n2), the shape of the second factor."""
@@ -60,7 +60,7 @@ def rearranged_back(rows: Tensor, shape: tuple[int, int], block: Block) -> Tenso
     return rows.reshape(m // m2, n // n2, m2, n2).transpose(1, 2).reshape(m, n)
 
 
-def kronecker_factorise(problem: Problem, block: Block, limit: int, what: str = "weight") -> Factorisation:
+def kronecker_factorize(problem: Problem, block: Block, limit: int, what: str = "weight") -> Factorization:
     """Sums of Kronecker products for every number of terms at once.
 
     Exact where both metrics are identities, or diagonals that are Kronecker products `d1 (x) d2` themselves: the
@@ -87,7 +87,7 @@ def kronecker_factorise(problem: Problem, block: Block, limit: int, what: str = 
     if scales is None:
         return _alternating(Problem(target, problem.left, problem.right), block, limit, what)
     left, right = (scale.to(target) for scale in scales)
-    solved = factorise(Problem(left[:, None] * rows * right), what)
+    solved = factorize(Problem(left[:, None] * rows * right), what)
     return solved.changed(lambda a, b: (a / left[:, None], b / right))
 
 
@@ -117,17 +117,17 @@ def _split(metric: Metric, size: int, inner: int) -> tuple[Tensor, Tensor] | Non
 # -- a general metric ----------------------------------------------------------------------------------
 
 
-def _alternating(problem: Problem, block: Block, limit: int, what: str) -> Factorisation:
+def _alternating(problem: Problem, block: Block, limit: int, what: str) -> Factorization:
     shape, rows = tuple(problem.target.shape), rearranged(problem.target, block)
     assert len(shape) == 2
-    start = factorise(Problem(rows), what)
+    start = factorize(Problem(rows), what)
     rank = min(limit, len(start.squared))
     left, right, history = alternating(problem, block, start.truncated(rank))
     # The terms of a sum may be mixed; in the order of their size they can be cut off.
     u, s, v, notes = checked_svd(torch.linalg.qr(left, mode="r").R.double() @ right.double(), what)
     basis = torch.linalg.qr(left.double()).Q @ u
     left, right = (basis * s).to(left.dtype), v.to(left.dtype)
-    found = Factorisation((left, right), left.new_zeros(rank, dtype=torch.float64))
+    found = Factorization((left, right), left.new_zeros(rank, dtype=torch.float64))
     curve = kronecker_curve_under(found, problem, block, shape)
     # A sum cut short need not be the better for a further term: no rank is predicted to be worse than a smaller one.
     curve = torch.cummin(curve, 0).values
@@ -136,7 +136,7 @@ def _alternating(problem: Problem, block: Block, limit: int, what: str) -> Facto
     note = (
         f"{what}: approximate, alternating least squares at {rank} terms of {block[0]} x {block[1]}; objective {listed}"
     )
-    return Factorisation((left, right), squared, (note, *start.notes, *notes))
+    return Factorization((left, right), squared, (note, *start.notes, *notes))
 
 
 def alternating(problem: Problem, block: Block, start: Factors) -> tuple[Tensor, Tensor, list[float]]:
@@ -210,7 +210,7 @@ def _least_squares(normal: Callable[[Tensor], Tensor], wanted: Tensor, start: Te
 
 
 def kronecker_curve_under(
-    solved: Factorisation, problem: Problem, block: Block, shape: tuple[int, int], limit: int | None = None
+    solved: Factorization, problem: Problem, block: Block, shape: tuple[int, int], limit: int | None = None
 ) -> Tensor:
     """Squared error of the sums of 0, 1, ..., r products, measured in any problem's metric.
 

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from eckart.errors import UsageError
-from eckart.linalg.solve import Factorisation, Problem, factorise
+from eckart.linalg.solve import Factorization, Problem, factorize
 
 
 def shared_basis(
     problem: Problem, heights: Sequence[int], limit: int | None = None, what: str = "group"
-) -> list[Factorisation]:
+) -> list[Factorization]:
     """`min sum_i || (W_i - B_i A) C ||_F^2` over one A for all: `C C^T` is the sum of the group's input Grams.
 
     The paper takes the SVD of `[C^T W_1^T | C^T W_2^T | ...]`, whose leading left singular vectors, taken back through
     `C^-T`, are the basis. That is the rank-k problem of the weights laid one upon the other, which
-    :func:`~eckart.linalg.factorise` solves without an inverse, for a singular Gram too.
+    :func:`~eckart.linalg.factorize` solves without an inverse, for a singular Gram too.
 
     At rank k are stored `k n + sum_i k m_i` numbers.
 
@@ -41,9 +41,9 @@ def shared_basis(
             "under a metric of their outputs; lay the weights one upon the other, and weigh inputs alone: --metric "
             "drone, asvd or svd."
         )
-    solved = factorise(problem, what)
+    solved = factorize(problem, what)
     if limit is not None:
         solved = solved.kept(limit)
     left, right = solved.factors
-    parts = [Factorisation((part, right), solved.squared) for part in left.split(list(heights))]
+    parts = [Factorization((part, right), solved.squared) for part in left.split(list(heights))]
     return [replace(parts[0], notes=solved.notes), *parts[1:]]

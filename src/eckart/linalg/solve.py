@@ -1,6 +1,6 @@
 """The one solver behind every low-rank method here.
 
-    minimise over W' of rank k:   || L (T - W') R ||_F^2,    H = L^T L,  G = R R^T
+    minimize over W' of rank k:   || L (T - W') R ||_F^2,    H = L^T L,  G = R R^T
 
 With `L = I` the optimum is the projection `W' = U U^T T`, U the leading eigenvectors of `T G T^T`
 (Eckart & Young 1936 under a metric): nothing is inverted, so it stays optimal for a singular G, fewer
@@ -53,7 +53,7 @@ Factors = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Factorisation:
+class Factorization:
     """Optimal factors of every rank at once, or of the ranks up to a limit.
 
     Attributes:
@@ -99,11 +99,11 @@ class Factorisation:
             )
         return left[:, :rank], right[:rank]
 
-    def kept(self, limit: int) -> Factorisation:
+    def kept(self, limit: int) -> Factorization:
         """The same for ranks up to `limit` alone, in memory of its own; `squared`, and so the curve, stays whole."""
         left, right = self.truncated(min(limit, len(self.squared)))
         own = torch.contiguous_format
-        return Factorisation(
+        return Factorization(
             (left.clone(memory_format=own), right.clone(memory_format=own)), self.squared.clone(), self.notes
         )
 
@@ -115,23 +115,23 @@ class Factorisation:
 
     @property
     def effective_rank(self) -> float:
-        """`exp(entropy)` of the normalised squared singular values (Roy & Vetterli 2007)."""
+        """`exp(entropy)` of the normalized squared singular values (Roy & Vetterli 2007)."""
         share = self.squared / self.squared.sum().clamp_min(torch.finfo(torch.float64).tiny)
         return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
 
-    def changed(self, change: Callable[[Tensor, Tensor], Factors], notes: tuple[str, ...] = ()) -> Factorisation:
-        """The factorisation whose factors are `change(B, A)`."""
+    def changed(self, change: Callable[[Tensor, Tensor], Factors], notes: tuple[str, ...] = ()) -> Factorization:
+        """The factorization whose factors are `change(B, A)`."""
         completion = self.completion
         later = None if completion is None else lambda: change(*completion())
-        return Factorisation(change(*self.seen_factors), self.squared, notes + self.notes, later)
+        return Factorization(change(*self.seen_factors), self.squared, notes + self.notes, later)
 
     @property
-    def mirrored(self) -> Factorisation:
-        """The factorisation of the transposed problem."""
+    def mirrored(self) -> Factorization:
+        """The factorization of the transposed problem."""
         return self.changed(lambda left, right: (right.mT, left.mT))
 
 
-def factorise(problem: Problem, what: str = "weight") -> Factorisation:
+def factorize(problem: Problem, what: str = "weight") -> Factorization:
     """Solve the weighted low-rank problem for every rank.
 
     Args:
@@ -159,7 +159,7 @@ def factorise(problem: Problem, what: str = "weight") -> Factorisation:
     return _smaller_inverted(problem, what)
 
 
-def _project(target: Tensor, right: Metric, what: str) -> Factorisation:
+def _project(target: Tensor, right: Metric, what: str) -> Factorization:
     """`L = I`: orthonormal B, `A = B^T T`."""
     m, n = target.shape
     if m <= n:
@@ -174,7 +174,7 @@ def _project(target: Tensor, right: Metric, what: str) -> Factorisation:
         notes = root.notes + notes
     missing = min(m, n) - basis.shape[1]
     completion = partial(_complete, basis, missing, target, what) if missing else None
-    return Factorisation((basis, basis.mT @ target), squared, notes, completion)
+    return Factorization((basis, basis.mT @ target), squared, notes, completion)
 
 
 def _gram(matrix: Tensor) -> Tensor:
@@ -200,7 +200,7 @@ def _complete(seen: Tensor, missing: int, target: Tensor, what: str) -> Factors:
     return basis, basis.mT @ target
 
 
-def _rescaled(problem: Problem, what: str) -> Factorisation:
+def _rescaled(problem: Problem, what: str) -> Factorization:
     """A diagonal left metric: scale the rows, solve with `L = I`, scale back."""
     root = root_of(problem.left, f"{what}: output metric")
     if not root.invertible:
@@ -211,13 +211,13 @@ def _rescaled(problem: Problem, what: str) -> Factorisation:
     return solved.changed(lambda left, right: (left / scale, right), root.notes)
 
 
-def _smaller_inverted(problem: Problem, what: str) -> Factorisation:
+def _smaller_inverted(problem: Problem, what: str) -> Factorization:
     """Both sides weighted: the smaller one is inverted."""
     rows, columns = problem.target.shape
     return _two_sided(problem.mirrored, what).mirrored if rows < columns else _two_sided(problem, what)
 
 
-def _two_sided(problem: Problem, what: str) -> Factorisation:
+def _two_sided(problem: Problem, what: str) -> Factorization:
     """Both sides weighted, m >= n: `W' = T C V V^T C^-1`, `C C^T = G`, V of `C^T T^T H T C`."""
     target, left, right = problem.target, problem.left, problem.right
     notes: tuple[str, ...] = ()
@@ -235,10 +235,10 @@ def _two_sided(problem: Problem, what: str) -> Factorisation:
     directions = directions.to(target.dtype)
     # T C is made twice, so that it need not be held through the decomposition.
     factors = (target @ root.times(directions), root.solve_right(directions.mT))
-    return Factorisation(factors, squared, root.notes + notes + more)
+    return Factorization(factors, squared, root.notes + notes + more)
 
 
-def curve_under(solved: Factorisation, problem: Problem) -> Tensor:
+def curve_under(solved: Factorization, problem: Problem) -> Tensor:
     """Squared error of each truncation of `solved`, measured in another problem's metric.
 
     Makes the errors of any method comparable across sites: solve in its own metric, measure in one that has

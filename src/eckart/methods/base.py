@@ -32,7 +32,7 @@ class Method:
         exact_for: what error the factors are optimal for, in words.
         form: the stored form of the paper.
         allocation: "uniform", "loss", or "paper": what `own_size` says.
-        centred: whether means are folded into the bias of sites that have one, and the metric is centred.
+        centered: whether means are folded into the bias of sites that have one, and the metric is centered.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
         of_form: whether it is what its form is: in another one nothing of it would be left.
         own_size: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
@@ -47,7 +47,7 @@ class Method:
     needs: frozenset[str] = field(default_factory=frozenset)
     form: str = "lowrank"
     allocation: str = "uniform"
-    centred: bool = False
+    centered: bool = False
     refit: bool = False
     fixed_form: bool = False
     paper_sizes: SizeRule | None = None

@@ -7,7 +7,7 @@ METHOD = Method(
     name="basis-sharing",
     title="Basis Sharing",
     paper="Wang et al., Basis Sharing: Cross-Layer Parameter Sharing for Large Language Model Compression, ICLR 2025, "
-    "arXiv 2410.03765: groups of two adjacent layers for what reads a normalised input (--layers-per-basis), "
+    "arXiv 2410.03765: groups of two adjacent layers for what reads a normalized input (--layers-per-basis), "
     "every other weight by itself",
     metric=metric,
     needs=frozenset({"gram"}),

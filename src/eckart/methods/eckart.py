@@ -14,6 +14,6 @@ METHOD = Method(
     exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix",
     form="pivoted",
     allocation="loss",
-    centred=True,
+    centered=True,
     refit=True,
 )

@@ -243,8 +243,8 @@ def _refuse_factored(model: nn.Module) -> None:
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(
-            f"{type(model).__name__} is quantised: its weights are not floating-point matrices. "
-            "Compress the original model, and quantise the result if you wish."
+            f"{type(model).__name__} is quantized: its weights are not floating-point matrices. "
+            "Compress the original model, and quantize the result if you wish."
         )
 
 

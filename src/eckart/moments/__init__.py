@@ -2,7 +2,7 @@
 
 from eckart.moments.accumulate import Fisher, Moments, SecondMoment
 from eckart.moments.calls import common_calls, shared_inputs
-from eckart.moments.curvature import generator, labelled_loss, sampled_loss
+from eckart.moments.curvature import generator, labeled_loss, sampled_loss
 from eckart.moments.gatherer import Gatherer, Step, gather
 from eckart.moments.halving import is_out_of_memory, release
 from eckart.moments.norms import reading_norms
@@ -20,7 +20,7 @@ __all__ = [
     "gather",
     "generator",
     "is_out_of_memory",
-    "labelled_loss",
+    "labeled_loss",
     "merge",
     "pack",
     "reading_norms",

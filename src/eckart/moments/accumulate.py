@@ -237,25 +237,25 @@ class Moments:
         gradients: of the loss's gradient at the site's output, one row a token; None when not gathered.
         fisher: row and column sums of the squared weight gradients; None when not gathered.
         sequences: how many sequences the run saw; with `inputs.count`, tokens per sequence.
-        centred: whether the bias absorbs the means, so that the error is measured by the covariance.
+        centered: whether the bias absorbs the means, so that the error is measured by the covariance.
     """
 
     inputs: SecondMoment
     gradients: SecondMoment | None = None
     fisher: Fisher | None = None
     sequences: int = 0
-    centred: bool = False
+    centered: bool = False
 
     @property
     def input_metric(self) -> Metric:
         """`E[x x^T]`, or the covariance of x where the bias absorbs the means; nothing of its size is made."""
         metric = self.inputs.metric
-        if not self.centred:
+        if not self.centered:
             return metric
-        centred = replace(metric, mean=self.inputs.mean)
+        centered = replace(metric, mean=self.inputs.mean)
         rounding = 4 * torch.finfo(torch.float32).eps  # of a batch's products, whatever they are summed in
         # Of inputs that never varied nothing but rounding is left, which must not look like a direction.
-        return replace(metric, scale=0.0) if centred.mean_diagonal <= rounding * metric.mean_diagonal else centred
+        return replace(metric, scale=0.0) if centered.mean_diagonal <= rounding * metric.mean_diagonal else centered
 
     @property
     def input_gram(self) -> Tensor:
@@ -274,7 +274,7 @@ class Moments:
         self.sequences += other.sequences
 
     def state(self) -> dict[str, Tensor]:
-        """The parts' states as `inputs.gram` and so on, `sequences`, and `centred` where it is set.
+        """The parts' states as `inputs.gram` and so on, `sequences`, and `centered` where it is set.
 
         Sites of a group would each name the same inputs: :func:`eckart.moments.pack` names them once.
         """
@@ -282,7 +282,7 @@ class Moments:
         for name, part in (("inputs", self.inputs), ("gradients", self.gradients), ("fisher", self.fisher)):
             if part is not None:
                 state |= {f"{name}.{key}": tensor for key, tensor in part.state().items()}
-        return state | ({"centred": torch.tensor(1)} if self.centred else {})
+        return state | ({"centered": torch.tensor(1)} if self.centered else {})
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor], inputs: SecondMoment | None = None) -> Moments:
@@ -298,7 +298,7 @@ class Moments:
             SecondMoment.from_state(gradients) if gradients else None,
             Fisher.from_state(fisher) if fisher else None,
             int(state["sequences"]),
-            "centred" in state,
+            "centered" in state,
         )
 
 

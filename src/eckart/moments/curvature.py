@@ -22,11 +22,11 @@ Pooling = Callable[[Any, Tensor | None], Tensor]
 
 def generator(seed: int, example: int) -> torch.Generator:
     """A generator for one example: splitting or resuming a run changes no draw."""
-    # Multiplied apart by a large odd constant, so that neighbouring seeds do not share streams.
+    # Multiplied apart by a large odd constant, so that neighboring seeds do not share streams.
     return torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + example * 0xBF58476D1CE4E5B9) % 2**63)
 
 
-def labelled_loss(outputs: Any, labels: Tensor, *, shifted: bool) -> Tensor:
+def labeled_loss(outputs: Any, labels: Tensor, *, shifted: bool) -> Tensor:
     """The model's own mean loss, rescaled to a sum over the labels that it scored.
 
     Args:

@@ -69,15 +69,15 @@ class InputShift:
         """`mu = E[x]` and `mu~ = E[x~]`, (n,), float64."""
         return self.total / self.count, self.moved / self.count
 
-    def target(self, weight: Tensor, *, centred: bool) -> Tensor:
-        """`T = W + W E[(x - x~) x~^T] (E[x~ x~^T] + lambda I)^-1`, (m, n); covariances where centred.
+    def target(self, weight: Tensor, *, centered: bool) -> Tensor:
+        """`T = W + W E[(x - x~) x~^T] (E[x~ x~^T] + lambda I)^-1`, (m, n); covariances where centered.
 
         The weight whose output on x~ is nearest to the original output on x; directions that the text never
         showed keep W.
         """
         if self.count == 0:
             return weight
-        gram = self._metric(centred).dense(torch.float64)
+        gram = self._metric(centered).dense(torch.float64)
         scale = gram.diagonal().mean()
         if not bool(scale > 0):  # dead inputs: nothing moved that could be seen
             return weight
@@ -85,7 +85,7 @@ class InputShift:
         gram.diagonal().add_(ridge * scale)
         lower = gram.mT  # symmetric, and column by column, as LAPACK writes the factor over it
         torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge
-        shift = self._times_cross(weight, centred)  # (m, n); all solved in place: wide matrices in float64
+        shift = self._times_cross(weight, centered)  # (m, n); all solved in place: wide matrices in float64
         torch.linalg.solve_triangular(lower.mT, shift, upper=True, left=False, out=shift)
         torch.linalg.solve_triangular(lower, shift, upper=False, left=False, out=shift)
         return weight + shift.to(weight)
@@ -113,19 +113,19 @@ class InputShift:
         error += 2 * (b_now - b) @ (stored @ moved) - 2 * b_now @ (weight @ mean + b) + b_now @ b_now
         return float(error)
 
-    def _metric(self, centred: bool) -> Metric:
+    def _metric(self, centered: bool) -> Metric:
         """`E[x~ x~^T]`, or the covariance of x~."""
         metric = self.second_moment().metric
-        return Metric(full=metric.full, scale=metric.scale, mean=self.means()[1] if centred else None)
+        return Metric(full=metric.full, scale=metric.scale, mean=self.means()[1] if centered else None)
 
-    def _times_cross(self, weight: Tensor, centred: bool) -> Tensor:
-        """`W E[(x - x~) x~^T]`, (m, n), float64; the covariance where centred."""
+    def _times_cross(self, weight: Tensor, centered: bool) -> Tensor:
+        """`W E[(x - x~) x~^T]`, (m, n), float64; the covariance where centered."""
         weight = weight.double()
         product = weight.new_empty(weight.shape)
         for part in blocks(len(self.cross)):
             product[:, part] = weight @ self.cross[:, part].double()
         product /= self.count
-        if centred:
+        if centered:
             mean, moved = self.means()
             product.addr_(weight @ (mean - moved), moved, alpha=-1)
         return product

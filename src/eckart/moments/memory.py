@@ -39,7 +39,7 @@ def statistics_bytes(sites: Sequence[tuple[int, int]], groups: Sequence[Sequence
 def solving_bytes(out_features: int, in_features: int, needs: frozenset[str]) -> int:
     """What the solver takes for one weight beside the weight and its statistics: an upper estimate.
 
-    Two peaks, of which the larger counts. Making the metrics holds up to three copies of each Gram: its mean, centred,
+    Two peaks, of which the larger counts. Making the metrics holds up to three copies of each Gram: its mean, centered,
     shrunk. Solving holds one, the roots and decompositions of the smaller side k in float64, and copies of the shape
     of the weight: its image, the factors, and, where the metric does not see all directions, a plain SVD.
 

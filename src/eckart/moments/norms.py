@@ -1,4 +1,4 @@
-"""Which modules of a model are called on what a normalisation put out."""
+"""Which modules of a model are called on what a normalization put out."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from eckart.moments.calls import argument, hooked
 
 WORD = "norm"
-"""In the name of every class of a normalisation: LayerNorm, RMSNorm, T5LayerNorm, BatchNorm1d, ..."""
+"""In the name of every class of a normalization: LayerNorm, RMSNorm, T5LayerNorm, BatchNorm1d, ..."""
 
 
 def reading_norms(
     model: nn.Module, names: Sequence[str], run: Callable[[], Any], apart: Sequence[str] = ()
 ) -> frozenset[str]:
-    """Modules whose every input is the very tensor, or a reshaped one, that a normalisation put out.
+    """Modules whose every input is the very tensor, or a reshaped one, that a normalization put out.
 
     Args:
         model: the model, in evaluation mode: a dropout between the two hands its input on.
         names: modules to look at.
         run: makes one small forward pass.
-        apart: blocks. What a normalisation inside one put out is let go of after the next one, so that the inputs of a
+        apart: blocks. What a normalization inside one put out is let go of after the next one, so that the inputs of a
             deep model are not all kept.
     """
     inside = tuple(f"{block}." for block in apart)

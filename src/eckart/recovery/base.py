@@ -27,7 +27,7 @@ class RecoveryContext:
         task: "classification", "regression", "masked", "causal" or "embedding".
         recipe: what was asked for.
         total_steps: optimizer steps of the whole training.
-        head: names of modules that were newly initialised, and of a classifier's own head: always trained.
+        head: names of modules that were newly initialized, and of a classifier's own head: always trained.
         notes: a recovery writes here what it could not do as asked.
         step: the optimizer step that is being made, from 0; the training loop keeps it.
         pooling: how tokens become the sentence embedding that task "embedding" learns.

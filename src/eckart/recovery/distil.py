@@ -68,7 +68,7 @@ class Distil(Recovery):
         self.within("[0, inf)", *names)
         if not any(getattr(self, name) for name in names):
             raise UsageError(
-                f"recovery {self.name}: no weight of {', '.join(names)} is above 0, so there is nothing to minimise: "
+                f"recovery {self.name}: no weight of {', '.join(names)} is above 0, so there is nothing to minimize: "
                 f"--recovery-option {names[0]}=1"
             )
 

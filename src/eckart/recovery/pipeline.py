@@ -55,7 +55,7 @@ def tune(
     Args:
         model: the student: a model, or the folder of one.
         tokenizer: its tokenizer; that of the folder if None.
-        data: text or labelled rows: a file, a folder, a hub data set, a `datasets.Dataset`, a list of rows.
+        data: text or labeled rows: a file, a folder, a hub data set, a `datasets.Dataset`, a list of rows.
         teacher: what is learnt from: a model, a folder, or a name on the hub.
         eval_data: other data to score on; a tenth of `data` is held out without it.
         recipe: or give the fields of :class:`eckart.TuneRecipe` as keyword arguments.
@@ -145,7 +145,7 @@ def tune_checkpoint(
 
 def _check_asked(recipe: TuneRecipe, data: Any, teacher: Any) -> None:
     if data is None:
-        raise UsageError("--data: there is nothing to train on. Name text or labelled rows: --data FILE")
+        raise UsageError("--data: there is nothing to train on. Name text or labeled rows: --data FILE")
     if recipe.build_recovery().needs_teacher and teacher is None:
         raise UsageError(
             f"--teacher: recovery {recipe.recovery} learns from a teacher. Name the model that this one was made from: "
@@ -170,7 +170,7 @@ def _tune(
         torch.manual_seed(recipe.seed)
         student = load_student(recipe, model, tokenizer, data)
         check_fits(recovery, student)
-        notes = [f"newly initialised: {', '.join(student.new_head)}"] if student.new_head else []
+        notes = [f"newly initialized: {', '.join(student.new_head)}"] if student.new_head else []
         taught = load_teacher(recipe, teacher, student) if recovery.needs_teacher else None
         if teacher is not None and taught is None:
             notes.append(f"--teacher was not read: recovery {recipe.recovery} learns from the task alone")

@@ -29,7 +29,7 @@ class TuneRecipe(RecipeBase):
         description="What is learnt; auto: what fits the model's head and the data's columns. embedding: the teacher's "
         "sentence embeddings, for a model without a head.",
     )
-    data: str | None = Field(None, description="Text or labelled rows: a file, a folder, a hub data set, or 'stdlib'.")
+    data: str | None = Field(None, description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib'.")
     data_config: str | None = Field(None, description="Configuration of the hub data set.")
     data_split: str = Field("train", description="Split of the hub data set.")
     data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")

@@ -42,7 +42,7 @@ class Refit(ClosedFormRecovery):
     teacher's.
 
     Attributes:
-        centred: minimise over covariances, and fold the means into the bias, where there is one.
+        centered: minimize over covariances, and fold the means into the bias, where there is one.
         dense: also give weights that are not factored the target T, as it is.
     """
 
@@ -51,7 +51,7 @@ class Refit(ClosedFormRecovery):
     paper: ClassVar[str] = "this library: the refit of `eckart compress`"
     needs_teacher: ClassVar[bool] = True
 
-    centred: bool = True
+    centered: bool = True
     dense: bool = False
 
     def solve(
@@ -109,7 +109,7 @@ class Refit(ClosedFormRecovery):
             "refitted": len(found),
             "of": len(found) + len(self.left),
             "tokens": self.tokens,
-            "centred": self.centred,
+            "centered": self.centered,
             "output_error": mean,
             "sites": {name: {"before": fit.before, "after": fit.after} for name, fit in self.fits.items()},
             "left": self.left,
@@ -143,7 +143,7 @@ class Refit(ClosedFormRecovery):
 
         def moments(name: str) -> Moments:
             site = sites[name]
-            return Moments(SecondMoment(site.in_features), centred=self.centred and site.has_bias)
+            return Moments(SecondMoment(site.in_features), centered=self.centered and site.has_bias)
 
         return moments
 

@@ -19,7 +19,7 @@ from eckart.errors import CheckpointError, UsageError
 from eckart.model import cast, factored_modules, has_output_head
 from eckart.recovery import ClosedFormRecovery, Recovery
 from eckart.recovery.recipe import TuneRecipe
-from eckart.recovery.training.examples import load_labelled
+from eckart.recovery.training.examples import load_labeled
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
@@ -49,7 +49,7 @@ class Student:
 
 
 def load_student(recipe: TuneRecipe, model: PreTrainedModel | None, tokenizer: Any, data: Any) -> Student:
-    """The model with a head that fits the task, and its labelled rows where it has some."""
+    """The model with a head that fits the task, and its labeled rows where it has some."""
     folder = None
     new_head: list[str] = []
     dtype = torch.float32
@@ -127,7 +127,7 @@ def check_fits(recovery: Recovery, student: Student) -> None:
 
 
 def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[str, TaskData | None]:
-    """The task that was asked for or fits, and the labelled rows if it has labels."""
+    """The task that was asked for or fits, and the labeled rows if it has labels."""
     name, config = type(model).__name__, model.config
     task: str | None = recipe.task if recipe.task != "auto" else None
     if task is None:
@@ -154,7 +154,7 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
     if task in ("masked", "causal", "embedding"):
         return task, None
     label2id = getattr(config, "label2id", None) if name.endswith("ForSequenceClassification") else None
-    rows = load_labelled(recipe, data, label2id=label2id, task=task)
+    rows = load_labeled(recipe, data, label2id=label2id, task=task)
     if task is None:
         task = "regression" if any(isinstance(row.label, float) for row in rows) else "classification"
     return task, rows

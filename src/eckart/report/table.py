@@ -29,7 +29,7 @@ def as_rich(report: Mapping[str, Any]) -> Group:
 
 
 def as_text(report: Mapping[str, Any], width: int = 110) -> str:
-    """The same without colours."""
+    """The same without colors."""
     return as_plain_text(as_rich(report), width)
 
 

@@ -58,7 +58,7 @@ def common_stem(kinds: Iterable[str]) -> str:
 
 
 def as_plain_text(renderable: Any, width: int = 110) -> str:
-    """What rich would show, without colours."""
+    """What rich would show, without colors."""
     stream = io.StringIO()
     Console(file=stream, width=width, no_color=True, highlight=False).print(renderable)
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())

@@ -2,7 +2,7 @@
 
 The files are safetensors (https://huggingface.co/docs/safetensors/index#format), written here rather than by the
 library: piece by piece, with a checksum on the way, without a second copy in memory, and under a temporary name of
-ours, so that what a killed process leaves is recognised.
+ours, so that what a killed process leaves is recognized.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from eckart.data.loading import MAX_SEQ_LENGTH
 from eckart.data.padded import by_length, collate, encode
 from eckart.data.windows import token_stream
 from eckart.errors import DataError
-from eckart.recovery.training.scorer import Scorer, labelled_scorer, masked_scorer, sentence_scorer, text_scorer
+from eckart.recovery.training.scorer import Scorer, labeled_scorer, masked_scorer, sentence_scorer, text_scorer
 
 HELD = 0.1
 """Of the data, where no other data are given to score on."""
@@ -36,7 +36,7 @@ class Examples:
     """What a training reads.
 
     Attributes:
-        rows: tokenised, each a dictionary of lists, with its label where the task has labels.
+        rows: tokenized, each a dictionary of lists, with its label where the task has labels.
         exam: scores a model on what is held out.
         pad_id: fills up short rows.
         description: of the data, as JSON values.
@@ -58,8 +58,8 @@ class Examples:
         return batch
 
 
-def load_labelled(recipe: Any, data: Any, *, label2id: Any, task: str | None, evaluation: bool = False) -> TaskData:
-    """The labelled rows of a recipe, for training or (`evaluation`) for scoring."""
+def load_labeled(recipe: Any, data: Any, *, label2id: Any, task: str | None, evaluation: bool = False) -> TaskData:
+    """The labeled rows of a recipe, for training or (`evaluation`) for scoring."""
     return load_task(
         data,
         column=recipe.data_column,
@@ -86,7 +86,7 @@ def load_examples(
     teacher: PreTrainedModel | None = None,
     pooling: Pooling | None = None,
 ) -> Examples:
-    """Tokenise what a task is trained on, and hold out what it is scored on.
+    """Tokenize what a task is trained on, and hold out what it is scored on.
 
     Args:
         recipe: the recipe.
@@ -95,7 +95,7 @@ def load_examples(
         task: "classification", "regression", "masked", "causal" or "embedding".
         model: the student.
         tokenizer: its tokenizer.
-        rows: labelled rows, where they have been read already.
+        rows: labeled rows, where they have been read already.
         teacher: whose sentence embeddings those of task "embedding" are held against.
         pooling: how they are made.
 
@@ -106,7 +106,7 @@ def load_examples(
     length = sequence_length(recipe.max_seq_length, MAX_SEQ_LENGTH, tokenizer=tokenizer, config=config, model=model)
     if task in ("classification", "regression"):
         assert rows is not None
-        return _labelled(recipe, eval_data, task, model, tokenizer, rows, length)
+        return _labeled(recipe, eval_data, task, model, tokenizer, rows, length)
     if task == "embedding":
         assert teacher is not None
         assert pooling is not None
@@ -114,14 +114,14 @@ def load_examples(
     return (_masked if task == "masked" else _causal)(recipe, data, eval_data, model, tokenizer, length)
 
 
-def _labelled(
+def _labeled(
     recipe: Any, eval_data: Any, task: str, model: PreTrainedModel, tokenizer: Any, rows: TaskData, length: int
 ) -> Examples:
     config: Any = model.config
     notes = []
     train, held = rows.rows, None
     if eval_data is not None:
-        held = load_labelled(recipe, eval_data, label2id=getattr(config, "label2id", None), task=task, evaluation=True)
+        held = load_labeled(recipe, eval_data, label2id=getattr(config, "label2id", None), task=task, evaluation=True)
     else:
         train, kept = _split(train, recipe.seed)
         held = TaskData(kept, rows.description)
@@ -136,7 +136,7 @@ def _labelled(
     encoded: list[dict[str, Any]] = list(encode([row.text for row in train], tokenizer, length))
     for row, source in zip(encoded, train, strict=True):
         row["labels"] = int(source.label) if task == "classification" else float(source.label)
-    scorer = labelled_scorer(task, tokenizer, held, length)
+    scorer = labeled_scorer(task, tokenizer, held, length)
     return Examples(encoded, scorer, pad_token(tokenizer, config), rows.description | {"trained_on": len(train)}, notes)
 
 
@@ -175,7 +175,7 @@ def _sentences(
 def _texts(
     recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any], list[str]]:
-    """Separate texts, tokenised: to train on, held out, what they are, and notes."""
+    """Separate texts, tokenized: to train on, held out, what they are, and notes."""
 
     def read(source: Any, split: str, count: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         loaded = load_data(

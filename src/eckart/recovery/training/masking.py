@@ -1,4 +1,4 @@
-"""Tokens masked for masked language modelling."""
+"""Tokens masked for masked language modeling."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def better(scorer: Scorer, after: Scores, before: Scores) -> bool:
     return new >= old if scorer.higher else new <= old
 
 
-def labelled_scorer(task: str, tokenizer: Any, rows: TaskData, length: int) -> Scorer:
+def labeled_scorer(task: str, tokenizer: Any, rows: TaskData, length: int) -> Scorer:
     """Accuracy, F1 and Matthews of a classifier; Spearman and Pearson of a regression head."""
 
     def score(model: PreTrainedModel) -> Scores:

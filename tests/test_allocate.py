@@ -25,9 +25,10 @@ from eckart.allocation import (
     uniform,
 )
 from eckart.compression import plan_builder
+from eckart.compression.budget import Budget
 from eckart.compression.factorize import solve
-from eckart.compression.plan_builder import Budget, Settings
 from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings
 from eckart.errors import UsageError
 from eckart.forms import FORMS
 from eckart.linalg import factorize

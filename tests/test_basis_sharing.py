@@ -21,8 +21,8 @@ from eckart.calibration.layerwise import StatisticsWindow, block_of
 from eckart.compression import factor_store as shelves
 from eckart.compression.basis_groups import adjacent, reading_a_norm
 from eckart.compression.factor_store import FactorStore
-from eckart.compression.plan_builder import Settings
 from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
 from eckart.errors import UsageError

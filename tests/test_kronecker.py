@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 import eckart
 from eckart.allocation import DENSE, Choice, Plan, stored_elements, uniform
-from eckart.compression.plan_builder import Settings
 from eckart.compression.recipe import Recipe, make_recipe
+from eckart.compression.settings import Settings
 from eckart.errors import UsageError
 from eckart.forms import FORMS, Kronecker, build
 from eckart.linalg import Metric, Problem, kronecker_factorize, rearranged, rearranged_back

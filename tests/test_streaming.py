@@ -22,8 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import eckart
 from eckart.compression import memory_estimate
 from eckart.compression.memory_estimate import MemoryEstimate, estimate_memory
-from eckart.compression.plan_builder import Settings
 from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings
 from eckart.methods import method_named
 from eckart.model import dense_weight, factored_modules
 

@@ -49,15 +49,17 @@ class Registry(Mapping[str, T], Generic[T]):
         return name in self._places or name in self._added
 
     def add(self, name: str, found: T) -> T:
-        """Make an object of one's own known under a name, in this process.
+        """Make an object of one's own known under its name, in this process; it replaces an earlier one of one's own.
 
         Raises:
-            UsageError: another object has the name.
+            UsageError: eckart itself has another object of that name.
         """
-        if name in self and self[name] is not found:
-            raise UsageError(f"{self.kind} {name!r}: another {self.kind} has this name. Give yours a name of its own.")
         if name not in self._places:
             self._added[name] = found
+        elif self[name] is not found:
+            raise UsageError(
+                f"{self.kind} {name!r}: eckart has another {self.kind} of this name. Give yours a name of its own."
+            )
         return found
 
     def check(self, name: Any) -> str:

@@ -18,8 +18,8 @@ from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_bl
 from eckart.calibration.layerwise.paired import advance, start_runner
 from eckart.checkpoint.mapped import SMALL, spool
 from eckart.compression.factor_store import FactorStore
-from eckart.compression.plan_builder import Settings
 from eckart.compression.refit_groups import GroupRefit, refittable
+from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.data import Batch
 from eckart.data.inference import progress

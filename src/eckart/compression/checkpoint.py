@@ -24,9 +24,9 @@ from eckart.checkpoint.stored import stored_dtype, stored_size
 from eckart.checkpoint.tokenizer import FILES, load_tokenizer
 from eckart.compression.memory_estimate import scratch, workspace
 from eckart.compression.pipeline import compare, compress
-from eckart.compression.plan_builder import Settings
 from eckart.compression.recipe import Recipe, make_recipe
 from eckart.compression.result import Result
+from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.distributed import quiet_others, start
 from eckart.errors import CheckpointError, ModelError, UsageError

@@ -16,7 +16,8 @@ from eckart.allocation import Bases, Choice
 from eckart.calibration import why_useless
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.compression.factorize import SiteFactors, solve, solve_together
-from eckart.compression.plan_builder import Losses, Settings
+from eckart.compression.plan_builder import Losses
+from eckart.compression.settings import Settings
 from eckart.distributed import Processes
 from eckart.forms import Block
 from eckart.model import Site, dense_weight

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from eckart.allocation import Choice
-from eckart.compression.plan_builder import Losses, Settings
+from eckart.compression.plan_builder import Losses
+from eckart.compression.settings import Settings
 from eckart.forms import FORMS, Block
 from eckart.linalg import Factorization, Problem, shared_basis
 from eckart.methods import METHODS

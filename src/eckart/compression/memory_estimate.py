@@ -20,9 +20,11 @@ from eckart.calibration.layerwise import all_blocks, blocks_of, split_by_block
 from eckart.checkpoint.fingerprint import files_fingerprint
 from eckart.checkpoint.load import blank
 from eckart.compression.basis_groups import adjacent
+from eckart.compression.budget import Budget
 from eckart.compression.factor_store import STAGE as SOLVED
-from eckart.compression.plan_builder import Budget, Limits, Settings, largest_choices
+from eckart.compression.plan_builder import Limits, largest_choices
 from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.data import kind_of
 from eckart.distributed import ElsewhereError, Processes

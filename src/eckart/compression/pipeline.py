@@ -22,12 +22,14 @@ from eckart.calibration import too_few
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.checkpoint.description import attach_config
 from eckart.compression.assemble import Assembly
+from eckart.compression.budget import Budget
 from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore, FactorSummary
-from eckart.compression.plan_builder import Budget, Settings, largest_choices, make_plan
+from eckart.compression.plan_builder import largest_choices, make_plan
 from eckart.compression.prepare import CompressionContext, prepare
 from eckart.compression.recipe import Recipe, make_recipe
 from eckart.compression.result import Result
+from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.distributed import ElsewhereError
 from eckart.errors import ModelError, NumericalError

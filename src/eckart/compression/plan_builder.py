@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from dataclasses import replace as with_changes
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from eckart.allocation import (
     DENSE,
@@ -22,163 +21,19 @@ from eckart.allocation import (
     rank_steps,
     read_plan,
     shared_uniform,
-    smallest_keep,
     uniform,
 )
 from eckart.allocation.shared import ALONE
+from eckart.compression.budget import Budget
 from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings
 from eckart.errors import UsageError
-from eckart.evaluation import sizes
 from eckart.forms import Block, form_named
-from eckart.methods import METHODS, Method
-from eckart.model import Sites, saved_numbers
+from eckart.methods import Method
+from eckart.model import Sites
 
 Losses = Mapping[Block | None, Tensor]
 """Shape of block -> (r + 1,) loss at rank 0 .. r; a form without blocks has one curve, under None."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """A recipe's choices with the method's own filled in.
-
-    Attributes:
-        method: with the metric that is used.
-        form: name of the stored form.
-        allocation: "uniform", "loss", or "paper": the sizes that the method states.
-        refit: whether sites are solved again on the compressed model's own inputs.
-        notes: what was asked for and is not done.
-    """
-
-    method: Method
-    form: str
-    allocation: str
-    refit: bool
-    notes: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, method: Method, recipe: Recipe) -> Settings:
-        """What the recipe says, and the method where it says nothing.
-
-        Raises:
-            UsageError: if a refit is asked of a metric that knows no input Gram or of a form that has none, another
-                form of a method that is its form or states sizes of its own, or a size of a method that states them.
-        """
-        if recipe.metric is not None:
-            other = METHODS[recipe.metric]
-            method = with_changes(
-                method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centered=other.centered
-            )
-        refit = method.refit if recipe.refit is None else recipe.refit
-        if "gram" not in method.needs and refit:
-            if recipe.refit:
-                raise UsageError(
-                    f"--refit: the metric of {recipe.metric or method.name} does not look at inputs, so there is "
-                    "nothing to fit again; use --metric drone or kfac, or leave --refit out."
-                )
-            refit = False
-        form, allocation = recipe.form or method.form, recipe.allocation or method.allocation
-        notes: tuple[str, ...] = ()
-        if method.fixed_form and form != method.form:
-            raise UsageError(
-                f"--form {form}: {method.name} is its form, {method.form}, and in another one nothing of it is left. "
-                f"Leave --form out, or use a method that any form can store: --method svd --form {form}"
-            )
-        if allocation == "paper" and form != method.form:
-            raise UsageError(
-                f"--form {form}: {method.name} states sizes of form {method.form} only; "
-                "pass --allocation uniform or loss as well."
-            )
-        if allocation == "paper" and recipe.plan is None:
-            if given := [key for key in ("keep", "keep_of") if key in recipe.model_fields_set]:
-                flag = f"--{given[0].replace('_', '-')}"
-                raise UsageError(
-                    f"{flag} {getattr(recipe, given[0])}: {method.name} states its own sizes. Leave {flag} out, or "
-                    "have ranks chosen for it: --allocation uniform or loss"
-                )
-            notes = (f"{method.name} states its own sizes; --allocation uniform or loss has them follow --keep",)
-        if refit and not form_named(form).refits:
-            if recipe.refit:
-                raise UsageError(
-                    f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form pivoted or lowrank."
-                )
-            refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
-        if form_named(form).shares:
-            _check_sharing(method, form, allocation, recipe)
-        elif recipe.layers_per_basis is not None and recipe.plan is None:
-            raise UsageError(
-                f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use "
-                "--form shared-basis, or --method basis-sharing."
-            )
-        if method.needs and not form_named(form).weighted_exactly:
-            method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
-        return cls(method, form, allocation, refit, notes)
-
-    def needs(self, *, planned: bool = False) -> frozenset[str]:
-        """Statistics to gather; `planned`: ranks are given, so no curve in units of loss is needed."""
-        needs = self.method.needs
-        if self.allocation == "loss" and not planned:
-            needs = needs | METHODS["kfac"].needs
-        return needs | (frozenset({"gram"}) if self.refit else frozenset())
-
-
-def check_metric_shares(method: Method) -> None:
-    """Refuse a metric under which layers cannot share a basis.
-
-    Raises:
-        UsageError: it weighs each layer's own outputs, or centres each layer's own inputs.
-    """
-    if method.centered or not method.needs <= {"gram", "absolute"}:
-        raise UsageError(
-            f"--method {method.name}: its metric weighs the outputs or the mean of each layer by itself, so that "
-            "layers cannot share a basis under it. Use --metric drone, asvd or svd, or --method basis-sharing."
-        )
-
-
-def _check_sharing(method: Method, form: str, allocation: str, recipe: Recipe) -> None:
-    if allocation != "uniform" and recipe.plan is None:
-        raise UsageError(
-            f"--allocation {allocation}: in form {form} the layers of a group have one rank, which no layer's own "
-            "curve of losses decides. Use --allocation uniform, or --method basis-sharing."
-        )
-    check_metric_shares(method)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Elements that may be stored, and what they are a fraction of.
-
-    Attributes:
-        elements: of the matrices of all sites.
-        outside: elements of the model that are counted but in no site; 0 where `keep` is of the sites.
-        dense: what `keep` is a fraction of.
-        keep: as it was asked for.
-        of: "sites" or "model".
-    """
-
-    elements: int
-    outside: int
-    dense: int
-    keep: float
-    of: str
-
-    @classmethod
-    def of_recipe(cls, model: nn.Module, sites: Sites, recipe: Recipe) -> Budget:
-        """The budget of a recipe's keep."""
-        inside = sum(site.elements for site in sites.chosen)
-        whole = inside if recipe.keep_of == "sites" else sizes(model).model.elements
-        outside = whole - inside
-        if recipe.keep_of == "model":  # embeddings count as they will be stored
-            outside -= saved_numbers(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
-        elements = int(round(recipe.keep * whole, 6)) - outside
-        return cls(elements, outside, whole, recipe.keep, recipe.keep_of)
-
-    def refusal(self, needed: int, why: str) -> UsageError:
-        """The error of a budget that is too small: `needed` elements of the sites would do."""
-        least = smallest_keep(needed + self.outside, self.dense)
-        return UsageError(
-            f"--keep {self.keep:g} --keep-of {self.of}: {why}. The smallest keep that can be reached is {least:.4f}: "
-            "raise --keep, or name more --targets."
-        )
 
 
 def make_plan(

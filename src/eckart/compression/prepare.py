@@ -20,9 +20,11 @@ from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.compression.basis_groups import adjacent, reading_a_norm
+from eckart.compression.budget import Budget
 from eckart.compression.factor_store import STAGE as SOLVED
-from eckart.compression.plan_builder import Budget, Losses, Settings, check_metric_shares, make_plan
+from eckart.compression.plan_builder import Losses, make_plan
 from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
 from eckart.data import CalibrationData, Kind, Pooling, kind_of
 from eckart.data import load as load_data

@@ -4,6 +4,7 @@ from eckart.model.clone import cast, own_storage, shared_clone
 from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
 from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
 from eckart.model.heads import HeadCut, cut_heads, cut_layer, forget_cut, heads_of_rows
+from eckart.model.preserve import preserve_random_state, preserve_state
 from eckart.model.replace import (
     dense_module,
     factored_modules,
@@ -46,6 +47,8 @@ __all__ = [
     "own_storage",
     "owner_of",
     "pack",
+    "preserve_random_state",
+    "preserve_state",
     "put_table",
     "replace",
     "saved_numbers",

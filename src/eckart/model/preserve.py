@@ -56,7 +56,8 @@ def preserve_state(*models: nn.Module) -> Iterator[None]:
                 parameter.data = data
             parameter.requires_grad_(trains)
         for table, name, buffer in buffers:
-            if buffer is not None and name in table and (table[name] is None or _moved(table[name], buffer)):
+            now = table.get(name)
+            if buffer is not None and now is not None and _moved(now, buffer):
                 table[name] = buffer
 
 

@@ -266,7 +266,7 @@ def test_no_data_and_no_network_names_what_works_without(cli, room, tmp_path, mo
 
 
 def test_output_is_checked_before_anything_is_loaded(cli, room, tmp_path, monkeypatch):
-    monkeypatch.setattr("eckart.compression.checkpoint.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("eckart.checkpoint.open.load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "there").mkdir()
     text = cli("compress", room / "llama", "--output-dir", tmp_path / "there", code=1)
     assert f"{tmp_path / 'there'} is there already" in text

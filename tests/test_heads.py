@@ -17,9 +17,9 @@ from torch import nn
 from tuning_problem import batch, begun, bert, logits, train
 
 import eckart
+from eckart.checkpoint.export import export_dense
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_size, stored_tensors
-from eckart.compression.checkpoint import export_dense
 from eckart.errors import CheckpointError, UsageError
 from eckart.evaluation.sizes import sizes
 from eckart.model import HeadCut, cut_heads, dense_weight, find_sites

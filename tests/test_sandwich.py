@@ -239,7 +239,7 @@ def test_tuned_published_and_loaded_in_a_fresh_process(place, tmp_path):
     assert torch.equal(torch.load(tmp_path / "out" / "logits.pt"), expected)
     again = eckart.tune(tmp_path / "out", recovery="distil", **options)  # trained on, it stays shared
     assert shared_parameters(again.model) == shared_parameters(result.model)
-    plain = eckart.compression.checkpoint.export_dense(tmp_path / "out", tmp_path / "plain")
+    plain = eckart.checkpoint.export.export_dense(tmp_path / "out", tmp_path / "plain")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     assert torch.equal(output(eckart.load(plain), ids), expected)
 

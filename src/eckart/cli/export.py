@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from eckart.checkpoint.export import export_dense
 from eckart.cli.console import guarded, show
-from eckart.compression.checkpoint import export_dense
 from eckart.errors import UsageError
 
 FORMATS = ("dense",)

@@ -7,9 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from eckart.checkpoint.open import find_checkpoint, open_model
 from eckart.cli.console import check_json, guarded, show, write_json
 from eckart.cli.options import asked, recipe_options
-from eckart.compression.checkpoint import find_checkpoint, open_model
 from eckart.evaluation.inspection import inspect_model
 from eckart.report import inspection_table
 

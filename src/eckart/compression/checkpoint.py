@@ -8,30 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
-from eckart.checkpoint.description import is_special
-from eckart.checkpoint.load import load
-from eckart.checkpoint.mapped import load_mapped
-from eckart.checkpoint.save import save
-from eckart.checkpoint.source import inspect_source, resolve
-from eckart.checkpoint.stored import stored_dtype, stored_size
-from eckart.checkpoint.tokenizer import FILES, load_tokenizer
+from eckart.checkpoint.open import find_checkpoint, open_model
 from eckart.compression.memory_estimate import scratch, workspace
 from eckart.compression.pipeline import compare, compress
 from eckart.compression.recipe import Recipe, make_recipe
 from eckart.compression.result import Result
 from eckart.compression.settings import Settings
-from eckart.compression.workspace import Workspace
 from eckart.distributed import quiet_others, start
-from eckart.errors import CheckpointError, ModelError, UsageError
+from eckart.errors import UsageError
 from eckart.methods import method_named
-from eckart.model import fuse, to_dense_modules
 from eckart.report import quality_cells
 from eckart.storage.lock import OutputLock, output_path
 from eckart.storage.publish import check_output
@@ -43,93 +33,6 @@ WHOLE_SHARD, STREAMED_SHARD = "50GB", "2GB"
 
 OWN_STEPS = ("factorization", "replacement", "refit")
 """Steps of a comparison that each method takes by itself."""
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """A checkpoint that is ready to be worked on.
-
-    Attributes:
-        folder: where it lies.
-        model: in float32 on the CPU, whatever the checkpoint's type; in the checkpoint's own on an accelerator.
-        tokenizer: or None where there is none and none is needed.
-        dtype: the checkpoint's own type.
-        elements: numbers that it stores.
-        bytes: the same in bytes.
-        warnings: what is odd about it but not wrong.
-    """
-
-    folder: Path
-    model: PreTrainedModel
-    tokenizer: Any
-    dtype: torch.dtype
-    elements: int
-    bytes: int
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FoundCheckpoint:
-    """A checkpoint that has been looked at and not loaded yet; :func:`find` makes it, :func:`open_model` loads it."""
-
-    folder: Path
-    dtype: torch.dtype
-    elements: int
-    bytes: int
-    warnings: tuple[str, ...]
-    trust_remote_code: bool = False
-
-
-def find_checkpoint(
-    model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
-) -> FoundCheckpoint:
-    """Find a checkpoint and check that it is whole, safe to read, and neither factored nor quantized.
-
-    Args:
-        model: a folder, or a name on the hub.
-        revision: on the hub.
-        trust_remote_code: accept a model that brings its own Python code.
-
-    Raises:
-        CheckpointError: it is not there, damaged or pickled.
-        ModelError: it is factored or quantized already.
-    """
-    folder = resolve(str(model), revision, trust_remote_code=trust_remote_code)
-    looked = inspect_source(folder, trust_remote_code=trust_remote_code)
-    for warning in looked.warnings:
-        logger.warning(warning)
-    elements, size = stored_size(looked.tensors)
-    dtype = stored_dtype(looked.tensors) or torch.float32
-    return FoundCheckpoint(folder, dtype, elements, size, tuple(looked.warnings), trust_remote_code)
-
-
-def open_model(
-    found: FoundCheckpoint, *, device: str | None = None, needs_text: str | None = None, place: Workspace | None = None
-) -> OpenedModel:
-    """Load model and tokenizer; the tokenizer first, since it is the smaller one to be missing.
-
-    Args:
-        found: what :func:`find` gave.
-        device: where it will compute.
-        needs_text: what reads text and so needs a tokenizer, in words; None if nothing does.
-        place: where it will be worked on; block by block, its weights stay in their files.
-
-    Raises:
-        CheckpointError: the tokenizer is needed and missing, or the weights are not the model's.
-    """
-    tokenizer = load_tokenizer(found.folder, trust_remote_code=found.trust_remote_code)
-    if tokenizer is None and needs_text is not None:
-        raise CheckpointError(
-            f"{found.folder} has no tokenizer (looked for {', '.join(FILES[:4])}, ...), and {needs_text} reads text. "
-            "Put the tokenizer's files into the folder (tokenizer.save_pretrained), use a method that needs no data "
-            "(--method svd), or pass model-ready batches to eckart.compress from Python."
-        )
-    if place is not None and place.streaming:
-        model = load_mapped(found.folder, scratch=scratch(place), trust_remote_code=found.trust_remote_code)
-    else:
-        dtype = found.dtype if device is not None and not device.startswith("cpu") else torch.float32
-        model = load(found.folder, dtype=dtype, trust_remote_code=found.trust_remote_code)
-    return OpenedModel(found.folder, model, tokenizer, found.dtype, found.elements, found.bytes, found.warnings)
 
 
 def text_reader(recipe: Recipe, methods: Sequence[str]) -> str | None:
@@ -199,7 +102,8 @@ def compress_checkpoint(
         )
         tell(how)
         with processes.together():
-            source = open_model(found, device=recipe.device, needs_text=reader, place=place)
+            where = scratch(place) if place.streaming else None
+            source = open_model(found, device=recipe.device, needs_text=reader, scratch=where)
         result = compress(source.model, source.tokenizer, recipe=recipe, source_folder=source.folder, workspace=place)
         result.report["notes"][:0] = source.warnings
         published = output_path(output_dir)
@@ -261,30 +165,3 @@ def compare_checkpoint(recipe: Recipe, methods: Sequence[str], keeps: Sequence[f
         steps = ", ".join(f"{step} {value:.1f} s" for step, value in shared.items())
         notes.append(f"seconds are those of factoring alone; shared by all methods: {steps}")
     return {"rows": rows, "original": made["sizes"]["model"]["before"], "notes": notes}
-
-
-def export_dense(folder: str | Path, output_dir: str | Path, *, overwrite: bool = False) -> Path:
-    """Publish an ordinary checkpoint in which every factored weight is multiplied out.
-
-    Args:
-        folder: what eckart published.
-        output_dir: a folder that is not there yet.
-        overwrite: replace a model folder that is.
-
-    Returns:
-        The published folder.
-
-    Raises:
-        CheckpointError: the source cannot be read or the output not be written.
-        ModelError: the model is not factored.
-    """
-    check_output(output_dir, overwrite=overwrite, source=folder)
-    source = resolve(str(folder))
-    with OutputLock(output_dir) as lock:
-        model = load(source)
-        if not is_special(model):
-            raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
-        to_dense_modules(model)
-        fuse(model)
-        tokenizer = load_tokenizer(source)
-        return save(model, output_dir, tokenizer=tokenizer, source_folder=source, overwrite=overwrite, lock=lock)

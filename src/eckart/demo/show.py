@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.compression.checkpoint import compress_checkpoint, find_checkpoint, open_model
+from eckart.checkpoint.open import find_checkpoint, open_model
+from eckart.compression.checkpoint import compress_checkpoint
 from eckart.compression.pipeline import compare
 from eckart.compression.recipe import Recipe
 from eckart.compression.result import Result

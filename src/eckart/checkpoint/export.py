@@ -1,0 +1,45 @@
+"""A factored checkpoint as an ordinary one, which loads without eckart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from eckart.checkpoint.description import is_special
+from eckart.checkpoint.load import load
+from eckart.checkpoint.save import save
+from eckart.checkpoint.source import resolve
+from eckart.checkpoint.tokenizer import load_tokenizer
+from eckart.errors import ModelError
+from eckart.model import fuse, to_dense_modules
+from eckart.storage.lock import OutputLock
+from eckart.storage.publish import check_output
+
+
+def export_dense(
+    folder: str | Path, output_dir: str | Path, *, overwrite: bool = False, trust_remote_code: bool = False
+) -> Path:
+    """Publish an ordinary checkpoint in which every factored weight is multiplied out.
+
+    Args:
+        folder: a folder that eckart published.
+        output_dir: the folder to be written.
+        overwrite: replace an output that eckart published earlier.
+        trust_remote_code: accept a model that brings its own Python code.
+
+    Returns:
+        The published folder.
+
+    Raises:
+        CheckpointError: the source cannot be read or the output not be written.
+        ModelError: the model is not factored.
+    """
+    check_output(output_dir, overwrite=overwrite, source=folder)
+    source = resolve(str(folder), trust_remote_code=trust_remote_code)
+    with OutputLock(output_dir) as lock:
+        model = load(source, trust_remote_code=trust_remote_code)
+        if not is_special(model):
+            raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
+        to_dense_modules(model)
+        fuse(model)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        return save(model, output_dir, tokenizer=tokenizer, source_folder=source, overwrite=overwrite, lock=lock)

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from eckart.calibration import calibrate
 from eckart.checkpoint.source import resolve
-from eckart.data import load
+from eckart.data import load_data
 from eckart.data.inference import forward
 from eckart.linalg import factorize
 from eckart.methods import METHODS
@@ -37,7 +37,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     column = "0" if Path(options.text).exists() else "sentence1"
-    data = load(
+    data = load_data(
         options.text, tokenizer=tokenizer, model=model, column=column, num_samples=options.samples, batch_size=32
     )
     sites = find_sites(model).chosen

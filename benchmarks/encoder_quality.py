@@ -17,7 +17,7 @@ from common import show
 from transformers import AutoModel, AutoTokenizer
 
 import eckart
-from eckart.data import Pooling, load, load_task
+from eckart.data import Pooling, load_data, load_task
 from eckart.evaluation import embedding_cosine, quantized_baseline, similarity
 from eckart.methods import METHODS
 from eckart.model import find_sites
@@ -43,7 +43,7 @@ def main() -> None:
     local = Path(options.task).exists()
     first, second, score = ("0", "1", "2") if local else ("sentence1", "sentence2", "score")
     task = load_task(options.task, split="validation", column=first, pair_column=second, label=score)
-    held = load(
+    held = load_data(
         options.task, tokenizer=tokenizer, model=model, split="validation", column=first, num_samples=1500,
         batch_size=32,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from eckart.forms import FORMS
-from eckart.model import find_sites, replace
+from eckart.model import find_sites, replace_module
 
 TOKENS = 1024
 
@@ -85,7 +85,7 @@ def main() -> None:
             for site in find_sites(encoder).chosen:
                 old = encoder.get_submodule(site.name)
                 assert isinstance(old, nn.Linear)
-                replace(models[form], site.name, factored(old, form, options.keep, 8))
+                replace_module(models[form], site.name, factored(old, form, options.keep, 8))
         runs = {name: (lambda model=model, tokens=tokens: model(tokens)) for name, model in models.items()}
         measure("whole encoder", dtype, runs, options.repeats)
     rows.append(["geometric mean", "", "", "", "", geometric_mean(ratios)])

@@ -24,9 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 import eckart
 from eckart.calibration import Calibration, calibrate
-from eckart.data import Batch, load
+from eckart.data import Batch, load_data
 from eckart.forms import FactoredLinear
-from eckart.model import find_sites, with_single_experts
+from eckart.model import find_sites, with_separate_experts
 from eckart.moments import Moments, gather, generator, shared_inputs
 
 NAMES = [architecture.name for architecture in ZOO]
@@ -64,7 +64,7 @@ def forms(model: nn.Module) -> dict[str, FactoredLinear]:
 @pytest.mark.parametrize("name", NAMES)
 def test_svd_factors_the_sites_of_every_family(name):
     it = made(name)
-    chosen = find_sites(with_single_experts(it.model)).chosen
+    chosen = find_sites(with_separate_experts(it.model)).chosen
     factored = forms(it.plain.model)
     assert set(factored) <= {site.name for site in chosen}
     assert len(factored) >= 0.9 * len(chosen) > 0
@@ -82,7 +82,7 @@ def test_the_default_method_runs_on_every_family(name):
     assert it.best.report["method"] == "eckart"
     assert it.best.report["allocation"] == "loss"
     assert it.best.report["kept"]["of_sites"] <= 0.5
-    assert len(forms(it.best.model)) >= 0.5 * len(find_sites(with_single_experts(it.model)).chosen)
+    assert len(forms(it.best.model)) >= 0.5 * len(find_sites(with_separate_experts(it.model)).chosen)
     after = output(it.best.model, it.batches[0])
     assert torch.isfinite(after).all()
     assert not torch.equal(after, output(it.model, it.batches[0]))
@@ -262,7 +262,7 @@ def test_a_model_that_keeps_modules_in_float32_keeps_their_factors_too(tmp_path)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_module_that_holds_a_matrix_is_a_site_or_skipped_with_a_reason(name):
-    model = with_single_experts(BY_NAME[name].model())
+    model = with_separate_experts(BY_NAME[name].model())
     sites = find_sites(model)
     chosen = {site.name for site in sites.chosen}
     assert not chosen & set(sites.skipped)
@@ -278,7 +278,7 @@ def test_every_module_that_holds_a_matrix_is_a_site_or_skipped_with_a_reason(nam
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_experts_are_sites_once_they_are_apart_and_routers_are_skipped(name):
     model = BY_NAME[name].model()
-    fused, apart = find_sites(model), find_sites(with_single_experts(model))
+    fused, apart = find_sites(model), find_sites(with_separate_experts(model))
     for layer in (0, 1):
         assert "fused experts" in fused.skipped[f"model.layers.{layer}.mlp.experts"]
         assert "Router" in apart.skipped[f"model.layers.{layer}.mlp.gate"]
@@ -307,8 +307,8 @@ def calibrated(
     model: PreTrainedModel | None = None,
     **options,
 ) -> Calibration:
-    model = with_single_experts(model if model is not None else kind.model())
-    data = load(batches if batches is not None else kind.batches(), model=model)
+    model = with_separate_experts(model if model is not None else kind.model())
+    data = load_data(batches if batches is not None else kind.batches(), model=model)
     return calibrate(model, [site.name for site in find_sites(model).chosen], data, needs=needs, **options)
 
 
@@ -606,7 +606,7 @@ class Flattening(nn.Module):
 
 def test_flattened_layers_are_unflattened():
     model, batches = Flattening(), BY_NAME["bert"].batches(count=2)
-    data = load(batches)
+    data = load_data(batches)
 
     def loss(inputs: Inputs) -> Tensor:
         made = model(inputs["input_ids"], inputs["attention_mask"])
@@ -661,12 +661,12 @@ def test_cutting_batches_in_two_changes_nothing(name):
 def test_draws_follow_the_example_not_its_place_in_a_batch():
     kind = BY_NAME["bert-mlm"]
     model = kind.model()
-    batch = load(kind.batches(count=1), model=model).batches[0]
+    batch = load_data(kind.batches(count=1), model=model).batches[0]
     names = [site.name for site in find_sites(model).chosen]
     site = names[-1]
 
     def moments(batches: list[Batch], seed: int = 0) -> Tensor:
-        data = load(batches, model=model)
+        data = load_data(batches, model=model)
         entry = calibrate(model, names, data, needs=EVERYTHING, seed=seed).moments[site]
         return entry.gradients.mean_gram
 

@@ -23,7 +23,7 @@ from test_data_models import (
 )
 from transformers import BertForSequenceClassification, BertModel, LlamaForSequenceClassification
 
-from eckart.data import Batch, CalibrationData, load
+from eckart.data import Batch, CalibrationData, load_data
 from eckart.data import loading as loading_module
 from eckart.data import source as source_module
 from eckart.errors import DataError, NumericalError, UsageError
@@ -59,7 +59,7 @@ def test_text_file_is_packed_whole(tmp_path):
     path = tmp_path / "a.txt"
     text = "".join(f"line {n}\n" for n in range(40))
     path.write_text(text)
-    data = load(path, **CAUSAL, max_seq_length=16, batch_size=4)
+    data = load_data(path, **CAUSAL, max_seq_length=16, batch_size=4)
     expected = BYTES(text, add_special_tokens=False)["input_ids"]
     windows = len(expected) // 16
     assert all_ids(data).flatten().tolist() == expected[: windows * 16]
@@ -81,7 +81,7 @@ def test_windows_are_drawn_evenly_by_seed(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("".join(chr(97 + n % 26) for n in range(5000)))
     settings = dict(**CAUSAL, max_seq_length=16, num_samples=30)
-    one, again, other = load(path, **settings), load(path, **settings), load(path, **settings, seed=1)
+    one, again, other = load_data(path, **settings), load_data(path, **settings), load_data(path, **settings, seed=1)
     same(one, again)
     assert one.description == again.description
     places = [example for batch in one for example in batch.examples]
@@ -97,41 +97,41 @@ def test_windows_are_drawn_evenly_by_seed(tmp_path):
 def test_batch_size_changes_nothing_but_the_batches(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("abc" * 500)
-    small, large = (load(path, **CAUSAL, max_seq_length=16, num_samples=9, batch_size=size) for size in (2, 9))
+    small, large = (load_data(path, **CAUSAL, max_seq_length=16, num_samples=9, batch_size=size) for size in (2, 9))
     assert torch.equal(all_ids(small), all_ids(large))
 
 
 def test_documents_are_parted_by_eos_and_started_by_bos():
     texts = ["ab", "cd"]
-    without = all_ids(load(texts, **CAUSAL, max_seq_length=5)).flatten().tolist()
+    without = all_ids(load_data(texts, **CAUSAL, max_seq_length=5)).flatten().tolist()
     assert sorted(token for token in without if token > 2) == sorted(BYTES("abcd")["input_ids"])
     assert without.count(1) == 1
     assert without[2] == 1
-    started = load(texts, tokenizer=WITH_BOS, model_config=llama_config(), max_seq_length=7)
+    started = load_data(texts, tokenizer=WITH_BOS, model_config=llama_config(), max_seq_length=7)
     ids = all_ids(started).flatten().tolist()
     assert ids[0] == 0
     assert ids[3:5] == [1, 0]
 
 
 def test_too_little_text_gives_one_shorter_window(caplog):
-    data = load(["abcde"], **CAUSAL, max_seq_length=16)
+    data = load_data(["abcde"], **CAUSAL, max_seq_length=16)
     assert data.batches[0].inputs["input_ids"].shape == (1, 5)
     assert "5 tokens" in caplog.text
     assert data.description["warnings"]
-    load(["a" * 40], **CAUSAL, max_seq_length=16, num_samples=4)
+    load_data(["a" * 40], **CAUSAL, max_seq_length=16, num_samples=4)
     assert "2 windows of 16 tokens, 4 were asked for" in caplog.text
 
 
 @pytest.mark.parametrize("empty", [[], [""], ["", ""]])
 def test_no_text_is_refused(empty):
     with pytest.raises(DataError, match="pass data"):
-        load(empty, **CAUSAL)
+        load_data(empty, **CAUSAL)
 
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(DataError, match=r"a\.txt"):
-        load(tmp_path / "a.txt", **CAUSAL)
+        load_data(tmp_path / "a.txt", **CAUSAL)
 
 
 def test_reading_stops_when_there_is_enough():
@@ -143,13 +143,13 @@ def test_reading_stops_when_there_is_enough():
             yield {"text": "some text " * 3}
 
     stream = datasets.IterableDataset.from_generator(endless)
-    data = load(stream, **CAUSAL, max_seq_length=16, num_samples=4)
+    data = load_data(stream, **CAUSAL, max_seq_length=16, num_samples=4)
     assert data.num_examples == 4
     assert len(drawn) < 5000
 
 
 def test_length_never_exceeds_the_positions(caplog):
-    data = load(["abc" * 100], **CAUSAL, max_seq_length=1000)
+    data = load_data(["abc" * 100], **CAUSAL, max_seq_length=1000)
     assert data.batches[0].inputs["input_ids"].shape[1] == 64
     assert "lowered to 64" in caplog.text
 
@@ -159,25 +159,25 @@ def test_chat_messages_go_through_the_template():
     chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
     tokenizer = byte_tokenizer(bos=True, template=template)
     for data in ([{"messages": chat, "id": 3}], [chat], datasets.Dataset.from_list([{"messages": chat}])):
-        ids = all_ids(load(data, tokenizer=tokenizer, model_config=llama_config(), max_seq_length=27))
+        ids = all_ids(load_data(data, tokenizer=tokenizer, model_config=llama_config(), max_seq_length=27))
         assert tokenizer.decode(ids[0]) == "<s>[user] hi[assistant] hello"[: 27 + 2]
         assert ids[0].tolist().count(0) == 1
     with pytest.raises(DataError, match=r"'messages' holds chat messages.*chat_template"):
-        load([chat], **CAUSAL)
+        load_data([chat], **CAUSAL)
 
 
 def test_rows_of_a_dataset_and_of_a_dataset_dict():
     table = datasets.Dataset.from_dict({"id": [1, 2], "body": ["abcd", "efgh"]})
-    ids = all_ids(load(table, **CAUSAL, max_seq_length=9)).flatten().tolist()
-    assert ids == all_ids(load(datasets.DatasetDict(train=table), **CAUSAL, max_seq_length=9)).flatten().tolist()
+    ids = all_ids(load_data(table, **CAUSAL, max_seq_length=9)).flatten().tolist()
+    assert ids == all_ids(load_data(datasets.DatasetDict(train=table), **CAUSAL, max_seq_length=9)).flatten().tolist()
     with pytest.raises(DataError, match=r"no split 'test'.*train"):
-        load(datasets.DatasetDict(train=table), **CAUSAL, split="test")
+        load_data(datasets.DatasetDict(train=table), **CAUSAL, split="test")
 
 
 def test_a_large_dataset_is_read_in_random_order(monkeypatch):
     monkeypatch.setattr(source_module, "SHUFFLE_ABOVE", 10)
     table = datasets.Dataset.from_dict({"text": sentences(200)})
-    data = load(table, **ENCODER, num_samples=20)
+    data = load_data(table, **ENCODER, num_samples=20)
     chosen = sorted(example for batch in data for example in batch.examples)
     assert len(set(chosen)) == 20
     assert max(chosen) > 50
@@ -190,7 +190,7 @@ def test_a_large_dataset_is_read_in_random_order(monkeypatch):
 
 
 def test_stdlib_is_there():
-    data = load("stdlib", **CAUSAL, max_seq_length=64, num_samples=8)
+    data = load_data("stdlib", **CAUSAL, max_seq_length=64, num_samples=8)
     assert data.num_tokens == 8 * 64
     assert data.description["source"] == "stdlib"
     assert data.description["split"] == "calibration"
@@ -204,14 +204,14 @@ def test_self_is_deterministic_and_keyed_by_example():
     model.train()
     state = torch.random.get_rng_state()
     settings = {"tokenizer": BYTES, "model": model, "max_seq_length": 12, "disable": True}
-    data = load("self", **settings, num_samples=40)
+    data = load_data("self", **settings, num_samples=40)
     assert torch.equal(state, torch.random.get_rng_state())
     assert model.training
     assert all(module.training for module in model.modules())
-    same(data, load("self", **settings, num_samples=40))
+    same(data, load_data("self", **settings, num_samples=40))
     # Window 33 is the same whether 40 or 34 are drawn, and however many side by side.
-    assert torch.equal(all_ids(data)[:34], all_ids(load("self", **settings, num_samples=34)))
-    assert not torch.equal(all_ids(data), all_ids(load("self", **settings, num_samples=40, seed=1)))
+    assert torch.equal(all_ids(data)[:34], all_ids(load_data("self", **settings, num_samples=34)))
+    assert not torch.equal(all_ids(data), all_ids(load_data("self", **settings, num_samples=40, seed=1)))
     assert (all_ids(data)[:, 0] == 0).all()
     assert data.description["source"] == "self"
 
@@ -222,7 +222,7 @@ def test_self_samples_the_models_own_distribution():
     model.generation_config.max_new_tokens = 3
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
-    data = load("self", tokenizer=tokenizer, model=model, num_samples=2000, max_seq_length=3, disable=True)
+    data = load_data("self", tokenizer=tokenizer, model=model, num_samples=2000, max_seq_length=3, disable=True)
     ids = all_ids(data)
     with torch.no_grad():
         first = model(input_ids=torch.tensor([[0]])).logits[0, -1].softmax(-1)
@@ -240,14 +240,14 @@ def test_self_without_bos_starts_from_what_is_frequent():
     model = llama(bos_token_id=None)
     tokenizer = byte_tokenizer()
     tokenizer.bos_token = None
-    data = load("self", tokenizer=tokenizer, model=model, num_samples=5, max_seq_length=10, disable=True)
+    data = load_data("self", tokenizer=tokenizer, model=model, num_samples=5, max_seq_length=10, disable=True)
     assert all_ids(data).shape == (5, 10)
     assert len(set(all_ids(data)[:, 0].tolist())) > 1
 
 
 def test_self_goes_on_after_eos_with_bos():
     model = llama(vocab_size=4, bos_token_id=0, eos_token_id=1, pad_token_id=2)
-    ids = all_ids(load("self", tokenizer=BYTES, model=model, num_samples=20, max_seq_length=30, disable=True))
+    ids = all_ids(load_data("self", tokenizer=BYTES, model=model, num_samples=20, max_seq_length=30, disable=True))
     ends = (ids[:, :-1] == 1).nonzero()
     assert len(ends)
     assert all(ids[row, place + 1] == 0 for row, place in ends.tolist())
@@ -256,16 +256,16 @@ def test_self_goes_on_after_eos_with_bos():
 def test_self_is_refused_where_it_cannot_work():
     bert = build(BertModel, bert_config())
     with pytest.raises(UsageError, match=r"only a causal model.*pass a file"):
-        load("self", tokenizer=word_tokenizer(), model=bert)
+        load_data("self", tokenizer=word_tokenizer(), model=bert)
     with pytest.raises(UsageError, match="pass the model"):
-        load("self", **CAUSAL)
+        load_data("self", **CAUSAL)
     with pytest.raises(UsageError, match="AutoModelForCausalLM"):
-        load("self", tokenizer=BYTES, model=llama().model)
+        load_data("self", tokenizer=BYTES, model=llama().model)
     broken = llama()
     broken.lm_head.weight.data[3, 3] = torch.nan
     own = broken.generation_config
     with pytest.raises(NumericalError, match="not finite"):
-        load("self", tokenizer=BYTES, model=broken, max_seq_length=8, disable=True)
+        load_data("self", tokenizer=BYTES, model=broken, max_seq_length=8, disable=True)
     assert broken.generation_config is own
 
 
@@ -276,7 +276,7 @@ def test_one_example_a_line_padded_by_batch(tmp_path):
     lines = sentences(20)
     path = tmp_path / "a.txt"
     path.write_text("\n\n".join(lines))  # every other line is blank
-    data = load(path, **ENCODER, batch_size=6)
+    data = load_data(path, **ENCODER, batch_size=6)
     seen = {}
     for batch in data:
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
@@ -294,8 +294,8 @@ def test_one_example_a_line_padded_by_batch(tmp_path):
 
 def test_examples_keep_their_place_when_drawn():
     lines = sentences(50)
-    data = load(lines, **ENCODER, num_samples=10, seed=3)
-    same(data, load(lines, **ENCODER, num_samples=10, seed=3))
+    data = load_data(lines, **ENCODER, num_samples=10, seed=3)
+    same(data, load_data(lines, **ENCODER, num_samples=10, seed=3))
     for batch in data:
         for row, mask, example in zip(
             batch.inputs["input_ids"], batch.inputs["attention_mask"], batch.examples, strict=True
@@ -304,37 +304,39 @@ def test_examples_keep_their_place_when_drawn():
 
 
 def test_long_texts_are_cut_at_the_models_positions():
-    data = load([" ".join(["cat"] * 100)], **ENCODER)
+    data = load_data([" ".join(["cat"] * 100)], **ENCODER)
     assert data.batches[0].inputs["input_ids"].shape == (1, 32)
     build(BertModel, bert_config())(**data.batches[0].inputs)
-    short = load([" ".join(["cat"] * 100)], **ENCODER, max_seq_length=7)
+    short = load_data([" ".join(["cat"] * 100)], **ENCODER, max_seq_length=7)
     assert short.batches[0].inputs["input_ids"].shape == (1, 7)
 
 
 def test_sentence_pairs():
     rows = [{"a": "the cat", "b": "a dog sat"}, {"a": "it", "b": "was"}]
-    data = load(rows, **ENCODER, column="a", target_column="b")
+    data = load_data(rows, **ENCODER, column="a", target_column="b")
     batch = data.batches[0]
     assert batch.inputs["token_type_ids"][batch.examples.index(0)].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(DataError, match="no column 'c'"):
-        load(rows, **ENCODER, column="a", target_column="c")
+        load_data(rows, **ENCODER, column="a", target_column="c")
 
 
 def test_own_labels():
     rows = [{"text": text, "label": label} for text, label in zip(sentences(9), "pnppnnpnp", strict=True)]
     config = bert_config(num_labels=2, label2id={"n": 0, "p": 1}, id2label={0: "n", 1: "p"})
     model = build(BertForSequenceClassification, config)
-    data = load(rows, tokenizer=word_tokenizer(), model=model, label_column="label", batch_size=4)
+    data = load_data(rows, tokenizer=word_tokenizer(), model=model, label_column="label", batch_size=4)
     assert data.has_labels
     for batch in data:
         assert batch.inputs["labels"].tolist() == [int(rows[example]["label"] == "p") for example in batch.examples]
         assert torch.isfinite(model(**batch.inputs).loss)
     with pytest.raises(DataError, match=r"item 8: label 'x'.*label2id"):
-        load([*rows[:8], {"text": "cat", "label": "x"}], tokenizer=word_tokenizer(), model=model, label_column="label")
+        load_data(
+            [*rows[:8], {"text": "cat", "label": "x"}], tokenizer=word_tokenizer(), model=model, label_column="label"
+        )
     with pytest.raises(DataError, match=r"item 0: label 2.*2 classes"):
-        load([{"text": "cat", "label": 2}], tokenizer=word_tokenizer(), model=model, label_column="label")
+        load_data([{"text": "cat", "label": 2}], tokenizer=word_tokenizer(), model=model, label_column="label")
     score = build(BertForSequenceClassification, bert_config(num_labels=1))
-    data = load([{"text": "cat", "label": 3}], tokenizer=word_tokenizer(), model=score, label_column="label")
+    data = load_data([{"text": "cat", "label": 3}], tokenizer=word_tokenizer(), model=score, label_column="label")
     assert data.batches[0].inputs["labels"].dtype == torch.float32
     assert torch.isfinite(score(**data.batches[0].inputs).loss)
 
@@ -342,7 +344,7 @@ def test_own_labels():
 def test_a_classifier_on_a_causal_backbone_reads_separate_texts():
     model = build(LlamaForSequenceClassification, llama_config(num_labels=2))
     rows = [{"text": "abc", "label": 1}, {"text": "defgh", "label": 0}]
-    data = load(rows, tokenizer=BYTES, model=model, label_column="label")
+    data = load_data(rows, tokenizer=BYTES, model=model, label_column="label")
     assert data.batches[0].examples == (1, 0)
     assert data.batches[0].inputs["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
     assert torch.isfinite(model(**data.batches[0].inputs).loss)
@@ -355,7 +357,7 @@ def test_a_classifier_on_a_causal_backbone_reads_separate_texts():
 def test_source_and_target(make):
     model, tokenizer = make(), target_tokenizer()
     rows = [{"source": text, "target": goal} for text, goal in zip(sentences(12), sentences(12, 1), strict=True)]
-    data = load(rows, tokenizer=tokenizer, model=model, column="source", target_column="target", batch_size=5)
+    data = load_data(rows, tokenizer=tokenizer, model=model, column="source", target_column="target", batch_size=5)
     assert data.has_labels
     for batch in data:
         inputs = batch.inputs
@@ -380,12 +382,12 @@ def test_source_and_target(make):
 def test_the_configuration_alone_gives_the_same(make):
     rows = [{"source": text, "target": goal} for text, goal in zip(sentences(12), sentences(12, 1), strict=True)]
     settings = {"tokenizer": target_tokenizer(), "column": "source", "target_column": "target"}
-    same(load(rows, **settings, model=make()), load(rows, **settings, model_config=make().config))
+    same(load_data(rows, **settings, model=make()), load_data(rows, **settings, model_config=make().config))
 
 
 def test_equal_lengths_are_told_apart():
     rows = [{"s": "the cat sat", "t": "a dog ran"}]
-    batch = load(rows, tokenizer=target_tokenizer(), model=t5(), column="s", target_column="t").batches[0]
+    batch = load_data(rows, tokenizer=target_tokenizer(), model=t5(), column="s", target_column="t").batches[0]
     assert batch.inputs["input_ids"].shape[1] == 4
     assert batch.inputs["decoder_input_ids"].shape[1] == 5
     assert batch.masks()[5].tolist() == [[True] * 4 + [False]]
@@ -393,7 +395,7 @@ def test_equal_lengths_are_told_apart():
 
 
 def test_without_a_target_the_text_is_cut_in_two():
-    data = load(["the cat sat on the mat"], tokenizer=target_tokenizer(), model=t5())
+    data = load_data(["the cat sat on the mat"], tokenizer=target_tokenizer(), model=t5())
     inputs = data.batches[0].inputs
     tokenizer = target_tokenizer()
     assert not data.has_labels
@@ -406,7 +408,7 @@ def test_without_a_target_the_text_is_cut_in_two():
 def test_sides_stay_within_the_positions():
     long = " ".join(["cat"] * 300)
     model = bart()
-    data = load([{"s": long, "t": long}], tokenizer=target_tokenizer(), model=model, column="s", target_column="t")
+    data = load_data([{"s": long, "t": long}], tokenizer=target_tokenizer(), model=model, column="s", target_column="t")
     inputs = data.batches[0].inputs
     assert inputs["input_ids"].shape[1] == 40
     assert inputs["decoder_input_ids"].shape[1] <= 40
@@ -417,7 +419,7 @@ def test_no_start_token_is_refused():
     config = t5().config
     config.decoder_start_token_id = None
     with pytest.raises(UsageError, match="decoder_start_token_id"):
-        load(["the cat"], tokenizer=target_tokenizer(), model_config=config)
+        load_data(["the cat"], tokenizer=target_tokenizer(), model_config=config)
 
 
 # -- batches that are ready ---------------------------------------------------------------------------------------
@@ -426,19 +428,19 @@ def test_no_start_token_is_refused():
 def test_ready_batches_pass_through():
     ids = torch.arange(12).view(3, 4)
     mask = torch.tensor([[1, 1, 1, 0]] * 3)
-    data = load([{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:2].numpy()}])
+    data = load_data([{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:2].numpy()}])
     assert [batch.examples for batch in data] == [(0, 1, 2), (3, 4)]
     assert data.num_tokens == 9 + 8
     assert torch.equal(data.batches[0].masks()[4], mask.bool())
     assert data.batches[1].masks()[4].all()
-    assert load([{"input_ids": ids}], num_samples=2).num_examples == 2
-    assert load(data) is data
-    assert load(data.batches).num_examples == 5
-    same(load(iter([{"input_ids": ids.tolist()}])), load([{"input_ids": ids}]))
+    assert load_data([{"input_ids": ids}], num_samples=2).num_examples == 2
+    assert load_data(data) is data
+    assert load_data(data.batches).num_examples == 5
+    same(load_data(iter([{"input_ids": ids.tolist()}])), load_data([{"input_ids": ids}]))
 
 
 def test_images_have_no_masks():
-    data = load([{"pixel_values": numpy.zeros((2, 3, 8, 8), dtype="float32"), "labels": torch.tensor([0, 1])}])
+    data = load_data([{"pixel_values": numpy.zeros((2, 3, 8, 8), dtype="float32"), "labels": torch.tensor([0, 1])}])
     assert data.batches[0].masks() == {}
     assert data.num_examples == 2
     assert data.num_tokens == 0
@@ -450,12 +452,12 @@ def test_an_endless_stream_of_batches_ends():
         while True:
             yield {"input_ids": torch.zeros(8, 4, dtype=torch.long)}
 
-    assert load(endless()).num_examples == 1024
+    assert load_data(endless()).num_examples == 1024
 
 
 def test_a_data_loader_is_read_whole():
     rows = [{"input_ids": torch.arange(4)} for _ in range(1500)]
-    assert load(torch.utils.data.DataLoader(rows, batch_size=500)).num_examples == 1500
+    assert load_data(torch.utils.data.DataLoader(rows, batch_size=500)).num_examples == 1500
 
 
 def test_an_endless_stream_of_strings_ends():
@@ -463,17 +465,17 @@ def test_an_endless_stream_of_strings_ends():
         while True:
             yield "the cat sat on the mat"
 
-    assert load(endless(), **CAUSAL, max_seq_length=16, num_samples=5).num_examples == 5
-    assert load(endless(), **ENCODER, num_samples=5).num_examples == 5
+    assert load_data(endless(), **CAUSAL, max_seq_length=16, num_samples=5).num_examples == 5
+    assert load_data(endless(), **ENCODER, num_samples=5).num_examples == 5
 
 
 def test_ready_batches_of_an_encoder_decoder_are_told_apart():
     ids = torch.tensor([[5, 6, 7, 1]])
     given = [{"input_ids": ids, "decoder_input_ids": ids, "labels": ids}]
-    inputs = load(given, model=t5()).batches[0].inputs
+    inputs = load_data(given, model=t5()).batches[0].inputs
     assert inputs["decoder_input_ids"].shape == inputs["labels"].shape == (1, 5)
     assert inputs["decoder_attention_mask"].tolist() == [[1, 1, 1, 1, 0]]
-    labeled = load([{"input_ids": ids, "labels": torch.tensor([[5, 1, -100]])}], model=t5()).batches[0]
+    labeled = load_data([{"input_ids": ids, "labels": torch.tensor([[5, 1, -100]])}], model=t5()).batches[0]
     assert labeled.inputs["decoder_input_ids"].tolist() == [[0, 5, 0]]
     assert labeled.masks()[3].tolist() == [[True, True, False]]
 
@@ -489,7 +491,7 @@ def test_ready_batches_of_an_encoder_decoder_are_told_apart():
 )
 def test_bad_batches_are_named(bad, parts):
     with pytest.raises(DataError) as caught:
-        load(bad)
+        load_data(bad)
     for part in parts:
         assert part in str(caught.value)
 
@@ -511,9 +513,9 @@ def test_hub_that_cannot_be_reached(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", fail)
     with pytest.raises(DataError, match=r"'some/corpus' \(en split test revision abc\).*--data self.*FILE"):
-        load("some/corpus", **CAUSAL, config="en", split="test", revision="abc")
+        load_data("some/corpus", **CAUSAL, config="en", split="test", revision="abc")
     with pytest.raises(DataError, match=r"'Salesforce/wikitext' \(wikitext-2-raw-v1 split train\).*--data self"):
-        load(None, **CAUSAL)
+        load_data(None, **CAUSAL)
 
 
 class _Builder:
@@ -533,7 +535,7 @@ def test_wikitext_is_one_running_text(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: _Builder)
     monkeypatch.setattr(datasets, "load_dataset", opened)
-    data = load(None, tokenizer=WITH_BOS, model_config=llama_config(), max_seq_length=10)
+    data = load_data(None, tokenizer=WITH_BOS, model_config=llama_config(), max_seq_length=10)
     assert asked == {
         "identifier": "Salesforce/wikitext",
         "config": "wikitext-2-raw-v1",
@@ -558,19 +560,19 @@ def test_a_large_hub_data_set_is_streamed(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", opened)
     for size, split in ((10, "train"), (None, "train"), (10**12, "train"), (10**12, "train[:5]")):
         monkeypatch.setattr(_Builder.info, "download_size", size)
-        assert load("some/corpus", **ENCODER, split=split, num_samples=5).num_examples == 5
+        assert load_data("some/corpus", **ENCODER, split=split, num_samples=5).num_examples == 5
     assert modes == [False, True, True, False]
 
 
 def test_local_paths_that_do_not_work(tmp_path):
     with pytest.raises(DataError, match="no such file"):
-        load(str(tmp_path / "absent.txt"), **CAUSAL)
+        load_data(str(tmp_path / "absent.txt"), **CAUSAL)
     with pytest.raises(DataError, match="no such file"):
-        load("absent.csv", **CAUSAL)
+        load_data("absent.csv", **CAUSAL)
     odd = tmp_path / "corpus.parquet"
     odd.write_text("x")
     with pytest.raises(DataError, match=r"'\.parquet'.*\.txt, \.jsonl"):
-        load(odd, **CAUSAL)
+        load_data(odd, **CAUSAL)
 
 
 @pytest.mark.parametrize(
@@ -589,16 +591,16 @@ def test_local_paths_that_do_not_work(tmp_path):
 )
 def test_what_makes_no_sense_is_refused(data, options, message):
     with pytest.raises(UsageError, match=message):
-        load(data, **(CAUSAL | options))
+        load_data(data, **(CAUSAL | options))
 
 
 def test_items_of_no_use_are_named():
     with pytest.raises(DataError, match="item 1: a int"):
-        load(["x", 3], **CAUSAL)
+        load_data(["x", 3], **CAUSAL)
 
 
 def test_defaults_are_what_they_are_said_to_be():
     assert loading_module.NUM_SAMPLES["causal"] == 128
     assert loading_module.NUM_SAMPLES["encoder"] == 1024
     assert (loading_module.MAX_SEQ_LENGTH, loading_module.BATCH_SIZE) == (512, 8)
-    assert isinstance(load(["abc"], **CAUSAL), CalibrationData)
+    assert isinstance(load_data(["abc"], **CAUSAL), CalibrationData)

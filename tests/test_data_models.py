@@ -31,8 +31,8 @@ from transformers import (
     ViTConfig,
 )
 
-from eckart.data import kind_of, max_positions
-from eckart.data.kind import pad_token, sequence_length
+from eckart.data import max_positions, model_kind
+from eckart.data.model_kind import pad_token, sequence_length
 
 WORDS = """the a cat dog sat ran on mat road big small red and then it was good bad film . one two three four""".split()  # noqa: SIM905
 
@@ -199,7 +199,7 @@ ROBERTA = RobertaConfig(
     ids=lambda value: getattr(value, "model_type", None),
 )
 def test_kind_and_positions_from_a_configuration(config, kind, positions):
-    assert kind_of(config) == kind
+    assert model_kind(config) == kind
     assert max_positions(config) == positions
 
 
@@ -216,7 +216,7 @@ def test_kind_and_positions_from_a_configuration(config, kind, positions):
 )
 def test_kind_from_a_model(cls, config, kind):
     model = build(cls, config)
-    assert kind_of(model.config, model) == kind
+    assert model_kind(model.config, model) == kind
 
 
 def test_roberta_positions_are_really_that_many():

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from eckart.data import load_task
-from eckart.data.columns import label_column, peek, text_column, text_of
-from eckart.data.rows import Row, read_path
+from eckart.data.columns import find_label_column, find_text_column, peek_rows, text_of
+from eckart.data.rows import DataRow, read_path
 from eckart.errors import DataError
 
 
@@ -88,27 +88,27 @@ def test_empty_folder_names_the_suffixes(tmp_path):
 
 
 def rows_of(*records):
-    return [Row(record, f"f.jsonl:{line}", line - 1) for line, record in enumerate(records, 1)]
+    return [DataRow(record, f"f.jsonl:{line}", line - 1) for line, record in enumerate(records, 1)]
 
 
 def test_text_column_is_asked_named_or_alone():
-    assert text_column(rows_of({"a": "x y", "n": 3}), "f", asked=None) == "a"
-    assert text_column(rows_of({"a": "x", "text": "y"}), "f", asked=None) == "text"
-    assert text_column(rows_of({"a": "x", "text": "y"}), "f", asked="a") == "a"
-    assert text_column(rows_of({"a": "x", "b": "1.5"}), "f", asked=None) == "a"
-    assert text_column(rows_of({"a": "x", "b": "y"}), "f", asked=None, taken=("b",)) == "a"
-    assert text_column(rows_of({"m": [{"role": "user", "content": "x"}], "n": 1}), "f", asked=None) == "m"
+    assert find_text_column(rows_of({"a": "x y", "n": 3}), "f", asked=None) == "a"
+    assert find_text_column(rows_of({"a": "x", "text": "y"}), "f", asked=None) == "text"
+    assert find_text_column(rows_of({"a": "x", "text": "y"}), "f", asked="a") == "a"
+    assert find_text_column(rows_of({"a": "x", "b": "1.5"}), "f", asked=None) == "a"
+    assert find_text_column(rows_of({"a": "x", "b": "y"}), "f", asked=None, taken=("b",)) == "a"
+    assert find_text_column(rows_of({"m": [{"role": "user", "content": "x"}], "n": 1}), "f", asked=None) == "m"
     with pytest.raises(DataError, match=r"'a', 'b'.*--data-column"):
-        text_column(rows_of({"a": "x", "b": "y"}), "f", asked=None)
+        find_text_column(rows_of({"a": "x", "b": "y"}), "f", asked=None)
     with pytest.raises(DataError, match=r"no column 'c'.*'a', 'b'"):
-        text_column(rows_of({"a": "x", "b": "y"}), "f", asked="c")
+        find_text_column(rows_of({"a": "x", "b": "y"}), "f", asked="c")
 
 
 def test_label_column_is_asked_named_or_alone():
-    assert label_column(rows_of({"a": "x", "n": 3}), "f", asked=None) == "n"
-    assert label_column(rows_of({"id": 3, "label": "good"}), "f", asked=None) == "label"
+    assert find_label_column(rows_of({"a": "x", "n": 3}), "f", asked=None) == "n"
+    assert find_label_column(rows_of({"id": 3, "label": "good"}), "f", asked=None) == "label"
     with pytest.raises(DataError, match="which column holds the label"):
-        label_column(rows_of({"a": 1, "b": 2}), "f", asked=None)
+        find_label_column(rows_of({"a": 1, "b": 2}), "f", asked=None)
 
 
 def test_rows_without_the_column_are_named():
@@ -120,11 +120,11 @@ def test_rows_without_the_column_are_named():
 
 def test_peek_loses_nothing():
     rows = rows_of(*({"text": str(n)} for n in range(250)))
-    first, again = peek(iter(rows), "f")
+    first, again = peek_rows(iter(rows), "f")
     assert first == rows[:100]
     assert list(again) == rows
     with pytest.raises(DataError, match="no rows"):
-        peek(iter([]), "f")
+        peek_rows(iter([]), "f")
 
 
 def test_task_from_every_format(tmp_path):

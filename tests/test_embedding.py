@@ -20,7 +20,7 @@ from eckart.compression.embeddings import _counts
 from eckart.errors import ModelError, UsageError
 from eckart.forms import EMBEDDINGS, SafeEmbedding, TiedHead, build
 from eckart.linalg import in_blocks, smoothed, table_factors, tied_factors
-from eckart.model import find_tables
+from eckart.model import find_embedding_tables
 
 MODELS = ("llama", "llama-tied", "gpt2", "bert-mlm", "t5", "gemma3")
 TIED = {"llama-tied", "gpt2", "bert-mlm", "t5", "gemma3"}
@@ -336,18 +336,18 @@ def test_the_factors_learn_and_the_head_with_them(made):
 
 
 def test_positions_and_types_stay_and_ties_are_found():
-    found = find_tables(BY_NAME["bert-mlm"].model())
+    found = find_embedding_tables(BY_NAME["bert-mlm"].model())
     assert [(t.embeddings, t.heads) for t in found.chosen] == [
         (("bert.embeddings.word_embeddings",), ("cls.predictions.decoder",))
     ]
     assert set(found.skipped) == {"bert.embeddings.position_embeddings", "bert.embeddings.token_type_embeddings"}
     assert all("positions" in reason for reason in found.skipped.values())
-    (table,) = find_tables(BY_NAME["t5"].model()).chosen
+    (table,) = find_embedding_tables(BY_NAME["t5"].model()).chosen
     assert set(table.modules) == {"shared", "encoder.embed_tokens", "decoder.embed_tokens", "lm_head"}
-    (table,) = find_tables(BY_NAME["gemma3"].model()).chosen
+    (table,) = find_embedding_tables(BY_NAME["gemma3"].model()).chosen
     assert list(table.scales.values()) == [pytest.approx(32**0.5, rel=1e-6)]
-    assert not find_tables(BY_NAME["vit"].model()).chosen
-    assert not find_tables(BY_NAME["gpt2"].model(), ["wte"]).chosen
+    assert not find_embedding_tables(BY_NAME["vit"].model()).chosen
+    assert not find_embedding_tables(BY_NAME["gpt2"].model(), ["wte"]).chosen
 
 
 class Shifted(nn.Embedding):
@@ -370,10 +370,10 @@ def test_an_embedding_that_does_more_is_named_and_left(tmp_path):
 def test_counts_are_of_real_tokens_on_the_sides_that_look_up():
     architecture = BY_NAME["t5"]
     model, batches = architecture.model(), architecture.batches(count=2)
-    (table,) = find_tables(model).chosen
-    from eckart.data import load
+    (table,) = find_embedding_tables(model).chosen
+    from eckart.data import load_data
 
-    data = load(batches, tokenizer=None, model=model)
+    data = load_data(batches, tokenizer=None, model=model)
     counts = _counts(model, table, data)
     expected = torch.zeros(table.shape[0], dtype=torch.float64)
     for batch in batches:

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import eckart
 from eckart.calibration import calibrate
-from eckart.data import load
+from eckart.data import load_data
 from eckart.forms import FactoredLinear
-from eckart.model import experts_apart, find_sites, with_single_experts
+from eckart.model import find_sites, separate_experts, with_separate_experts
 
 SMALL = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2,
@@ -83,13 +83,13 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 @pytest.mark.parametrize("name", KINDS)
 def test_apart_they_compute_the_same_and_share_the_numbers(name):
     model = drawn(name)
-    apart = with_single_experts(model)
-    assert len(experts_apart(apart)) == 2
-    assert not experts_apart(model)  # the caller's is as it was
+    apart = with_separate_experts(model)
+    assert len(separate_experts(apart)) == 2
+    assert not separate_experts(model)  # the caller's is as it was
     close(logits(apart), logits(model), 1e-5)
     fused = model.model.layers[1].mlp.experts.down_proj
     assert apart.model.layers[1].mlp.experts.each[3].down.weight.data_ptr() == fused[3].data_ptr()
-    back = experts_apart(apart)["model.layers.1.mlp.experts"].fused()
+    back = separate_experts(apart)["model.layers.1.mlp.experts"].fused()
     for key, value in model.model.layers[1].mlp.experts.state_dict().items():
         assert torch.equal(back.state_dict()[key], value)
 
@@ -99,25 +99,25 @@ def test_experts_that_compute_something_else_apart_stay_fused():
     layer = model.model.layers[0].mlp.experts
     layer._apply_gate = lambda inner: inner.chunk(2, dim=-1)[0]  # not what the forward does
     layer.forward = lambda x, index, weights: x * 2
-    assert list(experts_apart(with_single_experts(model))) == ["model.layers.1.mlp.experts"]
+    assert list(separate_experts(with_separate_experts(model))) == ["model.layers.1.mlp.experts"]
 
 
 def test_a_model_without_experts_is_handed_through():
     model = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**{k: v for k, v in SMALL.items() if k != "num_experts_per_tok"})
     )
-    assert with_single_experts(model) is model
+    assert with_separate_experts(model) is model
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_statistics_are_those_of_the_tokens_that_are_routed_to_an_expert(name):
-    model = with_single_experts(drawn(name))
+    model = with_separate_experts(drawn(name))
     experts = model.model.layers[1].mlp.experts
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = experts.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append((*args, *kwargs.values())[:2]), with_kwargs=True
     )
-    data = load(batches(), model=model)
+    data = load_data(batches(), model=model)
     for batch in data.batches:
         with torch.no_grad():
             model(batch.inputs["input_ids"])

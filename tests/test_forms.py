@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import UsageError
 from eckart.forms import FORMS, FactoredLinear, Pivoted, build, form_named, pivoted
-from eckart.model import Site, store, to_dense_modules
+from eckart.model import Site, store_factors, to_dense_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
@@ -365,7 +365,7 @@ def test_pivoted_refuses_a_deficient_basis_and_falls_back(source, with_bias):
     assert "above its bound" in module.store(left, right, bias)
     assert torch.equal(module.to_dense(), before)  # nothing has been written
     site = Site("h.0.proj", source, rows, columns, with_bias)
-    fallback, note = store(site, "pivoted", rank, left, right, bias, torch.float64)
+    fallback, note = store_factors(site, "pivoted", rank, left, right, bias, torch.float64)
     assert note.startswith("h.0.proj: max|C| = inf")
     assert f"stored low-rank at rank {fallback.rank} instead of {rank}" in note
     assert (fallback.form, fallback.source) == ("lowrank", source)
@@ -379,7 +379,7 @@ def test_pivoted_refuses_a_deficient_basis_and_falls_back(source, with_bias):
 @every_form
 def test_zero_matrix_can_be_stored(form):
     site = Site("proj", "linear", 10, 8, True)
-    module, note = store(site, form, 3, torch.zeros(10, 3), torch.zeros(3, 8), normal(10), torch.float32)
+    module, note = store_factors(site, form, 3, torch.zeros(10, 3), torch.zeros(3, 8), normal(10), torch.float32)
     assert (note is None) == (form != "pivoted")
     assert not module.to_dense().any()
     close(module(torch.ones(2, 8)), normal(10).float().expand(2, -1), 1e-6)

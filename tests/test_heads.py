@@ -22,7 +22,7 @@ from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_size, stored_tensors
 from eckart.errors import CheckpointError, UsageError
 from eckart.evaluation.sizes import sizes
-from eckart.model import HeadCut, cut_heads, dense_weight, find_sites
+from eckart.model import PrunedHeads, dense_weight, find_sites, pruned_heads
 from eckart.recovery import DSEE
 from eckart.recovery.pruning.heads import find_heads, magnitudes, remove_heads
 
@@ -100,7 +100,7 @@ def test_attributes_follow_where_the_code_reads_them(name):
         assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (2, 1)
         assert module.config is model.config
         assert module.num_key_value_groups == 2
-        assert not cut_heads(model)
+        assert not pruned_heads(model)
 
 
 def test_generation_and_other_attention_code_agree():
@@ -122,7 +122,7 @@ def test_where_the_configuration_cannot_say_it_each_attention_does(tmp_path):
     assert not have.config
     kept = {heads: torch.arange(4) != 1 + number for number, heads in enumerate(have.heads)}
     remove_heads(model, kept, have.config)
-    assert [cut.kept for cut in cut_heads(model).values()] == [(0, 2, 3), (0, 1, 3)]
+    assert [cut.kept for cut in pruned_heads(model).values()] == [(0, 2, 3), (0, 1, 3)]
     save(model, tmp_path / "out")
     again = eckart.load(tmp_path / "out")
     inputs = BY_NAME["llama"].batches(count=1)[0]
@@ -156,7 +156,7 @@ def test_zeros_take_the_place_of_heads_in_fused_projections():
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes
     close(output(model, inputs), expected, 1e-5)
     assert model.transformer.h[0].attn.split_size == 32
-    assert not cut_heads(model)
+    assert not pruned_heads(model)
 
 
 @pytest.mark.parametrize(("name", "words"), [
@@ -250,7 +250,7 @@ class Attention(nn.Module):
 
 
 def test_spec_round_trip_and_back():
-    cut, module = HeadCut.of_spec(SPEC), Attention()
+    cut, module = PrunedHeads.of_spec(SPEC), Attention()
     assert cut.spec() == SPEC
     whole = copy.deepcopy(module)
     cut.apply(module)
@@ -274,7 +274,7 @@ def test_spec_round_trip_and_back():
 ])  # fmt: skip
 def test_spec_refusals(changes, words):
     with pytest.raises(UsageError, match=words):
-        HeadCut.of_spec({**SPEC, **changes}).apply(Attention())
+        PrunedHeads.of_spec({**SPEC, **changes}).apply(Attention())
 
 
 def test_a_damaged_description_is_named(tmp_path):

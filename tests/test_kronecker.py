@@ -23,7 +23,7 @@ from eckart.forms import FORMS, Kronecker, build
 from eckart.linalg import Metric, Problem, kronecker_factorize, rearranged, rearranged_back
 from eckart.linalg.kronecker import alternating
 from eckart.methods import METHODS, method_named
-from eckart.model import Site, store, to_dense_modules
+from eckart.model import Site, store_factors, to_dense_modules
 
 # (out, in, block)
 CASES = {
@@ -269,12 +269,12 @@ def test_build_names_the_field_at_fault(change, named):
 def test_half_precision_holds_unbalanced_factors_and_refuses_what_it_cannot():
     site, block = Site("proj", "linear", 24, 18, False), (4, 6)
     left, right = normal(18, 2) * 1e6, normal(2, 24, seed=1) * 1e-6
-    module, note = store(site, "kronecker", 2, left, right, None, torch.float16, block)
+    module, note = store_factors(site, "kronecker", 2, left, right, None, torch.float16, block)
     assert note is None
     close(module.to_dense().double(), summed(left, right, 24, 18, block), 6e-3)
     with pytest.raises(UsageError, match=r"proj: .*does not fit torch\.float16.*--dtype"):
-        store(site, "kronecker", 2, left * 1e12, right, None, torch.float16, block)
-    zero, _ = store(site, "kronecker", 2, 0 * left, 0 * right, None, torch.float32, block)
+        store_factors(site, "kronecker", 2, left * 1e12, right, None, torch.float16, block)
+    zero, _ = store_factors(site, "kronecker", 2, 0 * left, 0 * right, None, torch.float32, block)
     assert not zero.to_dense().any()
 
 

@@ -23,7 +23,7 @@ from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import CheckpointError
 from eckart.forms import FORMS
-from eckart.model import cast, own_storage, replace, shared_clone
+from eckart.model import cast, replace_module, shared_clone, unshare_storage
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what is mapped")
 
@@ -317,7 +317,7 @@ def test_clones_casts_and_own_storage_of_mapped_models(tmp_path, monkeypatch):
     assert all(is_mapped(p) and p.dtype == torch.float32 for p in model.parameters())
     assert clone.lm_head.weight is clone.model.embed_tokens.weight
     module = FORMS["lowrank"](32, 32, 4, False)
-    replace(clone, "model.layers.0.self_attn.q_proj", module.to(torch.bfloat16))
+    replace_module(clone, "model.layers.0.self_attn.q_proj", module.to(torch.bfloat16))
     spool(module, tmp_path / "form.safetensors")
     save(clone, tmp_path / "out")
     found = load_mapped(tmp_path / "out", scratch=tmp_path / "scratch")  # factored, and its experts fused
@@ -325,5 +325,5 @@ def test_clones_casts_and_own_storage_of_mapped_models(tmp_path, monkeypatch):
     for name, tensor in clone.state_dict().items():
         assert torch.equal(found.state_dict()[name], tensor), name
     other = shared_clone(model)
-    own_storage(other, model)
+    unshare_storage(other, model)
     assert not any(is_mapped(parameter) for parameter in other.parameters())

@@ -9,7 +9,7 @@ import torch
 from test_data_models import bert_config, build, byte_tokenizer, gpt2, llama, t5, target_tokenizer, word_tokenizer
 from transformers import BertForMaskedLM, BertForSequenceClassification, BertModel
 
-from eckart.data import Batch, Pooling, load
+from eckart.data import Batch, Pooling, load_data
 from eckart.errors import DataError, UsageError
 from eckart.evaluation import agreement, embed, embedding_cosine, perplexity
 from eckart.evaluation import divergence as divergence_module
@@ -208,10 +208,10 @@ def pairs_of_models():
     words, targets = word_tokenizer(), target_tokenizer()
     masked = [build(BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
     classes = [build(BertForSequenceClassification, bert_config(num_labels=3), seed) for seed in (0, 1)]
-    yield "causal", [llama(0), llama(1)], load([TEXT], tokenizer=PLAIN, model=llama(), max_seq_length=16)
-    yield "masked", masked, load(SENTENCES, tokenizer=words, model=masked[0], batch_size=3)
-    yield "classes", classes, load(SENTENCES, tokenizer=words, model=classes[0], batch_size=3)
-    yield "seq2seq", [t5(0), t5(1)], load(SENTENCES, tokenizer=targets, model=t5(), batch_size=3)
+    yield "causal", [llama(0), llama(1)], load_data([TEXT], tokenizer=PLAIN, model=llama(), max_seq_length=16)
+    yield "masked", masked, load_data(SENTENCES, tokenizer=words, model=masked[0], batch_size=3)
+    yield "classes", classes, load_data(SENTENCES, tokenizer=words, model=classes[0], batch_size=3)
+    yield "seq2seq", [t5(0), t5(1)], load_data(SENTENCES, tokenizer=targets, model=t5(), batch_size=3)
 
 
 @pytest.mark.parametrize(("models", "data"), [case[1:] for case in pairs_of_models()], ids=lambda _: "")
@@ -232,7 +232,9 @@ def test_agreement_equals_a_loop_by_hand(models, data):
 def test_agreement_does_not_depend_on_padding():
     models = [build(BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
     results = [
-        agreement(*models, load(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=size), disable=True)
+        agreement(
+            *models, load_data(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=size), disable=True
+        )
         for size in (1, 8)
     ]
     assert results[0]["kl"] == pytest.approx(results[1]["kl"], abs=1e-5)
@@ -240,7 +242,7 @@ def test_agreement_does_not_depend_on_padding():
 
 
 def test_agreement_refusals():
-    data = load([TEXT], tokenizer=PLAIN, model=llama(), max_seq_length=16)
+    data = load_data([TEXT], tokenizer=PLAIN, model=llama(), max_seq_length=16)
     with pytest.raises(UsageError, match="no logits"):
         agreement(llama().model, llama(), data, disable=True)
     with pytest.raises(UsageError, match="differ in shape"):
@@ -249,7 +251,7 @@ def test_agreement_refusals():
         agreement(llama(), llama(), [], disable=True)
     score = build(BertForSequenceClassification, bert_config(num_labels=1))
     with pytest.raises(UsageError, match="one score"):
-        agreement(score, score, load(SENTENCES, tokenizer=word_tokenizer(), model=score), disable=True)
+        agreement(score, score, load_data(SENTENCES, tokenizer=word_tokenizer(), model=score), disable=True)
     broken = llama()
     broken.lm_head.weight.data[0] = torch.nan
     found = agreement(broken, llama(), data, disable=True)
@@ -261,7 +263,7 @@ def test_embedding_cosine():
     models = [build(BertModel, bert_config(), seed) for seed in (0, 1)]
     masked = build(BertForMaskedLM, bert_config())
     masked.bert.load_state_dict(models[0].state_dict(), strict=False)
-    data = [load(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=size) for size in (1, 8)]
+    data = [load_data(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=size) for size in (1, 8)]
     one, eight = (embedding_cosine(*models, batches, disable=True) for batches in data)
     assert one["cosine_distance"] == pytest.approx(eight["cosine_distance"], abs=1e-5)
     assert one["sentences"] == len(SENTENCES)

@@ -10,7 +10,7 @@ import torch
 from problems import normal
 
 from eckart.distributed import memory
-from eckart.distributed.memory import PeakMemory, Watch, free, human, rss
+from eckart.distributed.memory import MemoryWatch, PeakMemory, format_bytes, free_memory, rss
 from eckart.linalg import Metric, Problem, factorize
 from eckart.moments import Fisher, Moments, SecondMoment
 from eckart.moments.memory import solving_bytes, statistics_bytes
@@ -46,7 +46,7 @@ def test_rss_without_proc(monkeypatch, tmp_path):
 
 
 def test_watch_keeps_the_peak():
-    with Watch(0.005) as watch:
+    with MemoryWatch(0.005) as watch:
         held = torch.ones(32 * MIB)
         time.sleep(0.2)
         del held
@@ -55,7 +55,7 @@ def test_watch_keeps_the_peak():
 
 
 def test_watch_ends_with_an_error():
-    watch = Watch()
+    watch = MemoryWatch()
     with pytest.raises(KeyError), watch:
         raise KeyError
     assert watch.peak >= watch.before > 0
@@ -86,8 +86,8 @@ AVAILABLE = 8_000_000 * 1024
 
 
 def test_what_the_system_would_give_away(machine):
-    assert free() == free("cpu") == free(torch.device("cpu")) == free("mps") == AVAILABLE
-    assert free("meta") is None
+    assert free_memory() == free_memory("cpu") == free_memory(torch.device("cpu")) == free_memory("mps") == AVAILABLE
+    assert free_memory("meta") is None
 
 
 def group(machine, folder: str, limit: str, used: int, cache: int = 0) -> None:
@@ -100,12 +100,12 @@ def group(machine, folder: str, limit: str, used: int, cache: int = 0) -> None:
 def test_limits_of_control_groups(path, machine):
     machine("proc/self/cgroup", f"0::{path}\n")
     group(machine, "cgroup", "2000", 700, 100)
-    assert free() == 1400
+    assert free_memory() == 1400
     group(machine, "cgroup/slice", "1500", 500)
     group(machine, "cgroup/slice/job", "max", 400)
-    assert free() == (1000 if path == "/slice/job" else 1400)
+    assert free_memory() == (1000 if path == "/slice/job" else 1400)
     group(machine, "cgroup", "2000", 2100)
-    assert free() == 0
+    assert free_memory() == 0
 
 
 def test_limits_of_the_first_version(machine):
@@ -113,27 +113,27 @@ def test_limits_of_the_first_version(machine):
     machine("cgroup/memory/memory.limit_in_bytes", "5000\n")
     machine("cgroup/memory/memory.usage_in_bytes", "3000\n")
     machine("cgroup/memory/memory.stat", "inactive_file 1\ntotal_inactive_file 250\n")
-    assert free() == 2250
+    assert free_memory() == 2250
     machine("cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n")  # none
-    assert free() == AVAILABLE
+    assert free_memory() == AVAILABLE
 
 
 def test_free_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "PROC", tmp_path)
-    assert free() is None or free() > MIB
+    assert free_memory() is None or free_memory() > MIB
     monkeypatch.setitem(sys.modules, "psutil", None)
-    assert free() is None or free() > MIB
+    assert free_memory() is None or free_memory() > MIB
 
 
 def test_this_machine_has_some():
-    assert free() is None or free() > MIB
+    assert free_memory() is None or free_memory() > MIB
 
 
 def test_a_gpu_counts_what_the_cache_holds_unused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 9000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 500)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
-    assert free("cuda:0") == 1300
+    assert free_memory("cuda:0") == 1300
 
 
 # -- estimates ---------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_an_estimate_is_one_line():
     ("number", "words"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (8.04e8, "804.0 MB"), (2.5e12, "2500.0 GB")]
 )
 def test_human(number, words):
-    assert human(number) == words
+    assert format_bytes(number) == words
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_solving_takes_no_more_than_estimated(m, n, two_sided):
     assert factorize(problem(96, 64)).factors  # what libraries allocate once
     problem, needs = problem(m, n), frozenset({"gram", "gradients"} if two_sided else {"gram"})
     gc.collect()
-    with Watch(0.002) as watch:
+    with MemoryWatch(0.002) as watch:
         factors = factorize(problem).factors
     assert factors[0].shape == (m, min(m, n))
     assert 0 < watch.peak - watch.before <= solving_bytes(m, n, needs)

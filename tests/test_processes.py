@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import eckart
-from eckart.distributed import ElsewhereError, Processes, is_main, quiet_others, start
+from eckart.distributed import OtherProcessError, Processes, is_main, silence_other_processes, start_processes
 from eckart.distributed.group import SMALL
 from eckart.distributed.wire import PIECE
 from eckart.errors import EckartError, NumericalError, UsageError
@@ -31,7 +31,7 @@ def scenario(function: Callable[[Processes], None]) -> Callable[[Processes], Non
 
 @scenario
 def start_again_gives_the_same(here):
-    assert start("cpu") == here
+    assert start_processes("cpu") == here
     assert here.main == is_main() == (here.rank == 0)
 
 
@@ -182,13 +182,13 @@ def agree_raises_in_all_when_one_failed(here):
     if here.rank == 1:
         assert caught.value is failed
     else:
-        assert isinstance(caught.value, ElsewhereError)
+        assert isinstance(caught.value, OtherProcessError)
         assert str(caught.value) == f"process 1 of {here.size} failed: layer 3: eigh failed. Use --method svd."
 
 
 @scenario
 def work_together_fails_together(here):
-    with pytest.raises(ZeroDivisionError if here.main else ElsewhereError, match="by zero"), here.together():
+    with pytest.raises(ZeroDivisionError if here.main else OtherProcessError, match="by zero"), here.together():
         assert 1 / here.rank
 
 
@@ -199,7 +199,7 @@ def who_fails_stops_those_who_went_on(here):
             with pytest.raises(MemoryError):
                 here.agree(MemoryError())
         else:
-            with pytest.raises(ElsewhereError, match=r"process 1 of \d failed: MemoryError$"):
+            with pytest.raises(OtherProcessError, match=r"process 1 of \d failed: MemoryError$"):
                 go_on()
 
 
@@ -216,7 +216,7 @@ def who_ends_early_is_missed(here):
     """The last one: nothing can be said after it."""
     if here.rank == 1:
         return
-    with pytest.raises(ElsewhereError, match="ended early"):
+    with pytest.raises(OtherProcessError, match="ended early"):
         here.barrier()
 
 
@@ -267,8 +267,8 @@ def outcomes(tmp_path_factory) -> dict[int, list[dict[str, str]]]:
 
 
 def run(folder: Path) -> None:
-    here = start("cpu", rendezvous=f"file://{folder}/{os.environ['WORLD_SIZE']}.rendezvous")
-    assert start("cpu") == here
+    here = start_processes("cpu", rendezvous=f"file://{folder}/{os.environ['WORLD_SIZE']}.rendezvous")
+    assert start_processes("cpu") == here
     with (folder / f"{here.size}-{here.rank}.jsonl").open("w", buffering=1) as stream:
         for name, function in SCENARIOS.items():
             try:
@@ -304,7 +304,7 @@ def place(monkeypatch):
 @pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": ""}])
 def test_one_process_is_left_alone(variables, place):
     place(**variables)
-    here = start()
+    here = start_processes()
     assert here == Processes()
     assert here.main
     assert is_main()
@@ -319,7 +319,7 @@ def test_one_process_is_left_alone(variables, place):
     here.agree(None)
     with pytest.raises(KeyError), here.together():
         raise KeyError("x")
-    quiet_others(here)
+    silence_other_processes(here)
     assert not torch.distributed.is_initialized()
 
 
@@ -337,7 +337,7 @@ def test_a_stray_variable_is_refused(variables, place):
     place(**variables)
     assert is_main()  # so that the refusal is read
     with pytest.raises(UsageError, match=r"WORLD_SIZE=.*torchrun"):
-        start()
+        start_processes()
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_no_device_for_every_process(device, why, place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     place(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2")
     with pytest.raises(UsageError, match=f"--device {device}: .*{why}"):
-        start(device)
+        start_processes(device)
     assert not torch.distributed.is_initialized()
 
 
@@ -372,7 +372,8 @@ def test_what_cannot_travel_is_refused_before_a_word_is_sent(value):
 
 def test_quiet_others():
     code = (
-        "import logging; from eckart.distributed import Processes, quiet_others; quiet_others(Processes(1, 2));"
+        "import logging; from eckart.distributed import Processes, silence_other_processes;"
+        "silence_other_processes(Processes(1, 2));"
         "from eckart.data.inference import progress; assert progress([1], what='x', disable=False).disable;"
         "assert logging.getLogger('eckart').level == logging.ERROR"
     )

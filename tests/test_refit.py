@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from eckart.allocation import DENSE, Choice
 from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, trace_blocks
 from eckart.compression.refit_groups import GroupRefit, refittable
-from eckart.data import Batch, load
+from eckart.data import Batch, load_data
 from eckart.data.inference import evaluating, forward
 from eckart.errors import NumericalError
 from eckart.methods import METHODS
@@ -73,7 +73,7 @@ def advance(walk: LayerwiseRunner, step: int) -> None:
 def test_a_look_shows_what_a_plain_forward_gives(architecture):
     """Every site of a block, those in its middle included, at every step that calls it."""
     model = architecture.model()
-    batches = load(architecture.batches(count=2), model=model).batches
+    batches = load_data(architecture.batches(count=2), model=model).batches
     with evaluating(model):
         seen = plain_inputs(model, batches, names_of(model))
         walk = start_runner(model, batches)
@@ -99,7 +99,7 @@ def test_a_look_sees_what_was_replaced_before_it_in_the_same_block():
     """And nothing behind the module runs."""
     architecture = BY_NAME["llama"]
     model = architecture.model()
-    batches = load(architecture.batches(count=1), model=model).batches
+    batches = load_data(architecture.batches(count=1), model=model).batches
     layer = model.model.layers[1]
     with evaluating(model):
         walk = start_runner(model, batches)
@@ -116,7 +116,7 @@ def test_a_look_sees_what_was_replaced_before_it_in_the_same_block():
 def test_a_look_for_what_a_step_does_not_call_says_so():
     architecture = BY_NAME["llama"]
     model = architecture.model()
-    batches = load(architecture.batches(count=1), model=model).batches
+    batches = load_data(architecture.batches(count=1), model=model).batches
     with evaluating(model):
         walk = start_runner(model, batches)
         with pytest.raises(LayerwiseError, match=r"layers\.1\.mlp\.up_proj is not called in model\.layers\.0"):
@@ -130,7 +130,7 @@ def test_a_look_for_what_a_step_does_not_call_says_so():
 def refittable_of(name: str) -> tuple[dict[int, dict[str, tuple[str, ...]]], list[str], dict[str, tuple[str, ...]]]:
     architecture = BY_NAME[name]
     model = architecture.model()
-    batches = load(architecture.batches(count=1), model=model).batches
+    batches = load_data(architecture.batches(count=1), model=model).batches
     names, one = names_of(model), batches[0].rows(0, 1).inputs
     twice = {key: torch.cat([value, value]) for key, value in one.items()}
     with evaluating(model):
@@ -191,7 +191,7 @@ def test_every_site_gets_the_least_squares_answer_on_what_it_is_given_now(name, 
     monkeypatch.setattr(input_shift, "LEAST_RIDGE", 1e-6)  # the features behind a layer norm add up to a constant
     architecture = BY_NAME[name]
     model = architecture.model()
-    batches = load(architecture.batches(rows=8), model=model).batches  # 288 tokens
+    batches = load_data(architecture.batches(rows=8), model=model).batches  # 288 tokens
     changed = copy.deepcopy(model)
     sites = {site.name: site for site in find_sites(model).chosen}
     with torch.no_grad():
@@ -245,7 +245,7 @@ def least_error(inputs: Tensor, wanted: Tensor, rank: int, bias: bool) -> Tensor
 def test_sites_without_statistics_are_left_as_they_are():
     architecture = BY_NAME["llama"]
     model = architecture.model()
-    batches = load(architecture.batches(count=1), model=model).batches
+    batches = load_data(architecture.batches(count=1), model=model).batches
     changed = copy.deepcopy(model)
     sites = {site.name: site for site in find_sites(model).chosen}
     kept = "model.layers.0.mlp.down_proj"
@@ -263,7 +263,7 @@ def test_sites_without_statistics_are_left_as_they_are():
 def test_numbers_that_overflow_in_the_compressed_model_are_named():
     architecture = BY_NAME["llama"]
     model = architecture.model()
-    batches = load(architecture.batches(count=1), model=model).batches
+    batches = load_data(architecture.batches(count=1), model=model).batches
     changed = copy.deepcopy(model)
     with torch.no_grad():
         changed.model.layers[0].mlp.up_proj.weight[0] = float("inf")

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 import eckart
 from eckart.allocation import DENSE
 from eckart.cli.app import app
-from eckart.data import Batch, load
+from eckart.data import Batch, load_data
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FactoredLinear, LowRankSparse
 from eckart.methods import METHODS
-from eckart.model import dense_weight, factored_modules, find_sites, replace, store
+from eckart.model import dense_weight, factored_modules, find_sites, replace_module, store_factors
 from eckart.moments.input_shift import InputShift
 from eckart.recovery import RecoveryContext, make_recovery
 from eckart.recovery.pipeline import tune_checkpoint
@@ -52,7 +52,7 @@ def weights(model) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
 
 
 def batches_of(architecture, model, count: int = 6) -> list[Batch]:
-    return load(architecture.batches(rows=8, count=count), model=model).batches
+    return load_data(architecture.batches(rows=8, count=count), model=model).batches
 
 
 # -- the answer ----------------------------------------------------------------------------------------------
@@ -164,9 +164,9 @@ def test_other_forms_and_places_are_left_and_named():
     assert {kronecker, sparse} <= set(sites)
     width = sites[sparse].in_features
     left, right = torch.randn(width * width // 2, 1), torch.randn(1, 2)
-    module, _ = store(sites[kronecker], "kronecker", 1, left, right, torch.zeros(width), torch.float32, (2, 1))
-    replace(student, kronecker, module)
-    replace(student, sparse, LowRankSparse(width, width, 2, 3))
+    module, _ = store_factors(sites[kronecker], "kronecker", 1, left, right, torch.zeros(width), torch.float32, (2, 1))
+    replace_module(student, kronecker, module)
+    replace_module(student, sparse, LowRankSparse(width, width, 2, 3))
     kept = {name: weights(student)[name][0].clone() for name in (kronecker, sparse)}
     found, recovery, notes = solved(student, model, batches_of(architecture, model))
     for name, form in ((kronecker, "kronecker"), (sparse, "lowrank-sparse")):

@@ -18,7 +18,7 @@ from eckart.calibration.layerwise import all_blocks
 from eckart.checkpoint.description import EckartConfig, attach_config, detach_config
 from eckart.errors import CheckpointError, ModelError
 from eckart.evaluation import sizes
-from eckart.model import cast, share, shared_clone, shared_parameters, unshare
+from eckart.model import cast, share_parameters, shared_clone, shared_parameters, unshare_parameters
 
 DEEP = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4, "num_decoder_layers": 4}}
 MODELS = ["gpt2", "llama", "llama-tied", "bert-mlm", "t5"]  # Conv1D with bias, no bias, a tied head, another head
@@ -45,7 +45,7 @@ def made(name):
     _, one, other, *_ = all_blocks(model)
     ties = {f"{other}.{n}": f"{one}.{n}" for n, _ in model.get_submodule(other).named_parameters()}
     before = sizes(model).model.elements
-    share(model, ties)
+    share_parameters(model, ties)
     return model, ties, before
 
 
@@ -151,14 +151,14 @@ def test_replaced_parameters_are_not_shared_any_more():
     owner = model.get_submodule(target.rpartition(".")[0])
     owner.weight = torch.nn.Parameter(owner.weight.detach().clone())
     assert shared_parameters(model) == {t: s for t, s in ties.items() if t != target}
-    unshare(model)
+    unshare_parameters(model)
     assert not shared_parameters(model)
 
 
 def test_refusals(tmp_path):
     model, ties, _ = made("llama")
     with pytest.raises(ModelError, match=r"up_proj\.weight cannot be .*q_proj\.weight: their shapes are"):
-        share(model, {"model.layers.3.mlp.up_proj.weight": "model.layers.0.self_attn.q_proj.weight"})
+        share_parameters(model, {"model.layers.3.mlp.up_proj.weight": "model.layers.0.self_attn.q_proj.weight"})
     attach_config(model)
     model.save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())

@@ -30,7 +30,7 @@ from eckart.calibration.layerwise import (
     split_by_segment,
     trace_blocks,
 )
-from eckart.data import Batch, CalibrationData, load
+from eckart.data import Batch, CalibrationData, load_data
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
 from eckart.errors import ModelError
@@ -106,7 +106,7 @@ def case(name: str, rows: int = 3) -> Case:
     inputs[1] = shorter(inputs[1], kind.padding)
     inputs[2] = {key: value[: rows - 1] for key, value in inputs[2].items()}
     model = deep(kind)
-    return made_case(model, load(inputs, model=model).batches)
+    return made_case(model, load_data(inputs, model=model).batches)
 
 
 def made_case(model: PreTrainedModel, batches: list[Batch]) -> Case:
@@ -657,7 +657,7 @@ LATER = {
 def texts() -> CalibrationData:
     """Two lengths, the first one twice."""
     stream = torch.Generator().manual_seed(3)
-    return load([{"input_ids": torch.randint(4, 96, (3, length), generator=stream)} for length in (9, 7, 9)])
+    return load_data([{"input_ids": torch.randint(4, 96, (3, length), generator=stream)} for length in (9, 7, 9)])
 
 
 def calibrated(model: PreTrainedModel, needs: frozenset[str], **more: Any) -> Calibration:

@@ -13,10 +13,10 @@ from torch import nn
 from eckart.data.inference import device_of, evaluating, forward
 from eckart.forms import FORMS
 from eckart.forms.lazy import LazyWeight
-from eckart.model import Compute, Weights, cast, replace, shared_clone, weights
+from eckart.model import ComputePlacement, WeightLoader, cast, replace_module, shared_clone, weights
 
 CPU = torch.device("cpu")
-FLOAT32 = Compute(CPU, torch.float32)
+FLOAT32 = ComputePlacement(CPU, torch.float32)
 
 
 def blocks_of(model):
@@ -79,7 +79,7 @@ def test_a_streamed_model_computes_what_the_wide_model_does(architecture, large,
     before, state = tables(model), set(model.state_dict())
     inputs = architecture.batches(count=1)[0]
     floats = {k: v.to(torch.float32) if v.is_floating_point() else v for k, v in inputs.items()}
-    with evaluating(model), Weights(model, FLOAT32).streaming(blocks_of(model)):
+    with evaluating(model), WeightLoader(model, FLOAT32).streaming(blocks_of(model)):
         found = output(model, floats)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, output(wide, floats), rtol=1e-6, atol=1e-6)
@@ -102,7 +102,7 @@ def test_everything_that_computes_is_on_the_device(name):
         inputs["attention_mask"] = torch.ones(rows, 1, length, length, dtype=torch.bool, device=meta)
     if model.can_generate():
         inputs["use_cache"] = False
-    with Weights(model, Compute(meta, torch.float32)).streaming(blocks_of(model)):
+    with WeightLoader(model, ComputePlacement(meta, torch.float32)).streaming(blocks_of(model)):
         found = output(model, inputs)
     assert (found.device, found.dtype) == (meta, torch.float32)
     assert same(tables(model), before)
@@ -112,7 +112,7 @@ def test_everything_that_computes_is_on_the_device(name):
 def test_one_block_is_there_at_a_time(name):
     model, _ = stored(name)
     blocks = blocks_of(model)
-    with counting(model, blocks) as seen, Weights(model, FLOAT32).streaming(blocks):
+    with counting(model, blocks) as seen, WeightLoader(model, FLOAT32).streaming(blocks):
         output(model, BY_NAME[name].batches(count=1)[0])
     assert len(seen) >= len(blocks)
     assert set(seen) == {1}
@@ -124,7 +124,7 @@ def test_an_exception_in_the_middle_puts_everything_back(large, monkeypatch):
     model, wide = stored("llama-tied")
     before, blocks = tables(model), blocks_of(model)
     inputs = BY_NAME["llama-tied"].batches(count=1)[0]
-    streamed = Weights(model, FLOAT32)
+    streamed = WeightLoader(model, FLOAT32)
 
     def stop(*_):
         raise InterruptedError
@@ -142,7 +142,7 @@ def test_an_exception_in_the_middle_puts_everything_back(large, monkeypatch):
 def test_what_does_not_fit_puts_everything_back(monkeypatch):
     model, _ = stored("llama")
     before = tables(model)
-    made, copy = [], Weights._copy
+    made, copy = [], WeightLoader._copy
 
     def once(self, slot):
         if made:
@@ -150,8 +150,8 @@ def test_what_does_not_fit_puts_everything_back(monkeypatch):
         made.append(slot)
         return copy(self, slot)
 
-    monkeypatch.setattr(Weights, "_copy", once)
-    held = Weights(model, FLOAT32)
+    monkeypatch.setattr(WeightLoader, "_copy", once)
+    held = WeightLoader(model, FLOAT32)
     with pytest.raises(torch.OutOfMemoryError), held.held(""):
         pass
     assert made
@@ -162,7 +162,7 @@ def test_stand_ins_fetch_nothing():
     model, wide = stored("llama")
     blocks = blocks_of(model)
     inputs = BY_NAME["llama"].batches(count=1)[0]
-    own = Weights(model, FLOAT32)
+    own = WeightLoader(model, FLOAT32)
     with own.streaming(blocks), counting(model, blocks) as seen:
         first = model.get_submodule(blocks[0])
         streamed = first.forward
@@ -177,7 +177,7 @@ def test_stand_ins_fetch_nothing():
 
 def test_holding_is_counted_and_lets_go():
     model, _ = stored("llama-tied")
-    before, held = tables(model), Weights(model, FLOAT32)
+    before, held = tables(model), WeightLoader(model, FLOAT32)
     layer = model.model.layers[0].mlp.up_proj
     original = layer.weight
     with held.held("model.layers.0"):
@@ -199,7 +199,7 @@ def test_holding_is_counted_and_lets_go():
 
 def test_tied_weights_are_one_tensor_while_held():
     model, _ = stored("llama-tied")
-    held = Weights(model, FLOAT32)
+    held = WeightLoader(model, FLOAT32)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     with held.held("lm_head"):
         assert model.lm_head.weight.dtype == torch.float32
@@ -216,7 +216,7 @@ def test_tied_weights_are_one_tensor_while_held():
 def test_gradients_are_wanted_where_the_original_wants_them():
     model, _ = stored("llama")
     model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
-    with Weights(model, FLOAT32).held("model.layers.0"):
+    with WeightLoader(model, FLOAT32).held("model.layers.0"):
         assert not model.model.layers[0].mlp.up_proj.weight.requires_grad
         assert model.model.layers[0].mlp.down_proj.weight.requires_grad
 
@@ -225,7 +225,7 @@ def test_freezing_reaches_what_is_not_there_yet(monkeypatch):
     monkeypatch.setattr(weights, "LARGE", 0)
     model, _ = stored("llama")
     inputs = BY_NAME["llama"].batches(count=1)[0]
-    with Weights(model, FLOAT32).streaming(blocks_of(model)):
+    with WeightLoader(model, FLOAT32).streaming(blocks_of(model)):
         assert model.lm_head.weight.requires_grad
         model.requires_grad_(False)
         assert not model.lm_head.weight.requires_grad
@@ -248,7 +248,7 @@ def test_only_narrower_floating_point_numbers_are_widened():
             self.register_buffer("table", torch.ones(2, dtype=torch.float16), persistent=False)
 
     model = Mixed()
-    with Weights(model, FLOAT32).held(""):
+    with WeightLoader(model, FLOAT32).held(""):
         types = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     assert types == {
         "a_float16": torch.float32,
@@ -264,20 +264,20 @@ def test_only_narrower_floating_point_numbers_are_widened():
 
 def test_a_model_that_is_there_is_left_alone():
     model, wide = stored("llama")
-    for held in (Weights(model, None), Weights(model, Compute(CPU)), Weights(wide, FLOAT32)):
+    for held in (WeightLoader(model, None), WeightLoader(model, ComputePlacement(CPU)), WeightLoader(wide, FLOAT32)):
         assert held.resident
         before = tables(held._model)
         with held.held(""), held.streaming(blocks_of(held._model)):
             assert same(tables(held._model), before)
             assert not any("forward" in vars(module) for module in held._model.modules())
-    assert not Weights(model, FLOAT32).resident
-    assert Weights(model, None).device == Weights(model, FLOAT32).device == CPU
+    assert not WeightLoader(model, FLOAT32).resident
+    assert WeightLoader(model, None).device == WeightLoader(model, FLOAT32).device == CPU
 
 
 def test_inputs_go_where_the_model_computes():
     model, wide = stored("vit")
     inputs = BY_NAME["vit"].batches(count=1)[0]
-    own = Weights(model, FLOAT32)
+    own = WeightLoader(model, FLOAT32)
     expected = forward(wide, inputs).logits
     with torch.no_grad(), own.streaming(blocks_of(model)):
         assert device_of(model) == CPU
@@ -289,7 +289,7 @@ def test_inputs_go_where_the_model_computes():
         torch.testing.assert_close(forward(model, inputs).logits, expected)
     assert model.dtype == torch.bfloat16
     meta = torch.device("meta")
-    with Weights(model, Compute(meta, torch.float32)).streaming(blocks_of(model)):
+    with WeightLoader(model, ComputePlacement(meta, torch.float32)).streaming(blocks_of(model)):
         assert model.device == meta
         assert model.dtype == torch.float32
 
@@ -297,10 +297,10 @@ def test_inputs_go_where_the_model_computes():
 def test_an_embedding_is_never_widened_as_a_whole(monkeypatch):
     monkeypatch.setattr(weights, "LARGE", 0)
     model, wide = stored("gemma3")
-    copied, copy = [], Weights._copy
-    monkeypatch.setattr(Weights, "_copy", lambda self, slot: copied.append(slot.module) or copy(self, slot))
+    copied, copy = [], WeightLoader._copy
+    monkeypatch.setattr(WeightLoader, "_copy", lambda self, slot: copied.append(slot.module) or copy(self, slot))
     inputs = BY_NAME["gemma3"].batches(count=1)[0]
-    with torch.no_grad(), Weights(model, FLOAT32).streaming(blocks_of(model)):
+    with torch.no_grad(), WeightLoader(model, FLOAT32).streaming(blocks_of(model)):
         assert isinstance(model.model.embed_tokens.weight, LazyWeight)
         found = model.model(**inputs).last_hidden_state
         assert model.model.embed_tokens not in copied
@@ -321,12 +321,12 @@ def test_stored_forms_stream_and_keep_no_working_memory(form, large, monkeypatch
         module = FORMS[form](old.in_features, old.out_features, 8, old.bias is not None)
         left = torch.randn(old.out_features, 8, generator=stream) * 0.2
         module.store(left, torch.randn(8, old.in_features, generator=stream) * 0.2, old.bias)
-        replace(model, name, module)
+        replace_module(model, name, module)
     cast(model, torch.bfloat16)
     wide = shared_clone(model)
     cast(wide, torch.float32)
     inputs = BY_NAME["llama"].batches(count=1)[0]
-    own = Weights(model, FLOAT32)
+    own = WeightLoader(model, FLOAT32)
     with torch.no_grad(), own.streaming(blocks_of(model)):
         torch.testing.assert_close(output(model, inputs), output(wide, inputs))
         with own.held("model.layers.0"):
@@ -337,12 +337,12 @@ def test_stored_forms_stream_and_keep_no_working_memory(form, large, monkeypatch
 def test_blocks_may_be_replaced_between_two_passes():
     model, _ = stored("llama")
     blocks, inputs = blocks_of(model), BY_NAME["llama"].batches(count=1)[0]
-    with torch.no_grad(), Weights(model, FLOAT32).streaming(blocks):
+    with torch.no_grad(), WeightLoader(model, FLOAT32).streaming(blocks):
         output(model, inputs)
         old = model.model.layers[0].mlp.up_proj
         assert old.weight.dtype == torch.bfloat16  # what is not held shows what it is stored as
         new = nn.Linear(old.in_features, old.out_features, bias=False, dtype=torch.bfloat16)
-        replace(model, "model.layers.0.mlp.up_proj", new)
+        replace_module(model, "model.layers.0.mlp.up_proj", new)
         found = output(model, inputs)
     wide = shared_clone(model)
     cast(wide, torch.float32)

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 import eckart
 from eckart.calibration import calibrate
 from eckart.compression.workspace import Workspace
-from eckart.data import load
+from eckart.data import load_data
 from eckart.forms import FactoredLinear
-from eckart.model import Compute, Weights, find_sites
+from eckart.model import ComputePlacement, WeightLoader, find_sites
 from eckart.moments import Moments
 from eckart.storage.cache import Cache
 
@@ -32,7 +32,7 @@ RUNS += [(name, "kfac") for name in ("bert", "gpt2", "llama-tied", "t5", "albert
 RUNS += [(name, "fwsvd") for name in ("bert", "llama", "gemma3", "albert", "mixtral")]
 RUNS += [(name, "svd") for name in ("gpt2", "albert", "mixtral")]
 EVERYTHING = frozenset({"gram", "absolute", "gradients", "fisher"})
-FLOAT = Compute(torch.device("cpu"), torch.float32)
+FLOAT = ComputePlacement(torch.device("cpu"), torch.float32)
 
 
 def batches(name: str) -> list[Inputs]:
@@ -142,7 +142,7 @@ def widened(model: PreTrainedModel) -> PreTrainedModel:
 
 def statistics(model: PreTrainedModel, name: str, needs: frozenset[str], **more: Any) -> tuple[dict[str, Moments], str]:
     """All of them, and how they were gathered."""
-    data = load(batches(name), model=model)
+    data = load_data(batches(name), model=model)
     calibration = calibrate(model, [site.name for site in find_sites(model).chosen], data, needs=needs, **more)
     found: dict[str, Moments] = {}
     for window in calibration.windows():
@@ -159,7 +159,7 @@ def test_statistics_are_those_of_the_model_in_single_precision(name, needs, tmp_
     assert how == "at once"
     model.train()  # with dropout, were it run so
     waiting = Cache(0, tmp_path / "waiting", durable=True)
-    found, how = statistics(model, name, needs, weights=Weights(model, FLOAT), waiting=waiting)
+    found, how = statistics(model, name, needs, weights=WeightLoader(model, FLOAT), waiting=waiting)
     assert how.startswith("block by block")
     assert set(found) == set(expected)
     for site, entry in expected.items():

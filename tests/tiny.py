@@ -318,7 +318,7 @@ def _run(job: dict[str, Any]) -> int:
     ticks.watch()
     code = 0
     memory.rss = lambda: memory._kilobytes(Path("/proc/self/status"))["RssAnon"]  # files may lie in shared memory
-    watched = memory.Watch(0.005)
+    watched = memory.MemoryWatch(0.005)
     with watched if job.get("watch") else nullcontext():
         try:
             app(job["words"])

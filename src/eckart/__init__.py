@@ -13,7 +13,7 @@ from eckart.compression.recipe import Recipe
 from eckart.compression.result import Result
 from eckart.errors import EckartError
 from eckart.evaluation.evaluation import evaluate
-from eckart.model import fuse as _fuse
+from eckart.model import fuse_experts as _fuse
 from eckart.model import to_dense_modules as _to_dense_modules
 from eckart.recovery.pipeline import tune
 from eckart.recovery.recipe import TuneRecipe

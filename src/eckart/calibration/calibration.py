@@ -32,7 +32,7 @@ from eckart.data import Batch, CalibrationData, Pooling
 from eckart.data.inference import forward, progress
 from eckart.distributed import Processes
 from eckart.errors import EckartError, ModelError
-from eckart.model import Weights
+from eckart.model import WeightLoader
 from eckart.moments import Moments, Step, common_calls, gather, is_out_of_memory, shared_inputs
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def calibrate(
     seed: int = 0,
     pooling: Pooling | None = None,
     may_fall_back: bool = False,
-    weights: Weights | None = None,
+    weights: WeightLoader | None = None,
     waiting: HiddenStateStore | None = None,
     at_once: int = 1,
     processes: Processes | None = None,
@@ -117,7 +117,7 @@ def calibrate(
         NumericalError: on values that are not finite, naming site and batch.
         ModelError: if a backward pass is needed, cannot run, and nothing may replace it.
     """
-    weights = weights or Weights(model, None)
+    weights = weights or WeightLoader(model, None)
     backward = bool(needs & {"gradients", "fisher"})
     labeled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
     step = labeled_step(model) if labeled else sampled_step(model, seed, pooling) if backward else plain_step(model)
@@ -215,7 +215,7 @@ def without_data(model: PreTrainedModel, names: Sequence[str]) -> Calibration:
 class _Work:
     """A model that is run over and over, its weights brought in as they are needed."""
 
-    def __init__(self, model: PreTrainedModel, weights: Weights, blocks: Sequence[str]) -> None:
+    def __init__(self, model: PreTrainedModel, weights: WeightLoader, blocks: Sequence[str]) -> None:
         self.model = model
         self.device = weights.device
         self.blocks = blocks

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from torch import nn
 
 from eckart.data.inference import evaluating
-from eckart.model import Weights
+from eckart.model import WeightLoader
 
 Holder = Callable[[str | None], AbstractContextManager[None]]
 
 
-def ready(model: nn.Module, weights: Weights, blocks: Sequence[str]) -> Holder:
+def ready(model: nn.Module, weights: WeightLoader, blocks: Sequence[str]) -> Holder:
     """What is to be entered around passes through a model.
 
     Args:

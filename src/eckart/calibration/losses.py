@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data import Batch, Pooling, kind_of
+from eckart.data import Batch, Pooling, model_kind
 from eckart.data.inference import device_of, forward
 from eckart.errors import NumericalError
 from eckart.moments import Step, labeled_loss, sampled_loss
@@ -47,7 +47,7 @@ def labeled_step(model: PreTrainedModel) -> Step:
     Raises:
         NumericalError: it is not finite.
     """
-    shifted = kind_of(model.config, model) == "causal"
+    shifted = model_kind(model.config, model) == "causal"
 
     def step(batch: Batch) -> Tensor | None:
         labels = batch.inputs.get("labels")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from eckart.data.inference import progress
-from eckart.distributed.memory import human, rss
+from eckart.distributed.memory import format_bytes, rss
 
 
 def show_steps(steps: Sequence[int], what: str) -> Iterator[int]:
@@ -14,5 +14,5 @@ def show_steps(steps: Sequence[int], what: str) -> Iterator[int]:
     bar: Any = progress(steps, what=what, total=len(steps))
     for step in bar:
         if hasattr(bar, "set_postfix_str"):
-            bar.set_postfix_str(f"{human(rss())} held", refresh=False)
+            bar.set_postfix_str(f"{format_bytes(rss())} held", refresh=False)
         yield step

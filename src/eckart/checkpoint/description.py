@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.checkpoint.guard import guard_of, set_guard
 from eckart.errors import CheckpointError, ModelError
-from eckart.model import cut_heads, experts_apart, factored_modules, shared_parameters
+from eckart.model import factored_modules, pruned_heads, separate_experts, shared_parameters
 
 METHOD = "eckart"
 FORMAT_VERSION = 2
@@ -81,8 +81,8 @@ def attach_config(model: PreTrainedModel) -> None:
     To be called again after modules have been replaced.
 
     Args:
-        model: a model with forms in place, with heads gone, or with parameters that :func:`eckart.model.share` has made
-            one.
+        model: a model with forms in place, with heads gone, or with parameters that
+            :func:`eckart.model.share_parameters` has made one.
 
     Raises:
         ModelError: the model has none of these, or the config ties the weight of a form.
@@ -107,8 +107,8 @@ def attach_config(model: PreTrainedModel) -> None:
 
 def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
     """What the config says of a model's modules: experts that are taken apart, heads that are gone, and forms."""
-    specs = {name: experts.spec() for name, experts in experts_apart(model).items()}
-    specs |= {name: cut.spec() for name, cut in cut_heads(model).items()}
+    specs = {name: experts.spec() for name, experts in separate_experts(model).items()}
+    specs |= {name: cut.spec() for name, cut in pruned_heads(model).items()}
     return specs | {name: form.spec() for name, form in factored_modules(model).items()}
 
 

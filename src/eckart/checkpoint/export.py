@@ -10,7 +10,7 @@ from eckart.checkpoint.save import save
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.errors import ModelError
-from eckart.model import fuse, to_dense_modules
+from eckart.model import fuse_experts, to_dense_modules
 from eckart.storage.lock import OutputLock
 from eckart.storage.publish import check_output
 
@@ -40,6 +40,6 @@ def export_dense(
         if not is_special(model):
             raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
         to_dense_modules(model)
-        fuse(model)
+        fuse_experts(model)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         return save(model, output_dir, tokenizer=tokenizer, source_folder=source, overwrite=overwrite, lock=lock)

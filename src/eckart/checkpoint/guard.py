@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.model.shared import owner_of
+from eckart.model.shared import parameter_owner
 
 GUARDED = "_guarded"
 
@@ -29,7 +29,7 @@ def set_guard(model: nn.Module, name: str | None) -> None:
         vars(module).pop(GUARDED, None)
     if name is None:
         return
-    owner, key = owner_of(model, name)
+    owner, key = parameter_owner(model, name)
     setattr(owner, GUARDED, key)
     if _write not in owner._state_dict_hooks.values():
         owner.register_state_dict_post_hook(_write)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms import Factored, FactoredLinear, build
-from eckart.model import HeadCut
+from eckart.model import PrunedHeads
 
 
 def locate(model: PreTrainedModel, name: str) -> str | None:
@@ -38,7 +38,7 @@ def take_heads_out(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> N
     if place is None:
         return
     try:
-        HeadCut.of_spec(spec).apply(model.get_submodule(place))
+        PrunedHeads.of_spec(spec).apply(model.get_submodule(place))
     except UsageError as error:
         raise CheckpointError(
             f"Module {name} in quantization_config of config.json: {error} Load the model with the config and the "

@@ -20,9 +20,17 @@ from eckart.checkpoint.description import METHOD, EckartConfig, attach_config
 from eckart.checkpoint.guard import guard_of
 from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out
 from eckart.errors import CheckpointError
-from eckart.model import Experts, factored_modules, fused_experts, owner_of, share, ties_of, ties_of_factored
+from eckart.model import (
+    SeparateExperts,
+    declared_ties,
+    factored_modules,
+    fused_experts,
+    parameter_owner,
+    share_parameters,
+    tie_factored,
+)
+from eckart.model.attention_heads import FORM as HEADS
 from eckart.model.experts import FORM as EXPERTS
-from eckart.model.heads import FORM as HEADS
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -63,7 +71,7 @@ class EckartQuantizer(HfQuantizer):
             place = locate(model, name)
             if place is not None:
                 factored[place] = built(name, spec, model.get_submodule(place))
-        before = ties_of(model)
+        before = declared_ties(model)
         for place, form in factored.items():
             # Otherwise the loader would expect the guard, the empty tensor under the dense weight's name.
             self._handles.append(form.register_state_dict_post_hook(_without_guard))
@@ -71,7 +79,7 @@ class EckartQuantizer(HfQuantizer):
         # Another class's head has a guard as well.
         guarded += [f"{name}.weight" for name in dict.fromkeys((*factored, *specs))]
         if factored:
-            ties_of_factored(model, before, tie=False)
+            tie_factored(model, before, tie=False)
             tied = model.all_tied_weights_keys
             half = next((n for n in factored if f"{n}.weight" in tied or f"{n}.weight" in tied.values()), None)
             if half is not None:
@@ -102,7 +110,7 @@ class EckartQuantizer(HfQuantizer):
                 f"{type(model.get_submodule(place)).__name__} there holds none that eckart can take apart. Load it "
                 "with the transformers that it was saved with, or a newer eckart: pip install -U eckart"
             )
-        experts = Experts(model.get_submodule(place))
+        experts = SeparateExperts(model.get_submodule(place))
         self._handles.append(experts.register_state_dict_post_hook(_without_guard))
         model.set_submodule(place, experts)
         return [f"{place}.{guard}" for guard in experts.guards]
@@ -112,7 +120,7 @@ class EckartQuantizer(HfQuantizer):
         place = next((target for target in self._ties if same_place(model, target, guard)), None)
         if place is None:  # of another head
             return
-        owner, key = owner_of(model, place)
+        owner, key = parameter_owner(model, place)
         owner._parameters[key]._is_hf_initialized = True
 
         def hide(_: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -128,7 +136,7 @@ class EckartQuantizer(HfQuantizer):
         model.all_tied_weights_keys = model.all_tied_weights_keys | {
             target: source for target, source in self._ties.items() if target != self._guarded
         }
-        owners = {id(owner_of(model, target)[0]) for target in self._ties}
+        owners = {id(parameter_owner(model, target)[0]) for target in self._ties}
         own = model._adjust_bias
 
         def adjust(module: nn.Module, source: Tensor) -> None:
@@ -144,7 +152,7 @@ class EckartQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {
                 target: source for target, source in model.all_tied_weights_keys.items() if target not in self._ties
             }
-            share(model, self._ties)
+            share_parameters(model, self._ties)
         for handle in self._handles:
             handle.remove()
         ignored = set(model._keys_to_ignore_on_load_unexpected or ())
@@ -180,7 +188,7 @@ def register() -> None:
 
 
 def _without_guard(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in module.guards if isinstance(module, Experts) else ("weight",):
+    for name in module.guards if isinstance(module, SeparateExperts) else ("weight",):
         state.pop(prefix + name, None)
 
 

@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from eckart.distributed import ElsewhereError, is_main
+from eckart.distributed import OtherProcessError, is_main
 from eckart.errors import EckartError, UsageError
 
 WIDTH = 120
@@ -51,7 +51,7 @@ def guarded(function: F) -> F:
         try:
             return function(*args, **kwargs)
         except EckartError as error:
-            if is_main() or not isinstance(error, ElsewhereError):
+            if is_main() or not isinstance(error, OtherProcessError):
                 say(f"error: {error}", "red")
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:

@@ -26,7 +26,17 @@ from eckart.data.inference import progress
 from eckart.distributed import Processes
 from eckart.errors import ModelError
 from eckart.forms import FORMS, SharedBasis
-from eckart.model import Site, Weights, cast, dense_weight, pack, share, shared_clone, store, unpack
+from eckart.model import (
+    Site,
+    WeightLoader,
+    cast,
+    dense_weight,
+    deserialize_module,
+    serialize_module,
+    share_parameters,
+    shared_clone,
+    store_factors,
+)
 from eckart.moments import Moments
 from eckart.storage.cache import SUFFIX
 
@@ -50,7 +60,7 @@ class Assembly:
 
     model: PreTrainedModel
     sites: Sequence[Site]
-    weights: Weights
+    weights: WeightLoader
     workspace: Workspace
     dtype: torch.dtype | None
 
@@ -73,7 +83,7 @@ class Assembly:
             for note in content["notes"]:
                 logger.warning(note)
         basis = SharedBasis.BASIS
-        share(compressed, {f"{n}.{basis}": f"{g[0]}.{basis}" for g in plan.bases for n in g[1:]})
+        share_parameters(compressed, {f"{n}.{basis}": f"{g[0]}.{basis}" for g in plan.bases for n in g[1:]})
         if self.dtype is not None:
             cast(compressed, self.dtype, changed=self._moved_away)
         return compressed, notes
@@ -164,7 +174,7 @@ class Assembly:
         made: list[LayerwiseRunner] = []
         for name, model, weights in (
             ("before", self.model, self.weights),
-            ("now", fitted, Weights(fitted, place.compute_stored)),
+            ("now", fitted, WeightLoader(fitted, place.compute_stored)),
         ):
             held = ready(model, weights, all_blocks(model))
             try:
@@ -193,14 +203,14 @@ class Assembly:
                 one, other = (factor.to(weight.device).double() for factor in (left, right))
                 rest = weight.double() @ mean - FORMS[choice.form].times(one, other, mean, choice.block)
                 bias = bias.double() + rest
-            module, fallback = store(
+            module, fallback = store_factors(
                 site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype, choice.block
             )
             if fallback is not None:
                 content["notes"].append(fallback)
             if len(solved.factors) > 1:
                 content["solved"] += solved.factors[choice.block].notes
-            packed, spec = pack(module)
+            packed, spec = serialize_module(module)
             content["sites"][site.name] = spec
             tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}
         return tensors, content
@@ -210,7 +220,7 @@ class Assembly:
         tensors, content = self.workspace.store.read(stage, name)
         for site, spec in content["sites"].items():
             own = {k.removeprefix(f"{site}/"): v for k, v in tensors.items() if k.startswith(f"{site}/")}
-            unpack(model, site, own, spec)
+            deserialize_module(model, site, own, spec)
         return list(content["notes"])
 
     def _to_all(self, stage: str, name: str) -> dict[str, Any]:
@@ -236,6 +246,6 @@ def _packed(model: PreTrainedModel, names: Sequence[str], notes: list[str]) -> t
     tensors: dict[str, Tensor] = {}
     specs: dict[str, Any] = {}
     for name in names:
-        packed, specs[name] = pack(model.get_submodule(name))
+        packed, specs[name] = serialize_module(model.get_submodule(name))
         tensors |= {f"{name}/{key}": value for key, value in packed.items()}
     return tensors, {"sites": specs, "notes": notes}

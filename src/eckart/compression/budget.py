@@ -10,7 +10,7 @@ from eckart.allocation import smallest_keep
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.evaluation import sizes
-from eckart.model import Sites, saved_numbers
+from eckart.model import Sites, saved_embedding_parameters
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Budget:
         whole = inside if recipe.keep_of == "sites" else sizes(model).model.elements
         outside = whole - inside
         if recipe.keep_of == "model":  # embeddings count as they will be stored
-            outside -= saved_numbers(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
+            outside -= saved_embedding_parameters(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
         elements = int(round(recipe.keep * whole, 6)) - outside
         return cls(elements, outside, whole, recipe.keep, recipe.keep_of)
 

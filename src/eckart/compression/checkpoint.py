@@ -19,7 +19,7 @@ from eckart.compression.pipeline import compare, compress
 from eckart.compression.recipe import Recipe, make_recipe
 from eckart.compression.result import Result
 from eckart.compression.settings import Settings
-from eckart.distributed import quiet_others, start
+from eckart.distributed import silence_other_processes, start_processes
 from eckart.errors import UsageError
 from eckart.methods import method_named
 from eckart.report import quality_cells
@@ -73,8 +73,8 @@ def compress_checkpoint(
     """
     if recipe.model is None:
         raise UsageError("model: there is none to compress. Name a folder or a model on the hub (MODEL, or `model:`).")
-    processes = start(recipe.device)
-    quiet_others(processes)
+    processes = start_processes(recipe.device)
+    silence_other_processes(processes)
     reader = text_reader(recipe, [recipe.method])
     with processes.together():
         if processes.main:

@@ -13,13 +13,13 @@ from transformers import PreTrainedModel
 from eckart.calibration.forward_context import ready
 from eckart.calibration.layerwise import all_blocks
 from eckart.compression.recipe import Recipe
-from eckart.data import Batch, CalibrationData, kind_of
+from eckart.data import Batch, CalibrationData, model_kind
 from eckart.data.batch import SIDES
 from eckart.data.inference import forward, progress
 from eckart.distributed import Processes
 from eckart.forms import EMBEDDINGS
 from eckart.linalg import TableFactors, in_blocks, smoothed, table_factors, tied_factors
-from eckart.model import Table, Weights, chosen_size, find_tables, put_table
+from eckart.model import EmbeddingTable, WeightLoader, find_embedding_tables, replace_embedding, size_for_fraction
 from eckart.moments import gather
 
 DENSE = "dense"
@@ -56,7 +56,7 @@ def factor_embeddings(
     compressed: PreTrainedModel,
     recipe: Recipe,
     data: CalibrationData | None,
-    weights: Weights,
+    weights: WeightLoader,
     processes: Processes,
     dtype: torch.dtype | None,
 ) -> Embedded:
@@ -77,7 +77,7 @@ def factor_embeddings(
     """
     if recipe.embeddings == DENSE:
         return Embedded()
-    found = find_tables(original, recipe.ignore)
+    found = find_embedding_tables(original, recipe.ignore)
     done = Embedded(skipped=found.skipped)
     if not found.chosen:
         done.notes.append(
@@ -92,7 +92,7 @@ def factor_embeddings(
     with processes.together():
         grams = _head_inputs(original, found.chosen, data, weights, done.notes) if processes.main else {}
     for table in found.chosen:
-        size = chosen_size(table, recipe.embeddings, recipe.embeddings_keep)
+        size = size_for_fraction(table, recipe.embeddings, recipe.embeddings_keep)
         made: TableFactors | None = None
         with processes.together():
             if processes.main:
@@ -105,7 +105,7 @@ def factor_embeddings(
         causal = {name: _is_causal(original, name) for name in table.embeddings}
         stored = original.get_submodule(table.name).weight.dtype
         assert isinstance(stored, torch.dtype)
-        put_table(
+        replace_embedding(
             compressed, table, recipe.embeddings, size, tensors["left"], tensors["right"], causal=causal,
             dtype=dtype or stored,
         )  # fmt: skip
@@ -116,7 +116,7 @@ def factor_embeddings(
     return done
 
 
-def _row(table: Table, form: str, size: int, content: Mapping[str, Any]) -> dict[str, Any]:
+def _row(table: EmbeddingTable, form: str, size: int, content: Mapping[str, Any]) -> dict[str, Any]:
     """A table in the report."""
     row = {
         "table": table.name,
@@ -136,7 +136,7 @@ def _row(table: Table, form: str, size: int, content: Mapping[str, Any]) -> dict
     return row
 
 
-def _safe_notes(compressed: PreTrainedModel, table: Table, causal: Mapping[str, bool]) -> list[str]:
+def _safe_notes(compressed: PreTrainedModel, table: EmbeddingTable, causal: Mapping[str, bool]) -> list[str]:
     notes = [f"{table.name}: as good as low-rank until it is trained to follow the original: `eckart tune`"]
     if any(causal.values()):
         # With a key-value cache a step shows the embedding the last token alone.
@@ -148,7 +148,7 @@ def _safe_notes(compressed: PreTrainedModel, table: Table, causal: Mapping[str, 
 
 
 def _solved(
-    model: PreTrainedModel, table: Table, form: str, size: int, counts: Tensor | None, gram: Tensor | None
+    model: PreTrainedModel, table: EmbeddingTable, form: str, size: int, counts: Tensor | None, gram: Tensor | None
 ) -> TableFactors:
     """Factors of a table in the layout of its form."""
     weight: Any = model.get_submodule(table.name).weight
@@ -163,7 +163,7 @@ def _solved(
     return tied_factors(matrix, lookups, gram.to(matrix.device), rank, what=table.name)
 
 
-def _counts(model: PreTrainedModel, table: Table, data: CalibrationData | None) -> Tensor | None:
+def _counts(model: PreTrainedModel, table: EmbeddingTable, data: CalibrationData | None) -> Tensor | None:
     """(v,) how often each token of the data is looked up in a table; None without token ids."""
     if data is None:
         return None
@@ -184,7 +184,7 @@ def _counts(model: PreTrainedModel, table: Table, data: CalibrationData | None) 
     return counts
 
 
-def _sides(model: PreTrainedModel, table: Table) -> Sequence[tuple[str, str]]:
+def _sides(model: PreTrainedModel, table: EmbeddingTable) -> Sequence[tuple[str, str]]:
     """Whose tokens a table is asked for: both sides' of an encoder-decoder, unless it belongs to one of them."""
     if not model.config.is_encoder_decoder:
         return SIDES[:1]
@@ -208,11 +208,15 @@ def _is_causal(model: PreTrainedModel, name: str) -> bool:
     """Whether an embedding must not look at later tokens; where it is not known, it must not."""
     if model.config.is_encoder_decoder:
         return _in_decoder(model, name) is not False
-    return kind_of(model.config, model) == "causal"
+    return model_kind(model.config, model) == "causal"
 
 
 def _head_inputs(
-    model: PreTrainedModel, tables: Sequence[Table], data: CalibrationData | None, weights: Weights, notes: list[str]
+    model: PreTrainedModel,
+    tables: Sequence[EmbeddingTable],
+    data: CalibrationData | None,
+    weights: WeightLoader,
+    notes: list[str],
 ) -> dict[str, Tensor]:
     """Table -> `E[h h^T]` of what its heads multiply, gathered in one pass over the data."""
     heads = {head: (head,) for table in tables for head in table.heads}

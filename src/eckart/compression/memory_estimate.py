@@ -26,13 +26,13 @@ from eckart.compression.plan_builder import Limits, largest_choices
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
-from eckart.data import kind_of
-from eckart.distributed import ElsewhereError, Processes
-from eckart.distributed.memory import PeakMemory, free, human, rss
+from eckart.data import model_kind
+from eckart.distributed import OtherProcessError, Processes
+from eckart.distributed.memory import PeakMemory, format_bytes, free_memory, rss
 from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.evaluation.divergence import PIECE
 from eckart.forms import form_named
-from eckart.model import Compute, Sites, find_sites, with_single_experts
+from eckart.model import ComputePlacement, Sites, find_sites, with_separate_experts
 from eckart.moments.memory import solving_bytes, statistics_bytes
 from eckart.storage.cache import Cache
 from eckart.storage.journal import Journal
@@ -83,7 +83,7 @@ def estimate_memory(model: PreTrainedModel, recipe: Recipe, settings: Settings, 
         settings: the method.
         room: bytes of free memory; None if nobody knows.
     """
-    model = with_single_experts(model)
+    model = with_separate_experts(model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
     shapes = {site.name: site.shape for site in sites.chosen}
     needs = settings.needs(planned=recipe.plan is not None)
@@ -180,7 +180,7 @@ def workspace(
         words = f"in memory, as a whole: {needs.whole}" if needs is not None else "in memory, as a whole"
         yield Workspace(processes=processes), words
         return
-    compute = Compute(device, None if on_accelerator else torch.float32)
+    compute = ComputePlacement(device, None if on_accelerator else torch.float32)
     key = _key(folder, recipe, processes)
     target = output_path(output_dir)
     place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
@@ -195,12 +195,14 @@ def workspace(
         memory = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
         cache = Cache(memory, journal.path("waiting"), durable=True)
         entries = len(journal.entries(SOLVED))
-        words = "block by block" + (f": {needs.streamed}; {human(needs.disk)} of disk" if needs is not None else "")
+        words = "block by block" + (
+            f": {needs.streamed}; {format_bytes(needs.disk)} of disk" if needs is not None else ""
+        )
         if entries:
             words += f"; windows done already: {entries}"
         yield Workspace(compute, journal, cache, processes, at_once, journal.path("cast")), words
     except BaseException as error:
-        refused = isinstance(error, EckartError) and not isinstance(error, CheckpointError | ElsewhereError)
+        refused = isinstance(error, EckartError) and not isinstance(error, CheckpointError | OtherProcessError)
         begun = journal.entries(SOLVED) if refused else (journal.folder / "entries").exists()
         if not begun:  # nothing to go on from, and nothing to be refused by
             journal.remove()
@@ -237,7 +239,7 @@ def _tried(
         model = blank(folder, trust_remote_code=trust_remote_code)
         # Processes of one machine share its memory; GPUs each have their own.
         shared = 1 if processes.device.type == "cuda" else processes.size
-        room = free(processes.device)
+        room = free_memory(processes.device)
         return estimate_memory(model, recipe, settings, None if room is None else room // shared)
     except UsageError:
         raise
@@ -289,7 +291,7 @@ class _Text:
 def _text(model: nn.Module, recipe: Recipe) -> _Text:
     config: Any = getattr(model, "config", None)
     length = recipe.max_seq_length or min(512, getattr(config, "max_position_embeddings", None) or 512)
-    samples = recipe.num_samples or (128 if kind_of(config, model) == "causal" else 1024)
+    samples = recipe.num_samples or (128 if model_kind(config, model) == "causal" else 1024)
     return _Text(samples * length, (recipe.batch_size or 8) * length)
 
 

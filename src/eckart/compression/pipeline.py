@@ -31,12 +31,12 @@ from eckart.compression.recipe import Recipe, make_recipe
 from eckart.compression.result import Result
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
-from eckart.distributed import ElsewhereError
+from eckart.distributed import OtherProcessError
 from eckart.errors import ModelError, NumericalError
 from eckart.evaluation import distance, quality, sizes
 from eckart.forms import FORMS
 from eckart.methods import Method, method_named
-from eckart.model import Sites, Weights, factored_modules, fuse, own_storage
+from eckart.model import Sites, WeightLoader, factored_modules, fuse_experts, unshare_storage
 from eckart.storage.store import MemoryStore
 
 
@@ -207,7 +207,7 @@ def _finish(
         with work.clock("refit"):
             compressed, measured = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
     plan = with_changes(plan, choices=_as_stored(compressed, sites, plan))
-    fuse(compressed)
+    fuse_experts(compressed)
     if factored_modules(compressed):
         attach_config(compressed)
     with work.clock("measuring"):
@@ -236,7 +236,7 @@ def _finish(
     report["calibrated"] = calibration.how
     embedded.join(report)
     if not work.workspace.streaming:
-        own_storage(compressed, model)
+        unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, work.tokenizer, work.source_folder)
 
 
@@ -279,7 +279,7 @@ def _refitted(
                 fitted = compressed
             else:
                 measured = after
-    except (NumericalError, ElsewhereError) as error:  # all processes take the same way
+    except (NumericalError, OtherProcessError) as error:  # all processes take the same way
         found, fitted = [str(error)], compressed
     if fitted is compressed:
         found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
@@ -295,7 +295,7 @@ def _measured(work: CompressionContext, compressed: PreTrainedModel) -> dict[str
     failed: BaseException | None = None
     if processes.main:
         blocks = all_blocks(work.model)
-        smaller = Weights(compressed, work.workspace.compute_stored)
+        smaller = WeightLoader(compressed, work.workspace.compute_stored)
         try:
             with work.weights.streaming(blocks), smaller.streaming(blocks):
                 measured = quality(compressed, work.model, work.held, work.pooling)

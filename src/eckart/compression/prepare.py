@@ -26,15 +26,21 @@ from eckart.compression.plan_builder import Losses, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
-from eckart.data import CalibrationData, Kind, Pooling, kind_of
-from eckart.data import load as load_data
+from eckart.data import CalibrationData, ModelKind, Pooling, load_data, model_kind
 from eckart.data.inference import forward
-from eckart.data.ready import digest
+from eckart.data.ready import digest_batches
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms import FORMS, form_named
 from eckart.linalg import require_finite
 from eckart.methods import METHODS
-from eckart.model import Sites, Weights, find_sites, has_output_head, saved_numbers, with_single_experts
+from eckart.model import (
+    Sites,
+    WeightLoader,
+    find_sites,
+    has_output_head,
+    saved_embedding_parameters,
+    with_separate_experts,
+)
 
 TEXT = "text"
 """The stage of a run that holds what the calibration text was."""
@@ -55,7 +61,7 @@ class CompressionContext:
     mark: str
     stored_dtype: torch.dtype | None
     workspace: Workspace
-    weights: Weights
+    weights: WeightLoader
     seconds: dict[str, float] = field(default_factory=dict)
     reading: frozenset[str] | None = None
 
@@ -138,7 +144,7 @@ def prepare(
             f"model: {model if isinstance(model, str) else type(model).__name__} is no transformers model. Pass what "
             "from_pretrained returns; a name or folder goes to eckart.compress_checkpoint or the command line."
         )
-    model = with_single_experts(model)
+    model = with_separate_experts(model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not parameter.is_meta:
@@ -149,7 +155,7 @@ def prepare(
     stored = stored_dtype(stored_tensors(folder)) if folder is not None else None
     if recipe.device is not None and workspace.compute is None:
         model.to(recipe.device)  # type: ignore[arg-type]
-    weights = Weights(model, workspace.compute)
+    weights = WeightLoader(model, workspace.compute)
     unread = without_data(model, names)
     work = CompressionContext(
         model, tokenizer, sites, None, None, unread, pooling, folder, fingerprint(model), stored, workspace, weights
@@ -193,16 +199,18 @@ def _can_be_met(work: CompressionContext, settings: Settings, recipe: Recipe) ->
     }
     bases = adjacent(sites.chosen, work.model, recipe.layers_per_basis)  # at the most
     make_plan(sites, settings, recipe, flat, {}, Budget.of_recipe(work.model, sites, recipe), work.mark, bases)
-    saved_numbers(work.model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)  # refuses what cannot be
+    saved_embedding_parameters(
+        work.model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore
+    )  # refuses what cannot be
 
 
 def _data(
     model: PreTrainedModel, tokenizer: Any, data: Any, recipe: Recipe
 ) -> tuple[CalibrationData, CalibrationData | None]:
     """Batches to calibrate on, and others to measure on; N samples asked for are N that calibrate."""
-    defaults: dict[Kind, int] = {"causal": 128}
+    defaults: dict[ModelKind, int] = {"causal": 128}
     size = recipe.batch_size or 8
-    wanted = recipe.num_samples or defaults.get(kind_of(model.config, model), 1024)
+    wanted = recipe.num_samples or defaults.get(model_kind(model.config, model), 1024)
     batches = -(-wanted // size)
     extra = max(1, batches // 8)
     loaded = load_data(
@@ -232,7 +240,7 @@ def _same_text(work: CompressionContext) -> None:
     assert work.data is not None
     store = work.workspace.store
     batches = [*work.data.batches, *(work.held.batches if work.held is not None else ())]
-    now = {"sha256": digest(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
+    now = {"sha256": digest_batches(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
     if work.workspace.streaming:
         now["weights"] = weights_checksum(work.model)
     if not store.entries(TEXT):

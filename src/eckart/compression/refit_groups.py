@@ -23,7 +23,15 @@ from eckart.errors import NumericalError
 from eckart.forms import FactoredLinear
 from eckart.linalg import factorize
 from eckart.methods import Method
-from eckart.model import Site, dense_weight, pack, replace, set_dense, store, unpack
+from eckart.model import (
+    Site,
+    dense_weight,
+    deserialize_module,
+    replace_module,
+    serialize_module,
+    set_dense_weight,
+    store_factors,
+)
 from eckart.moments import Moments, real_rows
 from eckart.moments.input_shift import InputShift
 
@@ -151,10 +159,10 @@ class GroupRefit:
         """Give every process what the first one has stored; returns its notes."""
         if self.processes.size == 1:
             return notes
-        tensors, spec = pack(model.get_submodule(name)) if self.processes.main else ({}, {})
+        tensors, spec = serialize_module(model.get_submodule(name)) if self.processes.main else ({}, {})
         tensors, content = self.processes.broadcast((tensors, {"spec": spec, "notes": notes}))
         if not self.processes.main:
-            unpack(model, name, tensors, content["spec"])
+            deserialize_module(model, name, tensors, content["spec"])
         return list(content["notes"])
 
     def _solve(
@@ -181,11 +189,11 @@ class GroupRefit:
             mean, shifted = moved.means()
             bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
         if choice.form == DENSE:
-            set_dense(compressed, name, stored, bias)
+            set_dense_weight(compressed, name, stored, bias)
             return notes
         dtype = next(p.dtype for p in current.parameters())
-        module, fallback = store(site, choice.form, choice.rank, left, right, bias, dtype)
-        replace(compressed, name, module)
+        module, fallback = store_factors(site, choice.form, choice.rank, left, right, bias, dtype)
+        replace_module(compressed, name, module)
         return [*notes, fallback] if fallback is not None else notes
 
 

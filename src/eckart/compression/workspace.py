@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eckart.distributed import Processes
-from eckart.model import Compute
+from eckart.model import ComputePlacement
 from eckart.storage.cache import Cache
 from eckart.storage.store import EntryStore, MemoryStore
 
@@ -25,7 +25,7 @@ class Workspace:
         scratch: a folder for numbers that have no file and are too many for memory.
     """
 
-    compute: Compute | None = None
+    compute: ComputePlacement | None = None
     store: EntryStore = field(default_factory=MemoryStore)
     waiting: Cache | None = None
     processes: Processes = field(default_factory=Processes)
@@ -33,9 +33,9 @@ class Workspace:
     scratch: Path | None = None
 
     @property
-    def compute_stored(self) -> Compute | None:
+    def compute_stored(self) -> ComputePlacement | None:
         """Where a compressed model computes: on the same device, in the type that it is stored in."""
-        return None if self.compute is None else Compute(self.compute.device, None)
+        return None if self.compute is None else ComputePlacement(self.compute.device, None)
 
     def hidden_state_cache(self) -> Cache:
         """Where hidden states wait; in memory, if there is no other place."""

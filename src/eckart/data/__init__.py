@@ -1,20 +1,20 @@
 """Calibration text and labeled tasks."""
 
 from eckart.data.batch import Batch, CalibrationData
-from eckart.data.kind import Kind, kind_of, max_positions
-from eckart.data.loading import load
+from eckart.data.loading import load_data
+from eckart.data.model_kind import ModelKind, max_positions, model_kind
 from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData, TaskRow, load_task
 
 __all__ = [
     "Batch",
     "CalibrationData",
-    "Kind",
+    "ModelKind",
     "Pooling",
     "TaskData",
     "TaskRow",
-    "kind_of",
-    "load",
+    "load_data",
     "load_task",
     "max_positions",
+    "model_kind",
 ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
-from eckart.data.rows import Row, is_number
+from eckart.data.rows import DataRow, is_number
 from eckart.errors import DataError
 
 TEXT_NAMES = ("text", "sentence", "content")
@@ -21,7 +21,7 @@ PEEK = 100
 
 
 @dataclass(frozen=True)
-class Text:
+class TextExample:
     """A text to tokenize.
 
     Attributes:
@@ -39,7 +39,7 @@ class Text:
     pair: str | None = None
 
 
-def peek(rows: Iterator[Row], source: str) -> tuple[list[Row], Iterator[Row]]:
+def peek_rows(rows: Iterator[DataRow], source: str) -> tuple[list[DataRow], Iterator[DataRow]]:
     """Look at the first rows without losing them.
 
     Args:
@@ -58,7 +58,9 @@ def peek(rows: Iterator[Row], source: str) -> tuple[list[Row], Iterator[Row]]:
     return first, chain(first, rows)
 
 
-def text_column(first: Sequence[Row], source: str, *, asked: str | None, taken: Sequence[str | None] = ()) -> str:
+def find_text_column(
+    first: Sequence[DataRow], source: str, *, asked: str | None, taken: Sequence[str | None] = ()
+) -> str:
     """Settle the column that holds the text.
 
     Args:
@@ -85,7 +87,9 @@ def text_column(first: Sequence[Row], source: str, *, asked: str | None, taken: 
     raise DataError(f"{source}: which column holds the text? There are {_listed(columns)}: name one with --data-column")
 
 
-def label_column(first: Sequence[Row], source: str, *, asked: str | None, taken: Sequence[str | None] = ()) -> str:
+def find_label_column(
+    first: Sequence[DataRow], source: str, *, asked: str | None, taken: Sequence[str | None] = ()
+) -> str:
     """Settle the column that holds the label.
 
     Args:
@@ -112,7 +116,7 @@ def label_column(first: Sequence[Row], source: str, *, asked: str | None, taken:
     raise DataError(f"{source}: which column holds the label? There are {_listed(columns)}: name it (label_column)")
 
 
-def required(column: str, first: Sequence[Row], source: str) -> str:
+def require_column(column: str, first: Sequence[DataRow], source: str) -> str:
     """Check that a column exists.
 
     Args:
@@ -129,7 +133,7 @@ def required(column: str, first: Sequence[Row], source: str) -> str:
     return _existing(column, _columns(first), source)
 
 
-def cell(row: Row, column: str) -> Any:
+def cell_value(row: DataRow, column: str) -> Any:
     """Return what a row holds in a column.
 
     Args:
@@ -150,7 +154,7 @@ def cell(row: Row, column: str) -> Any:
     return value
 
 
-def text_of(row: Row, column: str, tokenizer: Any = None) -> tuple[str, bool]:
+def text_of(row: DataRow, column: str, tokenizer: Any = None) -> tuple[str, bool]:
     """Return the text of a row; chat messages are written out by the tokenizer's template.
 
     Args:
@@ -164,7 +168,7 @@ def text_of(row: Row, column: str, tokenizer: Any = None) -> tuple[str, bool]:
     Raises:
         DataError: If the cell holds something else, or there is no chat template.
     """
-    value = cell(row, column)
+    value = cell_value(row, column)
     if isinstance(value, str):
         return value, False
     if not _is_chat(value):
@@ -185,7 +189,7 @@ def text_of(row: Row, column: str, tokenizer: Any = None) -> tuple[str, bool]:
         ) from error
 
 
-def _columns(first: Sequence[Row]) -> list[str]:
+def _columns(first: Sequence[DataRow]) -> list[str]:
     return list(dict.fromkeys(name for row in first for name in row.values))
 
 
@@ -199,7 +203,7 @@ def _listed(columns: list[str]) -> str:
     return ", ".join(repr(name) for name in columns) or "none"
 
 
-def _is_textual(first: Sequence[Row], column: str) -> bool:
+def _is_textual(first: Sequence[DataRow], column: str) -> bool:
     values = [value for row in first if (value := row.values.get(column)) is not None]
     textual = [value for value in values if isinstance(value, str) or _is_chat(value)]
     # Every cell of a .csv is a string: a column of numbers is no text.

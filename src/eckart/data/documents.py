@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from eckart.data.columns import peek, text_column, text_of
+from eckart.data.columns import find_text_column, peek_rows, text_of
 from eckart.data.source import open_source
 from eckart.errors import DataError
 
@@ -22,7 +22,7 @@ def load_documents(
     """Read texts in the order of the data.
 
     Args:
-        data: as for :func:`eckart.data.load`, "self" left out. None for WikiText-2 from the hub.
+        data: as for :func:`eckart.data.load_data`, "self" left out. None for WikiText-2 from the hub.
         tokenizer: its chat template renders chats.
         config: the hub data set's configuration.
         split: of the hub data set ("test" if None) or of "stdlib" ("held" if None).
@@ -39,8 +39,8 @@ def load_documents(
     split = split or ("held" if data == "stdlib" else "test")
     asked = (column,) if column is not None else ()
     source = open_source(data, config=config, split=split, revision=revision, asked=asked, whole_text=True)
-    head, rows = peek(source.rows, source.name)
-    column = text_column(head, source.name, asked=column or source.column)
+    head, rows = peek_rows(source.rows, source.name)
+    column = find_text_column(head, source.name, asked=column or source.column)
     texts: list[str] = []
     size = 0
     for row in rows:

@@ -44,7 +44,7 @@ def device_of(model: nn.Module) -> torch.device:
     Returns:
         The device of its first parameter that is anywhere; the CPU where there is none. While the weights of a model
         are brought in as they are needed, that is an empty parameter which tells where it computes: see
-        :meth:`eckart.model.Weights.streaming`.
+        :meth:`eckart.model.WeightLoader.streaming`.
     """
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
 

@@ -11,19 +11,18 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from eckart.data.batch import CalibrationData
-from eckart.data.columns import Text, peek, required, text_column, text_of
-from eckart.data.columns import label_column as settle_label
-from eckart.data.kind import Kind, kind_of, pad_token, sequence_length
-from eckart.data.padded import encoder_batches, seq2seq_batches, shift_of
-from eckart.data.ready import digest, is_ready, ready_batches
-from eckart.data.rows import Row
-from eckart.data.selfmade import sample_windows
-from eckart.data.source import Source, first_item, open_source
+from eckart.data.columns import TextExample, find_label_column, find_text_column, peek_rows, require_column, text_of
+from eckart.data.model_kind import ModelKind, model_kind, pad_token, sequence_length
+from eckart.data.padding import encoder_batches, seq2seq_batches, shift_of
+from eckart.data.ready import digest_batches, is_ready, ready_batches
+from eckart.data.rows import DataRow
+from eckart.data.self_sampled import sample_windows
+from eckart.data.source import RowSource, first_item, open_source
 from eckart.data.task import labels_of
 from eckart.data.windows import POOL, choose_windows, token_stream, window_batches
 from eckart.errors import DataError, UsageError
 
-NUM_SAMPLES: dict[Kind, int] = {"causal": 128, "encoder": 1024, "encoder-decoder": 1024}
+NUM_SAMPLES: dict[ModelKind, int] = {"causal": 128, "encoder": 1024, "encoder-decoder": 1024}
 """Windows or texts, where no number is asked for."""
 
 MAX_SEQ_LENGTH = 512
@@ -35,7 +34,7 @@ BATCH_SIZE = 8
 logger = logging.getLogger(__name__)
 
 
-def load(
+def load_data(
     data: Any,
     *,
     tokenizer: Any = None,
@@ -51,7 +50,7 @@ def load(
     max_seq_length: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
-    kind: Kind | None = None,
+    kind: ModelKind | None = None,
     disable: bool | None = None,
 ) -> CalibrationData:
     """Load calibration data.
@@ -106,7 +105,7 @@ def load(
     if model_config is None:
         raise UsageError("model_config: it tells how text is cut up: pass the model or its configuration")
 
-    kind = kind or kind_of(model_config, model)
+    kind = kind or model_kind(model_config, model)
     if label_column is not None and kind != "encoder":
         raise UsageError(
             f"label_column: {model_config.model_type} has no classification head: leave it out, or load the model with "
@@ -131,13 +130,13 @@ def load(
         whole_text=kind == "causal",
         seed=seed,
     )
-    head, source.rows = peek(source.rows, source.name)
+    head, source.rows = peek_rows(source.rows, source.name)
     column = column or source.column
-    column = text_column(head, source.name, asked=column, taken=(target_column, label_column))
+    column = find_text_column(head, source.name, asked=column, taken=(target_column, label_column))
     if target_column is not None:
-        required(target_column, head, source.name)
+        require_column(target_column, head, source.name)
     if label_column is not None:
-        settle_label(head, source.name, asked=label_column)
+        find_label_column(head, source.name, asked=label_column)
     settings |= {"column": column, "target_column": target_column, "label_column": label_column}
 
     if kind == "causal":
@@ -182,10 +181,10 @@ def _ready(
 ) -> CalibrationData:
     if limit is None and not hasattr(data, "__len__"):
         limit = NUM_SAMPLES["encoder"]  # a stream may have no end
-    two_sided = config is not None and kind_of(config, model) == "encoder-decoder"
+    two_sided = config is not None and model_kind(config, model) == "encoder-decoder"
     shift = shift_of(model, config) if two_sided else None
     batches = list(ready_batches(data, limit=limit, shift=shift, pad_id=pad_token(tokenizer, config)))
-    loaded = CalibrationData(batches, {"sha256": digest(batches)})
+    loaded = CalibrationData(batches, {"sha256": digest_batches(batches)})
     if not loaded.num_examples:
         raise DataError("data: no batch holds a row: pass at least one")
     loaded.description = _describe(loaded, {"source": "model-ready batches"})
@@ -194,7 +193,7 @@ def _ready(
 
 def _self(
     model: PreTrainedModel | None,
-    kind: Kind,
+    kind: ModelKind,
     tokenizer: Any,
     count: int,
     length: int,
@@ -212,15 +211,15 @@ def _self(
     seed = settings["seed"]
     windows = sample_windows(model, tokenizer, num_samples=count, length=length, seed=seed, disable=disable)
     batches = list(window_batches(windows, torch.arange(count), batch_size))
-    loaded = CalibrationData(batches, {"sha256": digest(batches)})
+    loaded = CalibrationData(batches, {"sha256": digest_batches(batches)})
     loaded.description = _describe(loaded, {"source": "self"}, settings)
     return loaded
 
 
 def _causal(
-    source: Source, column: str, tokenizer: Any, count: int, length: int, batch_size: int, seed: int
+    source: RowSource, column: str, tokenizer: Any, count: int, length: int, batch_size: int, seed: int
 ) -> CalibrationData:
-    texts: Iterable[Text] = (_text(row, column, None, tokenizer) for row in source.rows)
+    texts: Iterable[TextExample] = (_text(row, column, None, tokenizer) for row in source.rows)
     if not source.sampled:
         # Documents in random order: where reading stops early, all parts of the data have had their chance.
         documents = list(texts)
@@ -235,9 +234,9 @@ def _causal(
     return CalibrationData(list(window_batches(windows, places, batch_size)), note)
 
 
-def _choose(source: Source, column: str, tokenizer: Any, count: int, seed: int) -> list[Row]:
+def _choose(source: RowSource, column: str, tokenizer: Any, count: int, seed: int) -> list[DataRow]:
     """Choose rows with text evenly without replacement; data in random order are read as far as needed."""
-    chosen: list[Row] = []
+    chosen: list[DataRow] = []
     for row in source.rows:
         if source.sampled and len(chosen) == count:
             break
@@ -253,13 +252,13 @@ def _choose(source: Source, column: str, tokenizer: Any, count: int, seed: int) 
     return chosen
 
 
-def _text(row: Row, column: str, target_column: str | None, tokenizer: Any) -> Text:
+def _text(row: DataRow, column: str, target_column: str | None, tokenizer: Any) -> TextExample:
     text, chat = text_of(row, column, tokenizer)
     pair = text_of(row, target_column, tokenizer)[0] if target_column is not None else None
-    return Text(text, row.where, row.index, chat, pair)
+    return TextExample(text, row.where, row.index, chat, pair)
 
 
-def _labels(rows: list[Row], column: str, config: PretrainedConfig) -> list[int | float]:
+def _labels(rows: list[DataRow], column: str, config: PretrainedConfig) -> list[int | float]:
     regression = config.num_labels == 1 or config.problem_type == "regression"
     labels = labels_of(rows, column, label2id=_label2id(config), regression=regression)
     classes = config.num_labels or 0
@@ -276,14 +275,14 @@ def _label2id(config: PretrainedConfig) -> dict[str, int]:
     return {str(name): int(number) for name, number in (config.label2id or {}).items()}
 
 
-def _sha256(texts: Iterable[Text]) -> str:
+def _sha256(texts: Iterable[TextExample]) -> str:
     total = hashlib.sha256()
     for part in _parts(texts):
         total.update(part.encode("utf-8", "surrogatepass") + b"\0")
     return total.hexdigest()
 
 
-def _parts(texts: Iterable[Text]) -> Iterator[str]:
+def _parts(texts: Iterable[TextExample]) -> Iterator[str]:
     for text in texts:
         yield text.text
         if text.pair is not None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
-from eckart.data.padded import IGNORED, Shift, decoder_inputs
+from eckart.data.padding import IGNORED, Shift, decoder_inputs
 from eckart.errors import DataError
 
 ROW_KEYS = (
@@ -76,7 +76,7 @@ def ready_batches(
         yield batch
 
 
-def digest(batches: Iterable[Batch]) -> str:
+def digest_batches(batches: Iterable[Batch]) -> str:
     """Return the SHA-256 of what batches hold.
 
     Args:

@@ -16,7 +16,7 @@ SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """One row of data.
 
     Attributes:
@@ -30,7 +30,7 @@ class Row:
     index: int = 0
 
 
-def read_path(path: Path, *, asked: Sequence[str] = (), whole_text: bool = False) -> Iterator[Row]:
+def read_path(path: Path, *, asked: Sequence[str] = (), whole_text: bool = False) -> Iterator[DataRow]:
     """Read a file, or the readable files of a folder in sorted order.
 
     Args:
@@ -47,7 +47,7 @@ def read_path(path: Path, *, asked: Sequence[str] = (), whole_text: bool = False
     index = 0
     for file in _files(path):
         for values, line in _read_file(file, asked, whole_text):
-            yield Row(values, f"{file}:{line}", index)
+            yield DataRow(values, f"{file}:{line}", index)
             index += 1
 
 

@@ -13,7 +13,7 @@ import datasets
 import torch
 
 from eckart.data import hub, stdlib
-from eckart.data.rows import SUFFIXES, Row, read_path
+from eckart.data.rows import SUFFIXES, DataRow, read_path
 from eckart.errors import DataError, UsageError
 
 SHUFFLE_ABOVE = 100_000
@@ -24,7 +24,7 @@ SHUFFLE_BUFFER = 1_000
 
 
 @dataclass
-class Source:
+class RowSource:
     """Rows, and what is known about them.
 
     Attributes:
@@ -36,7 +36,7 @@ class Source:
         running: The rows are pieces of one text, to be joined without marks between them.
     """
 
-    rows: Iterator[Row]
+    rows: Iterator[DataRow]
     name: str
     description: dict[str, Any]
     column: str | None = None
@@ -53,7 +53,7 @@ def open_source(
     asked: tuple[str, ...] = (),
     whole_text: bool = False,
     seed: int = 0,
-) -> Source:
+) -> RowSource:
     """Turn what the user named into rows.
 
     Args:
@@ -93,7 +93,7 @@ def open_source(
             "or a list of model-ready batches"
         )
     rows = (_as_row(item, index) for index, item in enumerate(data))
-    return Source(rows, "data", {"source": type(data).__name__}, sampled=not isinstance(data, Sized))
+    return RowSource(rows, "data", {"source": type(data).__name__}, sampled=not isinstance(data, Sized))
 
 
 def _from_name(
@@ -104,22 +104,22 @@ def _from_name(
     asked: tuple[str, ...],
     whole_text: bool,
     seed: int,
-) -> Source:
+) -> RowSource:
     if name == "stdlib":
         part = split if split in ("calibration", "held") else "calibration"
         pairs = stdlib.documents(part)
-        modules = (Row({"text": text}, f"stdlib module {module}", i) for i, (module, text) in enumerate(pairs))
-        return Source(modules, "stdlib", {"source": "stdlib", "split": part}, column="text")
+        modules = (DataRow({"text": text}, f"stdlib module {module}", i) for i, (module, text) in enumerate(pairs))
+        return RowSource(modules, "stdlib", {"source": "stdlib", "split": part}, column="text")
     path = Path(name).expanduser()
     if path.exists():
         rows = read_path(path, asked=asked, whole_text=whole_text)
-        return Source(rows, name, {"source": str(path.resolve())})
+        return RowSource(rows, name, {"source": str(path.resolve())})
     if path.suffix.lower() in SUFFIXES or name.startswith((".", "~", os.sep)):
         raise DataError(f"{name}: no such file or folder: check the path (read from {Path.cwd()})")
     return _from_hub(name, config, split, revision, seed)
 
 
-def _from_hub(identifier: str, config: str | None, split: str, revision: str | None, seed: int) -> Source:
+def _from_hub(identifier: str, config: str | None, split: str, revision: str | None, seed: int) -> RowSource:
     data, note = hub.open_hub(identifier, config=config, split=split, revision=revision)
     return _from_dataset(data, identifier, note, seed, running=identifier in hub.RUNNING_TEXT)
 
@@ -130,7 +130,7 @@ def _from_dataset(
     note: dict[str, Any],
     seed: int,
     running: bool = False,
-) -> Source:
+) -> RowSource:
     sampled = True
     indexed: Iterable[tuple[int, Any]]
     if isinstance(data, datasets.IterableDataset):
@@ -142,18 +142,18 @@ def _from_dataset(
     else:
         sampled = running
         indexed = enumerate(data)
-    rows = (Row(dict(values), f"{name}, row {index}", index) for index, values in indexed)
-    return Source(rows, name, note, sampled=sampled, running=running)
+    rows = (DataRow(dict(values), f"{name}, row {index}", index) for index, values in indexed)
+    return RowSource(rows, name, note, sampled=sampled, running=running)
 
 
-def _as_row(item: Any, index: int) -> Row:
+def _as_row(item: Any, index: int) -> DataRow:
     where = f"data, item {index}"
     if isinstance(item, str):
-        return Row({"text": item}, where, index)
+        return DataRow({"text": item}, where, index)
     if isinstance(item, Mapping):
-        return Row(dict(item), where, index)
+        return DataRow(dict(item), where, index)
     if isinstance(item, list) and item and isinstance(item[0], Mapping):
-        return Row({"messages": item}, where, index)
+        return DataRow({"messages": item}, where, index)
     raise DataError(
         f"{where}: a {type(item).__name__} is neither text, a row nor a batch: pass strings, dictionaries of columns, "
         "or dictionaries of tensors"
@@ -177,11 +177,11 @@ def first_item(data: Any) -> tuple[Any, Any]:
     items = iter(data)
     first = next(items, None)
     rest = chain([first], items) if first is not None else iter(())
-    return first, _Sized(rest, len(data)) if isinstance(data, Sized) else rest
+    return first, _SizedIterator(rest, len(data)) if isinstance(data, Sized) else rest
 
 
 @dataclass
-class _Sized:
+class _SizedIterator:
     """An iterator whose number of items is known."""
 
     items: Iterator[Any]

@@ -7,8 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from eckart.data.columns import Text, cell, label_column, peek, required, text_column, text_of
-from eckart.data.rows import Row, is_number
+from eckart.data.columns import (
+    TextExample,
+    cell_value,
+    find_label_column,
+    find_text_column,
+    peek_rows,
+    require_column,
+    text_of,
+)
+from eckart.data.rows import DataRow, is_number
 from eckart.data.source import open_source
 from eckart.errors import DataError
 
@@ -22,7 +30,7 @@ class TaskRow:
         label: A class number, or a score.
     """
 
-    text: Text
+    text: TextExample
     label: int | float
 
 
@@ -45,7 +53,7 @@ class TaskData:
         return iter(self.rows)
 
     @property
-    def texts(self) -> list[Text]:
+    def texts(self) -> list[TextExample]:
         """The texts of all rows."""
         return [row.text for row in self.rows]
 
@@ -92,12 +100,12 @@ def load_task(
     """
     asked = tuple(name for name in (column, pair_column, label) if name is not None)
     source = open_source(data, config=config, split=split, revision=revision, asked=asked)
-    first, rows = peek(source.rows, source.name)
-    column = text_column(first, source.name, asked=column, taken=(pair_column, label))
-    label = label_column(first, source.name, asked=label, taken=(column, pair_column))
+    first, rows = peek_rows(source.rows, source.name)
+    column = find_text_column(first, source.name, asked=column, taken=(pair_column, label))
+    label = find_label_column(first, source.name, asked=label, taken=(column, pair_column))
     if pair_column is not None:
-        required(pair_column, first, source.name)
-    chosen: list[Row] = []
+        require_column(pair_column, first, source.name)
+    chosen: list[DataRow] = []
     for row in rows:
         if num_samples is not None and len(chosen) >= num_samples:
             break
@@ -106,7 +114,7 @@ def load_task(
     labels = labels_of(chosen, label, label2id=label2id, regression=regression)
     found = [
         TaskRow(
-            Text(text_of(row, column)[0], row.where, row.index, pair=_pair(row, pair_column)),
+            TextExample(text_of(row, column)[0], row.where, row.index, pair=_pair(row, pair_column)),
             value,
         )
         for row, value in zip(chosen, labels, strict=True)
@@ -116,7 +124,7 @@ def load_task(
 
 
 def labels_of(
-    rows: Sequence[Row], column: str, *, label2id: Mapping[str, int] | None, regression: bool | None
+    rows: Sequence[DataRow], column: str, *, label2id: Mapping[str, int] | None, regression: bool | None
 ) -> list[int | float]:
     """Read the labels of rows.
 
@@ -132,7 +140,7 @@ def labels_of(
     Raises:
         DataError: If a label is no number and is not in `label2id`, or is no class where classes are wanted.
     """
-    values = [cell(row, column) for row in rows]
+    values = [cell_value(row, column) for row in rows]
     if regression is None:
         regression = any(
             isinstance(value, float) or (isinstance(value, str) and is_number(value) and not _is_whole(value))
@@ -141,7 +149,7 @@ def labels_of(
     return [_label(value, row, column, label2id, regression) for value, row in zip(values, rows, strict=True)]
 
 
-def _label(value: Any, row: Row, column: str, label2id: Mapping[str, int] | None, regression: bool) -> int | float:
+def _label(value: Any, row: DataRow, column: str, label2id: Mapping[str, int] | None, regression: bool) -> int | float:
     where = f"{row.where}: label {value!r} in column {column!r}"
     if isinstance(value, str) and label2id and value in label2id:
         return int(label2id[value])
@@ -166,5 +174,5 @@ def _is_whole(value: str) -> bool:
     return value.strip().lstrip("+-").isdigit()
 
 
-def _pair(row: Row, column: str | None) -> str | None:
+def _pair(row: DataRow, column: str | None) -> str | None:
     return text_of(row, column)[0] if column is not None else None

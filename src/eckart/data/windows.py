@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
-from eckart.data.columns import Text
+from eckart.data.columns import TextExample
 from eckart.errors import DataError
 
 POOL = 16
@@ -40,7 +40,9 @@ def adds_bos(tokenizer: Any) -> bool:
     return tokenizer("a")["input_ids"][:1] == [bos] and plain[:1] != [bos]
 
 
-def token_stream(texts: Iterable[Text], tokenizer: Any, *, enough: int, joined: bool) -> tuple[Tensor, str, bool]:
+def token_stream(
+    texts: Iterable[TextExample], tokenizer: Any, *, enough: int, joined: bool
+) -> tuple[Tensor, str, bool]:
     """Tokenize documents into one stream.
 
     A document starts with BOS if the tokenizer adds it by default, and is parted from the next by EOS if there is

@@ -28,7 +28,7 @@ SMALL = 2**17
 T = TypeVar("T")
 
 
-class ElsewhereError(EckartError):
+class OtherProcessError(EckartError):
     """Another process failed, and says so itself; this one only stops with it."""
 
 
@@ -162,7 +162,7 @@ class Processes:
 
         Raises:
             BaseException: this process's own error, unchanged.
-            ElsewhereError: if only others failed, naming them and what they said.
+            OtherProcessError: if only others failed, naming them and what they said.
         """
         if self.size > 1:
             self._meet("agree", error=error)
@@ -238,7 +238,7 @@ class Processes:
 
         Raises:
             BaseException: this process's own error.
-            ElsewhereError: if another failed.
+            OtherProcessError: if another failed.
             EckartError: if the others came for something else: a mistake in the program.
         """
         mine = wire.as_bytes([what, content, None if error is None else _words(error)])
@@ -253,7 +253,7 @@ class Processes:
             raise error
         failed = [f"process {rank} of {self.size} failed: {entry[2]}" for rank, entry in enumerate(words) if entry[2]]
         if failed:
-            raise ElsewhereError("; ".join(failed))
+            raise OtherProcessError("; ".join(failed))
         came_for = [entry[0] for entry in words]
         if len(set(came_for)) > 1:
             raise EckartError(f"the processes are out of step ({'; '.join(came_for)}). Report this with the command.")
@@ -295,7 +295,7 @@ def _in_touch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise ElsewhereError(
+        raise OtherProcessError(
             f"lost touch with another process, which ended early ({error}). Its own message says why; "
             "mend that, and start all processes again."
         ) from error

@@ -30,7 +30,7 @@ def rss() -> int:
     return _most_resident() if psutil is None else int(psutil.Process().memory_info().rss)
 
 
-def free(device: torch.device | str = "cpu") -> int | None:
+def free_memory(device: torch.device | str = "cpu") -> int | None:
     """Bytes that may still be taken on a device, by all its processes together; None if nobody knows.
 
     Args:
@@ -47,7 +47,7 @@ def free(device: torch.device | str = "cpu") -> int | None:
     return max(0, min(available)) if available else None
 
 
-class Watch:
+class MemoryWatch:
     """Follow the memory of this process while a block runs; for one block.
 
     Attributes:
@@ -61,7 +61,7 @@ class Watch:
         self._left = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="memory", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MemoryWatch:
         self.peak = self.before = rss()
         self._thread.start()
         return self
@@ -112,11 +112,11 @@ class PeakMemory:
         _, size = _unit(self.total)
         names = ("block", "statistics", "solving", "text", "outside", "program")
         parts = ", ".join(f"{name} {getattr(self, name) / size:.1f}" for name in names if getattr(self, name))
-        left = "" if self.free is None else f", {human(self.free)} free"
-        return f"about {human(self.total)} at the peak{f' ({parts})' if parts else ''}{left}"
+        left = "" if self.free is None else f", {format_bytes(self.free)} free"
+        return f"about {format_bytes(self.total)} at the peak{f' ({parts})' if parts else ''}{left}"
 
 
-def human(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes as people say them: `3.9 GB`, of 10^9."""
     name, size = _unit(number)
     return f"{number / size:.1f} {name}" if size > 1 else f"{int(number)} {name}"

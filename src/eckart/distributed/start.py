@@ -18,7 +18,7 @@ from eckart.errors import UsageError
 PATIENCE = timedelta(days=14)
 
 
-def start(device: str | None = None, *, rendezvous: str = "env://") -> Processes:
+def start_processes(device: str | None = None, *, rendezvous: str = "env://") -> Processes:
     """Get in touch with the other processes, where the launcher says that there are some.
 
     Called again, it gives the same processes. Contact ends with this process.
@@ -57,7 +57,7 @@ def is_main() -> bool:
         return True
 
 
-def quiet_others(processes: Processes) -> None:
+def silence_other_processes(processes: Processes) -> None:
     """Let one process alone show bars and log; of the others only errors are heard."""
     if processes.main:
         return

@@ -17,8 +17,7 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_size, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
-from eckart.data import CalibrationData, Pooling, kind_of, load_task
-from eckart.data import load as load_data
+from eckart.data import CalibrationData, Pooling, load_data, load_task, model_kind
 from eckart.data.documents import load_documents
 from eckart.errors import CheckpointError, UsageError
 from eckart.evaluation import (
@@ -31,7 +30,7 @@ from eckart.evaluation import (
     similarity,
     sizes,
 )
-from eckart.model import factored_modules, find_sites, has_output_head, with_single_experts
+from eckart.model import factored_modules, find_sites, has_output_head, with_separate_experts
 from eckart.storage.layout import model_folder, read_json
 
 TASKS = ("perplexity", "classification", "regression", "similarity", "agreement", "embedding")
@@ -197,7 +196,7 @@ def _open(model: str | Path, device: str | None) -> _Model:
 @contextmanager
 def _rounded(original: _Model, bits: int) -> Iterator[tuple[PreTrainedModel, dict[str, int]]]:
     """The original with all its sites rounded, and what that would take when stored."""
-    model = with_single_experts(original.model)
+    model = with_separate_experts(original.model)
     sites = find_sites(model).chosen
     quantized = quantized_baseline(model, [site.name for site in sites], bits)
     matrices = sum(site.elements for site in sites) * original.dtype.itemsize
@@ -214,7 +213,7 @@ def _fitting(model: PreTrainedModel, asked: Asked, compared: bool) -> str:
     if type(model).__name__.endswith("ForSequenceClassification"):
         if asked.data_label_column is not None or asked.data is not None:
             return "regression" if model.config.num_labels == 1 else "classification"
-    elif kind_of(model.config, model) == "causal" and has_output_head(model):
+    elif model_kind(model.config, model) == "causal" and has_output_head(model):
         return "perplexity"
     elif not has_output_head(model) and asked.data_target_column is not None and asked.data_label_column is not None:
         return "similarity"

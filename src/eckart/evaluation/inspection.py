@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.data import kind_of
+from eckart.data import model_kind
 from eckart.data.inference import evaluating, forward, progress
 from eckart.evaluation import sizes
 from eckart.forms import FORMS
-from eckart.model import Site, dense_weight, find_sites, with_single_experts
+from eckart.model import Site, dense_weight, find_sites, with_separate_experts
 from eckart.moments import shared_inputs
 
 logger = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ def inspect_model(
         UsageError: for a pattern that matches nothing.
         ModelError: if there is nothing to factor, or the model is factored already.
     """
-    model = with_single_experts(model)
+    model = with_separate_experts(model)
     sites = find_sites(model, targets, ignore)
     kinds: dict[str, dict[str, Any]] = {}
     for site in progress(sites.chosen, what="spectra", total=len(sites.chosen)):
@@ -112,7 +112,7 @@ def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
         return {name: value for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
     ids = torch.arange(1, 9)[None] % max(2, int(getattr(text, "vocab_size", 8)))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if kind_of(model.config, model) == "encoder-decoder":
+    if model_kind(model.config, model) == "encoder-decoder":
         inputs |= {"decoder_input_ids": ids}
     return inputs
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from eckart.data.inference import evaluating, forward, progress
-from eckart.data.kind import UNLIMITED, max_positions
+from eckart.data.model_kind import UNLIMITED, max_positions
 from eckart.data.windows import adds_bos
 from eckart.errors import DataError, UsageError
 from eckart.evaluation.divergence import negative_log_likelihood

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from eckart.data.batch import Batch
-from eckart.data.columns import Text
+from eckart.data.columns import TextExample
 from eckart.data.inference import evaluating, forward, progress
-from eckart.data.kind import pad_token, sequence_length
-from eckart.data.padded import encoder_batches
+from eckart.data.model_kind import pad_token, sequence_length
+from eckart.data.padding import encoder_batches
 from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData
 from eckart.errors import DataError, UsageError
@@ -139,7 +139,7 @@ def similarity(
         if row.text.pair is None:
             raise DataError(f"{row.text.where}: no second sentence: name its column (pair_column)")
         pairs.append(tuple(sentences.setdefault(text, len(sentences)) for text in (row.text.text, row.text.pair)))
-    texts = [Text(text, "sentence", index) for text, index in sentences.items()]
+    texts = [TextExample(text, "sentence", index) for text, index in sentences.items()]
     found: dict[int, Tensor] = {}
     with evaluating(model):
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
@@ -170,7 +170,7 @@ def _head_logits(
         batch_size = 1  # heads on causal models find a text's end by its padding, or take one text at a time
     found: dict[int, Tensor] = {}
     # A row's place in the task, not in the data, as what it is known by: rows may come from several files.
-    texts = [Text(row.text.text, row.text.where, place, pair=row.text.pair) for place, row in enumerate(task)]
+    texts = [TextExample(row.text.text, row.text.where, place, pair=row.text.pair) for place, row in enumerate(task)]
     with evaluating(model):
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
         for batch in progress(batches, what="task", disable=disable):
@@ -184,7 +184,7 @@ def _head_logits(
 
 
 def _batches(
-    model: nn.Module, tokenizer: Any, texts: list[Text], batch_size: int, max_seq_length: int | None
+    model: nn.Module, tokenizer: Any, texts: list[TextExample], batch_size: int, max_seq_length: int | None
 ) -> list[Batch]:
     if not texts:
         raise DataError("task: no rows to score: pass data that hold some")

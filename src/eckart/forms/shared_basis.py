@@ -14,8 +14,8 @@ class SharedBasis(LowRank):
     """`y = B_i (A x) + b_i`, stored as k n numbers once for all layers that read A, and k m_i for each.
 
     Wang et al., Basis Sharing, ICLR 2025, arXiv 2410.03765. The module alone is a low-rank one; that `first` of several
-    is one parameter is said by the plan (`basis`), the checkpoint's ties and :func:`eckart.model.share`. Products are
-    not shared, for each layer has its own input: k (m_i + n) multiply-adds.
+    is one parameter is said by the plan (`basis`), the checkpoint's ties and :func:`eckart.model.share_parameters`.
+    Products are not shared, for each layer has its own input: k (m_i + n) multiply-adds.
 
     A holds what several weights need, so k may be larger than m_i.
     """

@@ -1,66 +1,79 @@
 """What knows transformers' module types: find sites, replace them."""
 
-from eckart.model.clone import cast, own_storage, shared_clone
-from eckart.model.embeddings import Table, Tables, chosen_size, find_tables, put_table, saved_numbers
-from eckart.model.experts import Experts, experts_apart, fuse, fused_experts, with_single_experts
-from eckart.model.heads import HeadCut, cut_heads, cut_layer, forget_cut, heads_of_rows
+from eckart.model.attention_heads import (
+    PrunedHeads,
+    forget_pruned_heads,
+    head_of_each_row,
+    pruned_heads,
+    select_features,
+)
+from eckart.model.clone import cast, shared_clone, unshare_storage
+from eckart.model.embeddings import (
+    EmbeddingTable,
+    EmbeddingTables,
+    find_embedding_tables,
+    replace_embedding,
+    saved_embedding_parameters,
+    size_for_fraction,
+)
+from eckart.model.experts import SeparateExperts, fuse_experts, fused_experts, separate_experts, with_separate_experts
 from eckart.model.preserve import preserve_random_state, preserve_state
 from eckart.model.replace import (
     dense_module,
+    deserialize_module,
     factored_modules,
-    pack,
-    replace,
-    set_dense,
-    store,
+    replace_module,
+    serialize_module,
+    set_dense_weight,
+    store_factors,
     to_dense_modules,
-    unpack,
 )
-from eckart.model.shared import owner_of, share, shared_parameters, unshare
+from eckart.model.shared import parameter_owner, share_parameters, shared_parameters, unshare_parameters
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_output_head
-from eckart.model.ties import ties_of, ties_of_factored
-from eckart.model.weights import Compute, Weights
+from eckart.model.ties import declared_ties, tie_factored
+from eckart.model.weights import ComputePlacement, WeightLoader
 
 __all__ = [
-    "Compute",
-    "Experts",
-    "HeadCut",
+    "ComputePlacement",
+    "EmbeddingTable",
+    "EmbeddingTables",
+    "PrunedHeads",
+    "SeparateExperts",
     "Site",
     "Sites",
-    "Table",
-    "Tables",
-    "Weights",
+    "WeightLoader",
     "cast",
-    "chosen_size",
-    "cut_heads",
-    "cut_layer",
+    "declared_ties",
     "dense_module",
     "dense_weight",
-    "experts_apart",
+    "deserialize_module",
     "factored_modules",
+    "find_embedding_tables",
     "find_sites",
-    "find_tables",
-    "forget_cut",
-    "fuse",
+    "forget_pruned_heads",
+    "fuse_experts",
     "fused_experts",
     "has_output_head",
-    "heads_of_rows",
-    "own_storage",
-    "owner_of",
-    "pack",
+    "head_of_each_row",
+    "parameter_owner",
     "preserve_random_state",
     "preserve_state",
-    "put_table",
-    "replace",
-    "saved_numbers",
-    "set_dense",
-    "share",
+    "pruned_heads",
+    "replace_embedding",
+    "replace_module",
+    "saved_embedding_parameters",
+    "select_features",
+    "separate_experts",
+    "serialize_module",
+    "set_dense_weight",
+    "share_parameters",
     "shared_clone",
     "shared_parameters",
-    "store",
-    "ties_of",
-    "ties_of_factored",
+    "size_for_fraction",
+    "store_factors",
+    "tie_factored",
     "to_dense_modules",
-    "unpack",
-    "unshare",
-    "with_single_experts",
+    "unshare_parameters",
+    "unshare_storage",
+    "with_separate_experts",
 ]

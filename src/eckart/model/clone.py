@@ -29,7 +29,7 @@ def shared_clone(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
-def own_storage(model: nn.Module, original: nn.Module) -> None:
+def unshare_storage(model: nn.Module, original: nn.Module) -> None:
     """Copy every tensor that a clone still shares with the original: from here on, training one leaves the other alone.
 
     The copies are in memory, also of tensors that lie in files.

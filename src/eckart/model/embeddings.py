@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from eckart.errors import UsageError
 from eckart.forms import EMBEDDINGS, Factored, FactoredEmbedding, TiedHead
-from eckart.model.replace import replace
+from eckart.model.replace import replace_module
 from eckart.model.sites import matches
-from eckart.model.ties import ties_of, ties_of_factored
+from eckart.model.ties import declared_ties, tie_factored
 
 DENSE = "dense"
 """In place of a form: embeddings stay as they are."""
@@ -24,7 +24,7 @@ PROBED = 64
 
 
 @dataclass(frozen=True)
-class Table:
+class EmbeddingTable:
     """One embedding matrix and all modules that read it.
 
     Attributes:
@@ -58,7 +58,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Tables:
+class EmbeddingTables:
     """What was found.
 
     Attributes:
@@ -66,11 +66,11 @@ class Tables:
         skipped: every other embedding -> why it is left alone.
     """
 
-    chosen: tuple[Table, ...]
+    chosen: tuple[EmbeddingTable, ...]
     skipped: dict[str, str]
 
 
-def find_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> Tables:
+def find_embedding_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> EmbeddingTables:
     """Every matrix that tokens are looked up in: the input embeddings of the model and of the models inside it.
 
     Args:
@@ -83,7 +83,7 @@ def find_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> Tables
         weight = module._parameters.get("weight")
         if weight is not None:
             readers.setdefault(id(weight), []).append(name)
-    tables: list[Table] = []
+    tables: list[EmbeddingTable] = []
     skipped: dict[str, str] = {}
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -101,7 +101,7 @@ def find_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> Tables
         embeddings = [n for n in together if isinstance(model.get_submodule(n), nn.Embedding)]
         rows, width = module.weight.shape
         tables.append(
-            Table(
+            EmbeddingTable(
                 tuple(embeddings),
                 tuple(n for n in together if n not in embeddings),
                 (rows, width),
@@ -109,10 +109,10 @@ def find_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> Tables
                 {n: model.get_submodule(n).padding_idx for n in embeddings},  # type: ignore[misc]
             )
         )
-    return Tables(tuple(tables), skipped)
+    return EmbeddingTables(tuple(tables), skipped)
 
 
-def chosen_size(table: Table, form: str, keep: float) -> int:
+def size_for_fraction(table: EmbeddingTable, form: str, keep: float) -> int:
     """Rank, or Kronecker factor, that stores a fraction of a table.
 
     Raises:
@@ -130,20 +130,20 @@ def chosen_size(table: Table, form: str, keep: float) -> int:
     return size
 
 
-def saved_numbers(model: nn.Module, form: str, keep: float, ignore: Sequence[str] | None = None) -> int:
+def saved_embedding_parameters(model: nn.Module, form: str, keep: float, ignore: Sequence[str] | None = None) -> int:
     """How many numbers fewer a model stores with its token embeddings in a form; 0 for `keep`."""
     if form == DENSE:
         return 0
     saved = 0
-    for table in find_tables(model, ignore).chosen:
-        size = chosen_size(table, form, keep)
+    for table in find_embedding_tables(model, ignore).chosen:
+        size = size_for_fraction(table, form, keep)
         saved += table.elements - EMBEDDINGS[form].size(*table.shape, size).parameters
     return saved
 
 
-def put_table(
+def replace_embedding(
     model: PreTrainedModel,
-    table: Table,
+    table: EmbeddingTable,
     form: str,
     size: int,
     left: Tensor,
@@ -164,7 +164,7 @@ def put_table(
         causal: embedding -> whether later tokens are hidden from it, where its form asks.
         dtype: of the stored numbers.
     """
-    before = ties_of(model)
+    before = declared_ties(model)
     rows, width = table.shape
     first: FactoredEmbedding | None = None
     for name in table.embeddings:
@@ -185,13 +185,13 @@ def put_table(
         head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight  # type: ignore[assignment]
         head.register_parameter("bias", old.bias)
         _placed(model, name, head, old.weight.requires_grad)
-    ties_of_factored(model, before)
+    tie_factored(model, before)
 
 
 def _placed(model: nn.Module, name: str, module: Factored, trains: bool) -> None:
     for parameter in module.parameters():
         parameter.requires_grad_(trains)
-    replace(model, name, module.eval())
+    replace_module(model, name, module.eval())
 
 
 def _token_embeddings(model: nn.Module) -> set[int]:

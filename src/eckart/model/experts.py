@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from eckart.forms import FactoredLinear
 from eckart.model.clone import shared_clone
-from eckart.model.replace import replace
+from eckart.model.replace import replace_module
 
 FORM = "experts"
 """In place of a form's name: experts that are taken apart."""
@@ -26,7 +26,7 @@ FLAGS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
 """What transformers says of experts that are stored as 3-D parameters; modules without these are left alone."""
 
 
-class Experts(nn.Module):
+class SeparateExperts(nn.Module):
     """`sum over the experts e of a token: weight_e down_e(gate(up_e(x)))`, one Linear a slice.
 
     The names of the children are none that checkpoints of fused experts use, so that no conversion on loading or saving
@@ -108,7 +108,7 @@ def _drop_guards(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) ->
         state.pop(prefix + name, None)
 
 
-def with_single_experts(model: PreTrainedModel) -> PreTrainedModel:
+def with_separate_experts(model: PreTrainedModel) -> PreTrainedModel:
     """The model, or a copy over the same numbers whose fused experts are taken apart, where it has any.
 
     Experts that would compute something else apart, tried on a few random tokens, stay fused.
@@ -117,9 +117,9 @@ def with_single_experts(model: PreTrainedModel) -> PreTrainedModel:
         return model
     apart = shared_clone(model)
     for name, module in list(fused_experts(apart)):
-        experts = Experts(module)
+        experts = SeparateExperts(module)
         if _same(module, experts):
-            replace(apart, name, experts)
+            replace_module(apart, name, experts)
     return apart
 
 
@@ -128,16 +128,16 @@ def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return ((name, module) for name, module in model.named_modules() if _is_fused(module))
 
 
-def experts_apart(model: nn.Module) -> dict[str, Experts]:
+def separate_experts(model: nn.Module) -> dict[str, SeparateExperts]:
     """Name -> module of all experts that are taken apart."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
 
 
-def fuse(model: nn.Module) -> None:
+def fuse_experts(model: nn.Module) -> None:
     """Put experts together again, in place, where none of their slices is stored in a form."""
-    for name, experts in experts_apart(model).items():
+    for name, experts in separate_experts(model).items():
         if not any(isinstance(part, FactoredLinear) for part in experts.modules()):
-            replace(model, name, experts.fused())
+            replace_module(model, name, experts.fused())
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -176,7 +176,7 @@ def _expert(fused: Any, number: int) -> nn.Module:
     return expert
 
 
-def _same(fused: Any, experts: Experts) -> bool:
+def _same(fused: Any, experts: SeparateExperts) -> bool:
     """Whether both compute the same; on the meta device that shows when the numbers are there."""
     down: Any = experts.each[0].down
     up: Any = experts.each[0].up

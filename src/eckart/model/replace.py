@@ -12,16 +12,16 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FORMS, Block, Factored, FactoredLinear, SafeEmbedding, build
-from eckart.model.heads import cut_heads
-from eckart.model.shared import shared_parameters, unshare
+from eckart.model.attention_heads import pruned_heads
+from eckart.model.shared import shared_parameters, unshare_parameters
 from eckart.model.sites import Site
-from eckart.model.ties import ties_of_dense
+from eckart.model.ties import tie_dense
 
 DENSE = "dense"
 """In place of a form's name: an ordinary module."""
 
 
-def store(
+def store_factors(
     site: Site,
     form: str,
     rank: int,
@@ -75,7 +75,7 @@ def _try(module: FactoredLinear, site: Site, left: Tensor, right: Tensor, bias: 
         raise UsageError(f"{site.name}: {error}") from None
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at `name`, and at every other name under which the old module is known."""
     old = model.get_submodule(name)
     names = [other for other, child in model.named_modules(remove_duplicate=False) if child is old]
@@ -84,7 +84,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
         model.set_submodule(other, module)
 
 
-def set_dense(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
+def set_dense_weight(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
     """Give a Linear or Conv1D other numbers: a new module, so that a model that shares its tensors keeps its own.
 
     Args:
@@ -103,17 +103,17 @@ def set_dense(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) 
     new.weight = nn.Parameter(oriented.to(dtype), requires_grad=trains)
     if bias is not None:
         new.bias = nn.Parameter(bias.to(dtype), requires_grad=trains)
-    replace(model, name, new)
+    replace_module(model, name, new)
 
 
-def pack(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def serialize_module(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a module at a site stores: its tensors by name, and how to rebuild it, as JSON values."""
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
     tensors |= dict(module.named_buffers())
     return tensors, module.spec() if isinstance(module, Factored) else {"form": DENSE}
 
 
-def unpack(model: nn.Module, name: str, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
+def deserialize_module(model: nn.Module, name: str, tensors: Mapping[str, Tensor], spec: Mapping[str, Any]) -> None:
     """Put at a site what :func:`pack` took apart; the tensors are shared.
 
     Args:
@@ -137,7 +137,7 @@ def unpack(model: nn.Module, name: str, tensors: Mapping[str, Tensor], spec: Map
             owner._buffers[key] = tensor
         else:
             owner._parameters[key] = nn.Parameter(tensor, requires_grad=trains)
-    replace(model, name, new)
+    replace_module(model, name, new)
 
 
 def factored_modules(model: nn.Module) -> dict[str, Factored]:
@@ -149,14 +149,15 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     """Replace every stored form by the ordinary module that it stands for, in place; ties are ties again.
 
     Attention heads that are gone come back with zeros for numbers, so that the model's class builds what is there.
-    Parameters that :func:`eckart.model.share` made one become as many: each module has its own, as its class says.
+    Parameters that :func:`eckart.model.share_parameters` made one become as many: each module has its own, as its class
+    says.
 
     Raises:
         ModelError: if the model holds no stored form and shares nothing, or one that is no matrix; nothing is changed
             then.
     """
     factored = factored_modules(model)
-    if not factored and not cut_heads(model) and not shared_parameters(model):
+    if not factored and not pruned_heads(model) and not shared_parameters(model):
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
         if isinstance(module, SafeEmbedding):
@@ -164,11 +165,11 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
                 module.to_dense()
             except ModelError as error:
                 raise ModelError(f"{name}: {error}") from None
-    unshare(model)
+    unshare_parameters(model)
     for name, module in factored.items():
-        replace(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
-    ties_of_dense(model, factored)
-    for name, cut in cut_heads(model).items():
+        replace_module(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
+    tie_dense(model, factored)
+    for name, cut in pruned_heads(model).items():
         cut.undo(model.get_submodule(name))
     return model
 

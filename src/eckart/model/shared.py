@@ -19,7 +19,7 @@ MARK = "_tied_weights_keys"
 """Read by transformers from every module when it saves; it ties again only what stands on a `PreTrainedModel`."""
 
 
-def share(model: nn.Module, ties: Mapping[str, str]) -> None:
+def share_parameters(model: nn.Module, ties: Mapping[str, str]) -> None:
     """Let the parameter of each target be that of its source.
 
     Args:
@@ -30,7 +30,7 @@ def share(model: nn.Module, ties: Mapping[str, str]) -> None:
         ModelError: naming two parameters that cannot be one; those before them are.
     """
     for target, source in ties.items():
-        owner, key = owner_of(model, target)
+        owner, key = parameter_owner(model, target)
         one, other = model.get_parameter(source), owner._parameters[key]
         if other is None or one.shape != other.shape or isinstance(owner, PreTrainedModel):
             shapes = f"{tuple(one.shape)} and {None if other is None else tuple(other.shape)}"
@@ -56,10 +56,10 @@ def shared_parameters(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def unshare(model: nn.Module) -> None:
+def unshare_parameters(model: nn.Module) -> None:
     """Give every target numbers of its own, in place: those that it has."""
     for target in shared_parameters(model):
-        owner, key = owner_of(model, target)
+        owner, key = parameter_owner(model, target)
         parameter = model.get_parameter(target)
         owner._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     for module in model.modules():
@@ -67,7 +67,7 @@ def unshare(model: nn.Module) -> None:
             vars(module).pop(MARK, None)
 
 
-def owner_of(model: nn.Module, parameter: str) -> tuple[Any, str]:
+def parameter_owner(model: nn.Module, parameter: str) -> tuple[Any, str]:
     """The module that holds a parameter, and the parameter's name there."""
     name, _, key = parameter.rpartition(".")
     return model.get_submodule(name), key

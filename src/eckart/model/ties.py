@@ -19,7 +19,7 @@ OWN = "bias"
 """A tied head's own number: under the name that it had, tied as it was."""
 
 
-def ties_of(model: nn.Module) -> dict[str, Keys]:
+def declared_ties(model: nn.Module) -> dict[str, Keys]:
     """What each model in the tree ties, by its name in the tree; names inside are its own.
 
     To be asked before modules are replaced: patterns are matched against the parameters that are there.
@@ -31,12 +31,12 @@ def ties_of(model: nn.Module) -> dict[str, Keys]:
     }
 
 
-def ties_of_factored(model: nn.Module, before: Mapping[str, Keys], *, tie: bool = True) -> None:
+def tie_factored(model: nn.Module, before: Mapping[str, Keys], *, tie: bool = True) -> None:
     """Rewrite the ties whose both ends are factored now, and tie.
 
     Args:
         model: with forms in place.
-        before: as :func:`ties_of` gave it, before they were.
+        before: as :func:`declared_ties` gave it, before they were.
         tie: make them one parameter; not on a model that is still to be loaded, whose loader does so.
     """
 
@@ -55,7 +55,7 @@ def ties_of_factored(model: nn.Module, before: Mapping[str, Keys], *, tie: bool 
     _rewrite(model, before, forth, tie)
 
 
-def ties_of_dense(model: nn.Module, factored: Collection[str]) -> None:
+def tie_dense(model: nn.Module, factored: Collection[str]) -> None:
     """The way back: ties of the numbers of forms that are dense modules now become ties of their weights.
 
     Args:

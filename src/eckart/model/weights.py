@@ -27,7 +27,7 @@ SIGN = "_computes"
 
 
 @dataclass(frozen=True)
-class Compute:
+class ComputePlacement:
     """Where and in which type a model computes.
 
     Attributes:
@@ -41,7 +41,7 @@ class Compute:
 
 
 @dataclass
-class _Slot:
+class _TensorEntry:
     """One entry of a module's parameters or buffers, while it may show something else than its original.
 
     Attributes:
@@ -63,7 +63,7 @@ class _Slot:
     holders: int = 0
 
 
-class Weights:
+class WeightLoader:
     """Brings the weights of a model to where it computes, and lets go of them. One object a model.
 
     Copies stand in the modules' own tables while they are held; afterwards the original tensors are back, the same
@@ -75,10 +75,10 @@ class Weights:
         compute: Where it computes; None for where it is.
     """
 
-    def __init__(self, model: nn.Module, compute: Compute | None) -> None:
+    def __init__(self, model: nn.Module, compute: ComputePlacement | None) -> None:
         self._model = model
         self._compute = compute
-        self._slots: dict[tuple[int, str], _Slot] = {}
+        self._slots: dict[tuple[int, str], _TensorEntry] = {}
         self._copies: dict[tuple[int, torch.dtype], tuple[Tensor, int]] = {}
 
     @property
@@ -156,7 +156,7 @@ class Weights:
     @contextmanager
     def _holding(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         modules = list(modules)
-        taken: list[_Slot] = []
+        taken: list[_TensorEntry] = []
         try:
             for slot in self._slots_of(modules):
                 self._take(slot)
@@ -170,7 +170,7 @@ class Weights:
                     if isinstance(module, Factored):
                         module.train(module.training)  # which drops the working memory it made of the copies
 
-    def _slots_of(self, modules: Iterable[nn.Module]) -> list[_Slot]:
+    def _slots_of(self, modules: Iterable[nn.Module]) -> list[_TensorEntry]:
         """The entries of modules that have to be brought somewhere."""
         found = []
         for module in modules:
@@ -179,12 +179,16 @@ class Weights:
                     slot = self._slots.get((id(module), key))
                     if slot is None and tensor is not None:
                         dtype = self._dtype(module, key, tensor)
-                        slot = None if self._there(tensor, dtype) else _Slot(module, table, key, tensor, dtype, tensor)
+                        slot = (
+                            None
+                            if self._there(tensor, dtype)
+                            else _TensorEntry(module, table, key, tensor, dtype, tensor)
+                        )
                     if slot is not None:
                         found.append(slot)
         return found
 
-    def _take(self, slot: _Slot) -> None:
+    def _take(self, slot: _TensorEntry) -> None:
         if not slot.holders:
             place = id(slot.original), slot.dtype
             copy, users = self._copies.get(place) or (self._copy(slot), 0)
@@ -193,7 +197,7 @@ class Weights:
             self._slots[id(slot.module), slot.key] = slot
         slot.holders += 1
 
-    def _release(self, slot: _Slot) -> None:
+    def _release(self, slot: _TensorEntry) -> None:
         slot.holders -= 1
         if not slot.holders:
             place = id(slot.original), slot.dtype
@@ -202,7 +206,7 @@ class Weights:
                 self._copies[place] = copy, users - 1
             self._show(slot, slot.shown)
 
-    def _show(self, slot: _Slot, tensor: Tensor) -> None:
+    def _show(self, slot: _TensorEntry, tensor: Tensor) -> None:
         """Let an entry show a tensor whenever nobody holds it."""
         slot.shown = tensor
         if slot.holders:
@@ -215,7 +219,7 @@ class Weights:
 
     # -- copies ----------------------------------------------------------------------------------------------------
 
-    def _copy(self, slot: _Slot) -> Tensor:
+    def _copy(self, slot: _TensorEntry) -> Tensor:
         assert self._compute is not None
         # First the device: a narrow tensor travels faster.
         copy = slot.original.detach().to(self._compute.device).to(slot.dtype)
@@ -273,7 +277,7 @@ class Weights:
         try:
             for slot in slots:
                 like = torch.empty(0, dtype=slot.dtype, device=self._compute.device)
-                self._show(slot, _Waiting.for_values(slot.original, functools.partial(self._copy, slot), like))
+                self._show(slot, _OnDemandWeight.for_values(slot.original, functools.partial(self._copy, slot), like))
             yield
         finally:
             for slot in slots:
@@ -300,17 +304,17 @@ class Weights:
                 module.forward = before
 
 
-class _Waiting(LazyWeight):
+class _OnDemandWeight(LazyWeight):
     """A lazy weight that looks up rows where they are, and wants gradients as long as its source does."""
 
     _source: Tensor
 
     @staticmethod
-    def for_values(source: Tensor, fetch: Callable[[], Tensor], like: Tensor) -> _Waiting:
+    def for_values(source: Tensor, fetch: Callable[[], Tensor], like: Tensor) -> _OnDemandWeight:
         """The lazy weight of a source, with the type and device of `like`."""
         lazy = LazyWeight.of(fetch, tuple(source.shape), like)
         with torch._C.DisableTorchFunctionSubclass():
-            waiting = lazy.as_subclass(_Waiting)
+            waiting = lazy.as_subclass(_OnDemandWeight)
         waiting._dense, waiting._source = fetch, source
         return waiting
 
@@ -328,7 +332,7 @@ class _Waiting(LazyWeight):
             found = func(args[0]._source, *args[1:], **options)
             return args[0] if func is Tensor.requires_grad_ else found
         # max_norm writes into the table.
-        if func is functional.embedding and options.get("max_norm") is None and isinstance(args[1], _Waiting):
+        if func is functional.embedding and options.get("max_norm") is None and isinstance(args[1], _OnDemandWeight):
             rows, table = args[0], args[1]
             found = functional.embedding(rows.to(table._source.device), table._source.detach(), *args[2:], **options)
             return found.to(table.device).to(table.dtype)

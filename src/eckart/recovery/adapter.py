@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms.lazy import LazyWeight
-from eckart.model import dense_weight, replace, set_dense
+from eckart.model import dense_weight, replace_module, set_dense_weight
 
 FORMAT_VERSION = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
@@ -97,8 +97,8 @@ def merge(model: nn.Module) -> None:
     for name, module in adapted_modules(model).items():
         weight = (dense_weight(module.dense).to(torch.float32) + module.update()).detach()
         gate = getattr(module, "input_gate", None)
-        replace(model, name, module.dense)
-        set_dense(model, name, weight.to(module.down.dtype), None)
+        replace_module(model, name, module.dense)
+        set_dense_weight(model, name, weight.to(module.down.dtype), None)
         if gate is not None:
             gate_input(model.get_submodule(name), gate)
 
@@ -139,7 +139,7 @@ def fold_gates(model: nn.Module) -> None:
                 del module._forward_pre_hooks[key]
         del module._parameters["input_gate"]
         weight = dense_weight(module)
-        set_dense(model, name, weight * _spread(gate.detach(), weight.shape[1]), None)
+        set_dense_weight(model, name, weight * _spread(gate.detach(), weight.shape[1]), None)
 
 
 # -- alone on disk --------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class Adapter:
         try:
             for name in self.description["masked"]:
                 weight = dense_weight(model.get_submodule(name))
-                set_dense(model, name, weight * (weight.abs() > self.description["threshold"]), None)
+                set_dense_weight(model, name, weight * (weight.abs() > self.description["threshold"]), None)
             for name in self.description["sites"]:
                 self._wrap(model, name)
             parameters = dict(model.named_parameters())
@@ -248,7 +248,7 @@ class Adapter:
         with torch.no_grad():
             for key, tensor in own.items():
                 getattr(module, key).copy_(tensor)
-        replace(model, name, module)
+        replace_module(model, name, module)
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> Path:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import UsageError
 from eckart.linalg import low_rank_sparse_split, smallest_masked
-from eckart.model import Site, dense_weight, find_sites, replace
+from eckart.model import Site, dense_weight, find_sites, replace_module
 from eckart.recovery.adapter import Adapted, Adapter, adapted_modules, fold_gates, gate_input, merge
 from eckart.recovery.base import Recovery, RecoveryContext
 from eckart.recovery.losparse import patterns
@@ -125,7 +125,7 @@ class DSEE(Recovery):
             places = self._places(dense_weight(old), site.name)
             stream = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))  # 32 bits count
             alpha = self.alpha or float(self.rank)
-            replace(model, site.name, Adapted(old, min(self.rank, *site.shape), alpha, places, stream))
+            replace_module(model, site.name, Adapted(old, min(self.rank, *site.shape), alpha, places, stream))
         for layer in self._layers:
             ones = torch.ones(layer.count, device=_frozen(model, layer.reader).device)
             gates = gate_input(model.get_submodule(layer.reader), ones.requires_grad_(self.score == "gates"))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from eckart.errors import UsageError
 from eckart.forms import LowRank, LowRankSparse, MaskedLowRankSparse
 from eckart.linalg import averaged_importance, checked_svd, cubic_fraction, rows_above
-from eckart.model import Site, dense_module, dense_weight, find_sites, replace
+from eckart.model import Site, dense_module, dense_weight, find_sites, replace_module
 from eckart.recovery.base import Recovery, RecoveryContext
 
 
@@ -101,7 +101,7 @@ class LoSparse(Recovery):
         for site in sites:
             module, notes = _split(model.get_submodule(site.name), site, ranks[site.name])
             context.notes += notes
-            replace(model, site.name, module)
+            replace_module(model, site.name, module)
             self._split[site.name] = module
         super().prepare(model, context)
 
@@ -143,10 +143,10 @@ class LoSparse(Recovery):
             size = LowRankSparse.size(*shape, rows=rows) if rows else LowRank.size(*shape)
             dense = module.out_features * module.in_features
             if size.parameters >= dense:  # nearly all rows stayed: the matrix itself is smaller
-                replace(model, name, dense_module(small))
+                replace_module(model, name, dense_module(small))
                 forms[name], stored = "dense", stored + dense
             else:
-                replace(model, name, small)
+                replace_module(model, name, small)
                 forms[name], stored = small.form, stored + size.parameters
         self._report |= {
             "stored_elements": stored,

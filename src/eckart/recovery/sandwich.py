@@ -19,7 +19,7 @@ from eckart.calibration.layerwise import all_blocks
 from eckart.errors import UsageError
 from eckart.forms import FORMS, Factored, FactoredLinear
 from eckart.linalg import Problem
-from eckart.model import factored_modules, owner_of, share
+from eckart.model import factored_modules, parameter_owner, share_parameters
 from eckart.recovery.base import RecoveryContext
 from eckart.recovery.distil import Distil
 
@@ -72,7 +72,7 @@ class Sandwich(Distil):
                 central = blocks[1:-1]
                 _begin(model, central, self.start)
                 names = [name for name, _ in model.get_submodule(central[0]).named_parameters()]
-                share(model, {f"{other}.{n}": f"{central[0]}.{n}" for other in central[1:] for n in names})
+                share_parameters(model, {f"{other}.{n}": f"{central[0]}.{n}" for other in central[1:] for n in names})
                 self._shared[parent] = central
             elif not self._shared:  # the largest list comes first
                 raise UsageError(f"recovery {self.name}: {reason}")
@@ -143,7 +143,7 @@ def _begin(model: nn.Module, central: Sequence[str], start: str) -> None:
         if start == "mean":
             _fill_with_mean(pattern, blocks)
         for name, parameter in pattern.named_parameters():
-            owner, key = owner_of(blocks[0], name)
+            owner, key = parameter_owner(blocks[0], name)
             owner._parameters[key] = parameter
         for name, buffer in pattern.named_buffers():
             for block in blocks:

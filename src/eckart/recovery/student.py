@@ -14,7 +14,7 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
-from eckart.data import Pooling, TaskData, kind_of
+from eckart.data import Pooling, TaskData, model_kind
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import cast, factored_modules, has_output_head
 from eckart.recovery import ClosedFormRecovery, Recovery
@@ -136,13 +136,13 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
         elif (
             recipe.data_label_column is None
             and not has_output_head(model)
-            and kind_of(config, model) != "encoder-decoder"
+            and model_kind(config, model) != "encoder-decoder"
         ):
             task = "embedding"
         elif recipe.data_label_column is None and has_output_head(model):
             if name.endswith(ENDINGS["masked"]):
                 task = "masked"
-            elif kind_of(config, model) == "causal":
+            elif model_kind(config, model) == "causal":
                 task = "causal"
         if task is None and recipe.data_label_column is None:
             raise UsageError(
@@ -172,7 +172,7 @@ def _check_pooled(model: PreTrainedModel) -> None:
             f"--task embedding: {name} has a head, whose outputs its users read. Leave --task out, or save the model "
             "without the head first: AutoModel.from_pretrained(...).save_pretrained(...)"
         )
-    if kind_of(model.config, model) == "encoder-decoder":
+    if model_kind(model.config, model) == "encoder-decoder":
         raise UsageError(
             f"--task embedding: {name} reads two texts, and a sentence embedding is made of one. Give its encoder "
             "alone, or name another --task"

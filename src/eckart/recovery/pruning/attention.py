@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.model import HeadCut, dense_weight, forget_cut, heads_of_rows
+from eckart.model import PrunedHeads, dense_weight, forget_pruned_heads, head_of_each_row
 from eckart.recovery.pruning.probe import Probe
 
 CLOSE = 1e-5
@@ -24,7 +24,7 @@ class AttentionHeads:
     Attributes:
         module: the attention.
         reader: the linear layer that reads them, inside it.
-        writers: layers that make them, and the rows of one head in each, as in :class:`eckart.model.HeadCut`.
+        writers: layers that make them, and the rows of one head in each, as in :class:`eckart.model.PrunedHeads`.
         count: how many there are; heads that read the same keys and values are one.
         size: columns of one in the reader.
         numbers: attributes of the module that follow the number of heads.
@@ -43,12 +43,12 @@ class AttentionHeads:
         width = (sum(sum(sizes) for _, sizes in self.writers) - self.size) // 2
         return self.size // width if width and self.size % width == 0 else 1
 
-    def cut(self, kept: Sequence[int]) -> HeadCut:
+    def cut(self, kept: Sequence[int]) -> PrunedHeads:
         """What is to be done to the module so that these heads stay."""
         inner = len(self.module) + 1
         rows = {name[inner:]: sizes for name, sizes in self.writers}
         numbers = {name: value * len(kept) // self.count for name, value in self.numbers}
-        return HeadCut(self.count, tuple(kept), rows, {self.reader[inner:]: self.size}, numbers)
+        return PrunedHeads(self.count, tuple(kept), rows, {self.reader[inner:]: self.size}, numbers)
 
 
 class Attention:
@@ -128,7 +128,7 @@ class Attention:
 
     def _apart(self, name: str, sizes: tuple[int, ...], count: int, number: int) -> bool:
         """Whether changing one head's rows of a layer changes what is read of this head alone."""
-        rows = heads_of_rows(sizes, count) == number
+        rows = head_of_each_row(sizes, count) == number
         moved = self._moved({name: lambda output: output + self._noise(output) * rows.to(output)})
         if moved is None:
             return False
@@ -186,7 +186,7 @@ def take_over(module: nn.Module, built: nn.Module) -> None:
         for key, value in vars(source).items():
             if type(value) is int:
                 setattr(target, key, value)
-    forget_cut(module)
+    forget_pruned_heads(module)
 
 
 def configure(module: nn.Module, config: Mapping[str, int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from eckart.model import Site, heads_of_rows
+from eckart.model import Site, head_of_each_row
 from eckart.recovery.pruning.attention import Attention, AttentionHeads, configure, take_over
 from eckart.recovery.pruning.probe import Probe, probing
 
@@ -100,7 +100,7 @@ def magnitudes(model: nn.Module, heads: AttentionHeads, weight: Any) -> Tensor:
     rows = torch.zeros_like(columns)
     for name, sizes in heads.writers:
         made = weight(model, name).float().square().sum(1)
-        rows.index_add_(0, heads_of_rows(sizes, heads.count).to(made.device), made)
+        rows.index_add_(0, head_of_each_row(sizes, heads.count).to(made.device), made)
     return columns * rows.sqrt()
 
 

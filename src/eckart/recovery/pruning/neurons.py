@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.model import Site, cut_layer, replace
+from eckart.model import Site, replace_module, select_features
 from eckart.recovery.pruning.probe import Probe, probing
 
 
@@ -142,12 +142,12 @@ def remove_neurons(model: PreTrainedModel, kept: Mapping[Neurons, Tensor]) -> st
     for layer, mask in kept.items():
         places = mask.nonzero().flatten()
         for name in layer.writers:
-            replace(model, name, cut_layer(old[name], places, rows=True))
-        replace(model, layer.reader, cut_layer(model.get_submodule(layer.reader), places, rows=False))
+            replace_module(model, name, select_features(old[name], places, rows=True))
+        replace_module(model, layer.reader, select_features(model.get_submodule(layer.reader), places, rows=False))
     config = _config_of(model, widths)
     if config is None:
         for name, module in old.items():
-            replace(model, name, module)
+            replace_module(model, name, module)
         return "no number of the model's configuration says how wide these layers are, so that it could be loaded again"
     for key, value in config.items():
         setattr(model.config, key, value)

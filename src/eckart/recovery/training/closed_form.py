@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from eckart.data import Batch
 from eckart.data.inference import evaluating
 from eckart.data.loading import NUM_SAMPLES
-from eckart.data.padded import by_length
+from eckart.data.padding import by_length
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 from eckart.recovery.training.examples import Examples
 from eckart.storage.cache import Cache

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data import Batch, Pooling, TaskData, load_task
-from eckart.data import load as load_data
-from eckart.data.columns import Text
+from eckart.data import Batch, Pooling, TaskData, load_data, load_task
+from eckart.data.columns import TextExample
 from eckart.data.documents import load_documents
-from eckart.data.kind import pad_token, sequence_length
 from eckart.data.loading import MAX_SEQ_LENGTH
-from eckart.data.padded import by_length, collate, encode
+from eckart.data.model_kind import pad_token, sequence_length
+from eckart.data.padding import by_length, collate, encode
 from eckart.data.windows import token_stream
 from eckart.errors import DataError
 from eckart.recovery.training.scorer import Scorer, labeled_scorer, masked_scorer, sentence_scorer, text_scorer
@@ -90,7 +89,7 @@ def load_examples(
 
     Args:
         recipe: the recipe.
-        data: the data, as :func:`eckart.data.load` takes them.
+        data: the data, as :func:`eckart.data.load_data` takes them.
         eval_data: other data to score on; None for a tenth of `data`.
         task: "classification", "regression", "masked", "causal" or "embedding".
         model: the student.
@@ -212,7 +211,7 @@ def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, toke
     else:
         texts, held = _split(texts, recipe.seed)
         notes.append(f"scored on {len(held)} documents held out of the data; --eval-data gives others")
-    documents = [Text(text, "data", place) for place, text in enumerate(texts)]
+    documents = [TextExample(text, "data", place) for place, text in enumerate(texts)]
     stream, _, _ = token_stream(documents, tokenizer, enough=sum(map(len, texts)) + 2 * len(texts), joined=False)
     length = min(length, len(stream))
     if length < 2:

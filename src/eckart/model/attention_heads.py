@@ -1,7 +1,7 @@
 """Attention modules of which some heads are gone: what is left of their matrices, said so that it can be built again.
 
 A model's class builds every attention with the heads that its configuration names. Where the configuration cannot say
-how many are left, the module itself carries a :class:`HeadCut`, which a checkpoint's config holds for it.
+how many are left, the module itself carries a :class:`PrunedHeads`, which a checkpoint's config holds for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MARK = "eckart_heads"
 
 
 @dataclass(frozen=True)
-class HeadCut:
+class PrunedHeads:
     """Which heads of an attention stay, where their rows and columns are, and which of its numbers follow.
 
     A head stands here for what goes together: where several heads read the same keys and values, all of them.
@@ -57,7 +57,7 @@ class HeadCut:
         }
 
     @classmethod
-    def of_spec(cls, spec: Mapping[str, Any]) -> HeadCut:
+    def of_spec(cls, spec: Mapping[str, Any]) -> PrunedHeads:
         """What :meth:`spec` gave.
 
         Raises:
@@ -90,11 +90,11 @@ class HeadCut:
         for name, sizes in self.rows.items():
             layer = _layer(module, name)
             self._check(name, layer.weight.shape[1 if isinstance(layer, Conv1D) else 0], sum(sizes))
-            module.set_submodule(name, cut_layer(layer, self._places(sizes), rows=True))
+            module.set_submodule(name, select_features(layer, self._places(sizes), rows=True))
         for name, size in self.columns.items():
             layer = _layer(module, name)
             self._check(name, layer.weight.shape[0 if isinstance(layer, Conv1D) else 1], size)
-            module.set_submodule(name, cut_layer(layer, self._places((size,)), rows=False))
+            module.set_submodule(name, select_features(layer, self._places((size,)), rows=False))
         self._count(module, self.numbers)
         setattr(module, MARK, self)
 
@@ -105,7 +105,7 @@ class HeadCut:
         for name, size in self.columns.items():
             module.set_submodule(name, _padded(_layer(module, name), self._places((size,)), size * self.of, False))
         self._count(module, {name: number * self.of // len(self.kept) for name, number in self.numbers.items()})
-        forget_cut(module)
+        forget_pruned_heads(module)
 
     def _check(self, name: str, found: int, of_one: int) -> None:
         if found != of_one * self.of:
@@ -113,7 +113,7 @@ class HeadCut:
 
     def _places(self, sizes: tuple[int, ...]) -> Tensor:
         """Of what stays, in the whole matrix."""
-        owners = heads_of_rows(sizes, self.of)
+        owners = head_of_each_row(sizes, self.of)
         return torch.isin(owners, torch.tensor(self.kept, device="cpu")).nonzero().flatten()
 
     @staticmethod
@@ -129,23 +129,23 @@ class HeadCut:
             setattr(holder, attribute, number)
 
 
-def heads_of_rows(sizes: tuple[int, ...], count: int) -> Tensor:
+def head_of_each_row(sizes: tuple[int, ...], count: int) -> Tensor:
     """Which head each row belongs to, (sum(sizes) count,): in every stretch one head after the other."""
     heads = torch.arange(count, device="cpu")  # also where a model is built on the meta device
     return torch.cat([heads.repeat_interleave(size) for size in sizes])
 
 
-def cut_heads(model: nn.Module) -> dict[str, HeadCut]:
+def pruned_heads(model: nn.Module) -> dict[str, PrunedHeads]:
     """Name -> cut of every attention that carries one."""
     return {name: found for name, module in model.named_modules() if (found := getattr(module, MARK, None)) is not None}
 
 
-def forget_cut(module: nn.Module) -> None:
+def forget_pruned_heads(module: nn.Module) -> None:
     """Take the mark off an attention that its class builds as it is."""
     module.__dict__.pop(MARK, None)
 
 
-def cut_layer(old: Any, places: Tensor, rows: bool) -> nn.Module:
+def select_features(old: Any, places: Tensor, rows: bool) -> nn.Module:
     """A Linear or Conv1D with some of its outputs (`rows`) or inputs left, in their order.
 
     Args:

@@ -13,7 +13,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-Kind = Literal["causal", "encoder", "encoder-decoder"]
+ModelKind = Literal["causal", "encoder", "encoder-decoder"]
 """`causal` reads packed windows of text, `encoder` separate padded texts, `encoder-decoder` pairs of them."""
 
 HEADS_ON_SEPARATE_TEXTS = (
@@ -30,7 +30,7 @@ UNLIMITED = 1_000_000
 logger = logging.getLogger(__name__)
 
 
-def kind_of(config: PretrainedConfig, model: nn.Module | None = None) -> Kind:
+def model_kind(config: PretrainedConfig, model: nn.Module | None = None) -> ModelKind:
     """Tell what a model reads.
 
     Args:
@@ -70,7 +70,7 @@ def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> i
     table = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(table, int) or table < 1:
         return None
-    if model is None and kind_of(config) == "encoder":
+    if model is None and model_kind(config) == "encoder":
         model = _skeleton(config)
     for name, module in model.named_modules() if model is not None else ():
         if not isinstance(module, nn.Embedding) or "position" not in name or module.num_embeddings != table:

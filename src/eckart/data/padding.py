@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
-from eckart.data.columns import Text
+from eckart.data.columns import TextExample
 from eckart.errors import UsageError
 
 IGNORED = -100
@@ -19,7 +19,7 @@ Shift = Callable[[Tensor], Tensor]
 """Labels (B, T) -> decoder inputs (B, T)."""
 
 
-def encode(texts: Sequence[Text], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
+def encode(texts: Sequence[TextExample], tokenizer: Any, max_length: int) -> list[dict[str, list[int]]]:
     """Tokenize texts (or pairs) one by one, cut to a length.
 
     Args:
@@ -75,7 +75,7 @@ def collate(encoded: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, T
 
 
 def encoder_batches(
-    texts: Sequence[Text],
+    texts: Sequence[TextExample],
     tokenizer: Any,
     *,
     max_length: int,
@@ -105,7 +105,7 @@ def encoder_batches(
 
 
 def seq2seq_batches(
-    texts: Sequence[Text],
+    texts: Sequence[TextExample],
     tokenizer: Any,
     *,
     max_length: int,

@@ -1,0 +1,76 @@
+"""Register the checkpoint format with transformers as soon as transformers is imported, and without importing it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Whoever calls `from_pretrained` has imported it: every model class is defined on what it holds.
+WATCHED = "transformers.modeling_utils"
+
+
+def register_when_imported() -> None:
+    """Let ``from_pretrained`` load factored checkpoints: now if transformers is imported, or right after it is.
+
+    Neither transformers nor torch is imported here. Calling it again does no harm.
+    """
+    if WATCHED in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _register() -> None:
+    try:
+        importlib.import_module("eckart.checkpoint.plugin").register()
+    except Exception as error:  # whatever a version of transformers may raise must not break `import transformers`
+        warnings.warn(
+            f"eckart cannot register its checkpoint format with transformers ({type(error).__name__}: {error}), so "
+            "from_pretrained does not load factored checkpoints. Install versions that work together: "
+            "pip install -U eckart transformers",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+class _Finder(MetaPathFinder):
+    """Finds the watched module as the other finders do, and registers the format once it is executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != WATCHED:
+            return None
+        others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self)
+        return spec
+
+
+class _Loader(Loader):
+    """The watched module's own loader, with the registration after it."""
+
+    def __init__(self, loader: Loader, finder: _Finder) -> None:
+        self.loader, self.finder = loader, finder
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self.loader  # nothing of ours stays on the module
+        if module.__spec__ is not None:
+            module.__spec__.loader = self.loader
+        self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
+        _register()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)

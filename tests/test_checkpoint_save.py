@@ -15,7 +15,7 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.save import save
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import factored_modules
-from eckart.report.card import model_card
+from eckart.report.card import render_model_card
 
 
 def write(folder: Path, *names: str) -> None:
@@ -214,7 +214,7 @@ def test_card_states_what_it_was_given():
         "perplexity": {"original": 18.25, "eckart": 18.912345},
         "a | b": {"eckart": "same"},
     }
-    card = model_card(
+    card = render_model_card(
         "me/smol-70",
         base_model="HuggingFaceTB/SmolLM2-135M",
         auto_class="AutoModelForCausalLM",
@@ -248,7 +248,7 @@ def test_card_states_what_it_was_given():
 def test_card_without_numbers_has_none(tmp_path):
     local = tmp_path / "my-model"
     local.mkdir()
-    card = model_card("smol-70", base_model=str(local))
+    card = render_model_card("smol-70", base_model=str(local))
     assert "base_model" not in metadata(card)
     assert str(tmp_path) not in card
     assert "my-model" in card
@@ -257,7 +257,7 @@ def test_card_without_numbers_has_none(tmp_path):
 
 
 def test_card_for_sentence_transformers():
-    card = model_card("me/minilm", library_name="sentence-transformers", measured={"cosine": 0.987654})
+    card = render_model_card("me/minilm", library_name="sentence-transformers", measured={"cosine": 0.987654})
     assert metadata(card)["library_name"] == "sentence-transformers"
     assert 'SentenceTransformer("me/minilm")' in card
     assert "| cosine | 0.9877 |" in card

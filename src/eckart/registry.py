@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import importlib
-import importlib.util
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from eckart.errors import UsageError
@@ -75,19 +77,20 @@ class Registry(Mapping[str, T], Generic[T]):
         raise UsageError(f"{self.kind} {name!r} is not known.{hint} Choose one of: {', '.join(self)}.")
 
     def about(self, name: str) -> dict[str, Any]:
-        """What the source says of an object, in literals: attributes of a class, or arguments of a call.
+        """What an object says of itself, without importing it: the literals in its source.
 
-        Of a class, `doc` is the first line of its docstring; attributes of a parent in the same file are its own too.
+        Of a class: its attributes and those that it inherits inside eckart. Of a call: its keyword arguments, and the
+        defaults of the class that is called. `doc` is the first line of the docstring.
         """
-        if name in self._added:
-            found = self._added[name]
-            return {"doc": (found.__doc__ or "").strip().partition("\n")[0], **vars(type(found)), **vars(found)}
-        module, _, attribute = self._places[name].partition(":")
-        spec = importlib.util.find_spec(module)
-        assert spec is not None
-        assert spec.origin is not None
-        with open(spec.origin, encoding="utf-8") as file:
-            return _literals(ast.parse(file.read()), attribute)
+        if name not in self._added:
+            module, _, attribute = self._places[name].partition(":")
+            return dict(_Source.of(module).value(attribute))
+        found = self._added[name]
+        kind = found if isinstance(found, type) else type(found)
+        attributes: dict[str, Any] = {}
+        for parent in reversed(kind.__mro__):
+            attributes |= vars(parent)
+        return attributes | vars(found) | {"doc": (found.__doc__ or "").strip().partition("\n")[0]}
 
 
 def lazy_attributes(package: str, places: Mapping[str, tuple[str, ...]]) -> tuple[Any, Any]:
@@ -110,35 +113,92 @@ def lazy_attributes(package: str, places: Mapping[str, tuple[str, ...]]) -> tupl
     return get, names
 
 
-def _literals(tree: ast.Module, name: str) -> dict[str, Any]:
-    """Literal attributes of the class, or keyword arguments of the call, that a module calls `name`."""
-    known: dict[str, Any] = {}
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef):
-            own = {"doc": (ast.get_docstring(node) or "").partition("\n")[0]}
-            for base in node.bases:
-                own = {**known.get(base.id if isinstance(base, ast.Name) else "", {}), **own}
-            for line in node.body:
-                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is not None:
-                    own |= _literal(line.target.id, line.value)
-            known[node.name] = own
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            call = node.value
-            if isinstance(call, ast.Call):
-                own = {}
-                for argument in call.keywords:
-                    own |= _literal(argument.arg or "", argument.value)
-                known[node.targets[0].id] = own
-    return dict(known[name])
+class _Source:
+    """What a module of eckart assigns, as far as that can be read without running it.
 
+    A class, and a call of a class of eckart, is a mapping of its literals; what it imports from eckart is looked up
+    there.
+    """
 
-def _literal(key: str, value: ast.expr) -> dict[str, Any]:
-    if isinstance(value, ast.Call) and value.args:  # frozenset({...})
-        value = value.args[0]
-    try:
-        return {key: ast.literal_eval(value)}
-    except ValueError:
-        return {}
+    def __init__(self, module: str) -> None:
+        self._known: dict[str, Any] = {}
+        self._imported: dict[str, str] = {}
+        path = Path(__file__).parent.joinpath(*module.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "eckart":
+                self._imported |= {alias.asname or alias.name: str(node.module) for alias in node.names}
+            elif isinstance(node, ast.ClassDef):
+                self._known[node.name] = self._class(node)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                self._assign(self._known, node)
+
+    @staticmethod
+    @functools.cache
+    def of(module: str) -> _Source:
+        return _Source(module)
+
+    def value(self, name: str) -> Any:
+        """What the module calls `name`.
+
+        Raises:
+            ValueError: that is no literal.
+        """
+        if name in self._known:
+            return self._known[name]
+        if name in self._imported:
+            return _Source.of(self._imported[name]).value(name)
+        raise ValueError(f"{name} is no literal")
+
+    def _class(self, node: ast.ClassDef) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for base in reversed(node.bases):
+            found |= self._mapping(base)
+        found["doc"] = (ast.get_docstring(node) or "").partition("\n")[0]
+        for line in node.body:
+            if isinstance(line, ast.Assign | ast.AnnAssign):
+                self._assign(found, line)
+        return found
+
+    def _assign(self, found: dict[str, Any], node: ast.Assign | ast.AnnAssign) -> None:
+        target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+        if isinstance(target, ast.Name) and node.value is not None:
+            self._set(found, target.id, node.value)
+
+    def _set(self, found: dict[str, Any], name: str, value: ast.expr) -> None:
+        """Note a value; what is no literal is not known, and hides what was inherited."""
+        found.pop(name, None)
+        with suppress(ValueError, TypeError, KeyError):
+            found[name] = self._evaluate(value)
+
+    def _evaluate(self, node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            return self.value(node.id)
+        if isinstance(node, ast.Attribute):
+            return self._mapping(node.value)[node.attr]
+        if not isinstance(node, ast.Call):
+            return ast.literal_eval(node)
+        called = node.func.id if isinstance(node.func, ast.Name) else ""
+        given = {argument.arg: argument.value for argument in node.keywords if argument.arg is not None}
+        if called == "frozenset":
+            return frozenset(ast.literal_eval(node.args[0])) if node.args else frozenset()
+        if called == "field":  # of a dataclass; its other defaults are made anew for each object
+            return (
+                frozenset()
+                if ast.unparse(given["default_factory"]) == "frozenset"
+                else self._evaluate(given["default"])
+            )
+        found = self._mapping(node.func)
+        for name, value in given.items():
+            self._set(found, name, value)
+        return found
+
+    def _mapping(self, node: ast.expr) -> dict[str, Any]:
+        """The literals of a class that is named; none of one that is not eckart's own."""
+        try:
+            return dict(self.value(node.id)) if isinstance(node, ast.Name) else {}
+        except (ValueError, TypeError):
+            return {}
 
 
 METHODS: Registry[Any] = Registry(

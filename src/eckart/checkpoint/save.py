@@ -61,7 +61,7 @@ def save(
         plan: ``eckart/plan.json``.
         report: ``eckart/report.json``; numbers that are not finite are written as strings.
         report_html: ``eckart/report.html``.
-        card: ``README.md``, see :func:`eckart.report.card.model_card`.
+        card: ``README.md``, see :func:`eckart.report.card.render_model_card`.
         overwrite: replace a model folder that is already there.
         max_shard_size: as in ``save_pretrained``. Tensors that lie in files take the memory of one shard at most.
         lock: the lock on ``output_dir`` if the caller holds it.

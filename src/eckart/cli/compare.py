@@ -11,7 +11,7 @@ from eckart.cli.console import check_json, guarded, show, write_json
 from eckart.cli.options import asked, fields, recipe_options
 from eckart.compression.checkpoint import compare_checkpoint
 from eckart.errors import UsageError
-from eckart.report import comparison_table
+from eckart.report.scores import render_comparison
 
 
 @guarded
@@ -32,7 +32,7 @@ def compare(
     check_json(json)
     recipe = asked({}, None, model, options)
     found = compare_checkpoint(recipe, _words(methods, "--methods"), _fractions(keep))
-    show(comparison_table(found))
+    show(render_comparison(found))
     write_json(json, found)
 
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart import report
 from eckart.cli.console import guarded, say, show
 from eckart.cli.options import asked, fields, recipe_options
 from eckart.cli.run_file import read_run
@@ -15,6 +14,7 @@ from eckart.compression.checkpoint import compress_checkpoint
 from eckart.compression.result import load_lines
 from eckart.distributed import is_main
 from eckart.errors import UsageError
+from eckart.report.compression import render_compression
 
 
 @guarded
@@ -55,4 +55,10 @@ def compress(
     )
     if not is_main():
         return
-    show(report.as_rich(result.report), "", f"published in {published}; to load it:", "", load_lines(result, published))
+    show(
+        render_compression(result.report),
+        "",
+        f"published in {published}; to load it:",
+        "",
+        load_lines(result, published),
+    )

@@ -13,12 +13,12 @@ import typer
 from rich.console import Group
 from rich.text import Text
 
-from eckart import report
 from eckart.cli.console import guarded, say, show
 from eckart.compression.result import load_lines
 from eckart.demo.show import DEFAULT, MODEL, Demo, DemoRow, check_same
 from eckart.methods import METHODS, method_named
-from eckart.report.words import columns, number, plain_table
+from eckart.report.compression import render_compression
+from eckart.report.words import add_columns, format_number, make_table
 from eckart.storage.publish import check_output
 
 
@@ -59,7 +59,7 @@ def demo(
     with tempfile.TemporaryDirectory(prefix="eckart-demo-") as temporary:
         result, folder = shown.publish(output_dir or Path(temporary) / "demo", keep, overwrite)
         here = shown.measure(result.model)
-        show(report.as_rich(result.report), "")
+        show(render_compression(result.report), "")
         say("Loading it in a fresh process ...")
         found = shown.reload(folder)
         check_same(here, found.perplexity, folder)
@@ -83,13 +83,13 @@ def _ranking(dense: float, rows: Sequence[DemoRow], shown: Demo) -> Group:
     found = {(row.method, row.keep): row for row in rows}
     keeps = list(shown.keeps)
     heads = [head for keep in keeps for head in (f"keep {keep:g}", "change")]
-    table = columns(plain_table(title="perplexity on held-out modules"), "method", [*heads, "seconds"])
-    table.add_row("original", *(cell for _ in keeps for cell in (number(dense), "")), "", style="dim")
+    table = add_columns(make_table("perplexity on held-out modules"), "method", [*heads, "seconds"])
+    table.add_row("original", *(cell for _ in keeps for cell in (format_number(dense), "")), "", style="dim")
     for name in sorted(shown.methods, key=lambda name: found[name, keeps[0]].perplexity):
         cells = []
         for keep in keeps:
             score = found[name, keep].perplexity
-            cells += [number(score), f"{score / dense - 1:+.1%}"]
+            cells += [format_number(score), f"{score / dense - 1:+.1%}"]
         seconds = sum(found[name, keep].seconds for keep in keeps)
         label = f"{name} (default)" if name == DEFAULT else name
         table.add_row(label, *cells, f"{seconds:.1f}", style="bold green" if name == DEFAULT else "")

@@ -10,7 +10,7 @@ import typer
 from eckart.cli.console import check_json, guarded, show, write_json
 from eckart.cli.options import recipe_options
 from eckart.evaluation.evaluation import TASKS, evaluate
-from eckart.report import scores_table
+from eckart.report.scores import render_scores
 
 DATA = ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
         "data_revision", "num_samples", "max_seq_length", "batch_size", "device")  # fmt: skip
@@ -49,5 +49,5 @@ def evaluate_folder(
         options["max_seq_length"] = window
     device = options.pop("device", None)
     found = evaluate(folder, against, task=task, max_tokens=max_tokens, baselines=baselines, device=device, **options)
-    show(scores_table(found))
+    show(render_scores(found))
     write_json(json, found)

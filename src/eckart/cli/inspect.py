@@ -11,7 +11,7 @@ from eckart.checkpoint.open import find_checkpoint, open_model
 from eckart.cli.console import check_json, guarded, show, write_json
 from eckart.cli.options import asked, recipe_options
 from eckart.evaluation.inspection import inspect_model
-from eckart.report import inspection_table
+from eckart.report.inspection import render_inspection
 
 
 @guarded
@@ -32,5 +32,5 @@ def inspect(
     recipe = asked({}, None, model, options)
     source = open_model(find_checkpoint(model, recipe.revision, trust_remote_code=recipe.trust_remote_code))
     found = inspect_model(source.model, recipe.targets, recipe.ignore, dtype=source.dtype)
-    show(inspection_table(found))
+    show(render_inspection(found))
     write_json(json, found)

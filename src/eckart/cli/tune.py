@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart import report
 from eckart.cli.console import guarded, say, show
 from eckart.cli.options import recipe_options
 from eckart.cli.run_file import read_run
 from eckart.errors import UsageError
 from eckart.recovery.pipeline import tune_checkpoint
 from eckart.recovery.recipe import TuneRecipe, make_tune_recipe, with_recovery
+from eckart.report.training import render_tuning
 
 FIELDS = tuple(name for name in TuneRecipe.model_fields if name != "model")
 
@@ -64,4 +64,4 @@ def tune(
         restart=bool(restart),
         tell=lambda how: say(how, "dim"),
     )
-    show(report.tuned_rich(result.report), "", f"published in {published}")
+    show(render_tuning(result.report), "", f"published in {published}")

@@ -22,7 +22,7 @@ from eckart.compression.settings import Settings
 from eckart.distributed import silence_other_processes, start_processes
 from eckart.errors import UsageError
 from eckart.methods import method_named
-from eckart.report import quality_cells
+from eckart.report.compression import list_quality
 from eckart.storage.lock import OutputLock, output_path
 from eckart.storage.publish import check_output
 
@@ -156,7 +156,7 @@ def compare_checkpoint(recipe: Recipe, methods: Sequence[str], keeps: Sequence[f
                 "elements": after["elements"],
                 "bytes": after["bytes"],
                 "multiply_adds": after["multiply_adds"],
-                "quality": quality_cells(made),
+                "quality": list_quality(made),
                 "seconds": round(sum(seconds.get(step, 0.0) for step in OWN_STEPS), 2),
             }
         )

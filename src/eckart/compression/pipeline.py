@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart import report as reporting
 from eckart.allocation import DENSE, Choice, Plan
 from eckart.calibration import too_few
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
@@ -37,6 +36,7 @@ from eckart.evaluation import distance, quality, sizes
 from eckart.forms import FORMS
 from eckart.methods import Method, method_named
 from eckart.model import Sites, WeightLoader, factored_modules, fuse_experts, unshare_storage
+from eckart.report.record import build_report
 from eckart.storage.store import MemoryStore
 
 
@@ -215,7 +215,7 @@ def _finish(
             measured = _measured(work, compressed)
     _lean(compressed, False)
     names = work.names
-    report = reporting.make(
+    report = build_report(
         recipe=recipe.model_dump(mode="json", exclude_none=True),
         method=settings.method,
         form=" and ".join(sorted({c.form for c in plan.choices.values()} - {DENSE})) or DENSE,

@@ -10,11 +10,12 @@ from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 from yaml import YAMLError
 
-from eckart import report as reporting
 from eckart.allocation import Plan
 from eckart.checkpoint.save import save
 from eckart.compression.recipe import Recipe
-from eckart.report.card import model_card
+from eckart.report.card import render_model_card
+from eckart.report.compression import list_card_rows, render_compression
+from eckart.report.words import to_plain_text
 from eckart.storage.lock import OutputLock
 
 # Class name ending -> the Auto class that loads it, for the code example of the model card.
@@ -51,7 +52,7 @@ class Result:
     source_folder: Path | None = None
 
     def __str__(self) -> str:
-        return reporting.as_text(self.report)
+        return to_plain_text(render_compression(self.report))
 
     def save_pretrained(
         self,
@@ -77,14 +78,14 @@ class Result:
         """
         sentence = self.source_folder is not None and (self.source_folder / "modules.json").exists()
         original = self.recipe.model or getattr(self.model.config, "_name_or_path", None)
-        card = model_card(
+        card = render_model_card(
             Path(output_dir).name,
             base_model=original or None,
             auto_class=auto_class_of(type(self.model).__name__),
             library_name="sentence-transformers" if sentence else "transformers",
             method=self.report["method"],
             form=self.report["form"],
-            measured=reporting.card_rows(self.report),
+            measured=list_card_rows(self.report),
             **origin_of(self.source_folder),
         )
         return save(

@@ -9,13 +9,13 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from eckart import report as reporting
 from eckart.checkpoint.description import described
 from eckart.checkpoint.save import save
 from eckart.compression.result import auto_class_of, origin_of
 from eckart.recovery.recipe import TuneRecipe
-from eckart.report.card import model_card
-from eckart.report.words import as_plain_text
+from eckart.report.card import render_model_card
+from eckart.report.training import list_tuning_card_rows, render_tuning
+from eckart.report.words import to_plain_text
 from eckart.storage.lock import OutputLock
 
 
@@ -38,7 +38,7 @@ class TuneResult:
     source_folder: Path | None = None
 
     def __str__(self) -> str:
-        return as_plain_text(reporting.tuned_rich(self.report))
+        return to_plain_text(render_tuning(self.report))
 
     def save_pretrained(
         self, output_dir: str | Path, *, overwrite: bool = False, lock: OutputLock | None = None
@@ -61,7 +61,7 @@ class TuneResult:
             source = None  # a classifier is no sentence-transformers model any more
         sentence = source is not None and (source / "modules.json").exists()
         forms = sorted({spec["form"] for spec in described(self.model).values()})
-        card = model_card(
+        card = render_model_card(
             Path(output_dir).name,
             base_model=self.recipe.model or getattr(self.model.config, "_name_or_path", None) or None,
             auto_class=auto_class_of(type(self.model).__name__),
@@ -69,7 +69,7 @@ class TuneResult:
             method=f"recovery {self.recipe.recovery}",
             form=", ".join(forms) or "dense",
             alone=not forms,
-            measured=reporting.tuned_rows(self.report),
+            measured=list_tuning_card_rows(self.report),
             **origin_of(self.source_folder),
         )
         return save(

@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).with_name("card.md.jinja")
 Measured = Mapping[str, Any]
 
 
-def model_card(
+def render_model_card(
     name: str,
     *,
     base_model: str | None = None,

@@ -1,4 +1,4 @@
-"""The report: what was asked, done and measured, as plain JSON values."""
+"""The report of a compression: what was asked, done and measured, as plain JSON values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from eckart.model import Sites
 FORMAT_VERSION = 1
 
 
-def make(
+def build_report(
     *,
     recipe: Mapping[str, Any],
     method: Method,
@@ -35,7 +35,7 @@ def make(
     seconds: Mapping[str, float],
     effective_ranks: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Put a run's facts together. Sizes are counted from what is stored, never from what was planned."""
+    """Join the facts of a run. Sizes are counted from what is stored, not from what was planned."""
     rows = []
     for site in sites.chosen:
         choice = plan.choices[site.name]
@@ -87,7 +87,7 @@ def make(
 
 
 def _without_basis(size: Size, choice: Choice, in_features: int) -> Size:
-    """What a site stores itself: a basis counts where it is held."""
+    """What a site stores itself: a basis that it shares counts once, in `sizes`."""
     if choice.basis is None:
         return size
     basis = choice.rank * in_features

@@ -1,4 +1,4 @@
-"""Scores and sizes side by side."""
+"""Scores and sizes side by side: the tables of `eckart eval` and `eckart compare`."""
 
 from __future__ import annotations
 
@@ -8,43 +8,56 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from eckart.report.words import columns, count, number, plain_table, share
+from eckart.report.words import add_columns, format_count, format_number, format_share, make_table
 
+ROUNDED = "int8, int4: the original, the same weights rounded to the nearest of few levels, without calibration"
+KEPT = "of sites: fraction of the numbers that is kept in the weights chosen for factoring; of model: of all numbers"
 SIZES = {"elements": "parameters", "bytes": "bytes", "multiply_adds": "multiply-adds a token"}
 
 
-def scores_table(found: Mapping[str, Any]) -> Group:
-    """The scores of `eckart eval`: original | eckart | difference | int8 | int4, sizes below, the protocol on top."""
+def render_scores(found: Mapping[str, Any]) -> Group:
+    """One model and its original: original | eckart | difference | int8 | int4; sizes below, the protocol on top."""
     names = list(dict.fromkeys(name for row in (*found["sizes"].values(), *found["scores"].values()) for name in row))
     compared = "original" in names
     own = next(name for name in names if name in ("eckart", "model"))
     shown = [name for name in names if not name.startswith("int")]
     rounded = [name for name in names if name.startswith("int")]
-    table = columns(plain_table(), "", [*shown, *(["difference"] if compared else []), *rounded])
+    table = add_columns(make_table(), "", [*shown, *(["difference"] if compared else []), *rounded])
     for name, row in found["scores"].items():
         both = compared and "original" in row and own in row
         change = [f"{row[own] - row['original']:+.4f}" if both else ""] if compared else []
-        table.add_row(name, *(number(row.get(n)) for n in shown), *change, *(number(row.get(n)) for n in rounded))
+        table.add_row(
+            name, *(format_number(row.get(n)) for n in shown), *change, *(format_number(row.get(n)) for n in rounded)
+        )
     table.add_section()
     for key, row in found["sizes"].items():
-        change = [share(row[own], row["original"])] if compared else []
-        table.add_row(SIZES[key], *(count(row[n]) for n in shown), *change, *(count(row[n]) for n in rounded))
+        change = [format_share(row[own], row["original"])] if compared else []
+        table.add_row(
+            SIZES[key], *(format_count(row[n]) for n in shown), *change, *(format_count(row[n]) for n in rounded)
+        )
     data = found["data"]
     where = " ".join(str(data[key]) for key in ("source", "config", "split") if data.get(key) is not None)
     lines: list[Any] = [Text(f"{found['task']} on {where}", style="bold"), Text(found["protocol"]), Text(), table]
     if rounded:
-        lines.append(Text("int8, int4: the original's same weights rounded to nearest, no calibration", style="dim"))
+        lines.append(Text(ROUNDED, style="dim"))
     return Group(*lines, *(Text(f"note: {note}", style="yellow") for note in found["notes"]))
 
 
-def comparison_table(found: Mapping[str, Any]) -> Group:
-    """Methods by kept fraction: `rows` of method, keep, what was really kept, sizes, quality, seconds."""
+def render_comparison(found: Mapping[str, Any]) -> Group:
+    """Several methods: for each size that was asked for, what each method really kept, its sizes, quality, seconds."""
     rows = found["rows"]
     measures = list(dict.fromkeys(name for row in rows for name in row["quality"]))
     names = ("keep", "of sites", "of model", "parameters", "bytes", *measures, "seconds")
-    table = columns(plain_table(), "method", names)
+    table = add_columns(make_table(), "method", names)
     before = found["original"]
-    dense = ["1.0000", "1.0000", count(before["elements"]), count(before["bytes"]), *("" for _ in measures), ""]
+    dense = [
+        "1.0000",
+        "1.0000",
+        format_count(before["elements"]),
+        format_count(before["bytes"]),
+        *("" for _ in measures),
+        "",
+    ]
     table.add_row("original", "", *dense, style="dim")
     last = None
     for row in sorted(rows, key=lambda row: -row["keep"]):
@@ -56,9 +69,9 @@ def comparison_table(found: Mapping[str, Any]) -> Group:
             f"{row['keep']:g}",
             f"{row['of_sites']:.4f}",
             f"{row['of_model']:.4f}",
-            count(row["elements"]),
-            count(row["bytes"]),
-            *(number(row["quality"].get(name)) for name in measures),
+            format_count(row["elements"]),
+            format_count(row["bytes"]),
+            *(format_number(row["quality"].get(name)) for name in measures),
             f"{row['seconds']:.1f}",
         )
-    return Group(table, *(Text(line, style="dim") for line in found["notes"]))
+    return Group(table, *(Text(line, style="dim") for line in (KEPT, *found["notes"])))

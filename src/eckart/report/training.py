@@ -1,18 +1,17 @@
-"""The report of a recovery, and the ways of recovering there are, as people read them."""
+"""The report of a recovery as people read it: what was trained or solved, and the scores before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from eckart.report.words import columns, count, number, plain_table
+from eckart.report.words import add_columns, format_count, format_number, make_table
 
 
-def tuned_rich(report: Mapping[str, Any]) -> Group:
+def render_tuning(report: Mapping[str, Any]) -> Group:
     """What was trained or solved on what, the scores before and after, notes, time."""
     lines = [
         Text(f"{report['model']}: recovery {report['recovery']}, task {report['task']}", style="bold"),
@@ -20,9 +19,9 @@ def tuned_rich(report: Mapping[str, Any]) -> Group:
         Text(f"scored on {report['protocol']}"),
         Text(),
     ]
-    table = columns(plain_table(), "", [*report["scores"]])
+    table = add_columns(make_table(), "", [*report["scores"]])
     for name in report["scores"]["before"]:
-        table.add_row(name, *(number(row.get(name)) for row in report["scores"].values()))
+        table.add_row(name, *(format_number(row.get(name)) for row in report["scores"].values()))
     seconds = report["seconds"]
     timed = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
     return Group(
@@ -35,30 +34,20 @@ def _trained(report: Mapping[str, Any]) -> str:
     steps, recovery = report["training"], report["recovered_by"]
     return (
         f"{steps['steps']} steps, loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
-        f"{count(recovery['trained'])} of {count(recovery['of'])} numbers trained"
+        f"{format_count(recovery['trained'])} of {format_count(recovery['of'])} parameters trained"
     )
 
 
 def _solved(report: Mapping[str, Any]) -> str:
-    recovery, error = report["recovered_by"], report["recovered_by"]["output_error"]
+    recovery = report["recovered_by"]
+    error = recovery["output_error"]
     return (
-        f"{recovery['refitted']} of {recovery['of']} sites solved again on {count(recovery['tokens'])} tokens; "
-        f"mean relative error of outputs {number(error['before'])} -> {number(error['after'])}"
+        f"{recovery['refitted']} of {recovery['of']} weights solved again on {format_count(recovery['tokens'])} tokens; "
+        f"mean relative error of outputs {format_number(error['before'])} -> {format_number(error['after'])}"
     )
 
 
-def tuned_rows(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Measured numbers for the model card."""
+def list_tuning_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Measured numbers for the model card: name -> {column: number}."""
     scores = report["scores"]
     return {name: {column: row.get(name) for column, row in scores.items()} for name in scores["before"]}
-
-
-def recoveries_table(recoveries: Iterable[Any]) -> Table:
-    """Every way of recovering, its paper and what it needs."""
-    table = columns(plain_table(title="recoveries (eckart tune --recovery)"), "name", [])
-    for name in ("needs", "what is trained on what", "paper"):
-        table.add_column(name, overflow="fold")
-    for recovery in recoveries:
-        needs = "data + teacher" if recovery.needs_teacher else "labels or text of the task"
-        table.add_row(recovery.name, needs, recovery.title, recovery.paper)
-    return table

@@ -1,4 +1,4 @@
-"""The report of a run as people read it: tables, plain text, and the rows of a model card."""
+"""The report of a compression as people read it: its tables, and the rows of a model card."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from eckart.report.words import as_plain_text, between, columns, common_stem, count, plain_table, share
+from eckart.report.words import add_columns, find_common_prefix, format_count, format_range, format_share, make_table
 
 NOTES = 8
-"""So many notes are shown; all of them are in report.json."""
+"""Notes that are shown; all of them are in report.json."""
+
+CURVATURE = {"sampled": "labels drawn from the model itself", "labels": "the labels of the data"}
 
 
-def as_rich(report: Mapping[str, Any]) -> Group:
-    """What was asked, the kinds of sites and the whole model before and after, quality, notes, time."""
-    parts: list[Any] = [Text(line, style="bold" if i == 0 else "") for i, line in enumerate(_asked(report))]
-    parts += [Text(), _sites(report), Text()]
+def render_compression(report: Mapping[str, Any]) -> Group:
+    """What was asked, the weights by kind and the whole model before and after, quality, notes, time."""
+    first, *others = _asked(report)
+    parts: list[Any] = [Text(first, style="bold"), *map(Text, others), Text(), _sites(report), Text()]
     parts += [Text(line) for line in _quality(report)]
     parts += _notes(report["notes"])
     seconds = report["seconds"]
@@ -28,13 +30,8 @@ def as_rich(report: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
-def as_text(report: Mapping[str, Any], width: int = 110) -> str:
-    """The same without colors."""
-    return as_plain_text(as_rich(report), width)
-
-
-def card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Measured numbers for the model card: name -> {column: value}."""
+def list_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Measured numbers for the model card: name -> {column: number}."""
     model = report["sizes"]["model"]
     rows: dict[str, Any] = {
         label: {"original": model["before"][key], "eckart": model["after"][key]}
@@ -51,8 +48,8 @@ def card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def quality_cells(report: Mapping[str, Any]) -> dict[str, float]:
-    """Name -> number of what was measured on held-out text; empty where nothing was."""
+def list_quality(report: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured on held-out text, name -> number; empty where nothing was."""
     quality = report["quality"] or {}
     if "agreement" in quality:
         return {"KL to the original": quality["agreement"]["kl"], "same most likely": quality["agreement"]["top1"]}
@@ -63,20 +60,25 @@ def quality_cells(report: Mapping[str, Any]) -> dict[str, float]:
 
 def _asked(report: Mapping[str, Any]) -> list[str]:
     recipe, data = report["recipe"], report["data"]
-    of = "the sites' numbers" if recipe["keep_of"] == "sites" else "the whole model's numbers"
-    budget = f"keep {recipe['keep']:g} of {of}" if report["allocation"] != "plan" else f"the plan {recipe['plan']}"
-    if report["allocation"] == "paper":
-        budget = "the sizes that it states"
+    whole = "the weights chosen for factoring" if recipe["keep_of"] == "sites" else "the whole model"
+    budget = f"keep {recipe['keep']:g} of the numbers in {whole}"
+    if report["allocation"] == "plan":
+        budget = f"the plan {recipe['plan']}"
+    elif report["allocation"] == "paper":
+        budget = "the sizes that its paper states"
     lines = [
         f"{report['model']} by {report['method']}: {budget}",
-        f"form {report['form']}, allocation {report['allocation']}; exact for {report['exact_for']}",
+        f"form {report['form']}, allocation {report['allocation']}; optimal for {report['exact_for']}",
     ]
     if data is not None:
         unit = f"{data['calibration_tokens']:,} tokens" if "calibration_tokens" in data else "data"
-        curvature = "" if report["curvature"] == "none" else f"; gradients from {_CURVATURE[report['curvature']]}"
+        curvature = "" if report["curvature"] == "none" else f"; gradients from {CURVATURE[report['curvature']]}"
         lines.append(f"calibrated on {unit} of {data.get('source', 'the data given')}{curvature}")
     kept = report["kept"]
-    lines.append(f"kept: {kept['of_sites']:.4f} of the sites' numbers, {kept['of_model']:.4f} of the whole model's")
+    lines.append(
+        f"kept: {kept['of_sites']:.4f} of the numbers in the weights chosen for factoring (the sites), "
+        f"{kept['of_model']:.4f} of all in the model"
+    )
     return lines + [_embedding(row) for row in report.get("embeddings", ())]
 
 
@@ -85,11 +87,8 @@ def _embedding(row: Mapping[str, Any]) -> str:
     heads = f" with {', '.join(row['heads'])}" if row["heads"] else ""
     error = f"squared error {row['lookup_error']:.4f} of its look-ups"
     error += f", {row['head_error']:.4f} of its logits" if "head_error" in row else ""
-    kept = f"{count(row['after'])} of {count(row['before'])} numbers"
+    kept = f"{format_count(row['after'])} of {format_count(row['before'])} numbers"
     return f"embedding {row['table']}{heads}: {row['form']}, {size}, {kept}; {error}"
-
-
-_CURVATURE = {"sampled": "draws of the model itself", "labels": "the labels"}
 
 
 def _sites(report: Mapping[str, Any]) -> Table:
@@ -97,25 +96,25 @@ def _sites(report: Mapping[str, Any]) -> Table:
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["sites"]:
         kinds.setdefault(row["kind"], []).append(row)
-    stem = common_stem(kinds)
-    table = columns(plain_table(), f"kind of site, in {stem}" if stem else "kind of site", names)
+    prefix = find_common_prefix(kinds)
+    table = add_columns(make_table(), f"kind of site, in {prefix}" if prefix else "kind of site", names)
     for kind, rows in kinds.items():
         factored = [row["rank"] for row in rows if row["form"] != "dense"]
-        ranks = "-" if not factored else between(min(factored), max(factored))
-        full = between(min(min(r["shape"]) for r in rows), max(min(r["shape"]) for r in rows))
+        ranks = "-" if not factored else format_range(min(factored), max(factored))
+        full = format_range(min(min(r["shape"]) for r in rows), max(min(r["shape"]) for r in rows))
         totals = {
             side: {key: sum(row[side][key] for row in rows) for key in ("elements", "bytes", "multiply_adds")}
             for side in ("before", "after")
         }
         rank = f"{ranks} of {full}" if factored else ranks
-        name = kind.removeprefix(f"{stem}.") if stem else kind
+        name = kind.removeprefix(f"{prefix}.") if prefix else kind
         table.add_row(name, str(len(rows)), str(len(rows) - len(factored)), rank, *_costs(totals))
     table.add_section()
     sites = len(report["sites"])
     dense = sum(row["form"] == "dense" for row in report["sites"])
     table.add_row("all sites", str(sites), str(dense), "", *_costs(report["sizes"]["sites"]), style="bold")
     before = report["sizes"]["model"]["before"]
-    was = [cell for key in ("elements", "bytes", "multiply_adds") for cell in (count(before[key]), "")]
+    was = [cell for key in ("elements", "bytes", "multiply_adds") for cell in (format_count(before[key]), "")]
     table.add_row("whole model", "", "", "", *_costs(report["sizes"]["model"]), style="bold")
     table.add_row("  before", "", "", "", *was, style="dim")
     return table
@@ -124,14 +123,14 @@ def _sites(report: Mapping[str, Any]) -> Table:
 def _costs(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
     cells = []
     for key in ("elements", "bytes", "multiply_adds"):
-        cells += [count(sizes["after"][key]), share(sizes["after"][key], sizes["before"][key])]
+        cells += [format_count(sizes["after"][key]), format_share(sizes["after"][key], sizes["before"][key])]
     return cells
 
 
 def _quality(report: Mapping[str, Any]) -> list[str]:
     quality = report["quality"]
     if quality is None:
-        return ["quality: not measured here (no held-out text); see `eckart eval`"]
+        return ["quality: not measured here (no held-out text); measure it with `eckart eval`"]
     lines = []
     on = f"on {quality['examples']} held-out examples of the same data"
     if "agreement" in quality:

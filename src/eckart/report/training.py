@@ -41,8 +41,9 @@ def _trained(report: Mapping[str, Any]) -> str:
 def _solved(report: Mapping[str, Any]) -> str:
     recovery = report["recovered_by"]
     error = recovery["output_error"]
+    tokens = format_count(recovery["tokens"])
     return (
-        f"{recovery['refitted']} of {recovery['of']} weights solved again on {format_count(recovery['tokens'])} tokens; "
+        f"{recovery['refitted']} of {recovery['of']} weights solved again on {tokens} tokens; "
         f"mean relative error of outputs {format_number(error['before'])} -> {format_number(error['after'])}"
     )
 

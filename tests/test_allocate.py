@@ -354,7 +354,9 @@ def test_a_site_whose_factors_save_nothing_keeps_one_rank_all_the_same(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
     shapes = {"score": (1, 30)}
     assert plan_builder.largest_choices(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {
-        "score": (Choice("lowrank" if FORMS[form].shares else form, 1),)  # what shares with none
+        "score": (
+            Choice(FORMS[form].unshared_form if FORMS[form].shared_parameter else form, 1),
+        )  # what shares with none
     }
 
 

@@ -197,7 +197,11 @@ def test_the_module_may_be_wider_than_its_outputs_and_stores_one_basis():
         ("basis-sharing", {"metric": "kfac"}, r"weighs the outputs .* Use --metric drone, asvd or svd"),
         ("basis-sharing", {"metric": "fwsvd"}, "cannot share a basis under it"),
         ("basis-sharing", {"refit": True}, "--refit: form shared-basis cannot be fitted again"),
-        ("drone", {"share": 2}, r"--layers-per-basis 2: layers share nothing in form lowrank; use --form shared-basis"),
+        (
+            "drone",
+            {"layers_per_basis": 2},
+            r"--layers-per-basis 2: layers share nothing in form lowrank; use --form shared-basis",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(method, options, named):

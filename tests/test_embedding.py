@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import eckart
-from eckart.compression.embeddings import _counts
+from eckart.compression.embedding_statistics import count_tokens
 from eckart.errors import ModelError, UsageError
 from eckart.forms import EMBEDDINGS, SafeEmbedding, TiedHead, build
 from eckart.linalg import in_blocks, smoothed, table_factors, tied_factors
@@ -374,7 +374,7 @@ def test_counts_are_of_real_tokens_on_the_sides_that_look_up():
     from eckart.data import load_data
 
     data = load_data(batches, tokenizer=None, model=model)
-    counts = _counts(model, table, data)
+    counts = count_tokens(model, table, data)
     expected = torch.zeros(table.shape[0], dtype=torch.float64)
     for batch in batches:
         for side in ("", "decoder_"):

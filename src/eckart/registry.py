@@ -233,12 +233,21 @@ FORMS: Registry[Any] = Registry(
 EMBEDDINGS: Registry[Any] = Registry(
     "form of embeddings",
     {
-        "lowrank": "eckart.forms.embedding:LowRankEmbedding",
-        "kronecker": "eckart.forms.embedding:KroneckerEmbedding",
-        "safe": "eckart.forms.embedding:SafeEmbedding",
+        "lowrank": "eckart.forms.lowrank_embedding:LowRankEmbedding",
+        "kronecker": "eckart.forms.kronecker_embedding:KroneckerEmbedding",
+        "safe": "eckart.forms.safe_embedding:SafeEmbedding",
     },
 )
 """How a table of token embeddings can be stored (`--embeddings`)."""
+
+OTHER_FORMS: Registry[Any] = Registry(
+    "form",
+    {
+        "lowrank-sparse": "eckart.forms.lowrank_sparse:LowRankSparse",
+        "tied-head": "eckart.forms.tied_head:TiedHead",
+    },
+)
+"""What recoveries and tied output layers store; no plan chooses it."""
 
 RECOVERIES: Registry[Any] = Registry(
     "recovery",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms import FORMS, Block, form_named
+from eckart.forms import Block, form_named
 
 FORMAT_VERSION = 1
 DENSE = "dense"
@@ -46,15 +46,13 @@ class Choice:
         """Stored elements, indices included, the bias left out, and a basis that another site holds."""
         if self.form == DENSE:
             return out_features * in_features
-        whole = FORMS[self.form].size(out_features, in_features, self.rank, self.block).parameters
-        return whole - (self.rank * in_features if self.basis is not None else 0)
+        form = form_named(self.form)
+        whole = form.size(out_features, in_features, self.rank, self.block).parameters
+        return whole - (form.shared_elements(in_features, self.rank) if self.basis is not None else 0)
 
-    def working(self, out_features: int, in_features: int) -> int:
-        """Numbers of the two factors that it is made from, (m, k) and (k, n) or those of the rearranged weight."""
-        if self.block is None:
-            return self.rank * (out_features + in_features)
-        inner = self.block[0] * self.block[1]
-        return self.rank * (out_features * in_features // inner + inner)
+    def factor_elements(self, out_features: int, in_features: int) -> int:
+        """Numbers of the two factors that it is made from; not for dense."""
+        return form_named(self.form).factor_elements(out_features, in_features, self.rank, self.block)
 
 
 @dataclass(frozen=True)
@@ -157,7 +155,7 @@ def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
             f"{where}: rank {rank!r} must be a whole number in 1..{full} for a weight of {shape[0]} x {shape[1]}."
         )
     basis = entry.get("basis")
-    if basis is not None and not (isinstance(basis, str) and kind.shares):
+    if basis is not None and not (isinstance(basis, str) and kind.shared_parameter is not None):
         raise UsageError(f"{where}: basis {basis!r} means nothing to this form; remove it, or name a form that shares.")
     return Choice(entry["form"], rank, block, basis)
 

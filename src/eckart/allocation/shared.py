@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from eckart.allocation.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
 from eckart.allocation.uniform import uniform
-
-ALONE = "lowrank"
-"""The form of a weight that shares with none."""
+from eckart.forms import form_named
 
 Bases = Sequence[Sequence[str]]
 """Groups of sites that share a basis, each of at least two."""
@@ -40,8 +38,8 @@ def shared_uniform(
     total = sum(rows * columns for rows, columns in shapes.values())
     most, tightest, least = 0, "", 0.0
     for group in bases:
-        elements, once = _elements(shapes, group)
-        rank = largest_shared_rank(shapes, group, keep, multiple=multiple)
+        elements, once = _elements(shapes, group, form)
+        rank = largest_shared_rank(shapes, group, keep, form, multiple=multiple)
         if rank < 1:
             needed = -(-once * total // elements)
             if needed > most:
@@ -52,7 +50,7 @@ def shared_uniform(
     together = {name for group in bases for name in group}
     alone = {name: shape for name, shape in shapes.items() if name not in together}
     try:
-        choices |= uniform(alone, keep, ALONE, multiple=multiple)
+        choices |= uniform(alone, keep, form_named(form).unshared_form, multiple=multiple)
     except OverBudgetError as error:
         inside = sum(rows * columns for rows, columns in alone.values())
         raise OverBudgetError(str(error), max(most, -(-error.needed * total // inside))) from None
@@ -66,16 +64,18 @@ def shared_uniform(
 
 
 def largest_shared_rank(
-    shapes: Mapping[str, tuple[int, int]], group: Sequence[str], keep: float, *, multiple: int = 1
+    shapes: Mapping[str, tuple[int, int]], group: Sequence[str], keep: float, form: str, *, multiple: int = 1
 ) -> int:
     """The largest rank at which a group stores at most `keep` of its matrices, and less than all; 0 if none does."""
-    elements, once = _elements(shapes, group)
+    elements, once = _elements(shapes, group, form)
     largest = (elements - 1) // once
     fitting = min(largest, int(keep * elements // once))
     return max((rank for rank in rank_steps(largest, multiple) if rank <= fitting), default=fitting)
 
 
-def _elements(shapes: Mapping[str, tuple[int, int]], group: Sequence[str]) -> tuple[int, int]:
+def _elements(shapes: Mapping[str, tuple[int, int]], group: Sequence[str], form: str) -> tuple[int, int]:
     """Numbers of a group's matrices, and those that it stores a rank: `n sum m_i` and `n + sum m_i`."""
-    rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
-    return rows * columns, rows + columns
+    kind, columns = form_named(form), shapes[group[0]][1]
+    heights = [shapes[name][0] for name in group]
+    repeated = (len(group) - 1) * kind.shared_elements(columns, 1)
+    return sum(heights) * columns, sum(kind.size(rows, columns, 1).parameters for rows in heights) - repeated

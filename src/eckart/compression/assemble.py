@@ -25,7 +25,7 @@ from eckart.data import Batch
 from eckart.data.inference import progress
 from eckart.distributed import Processes
 from eckart.errors import ModelError
-from eckart.forms import FORMS, SharedBasis
+from eckart.forms import form_named
 from eckart.model import (
     Site,
     WeightLoader,
@@ -82,8 +82,9 @@ class Assembly:
             notes += content["solved"] + self._install(compressed, STORED, name)
             for note in content["notes"]:
                 logger.warning(note)
-        basis = SharedBasis.BASIS
-        share_parameters(compressed, {f"{n}.{basis}": f"{g[0]}.{basis}" for g in plan.bases for n in g[1:]})
+        for first, *others in plan.bases:
+            part = form_named(plan.choices[first].form).shared_parameter
+            share_parameters(compressed, {f"{name}.{part}": f"{first}.{part}" for name in others})
         if self.dtype is not None:
             cast(compressed, self.dtype, changed=self._moved_away)
         return compressed, notes
@@ -201,7 +202,7 @@ class Assembly:
                 # The metric was the covariance: the mean's share of the error goes into the bias.
                 mean = solved.mean.to(weight.device)
                 one, other = (factor.to(weight.device).double() for factor in (left, right))
-                rest = weight.double() @ mean - FORMS[choice.form].times(one, other, mean, choice.block)
+                rest = weight.double() @ mean - form_named(choice.form).times(one, other, mean, choice.block)
                 bias = bias.double() + rest
             module, fallback = store_factors(
                 site, choice.form, choice.rank, left, right, bias, self.dtype or weight.dtype, choice.block

@@ -209,8 +209,8 @@ class FactorStore:
             return
         weights = [self._weight(name, work) for name in useful]
         moments = [entry for entry in useful.values() if entry is not None]
-        limit = max(largest.rank for name in useful for largest in work.limits[name])
-        for name, solved in solve_together(list(useful), weights, moments, work.settings, limit).items():
+        largest = max((choice for name in useful for choice in work.limits[name]), key=lambda choice: choice.rank)
+        for name, solved in solve_together(list(useful), weights, moments, work.settings, largest).items():
             _put(found, name, solved)
 
     def _useful(self, name: str, moments: Moments | None, work: FactorizationContext, content: dict[str, Any]) -> bool:

@@ -12,8 +12,8 @@ from torch import Tensor
 from eckart.allocation import Choice
 from eckart.compression.plan_builder import Losses
 from eckart.compression.settings import Settings
-from eckart.forms import FORMS, Block
-from eckart.linalg import Factorization, Problem, shared_basis
+from eckart.forms import Block, form_named
+from eckart.linalg import Factorization, Problem
 from eckart.methods import METHODS
 from eckart.model import Site
 from eckart.moments import Moments, SecondMoment
@@ -101,7 +101,7 @@ def solve(
     factors: dict[Block | None, Factorization] = {}
     losses: dict[Block | None, Tensor] = {}
     for largest in limits:
-        form, block = FORMS[largest.form], largest.block
+        form, block = form_named(largest.form), largest.block
         solved = form.solve(problem, block, largest.rank, site.name)
         if curve and moments is not None:
             losses[block] = _losses(solved, largest, problem.target, moments, settings)
@@ -118,7 +118,7 @@ def solve(
 
 
 def solve_together(
-    names: Sequence[str], weights: Sequence[Tensor], moments: Sequence[Moments], settings: Settings, limit: int
+    names: Sequence[str], weights: Sequence[Tensor], moments: Sequence[Moments], settings: Settings, largest: Choice
 ) -> dict[str, SiteFactors]:
     """Factor weights of several layers on one basis, under the sum of their input statistics.
 
@@ -127,14 +127,14 @@ def solve_together(
         weights: (out, in) of each.
         moments: of each; none of them where the method reads none.
         settings: the method.
-        limit: the largest rank that may be asked for.
+        largest: the form that they share in, and the largest rank that may be asked for.
 
     Returns:
         Site -> its factors; the right one is the same for all.
     """
     problem = settings.method.metric(torch.cat(list(weights)), _summed(moments))  # type: ignore[arg-type]
     heights = [len(weight) for weight in weights]
-    found = shared_basis(problem, heights, min(limit, *problem.target.shape), " and ".join(names))
+    found = form_named(largest.form).solve_group(problem, heights, largest.rank, " and ".join(names))
     return {name: SiteFactors({None: factors}) for name, factors in zip(names, found, strict=True)}
 
 
@@ -160,6 +160,6 @@ def _losses(factors: Factorization, largest: Choice, target: Tensor, moments: Mo
         errors = factors.curve
     else:
         problem: Problem = kfac.metric(target, moments)
-        errors = FORMS[largest.form].errors_under(factors, problem, largest.block, largest.rank)
+        errors = form_named(largest.form).errors_under(factors, problem, largest.block, largest.rank)
     scale = 0.5 * moments.inputs.count / max(moments.sequences, 1)
     return (scale * errors).to(torch.float64)

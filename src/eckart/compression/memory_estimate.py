@@ -96,11 +96,11 @@ def estimate_memory(model: PreTrainedModel, recipe: Recipe, settings: Settings, 
         block: statistics_bytes([shapes[n] for n in own], [[i] for i in range(len(own))], needs)
         for block, own in groups.items()
     }
-    bases = adjacent(sites.chosen, model, recipe.layers_per_basis) if form_named(settings.form).shares else ()
+    bases = adjacent(sites.chosen, model, recipe.layers_per_basis) if form_named(settings.form).shared_parameter else ()
     together = [(sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in bases]
     solving = max(solving_bytes(*shape, needs) for shape in (*shapes.values(), *together))
     limits = _limits(model, sites, recipe, settings, bases)
-    factors = {name: sum(c.working(*shapes[name]) for c in limits[name]) * FLOAT32 for name in shapes}
+    factors = {name: sum(c.factor_elements(*shapes[name]) for c in limits[name]) * FLOAT32 for name in shapes}
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
     budget = Budget.of_recipe(model, sites, recipe)
     stored = _stored(recipe, elements - sum(site.elements for site in sites.chosen) + budget.elements)

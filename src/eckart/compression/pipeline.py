@@ -33,7 +33,7 @@ from eckart.compression.workspace import Workspace
 from eckart.distributed import OtherProcessError
 from eckart.errors import ModelError, NumericalError
 from eckart.evaluation import distance, quality, sizes
-from eckart.forms import FORMS
+from eckart.forms import form_named
 from eckart.methods import Method, method_named
 from eckart.model import Sites, WeightLoader, factored_modules, fuse_experts, unshare_storage
 from eckart.report.record import build_report
@@ -262,7 +262,7 @@ def _refitted(
         return compressed, None
     calibration = work.calibration
     measured: dict[str, Any] | None = None
-    fixed = {n for n, c in plan.choices.items() if c.form != DENSE and not FORMS[c.form].refits}
+    fixed = {n for n, c in plan.choices.items() if c.form != DENSE and not form_named(c.form).refits}
     notes += [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in sorted(fixed)]
     try:
         fitted, found = assembly.refitted(

@@ -23,7 +23,6 @@ from eckart.allocation import (
     shared_uniform,
     uniform,
 )
-from eckart.allocation.shared import ALONE
 from eckart.compression.budget import Budget
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
@@ -88,7 +87,7 @@ def make_plan(
             # What stays dense counts too, so the others keep a little less than was asked for.
             keep = (budget.elements - fixed) / inside
             multiple = recipe.rank_multiple or 1
-            if form_named(settings.form).shares:
+            if form_named(settings.form).shared_parameter is not None:
                 choices = shared_uniform(reached, _among(bases, reached), keep, settings.form, multiple=multiple)
             else:
                 choices = uniform(reached, keep, settings.form, multiple=multiple, errors=solved)
@@ -145,11 +144,11 @@ def largest_choices(
     share = budget.elements / sum(rows * columns for rows, columns in shapes.values())
     limits: Limits = {}
     form = settings.form
-    if form_named(form).shares:
+    if form_named(form).shared_parameter is not None:
         for group in bases:
-            rank = largest_shared_rank(shapes, group, min(share, 1.0), multiple=recipe.rank_multiple or 1)
+            rank = largest_shared_rank(shapes, group, min(share, 1.0), form, multiple=recipe.rank_multiple or 1)
             limits |= dict.fromkeys(group, (Choice(form, max(rank, 1)),))
-        form = ALONE
+        form = form_named(form).unshared_form
     for name, shape in shapes.items():
         if name in limits:
             continue

@@ -30,7 +30,7 @@ from eckart.data import CalibrationData, ModelKind, Pooling, load_data, model_ki
 from eckart.data.inference import forward
 from eckart.data.ready import digest_batches
 from eckart.errors import CheckpointError, UsageError
-from eckart.forms import FORMS, form_named
+from eckart.forms import form_named
 from eckart.linalg import require_finite
 from eckart.methods import METHODS
 from eckart.model import (
@@ -96,7 +96,7 @@ class CompressionContext:
             if planned:
                 check_metric_shares(settings.method)
             return planned
-        if not form_named(settings.form).shares:
+        if form_named(settings.form).shared_parameter is None:
             return ()
         if self.reading is None:
             self.reading = self._reading_a_norm(settings)
@@ -192,7 +192,7 @@ def prepare(
 def _can_be_met(work: CompressionContext, settings: Settings, recipe: Recipe) -> None:
     """Refuse a budget that is too small, embeddings' too, or a plan file that does not fit, before any work is done."""
     sites = work.sites
-    form = FORMS[settings.form]
+    form = form_named(settings.form)
     flat: dict[str, Losses] = {
         site.name: {b: torch.zeros(form.full_rank(*site.shape, b) + 1) for b in form.blocks(*site.shape)}
         for site in sites.chosen

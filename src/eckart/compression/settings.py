@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
-from eckart.forms import form_named
+from eckart.forms import FORMS, FactoredLinear, form_named
 from eckart.methods import METHODS, Method
 
 
@@ -73,15 +74,16 @@ class Settings:
         if refit and not form_named(form).refits:
             if recipe.refit:
                 raise UsageError(
-                    f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form pivoted or lowrank."
+                    f"--refit: form {form} cannot be fitted again; leave --refit out, or use --form "
+                    f"{_forms(lambda kind: kind.refits)}."
                 )
             refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
-        if form_named(form).shares:
+        if form_named(form).shared_parameter is not None:
             _check_sharing(method, form, allocation, recipe)
         elif recipe.layers_per_basis is not None and recipe.plan is None:
             raise UsageError(
                 f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use "
-                "--form shared-basis, or --method basis-sharing."
+                f"--form {_forms(lambda kind: kind.shared_parameter)}, or --method basis-sharing."
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
@@ -93,6 +95,11 @@ class Settings:
         if self.allocation == "loss" and not planned:
             needs = needs | METHODS["kfac"].needs
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
+
+
+def _forms(wanted: Callable[[type[FactoredLinear]], object]) -> str:
+    """The names of the forms of which something is true, for messages."""
+    return " or ".join(name for name, kind in FORMS.items() if wanted(kind))
 
 
 def check_metric_shares(method: Method) -> None:

@@ -74,7 +74,9 @@ def inspect_model(
 
 def _row(site: Site) -> dict[str, Any]:
     # The terms of a form in blocks are no ranks of the weight; alone, what shares a basis is low-rank.
-    ranked = {n: form for n, form in FORMS.items() if form.blocks(*site.shape) == (None,) and not form.shares}
+    ranked = {
+        n: form for n, form in FORMS.items() if form.blocks(*site.shape) == (None,) and form.shared_parameter is None
+    }
     even = {name: form.max_rank(*site.shape) for name, form in ranked.items()}
     start: dict[str, Any] = {"count": 0, "elements": 0, "effective": [], "energy": []}
     return {"kind": site.kind, "shape": list(site.shape), "break_even": even, **start}

@@ -1,10 +1,14 @@
-"""What every stored form of a weight shares: an `nn.Module` that stands where a Linear stood."""
+"""What every stored form of a weight shares: an `nn.Module` that stands where a Linear stood.
+
+A new form is a subclass of :class:`FactoredLinear` in a file of its own, and one line in :data:`eckart.registry.FORMS`.
+All other code asks the class: what a rank stores, how its factors are found, what can be done with them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -43,11 +47,13 @@ class Factored(nn.Module):
         form: the form's name.
         sizes: names of the whole numbers that say how large it is: arguments of `__init__`, attributes, and entries of
             the spec.
+        no_dense: why no ordinary module can stand for it; None where one can.
         lean: do without working memory, where many such modules run and few may be in memory at a time.
     """
 
     form: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]]
+    no_dense: ClassVar[str | None] = None
     lean: bool = False
 
     def __init__(self) -> None:
@@ -82,8 +88,9 @@ class Factored(nn.Module):
 class FactoredLinear(Factored):
     """`y = x W'^T + b` with W' (out, in) in a stored form.
 
-    A subclass sets `form`, builds its leaves in `__init__` (plain `nn.Linear`, so that adapters and
-    quantizers find them), and defines `size`, `store`, `to_dense`, `dense_bias` and `forward`.
+    A subclass sets `form`, builds its leaves in `__init__` (plain `nn.Linear`, so that adapters and quantizers find
+    them), and defines `size`, `store`, `to_dense`, `dense_bias` and `forward`. One that cuts weights into blocks also
+    defines `blocks` and what takes a block; one that several modules share a part of, what stands under "sharing".
 
     Attributes:
         in_features: n.
@@ -91,15 +98,18 @@ class FactoredLinear(Factored):
         rank: k.
         source: the kind of module it replaced, "linear" or "conv1d": what `densify` gives back.
         block: shape of the blocks that it cuts the weight into; None for a form without blocks.
-        refits: whether it can be solved again on moved inputs.
-        shares: whether a part of it may be another module's too, which a plan then names as its `basis`.
+        refits: whether it can be solved again on the inputs that the compressed model gives it.
         weighted_exactly: whether :meth:`solve` is optimal under every metric, not under the identity alone.
+        shared_parameter: the parameter that may be another module's too, which a plan then names as its `basis`; None
+            for a form that shares nothing.
+        unshared_form: of a form that shares, the form of weights that have none to share with.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
     refits: ClassVar[bool] = True
-    shares: ClassVar[bool] = False
     weighted_exactly: ClassVar[bool] = True
+    shared_parameter: ClassVar[str | None] = None
+    unshared_form: ClassVar[str] = "lowrank"
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool, source: str, block: Block | None = None
@@ -150,6 +160,11 @@ class FactoredLinear(Factored):
         return low
 
     @classmethod
+    def factor_elements(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> int:
+        """Numbers of the two factors that :meth:`solve` returns at a rank."""
+        return rank * (out_features + in_features)
+
+    @classmethod
     def solve(cls, problem: Problem, block: Block | None, limit: int, what: str) -> Factorization:
         """The factors that :meth:`store` takes, for every rank up to `limit` at least."""
         return factorize(problem, what)
@@ -182,7 +197,53 @@ class FactoredLinear(Factored):
         """b, (out,), as the dense layer had it."""
         raise NotImplementedError
 
+    # -- sharing: a part that is stored once for several modules -----------------------------------------
+
+    @classmethod
+    def shared_elements(cls, in_features: int, rank: int) -> int:
+        """Numbers of the shared parameter, which count once for a group."""
+        return 0
+
+    @classmethod
+    def solve_group(cls, problem: Problem, heights: Sequence[int], limit: int, what: str) -> list[Factorization]:
+        """The factors of several weights that share a part.
+
+        Args:
+            problem: its target, (sum of heights, in), holds the weights one upon another.
+            heights: outputs of each weight.
+            limit: the largest rank that will be asked for.
+            what: the group's name in errors and notes.
+        """
+        raise NotImplementedError
+
     # -- what is the same for all --------------------------------------------------------------------
+
+    @classmethod
+    def block_arguments(cls, block: Block | None) -> dict[str, Any]:
+        """The arguments of `__init__` that say which block; none for a form without blocks."""
+        return {}
+
+    @classmethod
+    def empty(
+        cls,
+        out_features: int,
+        in_features: int,
+        rank: int,
+        *,
+        bias: bool,
+        source: str = "linear",
+        block: Block | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """A module to be filled: no number is drawn, so that the global random state stays as it is.
+
+        Raises:
+            UsageError: for a rank, a source or a block that is not possible.
+        """
+        with torch.device("meta"):
+            module = cls(in_features, out_features, rank, bias=bias, source=source, **cls.block_arguments(block))
+        return module.to(dtype=dtype).to_empty(device=device)
 
     @property
     def block(self) -> Block | None:

@@ -17,13 +17,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from eckart.errors import ModelError, UsageError
+from eckart.errors import UsageError
 from eckart.forms.base import Factored, StoredSize, compute_dtype, copy_into
 from eckart.forms.lazy import LazyWeight
-
-SAFE_HEADS = 4
+from eckart.linalg import TableFactors, table_factors, tied_factors
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -39,12 +37,16 @@ class ScaledEmbedding(nn.Embedding):
 class FactoredEmbedding(Factored):
     """An embedding whose table is `codes` in `blocks` of `rank` numbers, each made wide by `expand`.
 
-    Class attributes:
+    A subclass sets `form`, `needs`, `exact_for` and `paper`; one that is not `k` numbers a token overrides `size`,
+    `largest`, `least_keep` and `solve`, one that does more than look up also `coded`.
+
+    Attributes:
         needs: what it is made of, as methods say it.
         exact_for: what it minimizes.
         paper: authors, year, identifier.
-
-    Attributes:
+        contextual: whether a row depends on the tokens around it; then `__init__` takes `causal`, whether later tokens
+            are hidden, and a causal model must run without a key-value cache.
+        advice: what a run says to whoever chose it, or "".
         num_embeddings: v.
         embedding_dim: d.
         rank: k, numbers of a block of the codes.
@@ -57,6 +59,8 @@ class FactoredEmbedding(Factored):
     needs: ClassVar[str] = "data"
     exact_for: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    contextual: ClassVar[bool] = False
+    advice: ClassVar[str] = ""
 
     def __init__(
         self,
@@ -108,6 +112,26 @@ class FactoredEmbedding(Factored):
         while rank and cls.size(rows, width, rank).parameters > budget:
             rank -= 1
         return rank
+
+    @classmethod
+    def least_keep(cls, rows: int, width: int) -> float:
+        """The smallest fraction of a (rows, width) table for which :meth:`largest` finds a size."""
+        return cls.size(rows, width, 1).parameters / (rows * width)
+
+    @classmethod
+    def solve(cls, table: Tensor, lookups: Tensor, inputs: Tensor | None, size: int, what: str) -> TableFactors:
+        """The factors that :meth:`store` takes.
+
+        Args:
+            table: E, (v, d).
+            lookups: (v,), how often each token is looked up, summing to 1.
+            inputs: (d, d), the second moment of what a tied output layer multiplies with the table; None without one.
+            size: the rank, or what the form has in its place.
+            what: the table's name in errors and notes.
+        """
+        if inputs is None:
+            return table_factors(table, lookups, size, what)
+        return tied_factors(table, lookups, inputs, size, what=what)
 
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
@@ -163,151 +187,6 @@ class FactoredEmbedding(Factored):
     def extra_repr(self) -> str:
         """Shape and rank, as `print(model)` shows them."""
         return f"{self.num_embeddings}, {self.embedding_dim}, rank={self.rank}, blocks={self.blocks}"
-
-
-class LowRankEmbedding(FactoredEmbedding):
-    """`e_i = P c_i`: k (v + d) numbers."""
-
-    form: ClassVar[str] = "lowrank-embedding"
-    exact_for: ClassVar[str] = (
-        "the squared error of the rows that the calibration text looks up; with a tied head's error added, approximate"
-    )
-    paper: ClassVar[str] = "SVD of rows weighted by how often tokens occur"
-
-
-class KroneckerEmbedding(FactoredEmbedding):
-    """`e_i = a_i (x) b`: v d / f numbers and the f of b (KnGPT2).
-
-    Attributes:
-        factor: f, a divisor of d.
-    """
-
-    form: ClassVar[str] = "kronecker-embedding"
-    exact_for: ClassVar[str] = LowRankEmbedding.exact_for
-    paper: ClassVar[str] = "Edalati et al. 2021, KnGPT2, arXiv 2110.08152"
-    sizes: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim", "factor")
-
-    def __init__(
-        self, num_embeddings: int, embedding_dim: int, factor: int, padding_idx: int | None = None, scale: float = 1.0
-    ) -> None:
-        if factor < 1 or embedding_dim % factor:
-            raise UsageError(f"form {self.form}: factor {factor} does not divide the width {embedding_dim}.")
-        super().__init__(num_embeddings, embedding_dim, 1, padding_idx, scale, embedding_dim // factor)
-        self.factor = factor
-
-    @classmethod
-    def size(cls, rows: int, width: int, rank: int) -> StoredSize:
-        """v d / f + f numbers; `rank` is the factor f."""
-        return StoredSize(rows * (width // rank) + rank, width)
-
-    @classmethod
-    def largest(cls, rows: int, width: int, keep: float) -> int:
-        """The least factor f with 1 / f <= keep; the f numbers of b come on top. 0 if there is none."""
-        return next((f for f in range(2, width + 1) if width % f == 0 and 1 / f <= keep), 0)
-
-
-class SafeEmbedding(LowRankEmbedding):
-    """Self-attentive factored embedding: `e_i = P (c_i + O attention_i(c))`, attention over the sequence in width k.
-
-    Before training O is zero, so that it is the low-rank embedding, to the bit; it is worth its numbers only once it
-    has been trained to follow the original (`eckart tune`). Codes are brought to unit root mean square before the
-    attention, without parameters.
-
-    What may be attended to is told by the ids alone, whatever the model: with `causal` no later token, and never a
-    token whose id is `padding_idx`; a token always sees itself. A causal model's embedding must be given the whole
-    sequence at each step: generate without a key-value cache.
-
-    Attributes:
-        causal: whether later tokens are hidden.
-        heads: of the attention.
-    """
-
-    form: ClassVar[str] = "safe-embedding"
-    needs: ClassVar[str] = "data + training"
-    exact_for: ClassVar[str] = "what lowrank is, until its attention is trained (eckart tune)"
-    paper: ClassVar[str] = "Reid et al. 2021, Subformer, arXiv 2101.00234"
-
-    def __init__(
-        self,
-        num_embeddings: int,
-        embedding_dim: int,
-        rank: int,
-        padding_idx: int | None = None,
-        scale: float = 1.0,
-        causal: bool = True,
-    ) -> None:
-        super().__init__(num_embeddings, embedding_dim, rank, padding_idx, scale)
-        self.causal = causal
-        self.heads = SAFE_HEADS if rank % SAFE_HEADS == 0 else 1
-        self.query, self.key, self.value, self.out = (nn.Linear(rank, rank, bias=False) for _ in range(4))
-
-    @classmethod
-    def options(cls, spec: dict[str, Any]) -> dict[str, Any]:
-        """Arguments besides the sizes, from a spec."""
-        return super().options(spec) | {"causal": bool(spec.get("causal", True))}
-
-    @classmethod
-    def size(cls, rows: int, width: int, rank: int) -> StoredSize:
-        """k (v + d) + 4 k^2 numbers; attention scores are left out of the multiply-adds, as everywhere."""
-        return StoredSize(rank * (rows + width + 4 * rank), rank * (width + 4 * rank))
-
-    @classmethod
-    def largest(cls, rows: int, width: int, keep: float) -> int:
-        """As for the others, in multiples of the number of heads where it is that large."""
-        rank = super().largest(rows, width, keep)
-        return rank - rank % SAFE_HEADS if rank >= SAFE_HEADS else rank
-
-    def spec(self) -> dict[str, Any]:
-        """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
-        return super().spec() | {"causal": self.causal}
-
-    def multiply_adds(self) -> int:
-        """Per token."""
-        return self.size(self.num_embeddings, self.embedding_dim, self.rank).multiply_adds
-
-    def store(self, left: Tensor, right: Tensor) -> None:
-        """As for low-rank; the attention is drawn, always the same way, and its output is zero."""
-        super().store(left, right)
-        stream = torch.Generator().manual_seed(0)
-        for layer in (self.query, self.key, self.value):
-            drawn = torch.randn(self.rank, self.rank, generator=stream) / self.rank**0.5
-            copy_into(layer.weight, drawn.to(layer.weight.device), "embedding attention")
-        with torch.no_grad():
-            self.out.weight.zero_()
-
-    def to_dense(self) -> Tensor:
-        """There is no table.
-
-        Raises:
-            ModelError: always.
-        """
-        raise ModelError(
-            "a safe embedding is no table: what a token becomes depends on the tokens around it, so it cannot be made "
-            "dense. Keep the factored model, or compress again with --embeddings lowrank."
-        )
-
-    def coded(self, ids: Tensor) -> Tensor:
-        """Codes of tokens (..., T) after the attention, (..., T, rank)."""
-        codes = self.codes(ids)
-        flat = codes.reshape(-1, *codes.shape[-2:])  # (B, T, rank)
-        mixed = functional.rms_norm(flat, (self.rank,))
-        query, key, value = (
-            layer(mixed).unflatten(-1, (self.heads, -1)).transpose(-2, -3)  # (B, heads, T, rank / heads)
-            for layer in (self.query, self.key, self.value)
-        )
-        mask = self._visible(ids.reshape(-1, ids.shape[-1]))[:, None]
-        found = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        return codes + self.out(found.transpose(-2, -3).flatten(-2)).reshape(codes.shape)
-
-    def _visible(self, ids: Tensor) -> Tensor:
-        """(B, T, T): whether a token (row) sees another one (column), by ids (B, T) alone."""
-        length = ids.shape[-1]
-        itself = torch.eye(length, dtype=torch.bool, device=ids.device)
-        seen = torch.ones(length, length, dtype=torch.bool, device=ids.device)
-        seen = (seen.tril() if self.causal else seen).expand(len(ids), -1, -1)
-        if self.padding_idx is not None:
-            seen = seen & (ids != self.padding_idx)[:, None, :]
-        return seen | itself
 
 
 def table_of(codes: Tensor, expand: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +117,17 @@ class Kronecker(FactoredLinear):
         once = cls.size(out_features, in_features, 1, block).multiply_adds  # r terms take r times as many
         stored = super().max_rank(out_features, in_features, block)
         return min(stored, out_features * in_features // once)
+
+    @classmethod
+    def block_arguments(cls, block: Block | None) -> dict[str, Any]:
+        """Rows and columns of B."""
+        assert block is not None
+        return {"block_out": block[0], "block_in": block[1]}
+
+    @classmethod
+    def factor_elements(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> int:
+        """As many as are stored: the factors are those of the rearranged weight."""
+        return cls.size(out_features, in_features, rank, block).parameters
 
     # -- solving ---------------------------------------------------------------------------------------
 

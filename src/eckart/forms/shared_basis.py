@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Tensor
 
 from eckart.forms.base import Block, copy_into
 from eckart.forms.lowrank import LowRank
+from eckart.linalg import Factorization, Problem, shared_basis
 
 
 class SharedBasis(LowRank):
@@ -22,15 +24,22 @@ class SharedBasis(LowRank):
 
     form: ClassVar[str] = "shared-basis"
     refits: ClassVar[bool] = False
-    shares: ClassVar[bool] = True
-
-    BASIS: ClassVar[str] = "first.weight"
-    """The parameter that is another module's too."""
+    shared_parameter: ClassVar[str | None] = "first.weight"
 
     @classmethod
     def full_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:
         """n: with a basis of the whole space any weights can be held."""
         return in_features
+
+    @classmethod
+    def shared_elements(cls, in_features: int, rank: int) -> int:
+        """k n, the numbers of A."""
+        return rank * in_features
+
+    @classmethod
+    def solve_group(cls, problem: Problem, heights: Sequence[int], limit: int, what: str) -> list[Factorization]:
+        """One basis for all: :func:`eckart.linalg.shared_basis`."""
+        return shared_basis(problem, heights, min(limit, *problem.target.shape), what)
 
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Fill the factors. What each row of A is divided by depends on A alone, so that all layers store one A.

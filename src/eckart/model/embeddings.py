@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.errors import UsageError
-from eckart.forms import EMBEDDINGS, Factored, FactoredEmbedding, TiedHead
+from eckart.forms import Factored, FactoredEmbedding, TiedHead, embedding_named
 from eckart.model.replace import replace_module
 from eckart.model.sites import matches
 from eckart.model.ties import declared_ties, tie_factored
@@ -118,14 +118,13 @@ def size_for_fraction(table: EmbeddingTable, form: str, keep: float) -> int:
     Raises:
         UsageError: if none does, naming the smallest fraction.
     """
-    kind = EMBEDDINGS[form]
+    kind = embedding_named(form)
     size = kind.largest(*table.shape, keep)
     if size < 1:
         rows, width = table.shape
-        least = kind.size(rows, width, 1).parameters / table.elements if form != "kronecker" else 1 / width
         raise UsageError(
             f"--embeddings-keep {keep:g}: {table.name} is {rows} x {width}, and its smallest {form} form stores "
-            f"{least:.4f} of that. Raise --embeddings-keep to that or more."
+            f"{kind.least_keep(rows, width):.4f} of that. Raise --embeddings-keep to that or more."
         )
     return size
 
@@ -137,7 +136,7 @@ def saved_embedding_parameters(model: nn.Module, form: str, keep: float, ignore:
     saved = 0
     for table in find_embedding_tables(model, ignore).chosen:
         size = size_for_fraction(table, form, keep)
-        saved += table.elements - EMBEDDINGS[form].size(*table.shape, size).parameters
+        saved += table.elements - embedding_named(form).size(*table.shape, size).parameters
     return saved
 
 
@@ -164,15 +163,15 @@ def replace_embedding(
         causal: embedding -> whether later tokens are hidden from it, where its form asks.
         dtype: of the stored numbers.
     """
-    before = declared_ties(model)
+    before, kind = declared_ties(model), embedding_named(form)
     rows, width = table.shape
     first: FactoredEmbedding | None = None
     for name in table.embeddings:
         old: Any = model.get_submodule(name)
         options: dict[str, Any] = {"padding_idx": table.padding[name], "scale": table.scales[name]}
-        options |= {"causal": causal[name]} if form == "safe" else {}
+        options |= {"causal": causal[name]} if kind.contextual else {}
         with torch.device("meta"):
-            made = EMBEDDINGS[form](rows, width, size, **options)
+            made = kind(rows, width, size, **options)
         made.to(dtype=dtype).to_empty(device=left.device)
         made.store(left, right)
         first = first or made

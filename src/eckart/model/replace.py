@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
-from eckart.forms import FORMS, Block, Factored, FactoredLinear, SafeEmbedding, build
+from eckart.forms import Block, Factored, FactoredLinear, LowRank, build, form_named
 from eckart.model.attention_heads import pruned_heads
 from eckart.model.shared import shared_parameters, unshare_parameters
 from eckart.model.sites import Site
@@ -47,25 +47,17 @@ def store_factors(
         The module, and the reason of a fallback or None. The fallback keeps to the form's size: it is
         low-rank at the largest rank that stores no more numbers.
     """
-    module = _empty(site, form, rank, bias is not None, left.device, dtype, block)
+    kind = form_named(form)
+    common: dict[str, Any] = {"bias": bias is not None, "source": site.source, "dtype": dtype, "device": left.device}
+    module = kind.empty(*site.shape, rank, block=block, **common)
     reason = _try(module, site, left, right, bias)
     if reason is None:
         return module.eval(), None
-    stored = FORMS[form].size(site.out_features, site.in_features, rank).parameters
+    stored = kind.size(*site.shape, rank, block).parameters
     smaller = min(rank, max(1, stored // (site.out_features + site.in_features)))
-    fallback = _empty(site, "lowrank", smaller, bias is not None, left.device, dtype)
+    fallback = LowRank.empty(*site.shape, smaller, **common)
     _try(fallback, site, left[:, :smaller], right[:smaller], bias)
     return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
-
-
-def _empty(
-    site: Site, form: str, rank: int, bias: bool, device: torch.device, dtype: torch.dtype, block: Block | None = None
-) -> FactoredLinear:
-    """A module without numbers: none are drawn, so that the global random state stays as it is."""
-    sizes: dict[str, Any] = {} if block is None else {"block_out": block[0], "block_in": block[1]}
-    with torch.device("meta"):
-        module = FORMS[form](site.in_features, site.out_features, rank, bias, site.source, **sizes)
-    return module.to(dtype=dtype).to_empty(device=device)
 
 
 def _try(module: FactoredLinear, site: Site, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
@@ -160,11 +152,8 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     if not factored and not pruned_heads(model) and not shared_parameters(model):
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
-        if isinstance(module, SafeEmbedding):
-            try:
-                module.to_dense()
-            except ModelError as error:
-                raise ModelError(f"{name}: {error}") from None
+        if module.no_dense is not None:
+            raise ModelError(f"{name}: {module.no_dense}")
     unshare_parameters(model)
     for name, module in factored.items():
         replace_module(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())

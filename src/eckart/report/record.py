@@ -10,6 +10,7 @@ from torch import nn
 
 from eckart.allocation import DENSE, Choice, Plan
 from eckart.evaluation import Size, Sizes
+from eckart.forms import form_named
 from eckart.methods import Method
 from eckart.model import Sites
 
@@ -90,5 +91,5 @@ def _without_basis(size: Size, choice: Choice, in_features: int) -> Size:
     """What a site stores itself: a basis that it shares counts once, in `sizes`."""
     if choice.basis is None:
         return size
-    basis = choice.rank * in_features
+    basis = form_named(choice.form).shared_elements(in_features, choice.rank)
     return replace(size, elements=size.elements - basis, bytes=size.bytes - basis * size.bytes // size.elements)

@@ -1,16 +1,24 @@
 """Activation-aware SVD."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from eckart.linalg import Metric, Problem
+from typing import TYPE_CHECKING
+
 from eckart.methods.base import Method
-from eckart.moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eckart.linalg import Problem
+    from eckart.moments import Moments
 
 ALPHA = 0.5
 
 
 def metric(weight: Tensor, moments: Moments) -> Problem:
     """`|| (W - W') diag(mean|x|)^alpha ||_F^2`, alpha = 0.5; stored squared, as every metric is."""
+    from eckart.linalg import Metric, Problem
+
     return Problem(weight, right=Metric(diagonal=moments.inputs.mean_absolute ** (2 * ALPHA)))
 
 

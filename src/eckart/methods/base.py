@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # (weight (out, in), moments) -> problem. Moments hold what the method's `needs` ask for.
 MetricFunction: TypeAlias = "Callable[[Tensor, Moments], Problem]"
 
+# (site, out, in) -> (rank, shape of block or None); None for a site that stays dense.
 SizeRule: TypeAlias = "Callable[[str, int, int], tuple[int, Block | None] | None]"
 
 
@@ -23,19 +24,22 @@ SizeRule: TypeAlias = "Callable[[str, int, int], tuple[int, Block | None] | None
 class Method:
     """A paper's whole procedure under its name.
 
+    The file of a method imports neither torch nor `eckart.linalg` at its top: its metric does. So the table of methods
+    is shown without loading torch.
+
     Attributes:
         name: as `--method` takes it.
         title: one line for tables.
         paper: authors, venue, year, identifier.
-        metric: makes the weighted problem of a site.
-        needs: statistics the metric reads: "gram", "absolute", "gradients", "fisher"; empty: no data.
+        metric: makes the weighted problem of a weight (out, in) from the statistics of its site.
         exact_for: what error the factors are optimal for, in words.
+        needs: statistics that the metric reads: "gram", "absolute", "gradients", "fisher"; empty: no data.
         form: the stored form of the paper.
-        allocation: "uniform", "loss", or "paper": what `own_size` says.
+        allocation: "uniform", "loss", or "paper": what `paper_sizes` says.
         centered: whether means are folded into the bias of sites that have one, and the metric is centered.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
-        of_form: whether it is what its form is: in another one nothing of it would be left.
-        own_size: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
+        fixed_form: whether the method is its form: stored in another one, nothing of it would be left.
+        paper_sizes: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
             None for a site that stays dense.
     """
 

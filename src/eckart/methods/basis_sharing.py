@@ -1,5 +1,7 @@
 """Basis Sharing: one basis for the weights of adjacent layers."""
 
+from __future__ import annotations
+
 from eckart.methods.base import Method
 from eckart.methods.drone import metric
 

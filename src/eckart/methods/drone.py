@@ -1,14 +1,22 @@
 """DRONE: data-aware low-rank approximation."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from eckart.linalg import Problem
+from typing import TYPE_CHECKING
+
 from eckart.methods.base import Method
-from eckart.moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eckart.linalg import Problem
+    from eckart.moments import Moments
 
 
 def metric(weight: Tensor, moments: Moments) -> Problem:
     """`E || W x - W' x ||^2 = || (W - W') G^(1/2) ||_F^2`, `G = E[x x^T]`."""
+    from eckart.linalg import Problem
+
     return Problem(weight, right=moments.input_metric)
 
 

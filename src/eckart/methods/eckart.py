@@ -1,5 +1,7 @@
 """eckart: the default, what the benchmarks of this repository show to be best."""
 
+from __future__ import annotations
+
 from eckart.methods.base import Method
 from eckart.methods.kfac import metric
 

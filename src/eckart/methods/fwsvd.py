@@ -1,11 +1,17 @@
 """Fisher-weighted SVD."""
 
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from eckart.errors import NumericalError
-from eckart.linalg import Metric, Problem
 from eckart.methods.base import Method
-from eckart.moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eckart.linalg import Metric, Problem
+    from eckart.moments import Moments
 
 # Rows of zero Fisher (a dead output) keep this share of the mean row's weight, or they could not be
 # scaled back.
@@ -15,6 +21,8 @@ PAPER = "Hsu et al., Language model compression with weighted low-rank factoriza
 
 
 def _floored(importance: Tensor | None, like: Tensor) -> Metric:
+    from eckart.linalg import Metric
+
     assert importance is not None
     mean = float(importance.mean())
     if mean == 0:
@@ -32,12 +40,16 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     output. Implementations differ in the axis: `--metric fwsvd-columns` weighs the other one. f is the
     empirical Fisher with own labels, and the true one (targets drawn from the model) without.
     """
+    from eckart.linalg import Problem
+
     assert moments.fisher is not None
     return Problem(weight, left=_floored(moments.fisher.rows, weight))
 
 
 def column_metric(weight: Tensor, moments: Moments) -> Problem:
     """`|| (W - W') diag(sqrt(f)) ||_F^2`, f_j the Fisher information summed over column j of W (out, in)."""
+    from eckart.linalg import Problem
+
     assert moments.fisher is not None
     return Problem(weight, right=_floored(moments.fisher.columns, weight))
 

@@ -1,10 +1,16 @@
 """KFAC-SVD: both sides weighted by the Kronecker-factored Fisher matrix."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from eckart.linalg import Problem
+from typing import TYPE_CHECKING
+
 from eckart.methods.base import Method
-from eckart.moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eckart.linalg import Problem
+    from eckart.moments import Moments
 
 INPUT_SHRINKAGE = 0.1
 GRADIENT_SHRINKAGE = 0.3
@@ -17,6 +23,8 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     shrunk toward their mean diagonal: estimated from fewer tokens than they have entries, their small
     eigenvalues are too small.
     """
+    from eckart.linalg import Problem
+
     assert moments.gradients is not None
     return Problem(
         weight,

@@ -1,10 +1,15 @@
 """Kronecker products: the nearest sum of them, and KnGPT2's use of one."""
 
-import re
+from __future__ import annotations
 
-from eckart.forms import Block
+import re
+from typing import TYPE_CHECKING
+
 from eckart.methods.base import Method
 from eckart.methods.svd import metric
+
+if TYPE_CHECKING:
+    from eckart.forms import Block
 
 FACTOR = 2
 

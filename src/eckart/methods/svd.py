@@ -1,14 +1,22 @@
 """Truncated SVD."""
 
-from torch import Tensor
+from __future__ import annotations
 
-from eckart.linalg import Problem
+from typing import TYPE_CHECKING
+
 from eckart.methods.base import Method
-from eckart.moments import Moments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from eckart.linalg import Problem
+    from eckart.moments import Moments
 
 
 def metric(weight: Tensor, moments: Moments) -> Problem:
     """`|| W - W' ||_F^2`: every weight counts the same, no data is asked."""
+    from eckart.linalg import Problem
+
     return Problem(weight)
 
 

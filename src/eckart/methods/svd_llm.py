@@ -1,5 +1,7 @@
 """SVD-LLM: truncation-aware whitening."""
 
+from __future__ import annotations
+
 from eckart.methods.base import Method
 from eckart.methods.drone import metric
 

@@ -37,7 +37,7 @@ def start_again_gives_the_same(here):
 
 @scenario
 def share_splits_all_items(here):
-    counts = {"seen": torch.tensor(here.share(range(100, 110))).sum()}
+    counts = {"seen": torch.tensor(here.own_part(range(100, 110))).sum()}
     here.all_reduce(counts)
     assert int(counts["seen"]) == sum(range(100, 110))
 
@@ -168,8 +168,8 @@ def check_tree(got: dict) -> None:
 
 @scenario
 def agree_is_silent_when_all_went_well(here):
-    here.agree(None)
-    with here.together():
+    here.raise_if_any_failed(None)
+    with here.failing_together():
         pass
     here.barrier()
 
@@ -178,7 +178,7 @@ def agree_is_silent_when_all_went_well(here):
 def agree_raises_in_all_when_one_failed(here):
     failed = NumericalError("layer 3: eigh failed. Use --method svd.") if here.rank == 1 else None
     with pytest.raises(EckartError) as caught:
-        here.agree(failed)
+        here.raise_if_any_failed(failed)
     if here.rank == 1:
         assert caught.value is failed
     else:
@@ -188,7 +188,7 @@ def agree_raises_in_all_when_one_failed(here):
 
 @scenario
 def work_together_fails_together(here):
-    with pytest.raises(ZeroDivisionError if here.main else OtherProcessError, match="by zero"), here.together():
+    with pytest.raises(ZeroDivisionError if here.main else OtherProcessError, match="by zero"), here.failing_together():
         assert 1 / here.rank
 
 
@@ -197,7 +197,7 @@ def who_fails_stops_those_who_went_on(here):
     for go_on in (lambda: here.reduce({"a": torch.zeros(2)}, 0), lambda: here.broadcast(1), here.barrier):
         if here.rank == 1:
             with pytest.raises(MemoryError):
-                here.agree(MemoryError())
+                here.raise_if_any_failed(MemoryError())
         else:
             with pytest.raises(OtherProcessError, match=r"process 1 of \d failed: MemoryError$"):
                 go_on()
@@ -308,7 +308,7 @@ def test_one_process_is_left_alone(variables, place):
     assert here == Processes()
     assert here.main
     assert is_main()
-    assert here.share([1, 2, 3]) == [1, 2, 3]
+    assert here.own_part([1, 2, 3]) == [1, 2, 3]
     tensors = {"a": torch.ones(2)}
     here.reduce(tensors, 0)
     here.all_reduce(tensors)
@@ -316,8 +316,8 @@ def test_one_process_is_left_alone(variables, place):
     value = object()
     assert here.send(value, 0) is here.broadcast(value) is value
     here.barrier()
-    here.agree(None)
-    with pytest.raises(KeyError), here.together():
+    here.raise_if_any_failed(None)
+    with pytest.raises(KeyError), here.failing_together():
         raise KeyError("x")
     silence_other_processes(here)
     assert not torch.distributed.is_initialized()
@@ -354,19 +354,19 @@ def test_no_device_for_every_process(device, why, place, monkeypatch):
 
 def test_owners_share_the_work_evenly():
     costs = {"b": 3.0, "a": 3.0, "dear": 6.0, "c": 1.0, "d": 1.0, "e": 4.0}
-    owners = [Processes(rank, 3).assign(costs) for rank in range(3)]
+    owners = [Processes(rank, 3).assign_owners(costs) for rank in range(3)]
     assert owners[0] == owners[1] == owners[2]
     assert list(owners[0]) == list(costs)
-    assert owners[0] == Processes(0, 3).assign(dict(reversed(costs.items())))
+    assert owners[0] == Processes(0, 3).assign_owners(dict(reversed(costs.items())))
     loads = [sum(cost for site, cost in costs.items() if owners[0][site] == rank) for rank in range(3)]
     assert sorted(loads) == [6.0, 6.0, 6.0]
-    assert Processes().assign(costs) == dict.fromkeys(costs, 0)
-    assert Processes(0, 4).assign({}) == {}
+    assert Processes().assign_owners(costs) == dict.fromkeys(costs, 0)
+    assert Processes(0, 4).assign_owners({}) == {}
 
 
 @pytest.mark.parametrize("value", [{1: 2}, {"a": [object()]}, {"a": {1, 2}}])
 def test_what_cannot_travel_is_refused_before_a_word_is_sent(value):
-    with pytest.raises(TypeError, match=r"strings|does not travel"):
+    with pytest.raises(TypeError, match=r"strings|cannot be sent"):
         Processes(0, 2).send(value, 0, 1)
 
 

@@ -131,7 +131,7 @@ def calibrate(
         common = _common_calls(model, names, first)
     notes: list[str] = []
     walk: LayerwiseRunner | None = None
-    runs = (processes or Processes()).share(_single(data.batches) if common else data.batches)
+    runs = (processes or Processes()).own_part(_single(data.batches) if common else data.batches)
     if waiting is not None:
         try:
             walk = work.walk(names, runs, first, waiting, backward)

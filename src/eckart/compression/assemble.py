@@ -75,7 +75,7 @@ class Assembly:
         parts = split_by_block(chosen, self.model)
         for block, groups in progress(parts.items(), what="storing", total=len(parts)):
             name = block or "outside"
-            with processes.together():
+            with processes.failing_together():
                 if processes.main and name not in there:
                     place.store.write(STORED, name, *self._stored([by_name[site] for site in groups], plan, shelf))
             content = self._to_all(STORED, name)
@@ -171,7 +171,7 @@ class Assembly:
         place = self.workspace
         waiting = place.hidden_state_cache()
         first = batches[0].rows(0, 1)
-        mine = place.processes.share(batches)
+        mine = place.processes.own_part(batches)
         made: list[LayerwiseRunner] = []
         for name, model, weights in (
             ("before", self.model, self.weights),

@@ -76,7 +76,7 @@ def compress_checkpoint(
     processes = start_processes(recipe.device)
     silence_other_processes(processes)
     reader = text_reader(recipe, [recipe.method])
-    with processes.together():
+    with processes.failing_together():
         if processes.main:
             check_output(output_dir, overwrite=overwrite, source=recipe.model)
         found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
@@ -87,7 +87,7 @@ def compress_checkpoint(
             check_output(output_dir, overwrite=overwrite, source=found.folder, needed_bytes=needed)
     settings = Settings.of(method_named(recipe.method), recipe)
     with ExitStack() as stack:
-        with processes.together():
+        with processes.failing_together():
             lock = stack.enter_context(OutputLock(output_dir)) if processes.main else None
         place, how = stack.enter_context(
             workspace(
@@ -101,13 +101,13 @@ def compress_checkpoint(
             )
         )
         tell(how)
-        with processes.together():
+        with processes.failing_together():
             where = scratch(place) if place.streaming else None
             source = open_model(found, device=recipe.device, needs_text=reader, scratch=where)
         result = compress(source.model, source.tokenizer, recipe=recipe, source_folder=source.folder, workspace=place)
         result.report["notes"][:0] = source.warnings
         published = output_path(output_dir)
-        with processes.together():
+        with processes.failing_together():
             if processes.main:
                 shard = STREAMED_SHARD if place.streaming else WHOLE_SHARD
                 published = result.save_pretrained(output_dir, overwrite=overwrite, lock=lock, max_shard_size=shard)

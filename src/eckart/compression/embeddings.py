@@ -85,13 +85,13 @@ def factor_embeddings(
             done.notes.append(f"{len(found.chosen)} token embeddings are factored, each by itself: {listed}")
         if data is None:
             done.notes.append("embeddings: no calibration data, so every token counts the same")
-    with processes.together():
+    with processes.failing_together():
         grams = head_inputs(original, found.chosen, data, weights, done.notes) if processes.main else {}
     form = embedding_named(recipe.embeddings)
     for table in found.chosen:
         size = size_for_fraction(table, recipe.embeddings, recipe.embeddings_keep)
         made: TableFactors | None = None
-        with processes.together():
+        with processes.failing_together():
             if processes.main:
                 weight: Any = original.get_submodule(table.name).weight
                 matrix = weight.detach().float()

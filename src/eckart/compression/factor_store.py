@@ -107,7 +107,7 @@ class FactorStore:
         owners = self._reduced(window, moments, work)
         mine: Packed = ({}, {"sites": {}, "dense": {}, "seen": {}})
         here: dict[str, Moments | None] = {}
-        with self.processes.together():
+        with self.processes.failing_together():
             for name in [n for members in window.groups.values() for n in members]:
                 entry = moments.pop(name, None)
                 if owners.get(name, 0) != self.processes.rank:
@@ -142,7 +142,7 @@ class FactorStore:
     def _rest(self, work: FactorizationContext, bases: Bases) -> None:
         """Solve groups some of whose sites no window has brought, without those."""
         mine: Packed = ({}, {"sites": {}, "dense": {}, "seen": {}})
-        with self.processes.together():
+        with self.processes.failing_together():
             if self.processes.main:
                 before = self._waiting()
                 contents = [self.store.read(STAGE, entry)[1] for entry in self.store.entries(STAGE)]
@@ -234,7 +234,7 @@ class FactorStore:
         if self.processes.size == 1:
             return {}
         costs = {leader: sum(_cost(work.sites[name]) for name in m) for leader, m in window.groups.items()}
-        owners = self.processes.assign(costs)
+        owners = self.processes.assign_owners(costs)
         # Only the first process has a store, in which others of the group may wait.
         owners |= {leader: 0 for leader, members in window.groups.items() if any(n in work.mates for n in members)}
         for owner in range(self.processes.size):

@@ -167,7 +167,7 @@ def workspace(
     Raises:
         CheckpointError: an unfinished run was another one, or there is no room on the disk.
     """
-    with processes.together():
+    with processes.failing_together():
         needs = _tried(folder, recipe, settings, processes, trust_remote_code)
     unfinished = output_path(output_dir).with_name(f"{output_path(output_dir).name}.partial").is_dir()
     streaming = recipe.stream == "on" or (recipe.stream == "auto" and (unfinished or _too_large(needs)))
@@ -184,13 +184,13 @@ def workspace(
     key = _key(folder, recipe, processes)
     target = output_path(output_dir)
     place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
-    with processes.together():  # before any of them begins anew
+    with processes.failing_together():  # before any of them begins anew
         if restart and processes.main:
             _clear(target)
-    with processes.together():
+    with processes.failing_together():
         journal = Journal.open(place, key, restart=restart)
     try:
-        with processes.together():
+        with processes.failing_together():
             _check_space(journal, needs, processes)
         memory = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
         cache = Cache(memory, journal.path("waiting"), durable=True)

@@ -301,7 +301,7 @@ def _measured(work: CompressionContext, compressed: PreTrainedModel) -> dict[str
                 measured = quality(compressed, work.model, work.held, work.pooling)
         except Exception as error:
             failed = error
-    processes.agree(failed)
+    processes.raise_if_any_failed(failed)
     found: dict[str, Any] = processes.broadcast(measured)
     return found
 

@@ -106,7 +106,7 @@ class GroupRefit:
                             self._note_fit(before.model, now.model, name, moved, old, powers[name])
                     except Exception as error:
                         failed = error
-                self.processes.agree(failed)
+                self.processes.raise_if_any_failed(failed)
                 notes += self._to_all(now.model, name, found)
             changed += known
         return changed, notes
@@ -119,7 +119,7 @@ class GroupRefit:
         To each of the `powers` the sum of what its site puts out in the original, squared, is added.
         """
         moved = InputShift.empty(self.sites[leader].in_features, now.device)
-        with self.processes.together(), before.at(step), now.at(step):
+        with self.processes.failing_together(), before.at(step), now.at(step):
             for batch in now.batches:
                 x, y = before.look(step, batch, leader), now.look(step, batch, leader)
                 if x.shape != y.shape:

@@ -1,7 +1,7 @@
 """The processes of a run, as one of them sees them.
 
-With one process every method does nothing. Words between processes go over the CPU (gloo), so that one that waits
-for hours burns nothing; tensors go where they live (gloo on the CPU, NCCL on a GPU).
+With one process every method does nothing. JSON messages go over the CPU (gloo), so that a process that waits for hours
+uses no GPU time; tensors are exchanged on the device that they are on (gloo on the CPU, NCCL on a GPU).
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ from eckart.distributed import wire
 from eckart.distributed.wire import Layout
 from eckart.errors import EckartError
 
-# Bytes below which tensors are summed together: each exchange costs about a millisecond, however little it carries.
+# Tensors of fewer bytes are summed together in one exchange: each exchange costs about a millisecond.
 SMALL = 2**17
 
 T = TypeVar("T")
 
 
 class OtherProcessError(EckartError):
-    """Another process failed, and says so itself; this one only stops with it."""
+    """Another process failed and reports its own error; this one stops because of it."""
 
 
 @dataclass(frozen=True)
 class Processes:
     """The processes of a run.
 
-    All call :meth:`reduce`, :meth:`all_reduce`, :meth:`broadcast`, :meth:`barrier` and :meth:`agree` in the same order.
+    All processes call :meth:`reduce`, :meth:`all_reduce`, :meth:`broadcast`, :meth:`barrier` and
+    :meth:`raise_if_any_failed` in the same order.
 
     Attributes:
-        rank: this process, from 0.
-        size: how many there are.
-        device: where this process computes.
+        rank: number of this process, from 0.
+        size: number of processes.
+        device: of this process.
     """
 
     rank: int = 0
@@ -53,15 +54,15 @@ class Processes:
         """Whether this is the process that plans, prints and writes."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of `items`: every size-th, from its rank on."""
+    def own_part(self, items: Sequence[T]) -> list[T]:
+        """The items that this process works on: every `size`-th, starting at `rank`."""
         return list(items[self.rank :: self.size])
 
-    def assign(self, costs: Mapping[str, float]) -> dict[str, int]:
-        """Give every site an owner: the dearest first, each to the process with the least work so far.
+    def assign_owners(self, costs: Mapping[str, float]) -> dict[str, int]:
+        """Assign every site to a process: the most expensive first, each to the process with the least work so far.
 
         Args:
-            costs: site -> how long it takes, in any unit; the same in all processes.
+            costs: site -> expected time in any unit; the same in all processes.
 
         Returns:
             Site -> rank, in the order of `costs`; the same in all processes.
@@ -74,13 +75,13 @@ class Processes:
         return {site: owners[site] for site in costs}
 
     def reduce(self, tensors: MutableMapping[str, Tensor], owner: int) -> None:
-        """Sum tensors over the processes, in place, at their owner.
+        """Sum tensors over the processes, in place; one process gets the sums.
 
         The processes may hold different keys: one that lacks a key adds nothing, and an owner that lacks it gets it.
 
         Args:
-            tensors: key -> sum; no storage twice. What the others hold afterwards is undefined.
-            owner: who gets the sums.
+            tensors: key -> partial sum; no two of them share storage. Undefined afterwards in all other processes.
+            owner: rank of the process that gets the sums.
 
         Raises:
             EckartError: if processes hold different shapes, dtypes or kinds of device under one key.
@@ -91,7 +92,7 @@ class Processes:
         """Sum tensors over the processes, in place, for all of them; otherwise as :meth:`reduce`.
 
         Args:
-            tensors: key -> sum; a key that only others hold is added.
+            tensors: key -> partial sum; a key that only others hold is added.
 
         Raises:
             EckartError: as for :meth:`reduce`.
@@ -99,17 +100,18 @@ class Processes:
         self._sum(tensors, range(self.size), dist.all_reduce)
 
     def send(self, value: Any, source: int, to: int = 0) -> Any:
-        """Hand a value from one process to another; the rest need not call this.
+        """Send a value from one process to another; the others need not call this.
 
-        The receiver waits for the source, so what may fail there comes before, under :meth:`agree`.
+        The receiver waits for the source, so work that may fail there is done before, inside
+        :meth:`failing_together`.
 
         Args:
-            value: tensors in dicts with string keys, lists and tuples, beside JSON values; read at the source alone.
-            source: who has it.
-            to: who gets it.
+            value: tensors and JSON values in dicts with string keys, lists and tuples; read at the source only.
+            source: rank of the sender.
+            to: rank of the receiver.
 
         Returns:
-            The value at `to`, each tensor on the kind of device it came from; None elsewhere.
+            The value at `to`, each tensor on the kind of device it came from; None in other processes.
         """
         if source == to or self.rank not in (source, to):
             return value if self.rank == to else None
@@ -118,18 +120,18 @@ class Processes:
             length = int(received(("int64", [1], "cpu")))
             return wire.deserialize(wire.as_json(received(("uint8", [length], "cpu"))), received)
         tensors: list[Tensor] = []
-        words = wire.as_bytes(wire.serialize(value, tensors))
-        for tensor in (torch.tensor([len(words)]), words, *tensors):
+        message = wire.as_bytes(wire.serialize(value, tensors))
+        for tensor in (torch.tensor([len(message)]), message, *tensors):
             for piece in wire.raw_pieces(tensor):
-                _in_touch(dist.send, piece, dst=to)
+                _communicate(dist.send, piece, dst=to)
         return None
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """Hand a value from one process to all.
+        """Send a value from one process to all.
 
         Args:
             value: as for :meth:`send`.
-            source: who has it.
+            source: rank of the sender.
 
         Returns:
             The value, in all processes.
@@ -137,57 +139,58 @@ class Processes:
         if self.size == 1:
             return value
         tensors: list[Tensor] = []
-        words = self._meet("broadcast", wire.serialize(value, tensors) if self.rank == source else None)[source]
+        message = self._exchange("broadcast", wire.serialize(value, tensors) if self.rank == source else None)[source]
         pass_on = partial(dist.broadcast, src=source)
         if self.rank != source:
-            return wire.deserialize(words, partial(self._received, pass_on))
+            return wire.deserialize(message, partial(self._received, pass_on))
         for tensor in tensors:
             for piece in wire.raw_pieces(tensor):
-                _in_touch(pass_on, piece)
+                _communicate(pass_on, piece)
         return value
 
     def barrier(self) -> None:
-        """Wait until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
-            self._meet("barrier")
+            self._exchange("barrier")
 
-    def agree(self, error: BaseException | None) -> None:
-        """Stop all processes if one failed: called by each after work of its own, with what went wrong there.
+    def raise_if_any_failed(self, error: BaseException | None) -> None:
+        """Stop all processes if one failed: each calls this after work of its own, with the error of that work.
 
-        Those that are at their next :meth:`reduce`, :meth:`all_reduce`, :meth:`broadcast` or :meth:`barrier` already
-        stop there. Not for what went wrong in one of these: that has to end the process, so that the others notice.
+        Processes that have reached their next :meth:`reduce`, :meth:`all_reduce`, :meth:`broadcast` or :meth:`barrier`
+        stop there. An error inside one of these is not passed on here: it has to end the process, so that the others
+        notice.
 
         Args:
-            error: what this process failed with, or None.
+            error: of this process, or None.
 
         Raises:
             BaseException: this process's own error, unchanged.
-            OtherProcessError: if only others failed, naming them and what they said.
+            OtherProcessError: if only others failed; the message holds their ranks and messages.
         """
         if self.size > 1:
-            self._meet("agree", error=error)
+            self._exchange("raise_if_any_failed", error=error)
         elif error is not None:
             raise error
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Work of each process's own, without a word between them, that all finish or none: see :meth:`agree`.
+    def failing_together(self) -> Iterator[None]:
+        """Run work without communication in each process; all stop if it fails in one (:meth:`raise_if_any_failed`).
 
         Yields:
-            Nothing. Ctrl-C stops this process at once, whatever the others do.
+            Nothing. Ctrl-C stops this process at once, without waiting for the others.
         """
         failed: Exception | None = None
         try:
             yield
         except Exception as error:
             failed = error
-        self.agree(failed)
+        self.raise_if_any_failed(failed)
 
     def _sum(self, tensors: MutableMapping[str, Tensor], owners: Sequence[int], add: Callable[..., Any]) -> None:
         if self.size == 1:
             return
         held = {key: wire.layout_of(tensor) for key, tensor in tensors.items()}
-        layouts = _agreed(self._meet(f"sum at {', '.join(map(str, owners))}", held))
+        layouts = _agreed(self._exchange(f"sum at {', '.join(map(str, owners))}", held))
         if self.rank in owners:
             for key in layouts.keys() - tensors.keys():
                 tensors[key] = wire.empty(layouts[key], self.device).zero_()
@@ -204,34 +207,34 @@ class Processes:
             mine = [key for key in keys if key in tensors]
             for key in mine:
                 parts[key].copy_(tensors[key].detach().reshape(-1))
-            _in_touch(add, flat)
+            _communicate(add, flat)
             for key in mine:
                 tensors[key].detach().copy_(parts[key].view(layouts[key][1]))
 
     def _add_large(self, tensor: Tensor | None, layout: Layout, add: Callable[..., Any]) -> None:
-        """Sum one tensor without a copy of it; None where nothing was seen of it."""
+        """Sum one tensor piece by piece, without a copy of it; None adds zeros."""
         whole = None if tensor is None else tensor.detach().contiguous()
-        for start, stop in wire.cuts(layout):
+        for start, stop in wire.piece_bounds(layout):
             if whole is None:
-                _in_touch(add, wire.empty((layout[0], [stop - start], layout[2]), self.device).zero_())
+                _communicate(add, wire.empty((layout[0], [stop - start], layout[2]), self.device).zero_())
             else:
-                _in_touch(add, whole.view(-1)[start:stop])
+                _communicate(add, whole.view(-1)[start:stop])
         if tensor is not None and whole is not None and not tensor.is_contiguous():
             tensor.detach().copy_(whole)
 
     def _received(self, receive: Callable[..., Any], layout: Layout) -> Tensor:
         tensor = wire.empty(layout, self.device)
         for piece in wire.raw_pieces(tensor):
-            _in_touch(receive, piece)
+            _communicate(receive, piece)
         return tensor
 
-    def _meet(self, what: str, content: Any = None, error: BaseException | None = None) -> list[Any]:
-        """Exchange words with all processes: what each came for, or that it failed.
+    def _exchange(self, what: str, content: Any = None, error: BaseException | None = None) -> list[Any]:
+        """Exchange a JSON message with all processes: the operation that each has reached, or its error.
 
         Args:
-            what: what this process came for.
+            what: the operation.
             content: JSON for all others.
-            error: what this process failed with.
+            error: of this process, or None.
 
         Returns:
             The content of each process.
@@ -239,56 +242,62 @@ class Processes:
         Raises:
             BaseException: this process's own error.
             OtherProcessError: if another failed.
-            EckartError: if the others came for something else: a mistake in the program.
+            EckartError: if another has reached a different operation: a mistake in the program.
         """
-        mine = wire.as_bytes([what, content, None if error is None else _words(error)])
+        mine = wire.as_bytes([what, content, None if error is None else _message(error)])
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        _in_touch(dist.all_gather, lengths, torch.tensor([len(mine)]))
+        _communicate(dist.all_gather, lengths, torch.tensor([len(mine)]))
         padded = torch.zeros(max(map(int, lengths)), dtype=torch.uint8)
         padded[: len(mine)] = mine
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
-        _in_touch(dist.all_gather, gathered, padded)
-        words = [wire.as_json(entry[: int(length)]) for entry, length in zip(gathered, lengths, strict=True)]
+        _communicate(dist.all_gather, gathered, padded)
+        messages = [wire.as_json(entry[: int(length)]) for entry, length in zip(gathered, lengths, strict=True)]
         if error is not None:
             raise error
-        failed = [f"process {rank} of {self.size} failed: {entry[2]}" for rank, entry in enumerate(words) if entry[2]]
+        failed = [
+            f"process {rank} of {self.size} failed: {entry[2]}" for rank, entry in enumerate(messages) if entry[2]
+        ]
         if failed:
             raise OtherProcessError("; ".join(failed))
-        came_for = [entry[0] for entry in words]
-        if len(set(came_for)) > 1:
-            raise EckartError(f"the processes are out of step ({'; '.join(came_for)}). Report this with the command.")
-        return [entry[1] for entry in words]
+        reached = [entry[0] for entry in messages]
+        if len(set(reached)) > 1:
+            raise EckartError(f"the processes are out of step ({'; '.join(reached)}). Report this with the command.")
+        return [entry[1] for entry in messages]
 
 
 def _agreed(held: Sequence[Mapping[str, Layout]]) -> dict[str, Layout]:
-    """Every key that some process holds, in an order of its own, with the layout that all have of it."""
+    """Every key that some process holds, sorted, with its layout.
+
+    Raises:
+        EckartError: if the processes hold different layouts under one key.
+    """
     layouts: dict[str, Layout] = {}
     for rank, theirs in enumerate(held):
         for key, layout in theirs.items():
             if layouts.setdefault(key, layout) != layout:
                 raise EckartError(
-                    f"{key}: process {rank} holds {_named(layout)}, another {_named(layouts[key])}. "
+                    f"{key}: process {rank} holds {_describe(layout)}, another {_describe(layouts[key])}. "
                     "Start all processes with the same command, model and device."
                 )
     return dict(sorted(layouts.items()))
 
 
-def _named(layout: Layout) -> str:
+def _describe(layout: Layout) -> str:
     return f"{layout[0]} {tuple(layout[1])} on {layout[2]}"
 
 
-def _words(error: BaseException) -> str:
-    """What the other processes are told of an error; never empty."""
+def _message(error: BaseException) -> str:
+    """The text of an error for the other processes; never empty."""
     if isinstance(error, EckartError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _in_touch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Call a function of torch.distributed; a lost connection is an error that says what to look for.
+def _communicate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a function of torch.distributed.
 
     Raises:
-        EckartError: if it failed.
+        OtherProcessError: if the connection was lost.
     """
     try:
         function(*args, **kwargs)
@@ -296,6 +305,6 @@ def _in_touch(function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         raise
     except RuntimeError as error:
         raise OtherProcessError(
-            f"lost touch with another process, which ended early ({error}). Its own message says why; "
-            "mend that, and start all processes again."
+            f"lost the connection to another process, which ended early ({error}). Its own message says why: "
+            "correct that, and start all processes again."
         ) from error

@@ -1,4 +1,4 @@
-"""What memory there is, what this process takes, and what a run will need."""
+"""Free memory, the memory of this process, and the estimate of what a run will need."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
 def rss() -> int:
-    """Bytes of this process in memory that no file backs: what it costs, where mapped weights cost nothing.
+    """Bytes that this process holds in memory, without mapped files: the system can drop those.
 
-    Elsewhere than on Linux, all that is resident; without psutil there, the most that ever was.
+    On other systems than Linux, the resident memory with mapped files; without psutil there, its peak so far.
     """
     status = _kilobytes(PROC / "self" / "status")
     if "RssAnon" in status:
         return status["RssAnon"] + status.get("RssShmem", 0)
     psutil = _psutil()
-    return _most_resident() if psutil is None else int(psutil.Process().memory_info().rss)
+    return _peak_resident() if psutil is None else int(psutil.Process().memory_info().rss)
 
 
 def free_memory(device: torch.device | str = "cpu") -> int | None:
-    """Bytes that may still be taken on a device, by all its processes together; None if nobody knows.
+    """Bytes that can still be allocated on a device, by all its processes together; None if unknown.
 
     Args:
-        device: "cpu" counts what the system would give away, within the limits of the process's control groups;
-            "cuda" counts what the driver has left and what torch's own cache holds unused.
+        device: "cpu" is what the system calls available, within the limits of the process's control groups;
+            "cuda" is what the driver has free and what torch's cache holds unused.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -43,16 +43,16 @@ def free_memory(device: torch.device | str = "cpu") -> int | None:
         return int(torch.cuda.mem_get_info(device)[0] + unused)
     if device.type not in ("cpu", "mps"):  # a Mac's GPU computes in the system's memory
         return None
-    available = [found for found in (_available(), *_left_in_cgroups()) if found is not None]
+    available = [found for found in (_available(), *_left_in_control_groups()) if found is not None]
     return max(0, min(available)) if available else None
 
 
 class MemoryWatch:
-    """Follow the memory of this process while a block runs; for one block.
+    """Measure the peak memory of this process during a `with` block; an object serves one block.
 
     Attributes:
         peak: the largest :func:`rss` seen, in bytes.
-        before: what it was on entering.
+        before: :func:`rss` on entering.
     """
 
     def __init__(self, seconds: float = 0.02) -> None:
@@ -78,16 +78,16 @@ class MemoryWatch:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """What a run takes at its peak, in bytes, and what there is.
+    """Estimated peak memory of a run, in bytes, and the memory that is free.
 
     Attributes:
-        block: weights of the block that is at work.
+        block: weights of the block that is computed.
         statistics: sums over the calibration text.
-        solving: what the solver takes beside them.
+        solving: working memory of the solver.
         text: the calibration text and its hidden states.
         outside: weights outside the blocks.
-        program: this process before the work.
-        free: what there is beside it; None if nobody knows.
+        program: this process before the run.
+        free: free memory; None if unknown.
     """
 
     block: int = 0
@@ -100,12 +100,12 @@ class PeakMemory:
 
     @property
     def total(self) -> int:
-        """All parts together."""
+        """Sum of all parts."""
         return self.block + self.statistics + self.solving + self.text + self.outside + self.program
 
     @property
     def fits(self) -> bool:
-        """Whether there is enough, as far as anybody knows."""
+        """Whether the free memory is enough; True if it is unknown."""
         return self.free is None or self.total - self.program <= self.free
 
     def __str__(self) -> str:
@@ -117,7 +117,7 @@ class PeakMemory:
 
 
 def format_bytes(number: float) -> str:
-    """Bytes as people say them: `3.9 GB`, of 10^9."""
+    """Bytes with a decimal unit: `3.9 GB`, of 10^9."""
     name, size = _unit(number)
     return f"{number / size:.1f} {name}" if size > 1 else f"{int(number)} {name}"
 
@@ -147,7 +147,7 @@ def _psutil() -> Any:
         return None
 
 
-def _most_resident() -> int:
+def _peak_resident() -> int:
     try:
         import resource
     except ImportError:
@@ -157,7 +157,7 @@ def _most_resident() -> int:
 
 
 def _available() -> int | None:
-    """What the system would give away, by its own account."""
+    """Memory that the system calls available."""
     found = _kilobytes(PROC / "meminfo").get("MemAvailable")
     if found is not None:
         return found
@@ -169,8 +169,8 @@ def _available() -> int | None:
     return None
 
 
-def _left_in_cgroups() -> Iterator[int]:
-    """What each control group that this process is in, and each that holds one of them, still allows."""
+def _left_in_control_groups() -> Iterator[int]:
+    """Bytes left under the limit of each control group that this process is in, and of their parents."""
     for line in _text(PROC / "self" / "cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":  # version 2
@@ -181,12 +181,12 @@ def _left_in_cgroups() -> Iterator[int]:
         else:
             continue
         place = PurePosixPath(path.lstrip("/"))
-        # Seen from inside a container some of the path may not exist; what does is asked.
+        # Inside a container some parts of the path may not exist: only those that do are read.
         for group in (root / place, *(root / parent for parent in place.parents)):
             most, now = _text(group / limit).strip(), _text(group / used).strip()
             if not most.isdecimal() or not now.isdecimal():  # "max", or nothing here
                 continue
             lines = (words.split() for words in _text(group / "memory.stat").splitlines())
-            # File pages that nobody has used of late are given up when memory is asked for.
+            # The system drops file pages that were not used lately when memory is needed.
             given_up = next((int(words[1]) for words in lines if words[:1] == [cache]), 0)
             yield int(most) - int(now) + given_up

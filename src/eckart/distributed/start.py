@@ -1,10 +1,11 @@
-"""Find out which process this is, and get in touch with the others."""
+"""Find out which process this is, and connect it to the others."""
 
 from __future__ import annotations
 
 import atexit
 import logging
 import os
+import sys
 import warnings
 from datetime import timedelta
 
@@ -14,27 +15,27 @@ import torch.distributed as dist
 from eckart.distributed.group import Processes
 from eckart.errors import UsageError
 
-# The owner of a large site may solve for hours while the others wait for what it finds.
-PATIENCE = timedelta(days=14)
+# One process may solve a large site for hours while the others wait for its result.
+TIMEOUT = timedelta(days=14)
 
 
 def start_processes(device: str | None = None, *, rendezvous: str = "env://") -> Processes:
-    """Get in touch with the other processes, where the launcher says that there are some.
+    """Connect to the other processes, if a launcher such as torchrun has started several.
 
-    Called again, it gives the same processes. Contact ends with this process.
+    A second call returns the same processes. The connection is closed when this process ends.
 
     Args:
-        device: as `--device` takes it; "cuda" is each process's own GPU.
-        rendezvous: where the processes find each other, as `torch.distributed.init_process_group` takes it.
+        device: as `--device` takes it; with "cuda" each process gets a GPU of its own.
+        rendezvous: address at which the processes find each other, as `torch.distributed.init_process_group` takes it.
 
     Returns:
-        The processes; one alone where no launcher started several.
+        The processes; a single one without a launcher.
 
     Raises:
-        UsageError: if the launcher's variables make no sense, or there is no such device for every process.
+        UsageError: if the launcher's variables contradict each other, or there is no such device for every process.
     """
-    rank, size, local = _place()
-    own = torch.device(device or "cpu") if size == 1 else _own_device(device or "cpu", local)
+    rank, size, local = _read_launcher()
+    own = torch.device(device or "cpu") if size == 1 else _device_of_process(device or "cpu", local)
     if size > 1 and not dist.is_available():
         raise UsageError(f"WORLD_SIZE={size}: this build of torch has no torch.distributed; run one process.")
     if size > 1 and not dist.is_initialized():
@@ -43,38 +44,40 @@ def start_processes(device: str | None = None, *, rendezvous: str = "env://") ->
             init_method=rendezvous,
             rank=rank,
             world_size=size,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
         )
-        atexit.register(_leave)
+        atexit.register(_disconnect)
     return Processes(rank, size, own)
 
 
 def is_main() -> bool:
-    """Whether this process is the one that prints; also before :func:`start`, and where that will refuse."""
+    """Whether this process is the one that prints; may be asked before :func:`start_processes`."""
     try:
-        return _place()[0] == 0
+        return _read_launcher()[0] == 0
     except UsageError:
         return True
 
 
 def silence_other_processes(processes: Processes) -> None:
-    """Let one process alone show bars and log; of the others only errors are heard."""
+    """Show progress bars and warnings in the main process only; the others log errors only."""
     if processes.main:
         return
-    import datasets
     import transformers
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    datasets.disable_progress_bars()
-    disable_progress_bars()  # our own bars obey it too
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
+    else:  # read when it is imported, which takes seconds
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
+    disable_progress_bars()  # eckart's own bars obey it too
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
     for name in ("eckart", "datasets", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _place() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine."""
+def _read_launcher() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, from the environment."""
     if os.environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
         return 0, 1, 0
     found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -87,7 +90,7 @@ def _place() -> tuple[int, int, int]:
     return rank, size, local
 
 
-def _own_device(asked: str, local: int) -> torch.device:
+def _device_of_process(asked: str, local: int) -> torch.device:
     device = torch.device(asked)
     if device.type == "cpu":
         return torch.device("cpu")
@@ -105,6 +108,6 @@ def _own_device(asked: str, local: int) -> torch.device:
     return device
 
 
-def _leave() -> None:
+def _disconnect() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""What a value looks like on its way: its tensors as bytes, the rest as JSON. Nothing is pickled."""
+"""Values as messages between processes: tensors as bytes, everything else as JSON.
+
+torch.distributed's `*_object` functions would be shorter, but they unpickle what they receive, which can run code.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import torch
 from torch import Tensor
 
 PIECE = 64 * 2**20
-"""Bytes that travel at once: bounds what a process that holds nothing of a sum allocates to take part in it."""
+"""Bytes that are sent at once: a bound on the zeros that a process without a part of a sum allocates for it."""
 
 Layout = tuple[str, list[int], str]  # dtype, shape, kind of device
 
@@ -32,21 +35,21 @@ def size_of(layout: Layout) -> int:
 
 
 def empty(layout: Layout, own: torch.device) -> Tensor:
-    """A tensor to receive into, on this process's device where that is of the kind that the layout names."""
+    """A tensor to receive into, on this process's device if that is of the kind that the layout names."""
     return torch.empty(layout[1], dtype=dtype_of(layout), device=own if own.type == layout[2] else layout[2])
 
 
-def cuts(layout: Layout) -> Iterator[tuple[int, int]]:
-    """Start and stop of the pieces, counted in numbers, that a tensor of this layout travels in."""
+def piece_bounds(layout: Layout) -> Iterator[tuple[int, int]]:
+    """Start and stop, in elements, of the pieces in which a tensor of this layout is sent."""
     length, step = math.prod(layout[1]), PIECE // dtype_of(layout).itemsize
     for start in range(0, length, step):
         yield start, min(start + step, length)
 
 
 def raw_pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A contiguous tensor's memory in pieces of uint8, whatever its dtype: not every backend knows every dtype."""
+    """A contiguous tensor's memory in pieces of uint8: not every backend knows every dtype."""
     flat = tensor.detach().view(-1)
-    for start, stop in cuts(layout_of(tensor)):
+    for start, stop in piece_bounds(layout_of(tensor)):
         yield flat[start:stop].view(torch.uint8)
 
 
@@ -55,23 +58,23 @@ def as_bytes(value: Any) -> Tensor:
     return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
 
 
-def as_json(words: Tensor) -> Any:
-    """What :func:`as_bytes` was given."""
-    return json.loads(words.numpy().tobytes())
+def as_json(message: Tensor) -> Any:
+    """The inverse of :func:`as_bytes`."""
+    return json.loads(message.numpy().tobytes())
 
 
 def serialize(value: Any, tensors: list[Tensor]) -> Any:
     """The JSON of a value, with the layout of each tensor in its place.
 
     Args:
-        value: tensors in dicts with string keys, lists and tuples, beside JSON values.
-        tensors: takes up the tensors, contiguous, in the order of the JSON.
+        value: tensors and JSON values in dicts with string keys, lists and tuples.
+        tensors: the tensors are appended here, contiguous, in the order of the JSON.
 
     Returns:
-        JSON for :func:`deserialize`; what holds others is a pair of its kind and its content.
+        JSON for :func:`deserialize`; a container is a pair of its kind and its content.
 
     Raises:
-        TypeError: on anything else; before a word has been sent.
+        TypeError: on any other value.
     """
     if isinstance(value, Tensor):
         tensors.append(value.detach().contiguous())
@@ -79,25 +82,25 @@ def serialize(value: Any, tensors: list[Tensor]) -> Any:
     if isinstance(value, Mapping):
         strange = [key for key in value if not isinstance(key, str)]
         if strange:
-            raise TypeError(f"the key {strange[0]!r} is a {type(strange[0]).__name__}: keys that travel are strings")
+            raise TypeError(f"the key {strange[0]!r} is a {type(strange[0]).__name__}: keys that are sent are strings")
         return ["dict", {key: serialize(entry, tensors) for key, entry in value.items()}]
     if isinstance(value, list | tuple):
         return ["list" if isinstance(value, list) else "tuple", [serialize(entry, tensors) for entry in value]]
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    raise TypeError(f"a {type(value).__name__} does not travel between processes: make it tensors and JSON values")
+    raise TypeError(f"a {type(value).__name__} cannot be sent to another process: use tensors and JSON values")
 
 
-def deserialize(words: Any, received: Callable[[Layout], Tensor]) -> Any:
-    """The value that :func:`serialize` took apart.
+def deserialize(message: Any, received: Callable[[Layout], Tensor]) -> Any:
+    """The inverse of :func:`serialize`.
 
     Args:
-        words: its JSON.
-        received: gets the next tensor, of a given layout.
+        message: the JSON.
+        received: returns the next tensor, of a given layout.
     """
-    if not isinstance(words, list):
-        return words
-    kind, content = words
+    if not isinstance(message, list):
+        return message
+    kind, content = message
     if kind == "tensor":
         return received(content)
     if kind == "dict":

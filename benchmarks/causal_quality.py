@@ -19,7 +19,8 @@ from common import show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eckart
-from eckart.evaluation import perplexity, quantized_baseline
+from eckart.evaluation.perplexity import measure_perplexity
+from eckart.evaluation.rounding import round_weights
 from eckart.methods import METHODS
 from eckart.model import find_sites
 
@@ -71,7 +72,7 @@ def main() -> None:
     keeps = [float(keep) for keep in options.keeps.split(",")]
 
     def score(candidate: torch.nn.Module) -> float:
-        measured = perplexity(
+        measured = measure_perplexity(
             candidate, tokenizer, text, window=options.window, max_tokens=options.held_tokens, batch_size=16
         )
         return float(measured["nll_per_token"])
@@ -97,7 +98,7 @@ def main() -> None:
     table: list[list[object]] = [["dense", 1.0, 1.0, math.exp(dense), 0.0, "-"]]
     for bits in (8, 4):
         names = [site.name for site in find_sites(model).chosen]
-        quantized = quantized_baseline(model, names, bits)
+        quantized = round_weights(model, names, bits)
         share = quantized.named_bytes / (2 * sum(site.elements for site in find_sites(model).chosen))
         excess = score(quantized.model) - dense
         name = f"round to nearest, int{bits} ({share:.3f} of 16-bit bytes)"

@@ -18,7 +18,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import eckart
 from eckart.data import Pooling, load_data, load_task
-from eckart.evaluation import embedding_cosine, quantized_baseline, similarity
+from eckart.evaluation.agreement import compare_embeddings
+from eckart.evaluation.rounding import round_weights
+from eckart.evaluation.tasks import score_similarity
 from eckart.methods import METHODS
 from eckart.model import find_sites
 
@@ -49,8 +51,8 @@ def main() -> None:
     )  # fmt: skip
 
     def measured(candidate: torch.nn.Module) -> tuple[float, float]:
-        distance = embedding_cosine(candidate, model, held, pooling)["cosine_distance"]
-        return distance, similarity(candidate, tokenizer, task, pooling)["spearman"]
+        distance = compare_embeddings(candidate, model, held, pooling)["cosine_distance"]
+        return distance, score_similarity(candidate, tokenizer, task, pooling)["spearman"]
 
     default = METHODS["eckart"]
     methods = [*(m for m in METHODS.values() if m.name != "eckart"),
@@ -60,7 +62,7 @@ def main() -> None:
     names = [site.name for site in find_sites(model).chosen]
     elements = sum(site.elements for site in find_sites(model).chosen)
     for bits in (8, 4):
-        quantized = quantized_baseline(model, names, bits)
+        quantized = round_weights(model, names, bits)
         share = quantized.named_bytes / (4 * elements)
         table.append([f"round to nearest, int{bits} ({share:.3f} of the bytes)", "-", "-",
                       *measured(quantized.model), "-"])  # fmt: skip

@@ -23,7 +23,10 @@ from transformers import AutoTokenizer, Trainer  # noqa: F401  Trainer is slow t
 import eckart
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import load_task
-from eckart.evaluation import classification, perplexity, quantized_baseline, sizes
+from eckart.evaluation.perplexity import measure_perplexity
+from eckart.evaluation.rounding import round_weights
+from eckart.evaluation.sizes import count_sizes
+from eckart.evaluation.tasks import score_classification
 from eckart.model import find_sites
 from eckart.recovery.pipeline import tune_checkpoint
 
@@ -116,7 +119,7 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
 def rounded(dense: Path, output: Path) -> int:
     """The model with its sites rounded to int8, saved as it computes; returns the bytes that storing int8 takes."""
     model = eckart.load(dense, dtype=torch.float32)
-    quantized = quantized_baseline(model, [site.name for site in find_sites(model).chosen], 8)
+    quantized = round_weights(model, [site.name for site in find_sites(model).chosen], 8)
     shutil.rmtree(output, ignore_errors=True)
     quantized.model.save_pretrained(output)
     load_tokenizer(dense).save_pretrained(output)
@@ -136,11 +139,12 @@ def scored(folder: Path, dense: Path, task: Task, tokens: int, repeats: int) -> 
         names = {"column": "data_column", "pair_column": "data_pair_column", "label": "data_label_column"}
         columns = {key: task.columns[n] for key, n in names.items() if n in task.columns}
         rows = load_task(str(task.held), **columns, num_samples=tokens // 4)
-        value = classification(model, tokenizer, rows, max_seq_length=task.length, disable=True)["accuracy"]
+        value = score_classification(model, tokenizer, rows, max_seq_length=task.length, disable=True)["accuracy"]
     else:
         text = task.held.read_text(encoding="utf-8")
-        value = perplexity(model, tokenizer, text, window=task.length, max_tokens=tokens, disable=True)["perplexity"]
-    after = sizes(model).model
+        found = measure_perplexity(model, tokenizer, text, window=task.length, max_tokens=tokens, disable=True)
+        value = found["perplexity"]
+    after = count_sizes(model).model
     found = {"score": value, "elements": after.elements, "bytes": after.bytes, "multiply_adds": after.multiply_adds}
     return found | ({"latency": _latency(model, dense, repeats)} if repeats else {})
 

@@ -26,7 +26,7 @@ from eckart.compression.settings import Settings
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
 from eckart.errors import UsageError
-from eckart.evaluation import sizes
+from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS, SharedBasis, build
 from eckart.methods import METHODS
 from eckart.model import dense_weight, find_sites, shared_parameters
@@ -516,7 +516,7 @@ def test_training_keeps_what_is_shared(room, tmp_path, recovery):
     )
     assert tuned.report["kept"] == "after"
     assert shared_parameters(tuned.model) == ties
-    assert sizes(tuned.model).model == sizes(result.model).model
+    assert count_sizes(tuned.model).model == count_sizes(result.model).model
     basis = next(iter(ties))
     moved = not torch.equal(tuned.model.get_parameter(basis), result.model.get_parameter(basis))
     assert moved == (recovery == "distil")

@@ -21,7 +21,7 @@ from eckart.checkpoint.export import export_dense
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_size, stored_tensors
 from eckart.errors import CheckpointError, UsageError
-from eckart.evaluation.sizes import sizes
+from eckart.evaluation.sizes import count_sizes
 from eckart.model import PrunedHeads, dense_weight, find_sites, pruned_heads
 from eckart.recovery import DSEE
 from eckart.recovery.pruning.heads import find_heads, magnitudes, remove_heads
@@ -69,7 +69,7 @@ def test_removal_is_the_model_with_silent_heads_and_loads_again(name, tmp_path):
     kept = {heads: torch.arange(count) % 2 == number % 2 for number, heads in enumerate(have.heads)}
     for heads, mask in kept.items():
         silenced(model, heads, mask)
-    expected, size = output(model, batches), sizes(model).model.elements
+    expected, size = output(model, batches), count_sizes(model).model.elements
     gone = 0
     for heads in kept:  # half of them
         gone += sum(p.numel() for name, _ in heads.writers for p in model.get_submodule(name).parameters()) // 2
@@ -77,7 +77,7 @@ def test_removal_is_the_model_with_silent_heads_and_loads_again(name, tmp_path):
     remove_heads(model, kept, have.config)
     close(output(model, batches), expected, 1e-5)
     save(model, tmp_path / "out")
-    assert stored_size(stored_tensors(tmp_path / "out"))[0] == sizes(model).model.elements == size - gone
+    assert stored_size(stored_tensors(tmp_path / "out"))[0] == count_sizes(model).model.elements == size - gone
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert ("quantization_config" in config) == (said == "module")
     again = type(model).from_pretrained(tmp_path / "out").eval()

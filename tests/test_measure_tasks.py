@@ -19,7 +19,8 @@ from transformers import (
 
 from eckart.data import Pooling, load_task
 from eckart.errors import DataError, UsageError
-from eckart.evaluation import classification, metrics, regression, similarity
+from eckart.evaluation import metrics
+from eckart.evaluation.tasks import score_classification, score_regression, score_similarity
 
 ROWS = [
     {"text": "the cat sat on the mat", "label": 1},
@@ -75,7 +76,7 @@ def test_classification_equals_one_text_at_a_time():
     model.train()
     counts = metrics.confusion(task.labels, predicted, 2)
     for size in (1, 2, 8):
-        found = classification(model, tokenizer, task, batch_size=size, disable=True)
+        found = score_classification(model, tokenizer, task, batch_size=size, disable=True)
         assert found["accuracy"] == pytest.approx(metrics.accuracy(counts))
         assert found["right"] == [guess == truth for guess, truth in zip(predicted, task.labels, strict=True)]
         assert found["f1"] == pytest.approx(metrics.f1_scores(counts)[1])
@@ -90,7 +91,7 @@ def test_classification_says_what_is_not_finite():
     with torch.no_grad():
         model.classifier.weight.zero_()
         model.classifier.bias.copy_(torch.tensor([1.0, 0.0]))
-    found = classification(model, tokenizer, load_task(ROWS), disable=True)
+    found = score_classification(model, tokenizer, load_task(ROWS), disable=True)
     assert found["nonfinite_rows"] == 1
     assert not found["finite"]
     assert found["accuracy"] == pytest.approx(1 / 5)  # "a dog" is of class 0, but no answer was given
@@ -100,19 +101,21 @@ def test_classification_refusals():
     tokenizer, task = word_tokenizer(), load_task(ROWS)
     model = build(BertForSequenceClassification, bert_config(num_labels=2))
     with pytest.raises(DataError, match=r"item 1: label 2 is no class of the model's 2"):
-        classification(model, tokenizer, load_task([ROWS[0], {"text": "cat", "label": 2}]), disable=True)
+        score_classification(model, tokenizer, load_task([ROWS[0], {"text": "cat", "label": 2}]), disable=True)
     with pytest.raises(UsageError, match="ForSequenceClassification"):
-        classification(build(BertModel, bert_config()), tokenizer, task, disable=True)
+        score_classification(build(BertModel, bert_config()), tokenizer, task, disable=True)
     with pytest.raises(UsageError, match="regression"):
-        classification(build(BertForSequenceClassification, bert_config(num_labels=1)), tokenizer, task, disable=True)
+        score_classification(
+            build(BertForSequenceClassification, bert_config(num_labels=1)), tokenizer, task, disable=True
+        )
     with pytest.raises(UsageError, match="classification"):
-        regression(model, tokenizer, task, disable=True)
+        score_regression(model, tokenizer, task, disable=True)
 
 
 def test_regression_head():
     model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=1)), word_tokenizer()
     task = load_task([row | {"label": score} for row, score in zip(ROWS, (1.5, 2.0, 0.5, 4.0, 3.0), strict=True)])
-    one, eight = (regression(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
+    one, eight = (score_regression(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
     assert one["pearson"] == pytest.approx(eight["pearson"], abs=1e-5)
     assert one["spearman"] == pytest.approx(eight["spearman"])
 
@@ -121,7 +124,7 @@ def test_regression_head():
 def test_a_causal_classifier_does_not_depend_on_padding(pad):
     model = build(LlamaForSequenceClassification, llama_config(num_labels=2, pad_token_id=pad))
     task, tokenizer = load_task(ROWS), byte_tokenizer()
-    one, eight = (classification(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
+    one, eight = (score_classification(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
     assert one == eight
 
 
@@ -129,13 +132,13 @@ def test_similarity_does_not_depend_on_padding():
     model = build(BertModel, bert_config())
     rows = [{"a": one["text"], "b": two["text"], "score": n} for n, (one, two) in enumerate(pairwise(ROWS))]
     task = load_task(rows, column="a", pair_column="b", label="score")
-    one, eight = (similarity(model, word_tokenizer(), task, batch_size=size, disable=True) for size in (1, 8))
+    one, eight = (score_similarity(model, word_tokenizer(), task, batch_size=size, disable=True) for size in (1, 8))
     assert one["pearson"] == pytest.approx(eight["pearson"], abs=1e-5)
     assert one["spearman"] == eight["spearman"]
     with pytest.raises(DataError, match="item 0: no second sentence"):
-        similarity(model, word_tokenizer(), load_task(ROWS), disable=True)
+        score_similarity(model, word_tokenizer(), load_task(ROWS), disable=True)
     model.embeddings.word_embeddings.weight.data[2] = torch.nan
-    broken = similarity(model, word_tokenizer(), task, disable=True)
+    broken = score_similarity(model, word_tokenizer(), task, disable=True)
     assert not broken["finite"]
     assert math.isnan(broken["spearman"])
     assert math.isnan(broken["pearson"])
@@ -155,6 +158,6 @@ def test_a_real_encoder_against_sentence_transformers():
     task = load_task(
         [{"a": a, "b": b, "score": score} for a, b, score in pairs], column="a", pair_column="b", label="score"
     )
-    found = similarity(model, tokenizer, task, pooling, disable=True)
+    found = score_similarity(model, tokenizer, task, pooling, disable=True)
     assert found["spearman"] == pytest.approx(1)
     assert found["pearson"] == pytest.approx(1, abs=1e-9)

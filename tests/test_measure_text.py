@@ -11,9 +11,10 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 
 from eckart.data import Batch, Pooling, load_data
 from eckart.errors import DataError, UsageError
-from eckart.evaluation import agreement, embed, embedding_cosine, perplexity
 from eckart.evaluation import divergence as divergence_module
-from eckart.evaluation.divergence import kl_and_agreement, negative_log_likelihood
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions, embed_sentences
+from eckart.evaluation.divergence import compare_distributions, negative_log_likelihood
+from eckart.evaluation.perplexity import measure_perplexity
 
 TEXT = "Call me Ishmael. Some years ago – never mind how long precisely – having little money, I thought I would sail."
 PLAIN, WITH_BOS = byte_tokenizer(), byte_tokenizer(bos=True)
@@ -38,7 +39,7 @@ def test_perplexity_equals_a_loop_by_hand(make):
     model = make().eval()
     ids = PLAIN(TEXT)["input_ids"]
     total, count = by_hand(model, ids, 16)
-    found = perplexity(model, PLAIN, TEXT, window=16, batch_size=3, disable=True)
+    found = measure_perplexity(model, PLAIN, TEXT, window=16, batch_size=3, disable=True)
     assert found["tokens"] == count
     assert found["nll_per_token"] == pytest.approx(total / count, abs=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
@@ -57,8 +58,8 @@ def test_a_token_is_scored_against_the_next_one():
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.copy_(20 * model.model.embed_tokens.weight)
-    alike = perplexity(model, PLAIN, "a" * 32, window=16, disable=True)["nll_per_token"]
-    other = perplexity(model, PLAIN, "ab" * 16, window=16, disable=True)["nll_per_token"]
+    alike = measure_perplexity(model, PLAIN, "a" * 32, window=16, disable=True)["nll_per_token"]
+    other = measure_perplexity(model, PLAIN, "ab" * 16, window=16, disable=True)["nll_per_token"]
     assert alike < 0.1 < 5 < other
 
 
@@ -66,7 +67,7 @@ def test_perplexity_with_bos_scores_every_token():
     model = llama().eval()
     ids = PLAIN(TEXT)["input_ids"]
     total, count = by_hand(model, ids, 16, bos=0)
-    found = perplexity(model, WITH_BOS, TEXT, window=16, disable=True)
+    found = measure_perplexity(model, WITH_BOS, TEXT, window=16, disable=True)
     assert found["tokens"] == count == len(ids)
     assert found["nll_per_token"] == pytest.approx(total / count, abs=1e-5)
     assert found["bytes"] == len(TEXT.encode())
@@ -85,11 +86,11 @@ def test_strided_windows_score_each_token_once():
         done = end
         if end == len(ids):
             break
-    found = perplexity(model, PLAIN, TEXT, window=16, stride=6, disable=True)
+    found = measure_perplexity(model, PLAIN, TEXT, window=16, stride=6, disable=True)
     assert found["tokens"] == len(logps) == len(ids) - 1
     assert found["nll_per_token"] == pytest.approx(-sum(logps) / len(logps), abs=1e-5)
     assert "stride 6" in found["protocol"]
-    assert perplexity(model, PLAIN, TEXT, window=16, stride=16, disable=True) == perplexity(
+    assert measure_perplexity(model, PLAIN, TEXT, window=16, stride=16, disable=True) == measure_perplexity(
         model, PLAIN, TEXT, window=16, disable=True
     )
 
@@ -99,7 +100,7 @@ def test_documents_are_joined_by_eos():
     texts = ["abc déf", "", "ghi"]
     ids = [*PLAIN(texts[0])["input_ids"], 1, 1, *PLAIN(texts[2])["input_ids"]]
     total, count = by_hand(model, ids, 64)
-    found = perplexity(model, PLAIN, texts, window=64, disable=True)
+    found = measure_perplexity(model, PLAIN, texts, window=64, disable=True)
     assert (found["tokens"], found["bytes"]) == (count, len("bc défghi".encode()))
     assert found["nll_per_token"] == pytest.approx(total / count, abs=1e-5)
     assert "EOS" in found["protocol"]
@@ -107,26 +108,26 @@ def test_documents_are_joined_by_eos():
 
 def test_batch_size_and_max_tokens():
     model = llama()
-    results = [perplexity(model, PLAIN, TEXT, window=16, batch_size=size, disable=True) for size in (1, 2, 8)]
+    results = [measure_perplexity(model, PLAIN, TEXT, window=16, batch_size=size, disable=True) for size in (1, 2, 8)]
     for result in results[1:]:
         assert result["nll_per_token"] == pytest.approx(results[0]["nll_per_token"], abs=1e-6)
-    assert results[2] == perplexity(model, PLAIN, TEXT, window=16, batch_size=8, disable=True)
-    short = perplexity(model, PLAIN, TEXT, window=16, max_tokens=20, disable=True)
+    assert results[2] == measure_perplexity(model, PLAIN, TEXT, window=16, batch_size=8, disable=True)
+    short = measure_perplexity(model, PLAIN, TEXT, window=16, max_tokens=20, disable=True)
     assert short["tokens"] == 18
-    assert short == perplexity(model, PLAIN, TEXT[:20], window=16, max_tokens=20, disable=True)
+    assert short == measure_perplexity(model, PLAIN, TEXT[:20], window=16, max_tokens=20, disable=True)
 
 
 def test_modes_and_dtype_are_left_alone():
     model = llama().bfloat16()
     model.train()
     model.model.layers[0].eval()
-    perplexity(model, PLAIN, TEXT, window=16, disable=True)
+    measure_perplexity(model, PLAIN, TEXT, window=16, disable=True)
     assert model.training
     assert not model.model.layers[0].training
     assert model.model.layers[1].training
     assert model.dtype == torch.bfloat16
     with pytest.raises(UsageError, match="no logits"):
-        perplexity(model.model, PLAIN, TEXT, window=16, disable=True)
+        measure_perplexity(model.model, PLAIN, TEXT, window=16, disable=True)
     assert model.model.training
 
 
@@ -134,14 +135,14 @@ def test_what_is_not_finite_is_said_and_kept():
     model = llama()
     with torch.no_grad():
         model.model.embed_tokens.weight[PLAIN("I")["input_ids"][0]] = torch.nan
-    found = perplexity(model, PLAIN, TEXT, window=16, disable=True)
+    found = measure_perplexity(model, PLAIN, TEXT, window=16, disable=True)
     assert not found["finite"]
     assert found["nonfinite_tokens"] > 0
     assert math.isnan(found["perplexity"])
     worse = llama()
     with torch.no_grad():
         worse.lm_head.weight.mul_(1e6)
-    hopeless = perplexity(worse, PLAIN, TEXT, window=16, disable=True)
+    hopeless = measure_perplexity(worse, PLAIN, TEXT, window=16, disable=True)
     assert hopeless["perplexity"] == math.inf
     assert hopeless["finite"]
     assert math.isfinite(hopeless["nll_per_token"])
@@ -162,16 +163,16 @@ def test_what_is_not_finite_is_said_and_kept():
 )
 def test_perplexity_refusals(options, error, message):
     with pytest.raises(error, match=message):
-        perplexity(llama(), PLAIN, **({"text": TEXT, "disable": True} | options))
+        measure_perplexity(llama(), PLAIN, **({"text": TEXT, "disable": True} | options))
 
 
 def test_pieces_change_nothing(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(37, 11, generator=generator), torch.randn(37, 11, generator=generator)
     targets = torch.randint(11, (37,), generator=generator)
-    whole = negative_log_likelihood(a, targets), *kl_and_agreement(a, b)
+    whole = negative_log_likelihood(a, targets), *compare_distributions(a, b)
     monkeypatch.setattr(divergence_module, "PIECE", 25)
-    for one, other in zip(whole, (negative_log_likelihood(a, targets), *kl_and_agreement(a, b)), strict=True):
+    for one, other in zip(whole, (negative_log_likelihood(a, targets), *compare_distributions(a, b)), strict=True):
         assert torch.equal(one, other)
     p, q = b.double().softmax(-1), a.double().softmax(-1)
     assert torch.allclose(whole[1], (p * (p / q).log()).sum(-1), atol=1e-6)
@@ -179,9 +180,9 @@ def test_pieces_change_nothing(monkeypatch):
 
 def test_kl_of_ruled_out_classes():
     ruled_out = torch.tensor([[0.0, -torch.inf]])
-    assert float(kl_and_agreement(torch.tensor([[0.0, 0.0]]), ruled_out)[0]) == pytest.approx(math.log(2))
-    assert float(kl_and_agreement(ruled_out, ruled_out)[0]) == 0
-    assert float(kl_and_agreement(ruled_out, torch.tensor([[0.0, 0.0]]))[0]) == math.inf
+    assert float(compare_distributions(torch.tensor([[0.0, 0.0]]), ruled_out)[0]) == pytest.approx(math.log(2))
+    assert float(compare_distributions(ruled_out, ruled_out)[0]) == 0
+    assert float(compare_distributions(ruled_out, torch.tensor([[0.0, 0.0]]))[0]) == math.inf
 
 
 def agreement_by_hand(model, reference, batches):
@@ -219,20 +220,20 @@ def test_agreement_equals_a_loop_by_hand(models, data):
     kl, top1, count = agreement_by_hand(*models, data)
     for model in models:
         model.train()
-    found = agreement(*models, data, disable=True)
+    found = compare_predictions(*models, data, disable=True)
     assert found["kl"] == pytest.approx(kl, rel=1e-4)
     assert found["top1"] == pytest.approx(top1)
     assert found["tokens"] == count
     assert found["finite"]
     assert all(model.training for model in models)
-    itself = agreement(models[0], models[0], data, disable=True)
+    itself = compare_predictions(models[0], models[0], data, disable=True)
     assert (itself["kl"], itself["top1"]) == (0, 1)
 
 
 def test_agreement_does_not_depend_on_padding():
     models = [build(BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
     results = [
-        agreement(
+        compare_predictions(
             *models, load_data(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=size), disable=True
         )
         for size in (1, 8)
@@ -244,17 +245,17 @@ def test_agreement_does_not_depend_on_padding():
 def test_agreement_refusals():
     data = load_data([TEXT], tokenizer=PLAIN, model=llama(), max_seq_length=16)
     with pytest.raises(UsageError, match="no logits"):
-        agreement(llama().model, llama(), data, disable=True)
+        compare_predictions(llama().model, llama(), data, disable=True)
     with pytest.raises(UsageError, match="differ in shape"):
-        agreement(llama(), llama(vocab_size=300), data, disable=True)
+        compare_predictions(llama(), llama(vocab_size=300), data, disable=True)
     with pytest.raises(DataError, match="no real token"):
-        agreement(llama(), llama(), [], disable=True)
+        compare_predictions(llama(), llama(), [], disable=True)
     score = build(BertForSequenceClassification, bert_config(num_labels=1))
     with pytest.raises(UsageError, match="one score"):
-        agreement(score, score, load_data(SENTENCES, tokenizer=word_tokenizer(), model=score), disable=True)
+        compare_predictions(score, score, load_data(SENTENCES, tokenizer=word_tokenizer(), model=score), disable=True)
     broken = llama()
     broken.lm_head.weight.data[0] = torch.nan
-    found = agreement(broken, llama(), data, disable=True)
+    found = compare_predictions(broken, llama(), data, disable=True)
     assert math.isnan(found["kl"])
     assert not found["finite"]
 
@@ -264,14 +265,14 @@ def test_embedding_cosine():
     masked = build(BertForMaskedLM, bert_config())
     masked.bert.load_state_dict(models[0].state_dict(), strict=False)
     data = [load_data(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=size) for size in (1, 8)]
-    one, eight = (embedding_cosine(*models, batches, disable=True) for batches in data)
+    one, eight = (compare_embeddings(*models, batches, disable=True) for batches in data)
     assert one["cosine_distance"] == pytest.approx(eight["cosine_distance"], abs=1e-5)
     assert one["sentences"] == len(SENTENCES)
     assert one["worst"] >= one["cosine_distance"] > 0.01
     # A head does not matter: the backbone's embeddings are compared.
-    assert embedding_cosine(masked, models[0], data[1], disable=True)["cosine_distance"] == pytest.approx(0, abs=1e-6)
+    assert compare_embeddings(masked, models[0], data[1], disable=True)["cosine_distance"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(DataError, match="no sentence"):
-        embedding_cosine(*models, [], disable=True)
+        compare_embeddings(*models, [], disable=True)
 
 
 def test_pooling_modes():
@@ -329,4 +330,4 @@ def test_the_encoders_side_is_pooled():
     model = t5().eval()
     with torch.no_grad():
         expected = model.encoder(input_ids=ids).last_hidden_state.mean(1).double()
-        assert torch.allclose(embed(model, batch), expected, atol=1e-6)
+        assert torch.allclose(embed_sentences(model, batch), expected, atol=1e-6)

@@ -15,7 +15,7 @@ import eckart
 from eckart.compression.assemble import Assembly
 from eckart.data.stdlib import documents
 from eckart.errors import DataError, ModelError, NumericalError, UsageError
-from eckart.evaluation import distance
+from eckart.evaluation.quality import distance_to_original
 from eckart.linalg import Metric, Problem
 from eckart.methods import METHODS
 from eckart.model import shared_clone
@@ -179,7 +179,7 @@ def demo_results():
     text = [body for _, body in documents("calibration")][:60]
     rows = [replace(METHODS["eckart"], name="eckart without refit", refit=False), "eckart", "svd", "svd-llm", "kfac"]
     results = eckart.compare(model, tokenizer, methods=rows, keeps=[0.5], data=text, num_samples=48, max_seq_length=128)
-    return {name: distance(result.report["quality"]) for name, _, result in results}
+    return {name: distance_to_original(result.report["quality"]) for name, _, result in results}
 
 
 def test_on_a_real_model_methods_come_in_the_order_that_their_papers_claim(demo_results):

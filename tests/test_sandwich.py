@@ -19,7 +19,7 @@ import eckart
 from eckart.calibration.layerwise import all_blocks
 from eckart.checkpoint.description import attach_config
 from eckart.errors import UsageError
-from eckart.evaluation import sizes
+from eckart.evaluation.sizes import count_sizes
 from eckart.linalg import Problem, kronecker_factorize, rearranged_back
 from eckart.model import shared_parameters
 from eckart.recovery import RecoveryContext, Sandwich, make_recovery
@@ -78,7 +78,7 @@ def test_all_blocks_but_the_first_and_the_last_are_one(make, start):
     once = sum(p.numel() for p in first.parameters())
     report = recovery.report()
     assert report["elements_before"] == before
-    assert report["elements_after"] == before - 2 * once == sizes(model).model.elements
+    assert report["elements_after"] == before - 2 * once == count_sizes(model).model.elements
     assert report["shared"] == {blocks[0].rpartition(".")[0]: blocks[1:-1]}
     assert recovery.shrinks
     assert Sandwich().start == "mean"
@@ -158,7 +158,7 @@ def test_a_factored_model_is_published_and_loaded(start, tmp_path):
     ids = {"input_ids": torch.arange(20).view(2, 10)}
     assert torch.equal(output(again, ids), output(model, ids))
     assert shared_parameters(again) == shared_parameters(model)
-    assert written(tmp_path) == sizes(model).model.elements
+    assert written(tmp_path) == count_sizes(model).model.elements
     close(output(eckart.densify(again), ids), output(model, ids), 1e-4)
 
 
@@ -233,7 +233,7 @@ def test_tuned_published_and_loaded_in_a_fresh_process(place, tmp_path):
     result.model.save_pretrained(tmp_path / "by-transformers")
     assert torch.equal(output(eckart.load(tmp_path / "by-transformers"), ids), expected)
     result.save_pretrained(tmp_path / "out")
-    assert written(tmp_path / "out") == recovery["elements_after"] == sizes(result.model).model.elements
+    assert written(tmp_path / "out") == recovery["elements_after"] == count_sizes(result.model).model.elements
     environment = {**os.environ, "PYTHONPATH": str(Path(eckart.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-W", "ignore", "-c", LOAD, tmp_path / "out"], check=True, env=environment)
     assert torch.equal(torch.load(tmp_path / "out" / "logits.pt"), expected)

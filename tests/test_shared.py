@@ -17,7 +17,7 @@ import eckart
 from eckart.calibration.layerwise import all_blocks
 from eckart.checkpoint.description import EckartConfig, attach_config, detach_config
 from eckart.errors import CheckpointError, ModelError
-from eckart.evaluation import sizes
+from eckart.evaluation.sizes import count_sizes
 from eckart.model import cast, share_parameters, shared_clone, shared_parameters, unshare_parameters
 
 DEEP = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4, "num_decoder_layers": 4}}
@@ -44,7 +44,7 @@ def made(name):
     model = BY_NAME[name].model(**DEEP.get(name, {"num_hidden_layers": 4}))
     _, one, other, *_ = all_blocks(model)
     ties = {f"{other}.{n}": f"{one}.{n}" for n, _ in model.get_submodule(other).named_parameters()}
-    before = sizes(model).model.elements
+    before = count_sizes(model).model.elements
     share_parameters(model, ties)
     return model, ties, before
 
@@ -69,7 +69,7 @@ def test_saved_once_and_loaded_as_one(name, tmp_path):
     attach_config(model)
     model.save_pretrained(tmp_path / "m")
     written = tensors(tmp_path / "m")
-    assert sum(t.numel() for t in written.values()) == sizes(model).model.elements == before - block_size(model)
+    assert sum(t.numel() for t in written.values()) == count_sizes(model).model.elements == before - block_size(model)
     config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
     assert config == {"quant_method": "eckart", "format_version": 2, "modules": {}, "ties": ties}
     if name in ("gpt2", "llama-tied"):
@@ -133,7 +133,7 @@ def test_taken_apart(name, tmp_path):
         detach_config(model)
     eckart.densify(model)
     assert not shared_parameters(model)
-    assert sizes(model).model.elements == before
+    assert count_sizes(model).model.elements == before
     assert torch.equal(output(model, batch), logits)
     model.save_pretrained(tmp_path / "dense")
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())

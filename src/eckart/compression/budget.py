@@ -9,7 +9,7 @@ from torch import nn
 from eckart.allocation import smallest_keep
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
-from eckart.evaluation import sizes
+from eckart.evaluation.sizes import count_sizes
 from eckart.model import Sites, saved_embedding_parameters
 
 
@@ -35,7 +35,7 @@ class Budget:
     def of_recipe(cls, model: nn.Module, sites: Sites, recipe: Recipe) -> Budget:
         """The budget of a recipe's keep."""
         inside = sum(site.elements for site in sites.chosen)
-        whole = inside if recipe.keep_of == "sites" else sizes(model).model.elements
+        whole = inside if recipe.keep_of == "sites" else count_sizes(model).model.elements
         outside = whole - inside
         if recipe.keep_of == "model":  # embeddings count as they will be stored
             outside -= saved_embedding_parameters(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)

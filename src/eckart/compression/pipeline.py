@@ -32,7 +32,8 @@ from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.distributed import OtherProcessError
 from eckart.errors import ModelError, NumericalError
-from eckart.evaluation import distance, quality, sizes
+from eckart.evaluation.quality import distance_to_original, measure_quality
+from eckart.evaluation.sizes import count_sizes
 from eckart.forms import form_named
 from eckart.methods import Method, method_named
 from eckart.model import Sites, WeightLoader, factored_modules, fuse_experts, unshare_storage
@@ -223,8 +224,8 @@ def _finish(
         model=model,
         sites=sites,
         plan=plan,
-        before=sizes(model, names, work.stored_dtype),
-        after=sizes(compressed, names),
+        before=count_sizes(model, names, work.stored_dtype),
+        after=count_sizes(compressed, names),
         unreached=dense,
         curvature=calibration.curvature,
         data=work.data.description if work.data is not None else None,
@@ -273,8 +274,8 @@ def _refitted(
         if work.held is not None and fitted is not compressed:
             before = measured = _measured(work, compressed)
             after = _measured(work, fitted)
-            if distance(after) > distance(before):
-                far, farther = distance(before), distance(after)
+            if distance_to_original(after) > distance_to_original(before):
+                far, farther = distance_to_original(before), distance_to_original(after)
                 found = [f"held-out distance to the original {far:.4g} before it, {farther:.4g} after"]
                 fitted = compressed
             else:
@@ -298,7 +299,7 @@ def _measured(work: CompressionContext, compressed: PreTrainedModel) -> dict[str
         smaller = WeightLoader(compressed, work.workspace.compute_stored)
         try:
             with work.weights.streaming(blocks), smaller.streaming(blocks):
-                measured = quality(compressed, work.model, work.held, work.pooling)
+                measured = measure_quality(compressed, work.model, work.held, work.pooling)
         except Exception as error:
             failed = error
     processes.raise_if_any_failed(failed)

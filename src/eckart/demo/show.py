@@ -24,7 +24,7 @@ from eckart.compression.result import Result
 from eckart.data.documents import load_documents
 from eckart.data.inference import progress
 from eckart.errors import CheckpointError, EckartError
-from eckart.evaluation import perplexity
+from eckart.evaluation.perplexity import measure_perplexity
 from eckart.methods import METHODS
 
 MODEL = Path(__file__).parent / "model"
@@ -95,7 +95,7 @@ class Demo:
         if not self.held:
             self.held, _ = load_documents("stdlib", split="held", max_characters=12 * self.held_tokens)
         options: dict[str, Any] = {"window": self.window, "max_tokens": self.held_tokens}
-        return float(perplexity(model, self.source.tokenizer, self.held, **options)["perplexity"])
+        return float(measure_perplexity(model, self.source.tokenizer, self.held, **options)["perplexity"])
 
     def rows(self) -> Iterator[DemoRow]:
         """Every method at every size, as they are ready."""

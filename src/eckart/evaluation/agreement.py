@@ -13,10 +13,10 @@ from eckart.data.batch import Batch
 from eckart.data.inference import evaluating, forward, progress
 from eckart.data.pooling import Pooling
 from eckart.errors import DataError, UsageError
-from eckart.evaluation.divergence import kl_and_agreement
+from eckart.evaluation.divergence import compare_distributions
 
 
-def agreement(
+def compare_predictions(
     model: nn.Module, reference: nn.Module, batches: Iterable[Batch], *, disable: bool | None = None
 ) -> dict[str, Any]:
     """Compare the predictions of two models.
@@ -47,7 +47,9 @@ def agreement(
                     f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
                     "compare a model with the one it was made from"
                 )
-            divergence, equal = kl_and_agreement(_compared(logits, batch), _compared(truth.to(logits.device), batch))
+            divergence, equal = compare_distributions(
+                _compared(logits, batch), _compared(truth.to(logits.device), batch)
+            )
             total += float(divergence.sum())
             same += int(equal.sum())
             count += len(equal)
@@ -56,7 +58,7 @@ def agreement(
     return {"kl": total / count, "top1": same / count, "tokens": count, "finite": math.isfinite(total)}
 
 
-def embedding_cosine(
+def compare_embeddings(
     model: nn.Module,
     reference: nn.Module,
     batches: Iterable[Batch],
@@ -84,7 +86,7 @@ def embedding_cosine(
     distances = []
     with evaluating(model, reference):
         for batch in progress(batches, what="embeddings", disable=disable):
-            mine, truth = embed(model, batch, pooling), embed(reference, batch, pooling)
+            mine, truth = embed_sentences(model, batch, pooling), embed_sentences(reference, batch, pooling)
             if mine.shape != truth.shape:
                 raise UsageError(
                     f"the models' embeddings differ in shape, {tuple(mine.shape)} and {tuple(truth.shape)}: "
@@ -102,7 +104,7 @@ def embedding_cosine(
     }
 
 
-def embed(model: nn.Module, batch: Batch, pooling: Pooling | None = None) -> Tensor:
+def embed_sentences(model: nn.Module, batch: Batch, pooling: Pooling | None = None) -> Tensor:
     """Return sentence embeddings.
 
     Args:

@@ -28,7 +28,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.cat(pieces) if pieces else logits.new_zeros(0, dtype=torch.float64)
 
 
-def kl_and_agreement(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def compare_distributions(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Compare two distributions row by row.
 
     Args:

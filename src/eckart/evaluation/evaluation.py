@@ -20,16 +20,11 @@ from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import CalibrationData, Pooling, load_data, load_task, model_kind
 from eckart.data.documents import load_documents
 from eckart.errors import CheckpointError, UsageError
-from eckart.evaluation import (
-    agreement,
-    classification,
-    embedding_cosine,
-    perplexity,
-    quantized_baseline,
-    regression,
-    similarity,
-    sizes,
-)
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions
+from eckart.evaluation.perplexity import measure_perplexity
+from eckart.evaluation.rounding import round_weights
+from eckart.evaluation.sizes import count_sizes
+from eckart.evaluation.tasks import score_classification, score_regression, score_similarity
 from eckart.model import factored_modules, find_sites, has_output_head, with_separate_experts
 from eckart.storage.layout import model_folder, read_json
 
@@ -189,7 +184,7 @@ def _open(model: str | Path, device: str | None) -> _Model:
     if device is not None:
         loaded.to(device)  # type: ignore[arg-type]
     return _Model(
-        folder, loaded, load_tokenizer(folder), dtype, *stored_size(tensors), sizes(loaded).model.multiply_adds
+        folder, loaded, load_tokenizer(folder), dtype, *stored_size(tensors), count_sizes(loaded).model.multiply_adds
     )
 
 
@@ -198,7 +193,7 @@ def _rounded(original: _Model, bits: int) -> Iterator[tuple[PreTrainedModel, dic
     """The original with all its sites rounded, and what that would take when stored."""
     model = with_separate_experts(original.model)
     sites = find_sites(model).chosen
-    quantized = quantized_baseline(model, [site.name for site in sites], bits)
+    quantized = round_weights(model, [site.name for site in sites], bits)
     matrices = sum(site.elements for site in sites) * original.dtype.itemsize
     assert isinstance(quantized.model, PreTrainedModel)
     yield quantized.model, {**original.size, "bytes": original.bytes - matrices + quantized.named_bytes}
@@ -255,7 +250,7 @@ def _perplexity(asked: Asked, mine: _Model, original: _Model | None, tokenizer: 
     scorer = _Scorer(lambda model: {}, described, "")
 
     def score(model: PreTrainedModel) -> Scores:
-        values = perplexity(model, tokenizer, texts, batch_size=size, **options)
+        values = measure_perplexity(model, tokenizer, texts, batch_size=size, **options)
         scorer.protocol = f"{values['tokens']} tokens scored; {values['protocol']}"
         found = {"perplexity": values["perplexity"], "bits per byte": values["bits_per_byte"]}
         if values["nonfinite_tokens"]:
@@ -303,12 +298,12 @@ def _labeled(task: str, asked: Asked, mine: _Model, tokenizer: Any) -> _Scorer:
 
     def score(model: PreTrainedModel) -> Scores:
         if task == "classification":
-            values = classification(model, tokenizer, rows, **options)
+            values = score_classification(model, tokenizer, rows, **options)
             return {"accuracy": values["accuracy"], "F1": values["f1"], "Matthews": values["matthews"]}
         if task == "regression":
-            values = regression(model, tokenizer, rows, **options)
+            values = score_regression(model, tokenizer, rows, **options)
         else:
-            values = similarity(model, tokenizer, rows, pooling, **options)
+            values = score_similarity(model, tokenizer, rows, pooling, **options)
         return {"Spearman": values["spearman"], "Pearson": values["pearson"]}
 
     what = {
@@ -340,7 +335,7 @@ def _compared(task: str, loaded: CalibrationData, original: _Model, pooling: Poo
     def score(model: PreTrainedModel) -> Scores:
         if task == "agreement":
             return _agreement(model, original.model, loaded)
-        values = embedding_cosine(model, original.model, loaded, pooling)
+        values = compare_embeddings(model, original.model, loaded, pooling)
         return {"1 - cosine to the original": values["cosine_distance"], "worst 1 - cosine": values["worst"]}
 
     protocol = f"{loaded.num_examples} examples, {loaded.num_tokens} tokens, each held against the original"
@@ -348,7 +343,7 @@ def _compared(task: str, loaded: CalibrationData, original: _Model, pooling: Poo
 
 
 def _agreement(model: PreTrainedModel, original: PreTrainedModel, loaded: CalibrationData) -> Scores:
-    values = agreement(model, original, loaded)
+    values = compare_predictions(model, original, loaded)
     return {"KL to the original (nats)": values["kl"], "same most likely": values["top1"]}
 
 

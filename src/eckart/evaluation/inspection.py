@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from eckart.data import model_kind
 from eckart.data.inference import evaluating, forward, progress
-from eckart.evaluation import sizes
+from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS
 from eckart.model import Site, dense_weight, find_sites, with_separate_experts
 from eckart.moments import shared_inputs
@@ -67,7 +67,7 @@ def inspect_model(
         "kinds": list(kinds.values()),
         "groups": _groups(model, [site.name for site in sites.chosen]),
         "parameters": _parameters(model, sites.chosen),
-        "sizes": sizes(model, dtype=dtype).model.as_dict(),
+        "sizes": count_sizes(model, dtype=dtype).model.as_dict(),
         "skipped": _skipped(sites.skipped),
     }
 

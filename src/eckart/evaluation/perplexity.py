@@ -30,7 +30,7 @@ class _Window:
     end: int
 
 
-def perplexity(
+def measure_perplexity(
     model: nn.Module,
     tokenizer: Any,
     text: str | Sequence[str],

@@ -8,10 +8,12 @@ from torch import nn
 
 from eckart.data import CalibrationData, Pooling
 from eckart.errors import NumericalError, UsageError
-from eckart.evaluation.agreement import agreement, embedding_cosine
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions
 
 
-def quality(model: nn.Module, original: nn.Module, held: CalibrationData, pooling: Pooling | None) -> dict[str, Any]:
+def measure_quality(
+    model: nn.Module, original: nn.Module, held: CalibrationData, pooling: Pooling | None
+) -> dict[str, Any]:
     """Agreement of the predictions, or of the embeddings of a model that predicts no distribution.
 
     Args:
@@ -27,9 +29,9 @@ def quality(model: nn.Module, original: nn.Module, held: CalibrationData, poolin
         NumericalError: if the compressed model's output is not finite.
     """
     try:
-        name, values = "agreement", agreement(model, original, held)
+        name, values = "agreement", compare_predictions(model, original, held)
     except UsageError:  # features, one score, spans: no distribution to compare, so the hidden states are
-        name, values = "embedding", embedding_cosine(model, original, held, pooling)
+        name, values = "embedding", compare_embeddings(model, original, held, pooling)
     if not values["finite"]:
         raise NumericalError(
             f"the compressed {type(model).__name__}'s output on held-out text is not finite ({values}); it is not "
@@ -38,7 +40,7 @@ def quality(model: nn.Module, original: nn.Module, held: CalibrationData, poolin
     return {name: values, "examples": held.num_examples, "tokens": held.num_tokens}
 
 
-def distance(measured: dict[str, Any]) -> float:
+def distance_to_original(measured: dict[str, Any]) -> float:
     """One number of :func:`quality`: KL in nats a token, or 1 - cosine; 0 for the original itself."""
     if "agreement" in measured:
         return float(measured["agreement"]["kl"])

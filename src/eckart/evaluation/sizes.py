@@ -47,7 +47,7 @@ class Sizes:
     modules: dict[str, Size] = field(default_factory=dict)
 
 
-def sizes(model: nn.Module, names: Iterable[str] = (), dtype: torch.dtype | None = None) -> Sizes:
+def count_sizes(model: nn.Module, names: Iterable[str] = (), dtype: torch.dtype | None = None) -> Sizes:
     """Count what a model stores and computes.
 
     Stored is what its state dict holds: parameters and persistent buffers, each tensor once however many names it

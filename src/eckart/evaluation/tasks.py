@@ -17,13 +17,13 @@ from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData
 from eckart.errors import DataError, UsageError
 from eckart.evaluation import metrics
-from eckart.evaluation.agreement import embed
+from eckart.evaluation.agreement import embed_sentences
 
 MAX_SEQ_LENGTH = 512
 """Tokens a text, where no number is asked for and the model has as many positions."""
 
 
-def classification(
+def score_classification(
     model: nn.Module,
     tokenizer: Any,
     task: TaskData,
@@ -75,7 +75,7 @@ def classification(
     }
 
 
-def regression(
+def score_regression(
     model: nn.Module,
     tokenizer: Any,
     task: TaskData,
@@ -106,7 +106,7 @@ def regression(
     return _correlations(logits[:, 0], task)
 
 
-def similarity(
+def score_similarity(
     model: nn.Module,
     tokenizer: Any,
     task: TaskData,
@@ -144,7 +144,7 @@ def similarity(
     with evaluating(model):
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
         for batch in progress(batches, what="embeddings", disable=disable):
-            found |= dict(zip(batch.examples, embed(model, batch, pooling), strict=True))
+            found |= dict(zip(batch.examples, embed_sentences(model, batch, pooling), strict=True))
     first = torch.stack([found[one] for one, _ in pairs])
     second = torch.stack([found[two] for _, two in pairs])
     return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), task)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from eckart.allocation import DENSE, Choice, Plan
-from eckart.evaluation import Size, Sizes
+from eckart.evaluation.sizes import Size, Sizes
 from eckart.forms import form_named
 from eckart.methods import Method
 from eckart.model import Sites

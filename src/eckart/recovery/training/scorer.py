@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from eckart.data import Batch, Pooling, TaskData
 from eckart.data.inference import evaluating, forward
-from eckart.evaluation import classification, embedding_cosine, perplexity, regression
+from eckart.evaluation.agreement import compare_embeddings
 from eckart.evaluation.divergence import negative_log_likelihood
+from eckart.evaluation.perplexity import measure_perplexity
+from eckart.evaluation.tasks import score_classification, score_regression
 from eckart.recovery.training.masking import mask_tokens
 
 EVAL_TOKENS = 65_536
@@ -78,10 +80,10 @@ def labeled_scorer(task: str, tokenizer: Any, rows: TaskData, length: int) -> Sc
 
     def score(model: PreTrainedModel) -> Scores:
         if task == "classification":
-            found = classification(model, tokenizer, rows, max_seq_length=length)
+            found = score_classification(model, tokenizer, rows, max_seq_length=length)
             numbers = {"accuracy": found["accuracy"], "F1": found["f1"], "Matthews": found["matthews"]}
             return Scores(numbers, tuple(found["right"]))
-        found = regression(model, tokenizer, rows, max_seq_length=length)
+        found = score_regression(model, tokenizer, rows, max_seq_length=length)
         return Scores({"Spearman": found["spearman"], "Pearson": found["pearson"]})
 
     return Scorer(score, "accuracy" if task == "classification" else "Spearman", True, f"{len(rows)} rows")
@@ -92,7 +94,7 @@ def text_scorer(tokenizer: Any, texts: Sequence[str], length: int, windows: int 
     tokens = windows * length if windows is not None else EVAL_TOKENS
 
     def score(model: PreTrainedModel) -> Scores:
-        found = perplexity(model, tokenizer, texts, window=length, max_tokens=tokens)
+        found = measure_perplexity(model, tokenizer, texts, window=length, max_tokens=tokens)
         return Scores({"perplexity": found["perplexity"]})
 
     return Scorer(score, "perplexity", False, f"windows of {length} tokens, at most {tokens} tokens")
@@ -102,7 +104,7 @@ def sentence_scorer(teacher: PreTrainedModel, batches: Sequence[Batch], pooling:
     """Mean and largest `1 - cosine` of the sentence embeddings to the teacher's."""
 
     def score(model: PreTrainedModel) -> Scores:
-        found = embedding_cosine(model, teacher, batches, pooling)
+        found = compare_embeddings(model, teacher, batches, pooling)
         return Scores({"1 - cosine": found["cosine_distance"], "worst 1 - cosine": found["worst"]})
 
     texts, how = sum(map(len, batches)), " and ".join(pooling.modes)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import NumericalError, UsageError
-from eckart.evaluation.sizes import sizes
+from eckart.evaluation.sizes import count_sizes
 
 GROUP = 64
 """Weights of a row that share a scale at 4 bits."""
@@ -21,7 +21,7 @@ SCALE_BYTES = {8: 4, 4: 2}
 
 
 @dataclass(frozen=True)
-class Quantized:
+class RoundedModel:
     """A model with rounded weights.
 
     Attributes:
@@ -35,7 +35,7 @@ class Quantized:
     model_bytes: int
 
 
-def quantized_baseline(model: nn.Module, names: Iterable[str], bits: int) -> Quantized:
+def round_weights(model: nn.Module, names: Iterable[str], bits: int) -> RoundedModel:
     """Round weights to the nearest of few levels, with no calibration.
 
     Symmetric, to nearest: int8 with one float32 scale an output row, or int4 in groups of 64 along a row with one
@@ -77,8 +77,8 @@ def quantized_baseline(model: nn.Module, names: Iterable[str], bits: int) -> Qua
         with torch.no_grad():
             weight.copy_(nearest if isinstance(module, nn.Linear) else nearest.T)
         dense += weight.numel() * weight.element_size()
-        stored += stored_bytes(rows.shape[0], rows.shape[1], bits)
-    return Quantized(rounded, stored, sizes(model).model.bytes - dense + stored)
+        stored += count_rounded_bytes(rows.shape[0], rows.shape[1], bits)
+    return RoundedModel(rounded, stored, count_sizes(model).model.bytes - dense + stored)
 
 
 def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
@@ -105,7 +105,7 @@ def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
     return nearest.view(outputs, -1)[:, :inputs].to(weight.dtype)
 
 
-def stored_bytes(outputs: int, inputs: int, bits: int) -> int:
+def count_rounded_bytes(outputs: int, inputs: int, bits: int) -> int:
     """Return what a rounded weight takes when stored.
 
     Args:

@@ -24,7 +24,6 @@ from test_data_models import (
 from transformers import BertForSequenceClassification, BertModel, LlamaForSequenceClassification
 
 from eckart.data import Batch, CalibrationData, load_data
-from eckart.data import loading as loading_module
 from eckart.data import source as source_module
 from eckart.errors import DataError, NumericalError, UsageError
 
@@ -599,8 +598,5 @@ def test_items_of_no_use_are_named():
         load_data(["x", 3], **CAUSAL)
 
 
-def test_defaults_are_what_they_are_said_to_be():
-    assert loading_module.NUM_SAMPLES["causal"] == 128
-    assert loading_module.NUM_SAMPLES["encoder"] == 1024
-    assert (loading_module.MAX_SEQ_LENGTH, loading_module.BATCH_SIZE) == (512, 8)
+def test_a_list_of_texts_becomes_batches():
     assert isinstance(load_data(["abc"], **CAUSAL), CalibrationData)

@@ -241,7 +241,7 @@ def test_a_classifier_is_fitted_on_its_tasks_text(place):
 
 
 def test_more_rows_than_it_takes_are_drawn_from(place, monkeypatch):
-    monkeypatch.setitem(sys.modules["eckart.recovery.training.closed_form"].NUM_SAMPLES, "causal", 20)
+    monkeypatch.setattr(sys.modules["eckart.recovery.training.closed_form"], "default_samples", lambda kind: 20)
     result = refit(place, num_samples=None)
     assert result.report["solving"]["rows"] == 20
     assert any(note.startswith("20 of ") and "--num-samples" in note for note in result.report["notes"])

@@ -39,7 +39,7 @@ COMPRESS = {
     "dsee": (["--method", "dsee"], "dsee is trained: eckart tune DIR --recovery dsee"),
     "distil": (["--method", "distil"], "distil is trained: eckart tune DIR --recovery distil --teacher MODEL"),
     "lora": (["--method", "lora"], "lora is trained: eckart tune DIR --recovery lora"),
-    "refit": (["--method", "refit"], "eckart tune DIR --recovery refit --teacher MODEL --data FILE --output-dir OUT; "
+    "refit": (["--recovery", "refit"], "eckart tune DIR --recovery refit --teacher MODEL --data FILE --output-dir OUT; "
                                      "while factors are made, any method with --refit"),
     "a metric": (["--metric", "ilkd"], "ilkd is trained: eckart tune DIR --recovery ilkd --teacher MODEL"),
     "a size of one that states its own": (["--method", "kngpt2", "--keep", "0.3"],
@@ -54,7 +54,7 @@ COMPRESS = {
     "too little of the embeddings": (["--method", "svd", "--embeddings", "safe", "--embeddings-keep", "0.0001"],
                                      "--embeddings-keep 0.0001: model.embed_tokens is 8192 x 32"),
     "a part of embeddings that are kept": (["--method", "svd", "--embeddings-keep", "0.5"],
-                                           "embeddings are kept as they are. Name a form for them: --embeddings low"),
+                                           "Name a form for them: --embeddings low"),
     "a refit without inputs": (["--method", "svd", "--refit"], "use --metric drone or kfac, or leave --refit out"),
     "a refit of Kronecker products": (["--method", "drone", "--form", "kronecker", "--refit"], "leave --refit out"),
 }  # fmt: skip
@@ -80,10 +80,9 @@ def test_compare_names_it_too(place, tmp_path):
 TUNE = {
     "a method": ("llama-50", ["--recovery", "svd"], "recovery 'svd' is a method, by which a model is factored: eckart "
                                                     "compress MODEL --method svd"),
-    "a method by the other flag": ("llama-50", ["--method", "drone"], "eckart compress MODEL --method drone"),
-    "two recoveries": ("llama-50", ["--method", "lora", "--recovery", "full"], "both name the recovery. Give one"),
+    "a recovery by the former flag": ("llama-50", ["--method", "lora"], "write recovery: lora (--recovery lora)"),
     "ilkd without a teacher": ("llama-50", ["--recovery", "ilkd"], "recovery ilkd learns from a teacher. Name the"),
-    "refit without a teacher": ("llama-50", ["--method", "refit"], "recovery refit learns from a teacher. Name the"),
+    "refit without a teacher": ("llama-50", ["--recovery", "refit"], "recovery refit learns from a teacher. Name the"),
     "dsee of factors": ("llama-50", ["--recovery", "dsee"], "recovery dsee starts from a dense model, and "
                         "model.layers.0.self_attn.q_proj is factored already. Give the original"),
     "losparse of factors": ("llama-50", ["--recovery", "losparse"], "recovery losparse starts from a dense model"),
@@ -113,19 +112,6 @@ def test_every_recovery_is_no_method_and_every_method_no_recovery():
     for name in METHODS:
         with pytest.raises(UsageError, match=f"eckart compress MODEL --method {name} "):
             make_tune_recipe({"recovery": name})
-
-
-def test_method_is_another_word_for_recovery(place, tmp_path):
-    assert make_tune_recipe({"method": "lora"}) == make_tune_recipe({"recovery": "lora"})
-    assert make_tune_recipe({"method": "lora", "recovery": "lora"}).recovery == "lora"
-    (tmp_path / "run.yaml").write_text("method: full\nmax-steps: 1\nbatch-size: 2\nmax-seq-length: 16\n")
-    base = ["tune", place / "llama-50", "--config", tmp_path / "run.yaml", "--data", place / "text.txt",
-            "--num-samples", 4, "--eval-samples", 2]  # fmt: skip
-    for more, expected in (([], "full"), (["--method", "lora"], "lora"), (["--recovery", "lora"], "lora")):
-        words = [*base, *more, "--output-dir", tmp_path / f"out{len(more)}{expected}", "--overwrite"]
-        done = CliRunner().invoke(app, [str(word) for word in words])
-        assert done.exit_code == 0, done.output
-        assert f"recovery {expected}" in done.output
 
 
 def test_a_teacher_that_nobody_learns_from_is_noted(place):

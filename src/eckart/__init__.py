@@ -1,28 +1,86 @@
 """eckart makes pretrained transformers smaller and faster by factoring their weight matrices.
 
-Importing it registers the checkpoint format with transformers, so that `from_pretrained` loads what
-:func:`compress` saved.
+Importing it imports neither torch nor transformers. It lets `from_pretrained` load what :func:`compress` saved, as soon
+as transformers is imported.
 """
 
-from eckart.checkpoint.description import detach_config as _unmark
-from eckart.checkpoint.load import load
-from eckart.checkpoint.plugin import register as _register
-from eckart.compression.checkpoint import compress_checkpoint
-from eckart.compression.pipeline import compare, compress
-from eckart.compression.recipe import Recipe
-from eckart.compression.result import Result
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from eckart.checkpoint.register import register_when_imported
 from eckart.errors import EckartError
-from eckart.evaluation.evaluation import evaluate
-from eckart.model import fuse_experts as _fuse
-from eckart.model import to_dense_modules as _to_dense_modules
-from eckart.recovery.pipeline import tune
-from eckart.recovery.recipe import TuneRecipe
-from eckart.recovery.result import TuneResult
+
+if TYPE_CHECKING:
+    from eckart.allocation import Choice, Plan
+    from eckart.checkpoint.export import densify
+    from eckart.checkpoint.export import export_dense as export
+    from eckart.checkpoint.load import load
+    from eckart.compression.checkpoint import compress_checkpoint
+    from eckart.compression.pipeline import compare, compress
+    from eckart.compression.recipe import Recipe
+    from eckart.compression.result import Result
+    from eckart.evaluation.evaluation import evaluate
+    from eckart.evaluation.inspection import inspect_model as inspect
+    from eckart.forms.base import Factored, FactoredLinear
+    from eckart.linalg.metric import Metric
+    from eckart.linalg.solve import Problem
+    from eckart.methods.base import Method
+    from eckart.recovery.base import ClosedFormRecovery, Recovery
+    from eckart.recovery.pipeline import tune
+    from eckart.recovery.recipe import TuneRecipe
+    from eckart.recovery.result import TuneResult
+    from eckart.registry import register_form, register_method, register_recovery
+
+register_when_imported()
 
 __version__ = "0.1.0"
+
+_PLACES = {
+    # What there is to do with a model.
+    "compress": "compression.pipeline:compress",
+    "compare": "compression.pipeline:compare",
+    "evaluate": "evaluation.evaluation:evaluate",
+    "tune": "recovery.pipeline:tune",
+    "inspect": "evaluation.inspection:inspect_model",
+    "load": "checkpoint.load:load",
+    "densify": "checkpoint.export:densify",
+    "export": "checkpoint.export:export_dense",
+    "compress_checkpoint": "compression.checkpoint:compress_checkpoint",
+    # What goes in, and what comes out.
+    "Recipe": "compression.recipe:Recipe",
+    "TuneRecipe": "recovery.recipe:TuneRecipe",
+    "Result": "compression.result:Result",
+    "TuneResult": "recovery.result:TuneResult",
+    "Plan": "allocation:Plan",
+    "Choice": "allocation:Choice",
+    # What methods, forms and recoveries are made of (docs/architecture.md shows how).
+    "Method": "methods.base:Method",
+    "Metric": "linalg:Metric",
+    "Problem": "linalg:Problem",
+    "Factored": "forms.base:Factored",
+    "FactoredLinear": "forms.base:FactoredLinear",
+    "Recovery": "recovery.base:Recovery",
+    "ClosedFormRecovery": "recovery.base:ClosedFormRecovery",
+    "register_method": "registry:register_method",
+    "register_form": "registry:register_form",
+    "register_recovery": "registry:register_recovery",
+}
+"""Public name -> module:attribute, imported when it is first used."""
+
 __all__ = [
+    "Choice",
+    "ClosedFormRecovery",
     "EckartError",
+    "Factored",
+    "FactoredLinear",
+    "Method",
+    "Metric",
+    "Plan",
+    "Problem",
     "Recipe",
+    "Recovery",
     "Result",
     "TuneRecipe",
     "TuneResult",
@@ -31,27 +89,24 @@ __all__ = [
     "compress_checkpoint",
     "densify",
     "evaluate",
+    "export",
+    "inspect",
     "load",
+    "register_form",
+    "register_method",
+    "register_recovery",
     "tune",
 ]
 
-_register()
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'eckart' has no attribute {name!r}")
+    module, _, attribute = _PLACES[name].partition(":")
+    value = getattr(importlib.import_module(f"eckart.{module}"), attribute)
+    globals()[name] = value
+    return value
 
 
-def densify(model):  # type: ignore[no-untyped-def]
-    """Replace every factored weight by the dense one that it stands for, in place; what layers share, each gets.
-
-    Args:
-        model: a model that :func:`compress` made or `from_pretrained` loaded.
-
-    Returns:
-        The same model with plain Linear and Conv1D modules; `save_pretrained` then writes an ordinary
-        checkpoint that needs no eckart.
-
-    Raises:
-        EckartError: if the model holds no factored weight.
-    """
-    _to_dense_modules(model)
-    _fuse(model)
-    _unmark(model)
-    return model
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PLACES})

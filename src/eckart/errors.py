@@ -32,5 +32,9 @@ class ModelError(EckartError):
     """A model that holds nothing to factor, or is already factored or quantized."""
 
 
+class OtherProcessError(EckartError):
+    """Another process failed and reports its own error; this one stops because of it."""
+
+
 class NumericalError(EckartError):
     """Numbers that are not finite, or a decomposition that failed even in float64."""

@@ -265,3 +265,21 @@ RECOVERIES: Registry[Any] = Registry(
     },
 )
 """Ways to make quality come back (`--recovery`)."""
+
+
+def register_method(method: T) -> T:
+    """Make a :class:`eckart.Method` of your own known under its `name`, in this process."""
+    METHODS.add(method.name, method)  # type: ignore[attr-defined]
+    return method
+
+
+def register_form(form: T) -> T:
+    """Make a form of your own, a class on :class:`eckart.FactoredLinear`, known under its `form`, in this process."""
+    FORMS.add(form.form, form)  # type: ignore[attr-defined]
+    return form
+
+
+def register_recovery(recovery: T) -> T:
+    """Make a recovery of your own, a class on :class:`eckart.Recovery`, known under its `name`, in this process."""
+    RECOVERIES.add(recovery.name, recovery)  # type: ignore[attr-defined]
+    return recovery

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eckart.checkpoint.description import is_special
+from transformers import PreTrainedModel
+
+from eckart.checkpoint.description import detach_config, is_special
 from eckart.checkpoint.load import load
 from eckart.checkpoint.save import save
 from eckart.checkpoint.source import resolve
@@ -13,6 +15,27 @@ from eckart.errors import ModelError
 from eckart.model import fuse_experts, to_dense_modules
 from eckart.storage.lock import OutputLock
 from eckart.storage.publish import check_output
+
+
+def densify(model: PreTrainedModel) -> PreTrainedModel:
+    """Replace every factored weight of a model by the dense matrix that it stands for, in place.
+
+    Weights that layers share are copied into each of them.
+
+    Args:
+        model: a model that :func:`eckart.compress` made or `from_pretrained` loaded.
+
+    Returns:
+        The same model with plain Linear and Conv1D modules; `save_pretrained` then writes an ordinary checkpoint
+        that needs no eckart.
+
+    Raises:
+        ModelError: the model holds no factored weight.
+    """
+    to_dense_modules(model)
+    fuse_experts(model)
+    detach_config(model)
+    return model
 
 
 def export_dense(
@@ -39,7 +62,6 @@ def export_dense(
         model = load(source, trust_remote_code=trust_remote_code)
         if not is_special(model):
             raise ModelError(f"{source} holds no factored weight: it loads without eckart as it is. Copy the folder.")
-        to_dense_modules(model)
-        fuse_experts(model)
+        densify(model)
         tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         return save(model, output_dir, tokenizer=tokenizer, source_folder=source, overwrite=overwrite, lock=lock)

@@ -1,4 +1,4 @@
-"""The command line: names the commands and starts one of them."""
+"""The command line: lists the commands and starts one of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from eckart import __version__
 from eckart.cli.compare import compare
 from eckart.cli.compress import compress
-from eckart.cli.console import quieten
+from eckart.cli.console import set_up_logging
 from eckart.cli.demo import demo
 from eckart.cli.evaluate import evaluate_folder
 from eckart.cli.export import export
@@ -56,7 +56,7 @@ def eckart(
     ] = False,
 ) -> None:
     """Make pretrained transformers smaller by factoring their weight matrices, and measure what it cost."""
-    quieten(verbose)
+    set_up_logging(verbose)
 
 
 def main() -> None:

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from eckart.cli.console import check_json, guarded, show, write_json
-from eckart.cli.options import asked, fields, recipe_options
-from eckart.compression.checkpoint import compare_checkpoint
+from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
+from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
-from eckart.report.scores import render_comparison
 
 
 @guarded
-@recipe_options(*fields("method", "keep", "plan"))
+@recipe_options(Recipe, *options_of(Recipe, "method", "keep", "plan"))
 def compare(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the model.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; `eckart methods` lists them.")],
-    keep: Annotated[str, typer.Option(help="Fractions that are stored afterwards, separated by commas.")] = "0.7",
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
+    keep: Annotated[
+        str, typer.Option(help="Fractions of the numbers that are stored afterwards, separated by commas.")
+    ] = "0.7",
+    json: JsonOption = None,
     **options: Any,
 ) -> None:
     """Compress a model by several methods at several sizes, and show what each costs; nothing is published.
@@ -30,21 +30,31 @@ def compare(
     Example: eckart compare MODEL --methods svd,fwsvd,drone,eckart --keep 0.9,0.7,0.5 --data texts.txt
     """
     check_json(json)
-    recipe = asked({}, None, model, options)
-    found = compare_checkpoint(recipe, _words(methods, "--methods"), _fractions(keep))
+    recipe = recipe_from_cli(Recipe, model, options)
+    names, keeps = split_words(methods, "--methods"), _fractions(keep)
+
+    from eckart.compression.checkpoint import compare_checkpoint
+    from eckart.report.scores import render_comparison
+
+    found = compare_checkpoint(recipe, names, keeps)
     show(render_comparison(found))
     write_json(json, found)
 
 
-def _words(value: str, option: str) -> list[str]:
+def split_words(value: str, option: str) -> list[str]:
+    """The words between commas, each once.
+
+    Raises:
+        UsageError: there is none.
+    """
     words = [word.strip() for word in value.split(",") if word.strip()]
     if not words:
-        raise UsageError(f"{option}: there is none. Give names separated by commas: {option} svd,drone")
+        raise UsageError(f"{option} is empty. Give names separated by commas: {option} svd,drone")
     return list(dict.fromkeys(words))
 
 
 def _fractions(value: str) -> list[float]:
     try:
-        return [float(word) for word in _words(value, "--keep")]
+        return [float(word) for word in split_words(value, "--keep")]
     except ValueError:
         raise UsageError(f"--keep {value}: give fractions separated by commas, such as 0.9,0.7,0.5") from None

@@ -1,4 +1,4 @@
-"""What the commands share: where they print, how they fail, what is kept quiet."""
+"""What the commands share: printing, errors and exit codes, logging, JSON files."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import typer
 from rich.console import Console
 from rich.text import Text
 
-from eckart.distributed import OtherProcessError, is_main
-from eckart.errors import EckartError, UsageError
+from eckart.distributed import is_main
+from eckart.errors import EckartError, OtherProcessError, UsageError
 
 WIDTH = 120
-"""Columns where the output goes to no terminal."""
+"""Columns of the output where it does not go to a terminal."""
 
 INTERRUPTED = 130
 F = TypeVar("F", bound=Callable[..., Any])
@@ -37,18 +36,19 @@ def show(*renderables: Any) -> None:
 
 
 def say(message: str, style: str = "") -> None:
-    """Print a word on progress or trouble on stderr; of several processes one does, but all print their errors."""
+    """Print progress or an error on stderr; of several processes one prints progress, all print their errors."""
     if style != "red" and not is_main():
         return
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message, style=style))
 
 
 def guarded(function: F) -> F:
-    """Turn what went wrong into a message and an exit code, without a traceback: 1, 2, or 130 on Ctrl-C."""
+    """Turn an exception into a message and an exit code without a traceback: 1, 2, or 130 after Ctrl-C."""
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
+            _quieten_libraries()
             return function(*args, **kwargs)
         except EckartError as error:
             if is_main() or not isinstance(error, OtherProcessError):
@@ -56,23 +56,22 @@ def guarded(function: F) -> F:
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt:
             say(
-                "interrupted; an output is published whole or not at all. What an unfinished run block by block has "
-                "done is kept.",
+                "interrupted; nothing was published. A run that works block by block, and a training, resume when the "
+                "same command is given again.",
                 "red",
             )
             raise typer.Exit(INTERRUPTED) from None
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            say(
-                f"error: out of memory ({error or type(error).__name__}). Lower --batch-size, --max-seq-length or "
-                "--num-samples, or use a machine with more.",
-                "red",
-            )
+        except MemoryError as error:
+            _say_out_of_memory(error)
             raise typer.Exit(EckartError.exit_code) from error
         except OSError as error:
             say(f"error: {error}; nothing was published. Free space or choose another place, and run again.", "red")
             raise typer.Exit(EckartError.exit_code) from error
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if logging.getLogger("eckart").level <= logging.INFO:  # --verbose
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError; torch may not be imported
+                _say_out_of_memory(error)
+                raise typer.Exit(EckartError.exit_code) from error
+            if _verbose():
                 raise
             say(
                 f"error: {type(error).__name__}: {error}. Nothing was published; "
@@ -84,21 +83,38 @@ def guarded(function: F) -> F:
     return run  # type: ignore[return-value]
 
 
-def quieten(verbose: bool) -> None:
-    """Our own log on stderr; of other libraries, errors alone."""
-    import huggingface_hub
-    import transformers
+def _say_out_of_memory(error: BaseException) -> None:
+    say(
+        f"error: out of memory ({error or type(error).__name__}). Lower --batch-size, --max-seq-length or "
+        "--num-samples, or use a machine with more memory.",
+        "red",
+    )
 
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    huggingface_hub.utils.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
-    transformers.logging.set_verbosity(logging.INFO if verbose else logging.ERROR)
+
+def set_up_logging(verbose: bool) -> None:
+    """Show eckart's own log on stderr, and every step of it where `verbose`."""
     others = r"(torch|transformers|datasets|huggingface_hub)\b"
     warnings.filterwarnings("default" if verbose else "ignore", module=others)
     logger = logging.getLogger("eckart")
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     if not logger.handlers:
         logger.addHandler(_Handler())
+
+
+def _quieten_libraries() -> None:
+    """Let other libraries print errors alone; called when a command runs, so that `--help` need not import them."""
+    import huggingface_hub
+    import transformers
+
+    level = logging.INFO if _verbose() else logging.ERROR
+    huggingface_hub.utils.logging.set_verbosity(level)
+    transformers.logging.set_verbosity(level)
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+
+
+def _verbose() -> bool:
+    return logging.getLogger("eckart").level <= logging.INFO
 
 
 class _Handler(logging.Handler):
@@ -118,7 +134,7 @@ def check_json(path: Path | None) -> None:
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write what was found, where a file was asked for; numbers that are not finite as strings."""
+    """Write the results to a file if there is a path; numbers that are not finite become strings."""
     if path is None or not is_main():
         return
     path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")

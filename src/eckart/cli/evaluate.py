@@ -1,16 +1,14 @@
-"""`eckart eval`: what it cost in quality."""
+"""`eckart eval`: the scores of a model beside those of its original."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from eckart.cli.console import check_json, guarded, show, write_json
-from eckart.cli.options import recipe_options
-from eckart.evaluation.evaluation import TASKS, evaluate
-from eckart.report.scores import render_scores
+from eckart.cli.options import JsonOption, recipe_options
+from eckart.compression.recipe import Recipe
 
 DATA = ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
         "data_revision", "num_samples", "max_seq_length", "batch_size", "device")  # fmt: skip
@@ -23,17 +21,18 @@ WORDS = {
 
 
 @guarded
-@recipe_options(*DATA, words=WORDS)
+@recipe_options(Recipe, *DATA, descriptions=WORDS)
 def evaluate_folder(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub name of the model to score.")],
     against: Annotated[str | None, typer.Option(help="The original: scored by the same protocol, beside it.")] = None,
     task: Annotated[
-        str | None, typer.Option(help=f"One of: {', '.join(TASKS)}. Default: what fits the model and the data.")
+        str | None,
+        typer.Option(help="What is scored: perplexity, ... Default: what fits the model and the data."),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Another name for --max-seq-length.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Only the first so many tokens of running text.")] = None,
     baselines: Annotated[bool, typer.Option(help="Score the original rounded to int8 and int4 as well.")] = True,
-    json: Annotated[Path | None, typer.Option(help="Write all numbers to this file, too.")] = None,
+    json: JsonOption = None,
     **options: Any,
 ) -> None:
     """Score a model, and the original beside it by the same protocol.
@@ -47,6 +46,10 @@ def evaluate_folder(
     check_json(json)
     if window is not None:
         options["max_seq_length"] = window
+
+    from eckart.evaluation.evaluation import evaluate
+    from eckart.report.scores import render_scores
+
     device = options.pop("device", None)
     found = evaluate(folder, against, task=task, max_tokens=max_tokens, baselines=baselines, device=device, **options)
     show(render_scores(found))

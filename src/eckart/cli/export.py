@@ -1,4 +1,4 @@
-"""`eckart export`: for those without eckart."""
+"""`eckart export`: an ordinary checkpoint, for programs without eckart."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from eckart.checkpoint.export import export_dense
 from eckart.cli.console import guarded, show
 from eckart.errors import UsageError
 
@@ -17,17 +16,24 @@ FORMATS = ("dense",)
 @guarded
 def export(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that eckart published.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder to publish; it must not be there yet.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to publish; it must not exist yet.")],
     format: Annotated[str, typer.Option(help=f"One of: {', '.join(FORMATS)}.")] = "dense",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that eckart published.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
+    ] = False,
 ) -> None:
     """Write a model that loads without eckart.
 
-    dense: every factored weight is multiplied out. An ordinary checkpoint, as large as the original, with the
-    compressed model's outputs.
+    dense: every factored weight is multiplied out. The result is an ordinary checkpoint, as large as the original, that
+    computes what the compressed model computes.
 
     Example: eckart export smol-70 --output-dir smol-70-dense
     """
     if format not in FORMATS:
         raise UsageError(f"--format {format}: choose one of {', '.join(FORMATS)}.")
-    show(f"published in {export_dense(folder, output_dir, overwrite=overwrite)}; it needs no eckart")
+
+    from eckart.checkpoint.export import export_dense
+
+    published = export_dense(folder, output_dir, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    show(f"published in {published}; it loads without eckart")

@@ -1,4 +1,4 @@
-"""The fields of a recipe as options of a command: one wording for --help, run.yaml and Python."""
+"""The fields of a recipe as options of a command: one text serves `--help`, run.yaml and Python."""
 
 from __future__ import annotations
 
@@ -11,44 +11,59 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union
 
 import typer
-from pydantic import BaseModel
 
-from eckart.compression.recipe import Recipe, make_recipe
+from eckart.config import RecipeBase, check_recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
+R = TypeVar("R", bound=RecipeBase)
 
 PANELS = {
-    "What": ("method", "metric", "form", "layers_per_basis", "allocation", "refit", "keep", "keep_of", "embeddings",
-             "embeddings_keep", "rank_multiple", "plan", "targets", "ignore", "dtype"),
-    "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
-             "data_revision", "num_samples", "max_seq_length", "batch_size", "curvature", "seed", "data_pair_column",
-             "eval_data", "eval_split", "eval_samples"),
-    "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps"),
+    "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_pair_column",
+             "data_label_column", "data_revision", "eval_data", "eval_split", "eval_samples", "num_samples",
+             "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
+    "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
+                 "gradient_accumulation", "gradient_checkpointing", "bf16"),
     "Model and machine": ("revision", "device", "stream", "cache_memory", "trust_remote_code"),
 }  # fmt: skip
+"""Headings of `--help` -> fields; all others stand under "What"."""
 
-ARGUMENTS = ("model",)
-"""Fields that are no options: MODEL is the command's argument."""
+JsonOption = Annotated[
+    Path | None, typer.Option(help="Also write all numbers to this JSON file.", rich_help_panel="Output")
+]
+OutputOption = Annotated[
+    Path | None, typer.Option(help="Folder to publish; it must not exist yet.", rich_help_panel="Output")
+]
+OverwriteOption = Annotated[
+    bool | None,
+    typer.Option("--overwrite", help="Replace a folder that eckart published.", rich_help_panel="Output"),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(help="A YAML file of these options (data_column: text); flags override it.", rich_help_panel="Output"),
+]
 
 
-def fields(*left_out: str) -> tuple[str, ...]:
-    """Names of all fields that become options, less some; a field in no panel is shown under "What"."""
-    return tuple(name for name in Recipe.model_fields if name not in (*ARGUMENTS, *left_out))
+def options_of(kind: type[RecipeBase], *left_out: str) -> tuple[str, ...]:
+    """Names of all fields of a recipe that become options; MODEL is the command's argument."""
+    return tuple(name for name in kind.model_fields if name not in ("model", *left_out))
 
 
 def recipe_options(
-    *names: str, words: Mapping[str, str] | None = None, of: type[BaseModel] = Recipe
+    kind: type[RecipeBase], *names: str, descriptions: Mapping[str, str] | None = None
 ) -> Callable[[F], F]:
-    """Give a command an option for each of these fields; what is set arrives in its `**options`.
+    """Give a command an option for each of these fields. Options that are set arrive in its `**options`.
+
+    Former names of fields become hidden options: :func:`eckart.config.check_recipe` refuses them by the name of today.
 
     Args:
-        names: fields of :class:`eckart.Recipe`.
-        words: field -> help, where an option means something else for this command.
-        of: the kind of recipe.
+        kind: the class of the recipe.
+        names: its fields.
+        descriptions: field -> help, where the field means something else for this command.
 
     Returns:
         A decorator; the function it decorates takes `**options`.
     """
+    former = [name for name, now in kind.renamed.items() if now in names]
 
     def decorate(function: F) -> F:
         hints = typing.get_type_hints(function, include_extras=True)
@@ -57,19 +72,16 @@ def recipe_options(
             for name, parameter in inspect.signature(function).parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
+        annotations = {name: _option(kind, name, (descriptions or {}).get(name)) for name in names}
+        annotations |= {name: Annotated[Union[str, None], typer.Option(hidden=True)] for name in former}  # noqa: UP007
         added = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=None,
-                annotation=_option(name, (words or {}).get(name), of),
-            )
-            for name in names
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+            for name, annotation in annotations.items()
         ]
 
         @functools.wraps(function)
         def command(**values: Any) -> Any:
-            given = {name: values.pop(name) for name in names}
+            given = {name: values.pop(name) for name in annotations}
             return function(**values, **{name: value for name, value in given.items() if value not in (None, [])})
 
         del command.__wrapped__  # typer would read its signature
@@ -80,43 +92,46 @@ def recipe_options(
     return decorate
 
 
-def asked(content: Mapping[str, Any], config: Path | None, model: str | None, options: Mapping[str, Any]) -> Recipe:
-    """The recipe of a command line: the run file first, then what stands on the line itself.
+def recipe_from_cli(
+    kind: type[R], model: str | None, options: Mapping[str, Any], content: Mapping[str, Any] = {}, where: str = ""
+) -> R:
+    """The recipe of a command: the content of `--config` first, then the flags.
 
     Args:
-        content: of the run file.
-        config: the run file, for messages.
+        kind: the class of the recipe.
         model: the argument MODEL.
         options: as :func:`recipe_options` gives them.
+        content: of the run file.
+        where: the run file, for messages.
 
     Raises:
         UsageError: naming the option at fault.
     """
-    if config is not None:
-        make_recipe(dict(content), f"--config {config}")
+    if content:
+        check_recipe(kind, content, where)
     given = {**options, **({"model": model} if model is not None else {})}
-    return make_recipe({**content, **given}, "command line")
+    return check_recipe(kind, {**content, **given}, "command line")
 
 
-def _option(name: str, other: str | None = None, of: type[BaseModel] = Recipe) -> Any:
-    field = of.model_fields[name]
-    kind, choices = _kind(field.annotation)
+def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:
+    field = kind.model_fields[name]
+    parsed, choices = _parsed(field.annotation)
     flag = "--" + name.replace("_", "-")
-    words = field.description or ""
-    if choices:
-        words += f" One of: {', '.join(choices)}."
-    if field.default not in (None, ()) and kind is not bool:
-        words += f" Default: {field.default}."
-    if typing.get_origin(kind) is list:
-        words += " May be given several times."
-    words = other or words
+    words = description or field.description or ""
+    if description is None:
+        if choices:
+            words += f" One of: {', '.join(choices)}."
+        if field.default not in (None, ()) and parsed is not bool:
+            words += f" Default: {field.default}."
+        if typing.get_origin(parsed) is list:
+            words += " May be given several times."
     panel = next((title for title, names in PANELS.items() if name in names), "What")
-    declared = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    declared = f"{flag}/--no-{flag[2:]}" if parsed is bool else flag
     option = typer.Option(declared, help=words, rich_help_panel=panel, show_default=False)
-    return Annotated[Union[kind, None], option]  # noqa: UP007  (kind is a value)
+    return Annotated[Union[parsed, None], option]  # noqa: UP007  (parsed is a value)
 
 
-def _kind(annotation: Any) -> tuple[Any, tuple[str, ...]]:
+def _parsed(annotation: Any) -> tuple[Any, tuple[str, ...]]:
     """The type that typer parses, and the words that are allowed; the recipe itself checks them."""
     if typing.get_origin(annotation) in (Union, types.UnionType):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
@@ -124,4 +139,4 @@ def _kind(annotation: Any) -> tuple[Any, tuple[str, ...]]:
         return str, typing.get_args(annotation)
     if typing.get_origin(annotation) is tuple:
         return list[str], ()
-    return annotation, ()
+    return (annotation, ()) if annotation in (bool, int, float, str) else (str, ())

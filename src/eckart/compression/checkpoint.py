@@ -19,6 +19,7 @@ from eckart.compression.pipeline import compare, compress
 from eckart.compression.recipe import Recipe, make_recipe
 from eckart.compression.result import Result
 from eckart.compression.settings import Settings
+from eckart.config import resolve_device
 from eckart.distributed import silence_other_processes, start_processes
 from eckart.errors import UsageError
 from eckart.methods import method_named
@@ -73,7 +74,7 @@ def compress_checkpoint(
     """
     if recipe.model is None:
         raise UsageError("model: there is none to compress. Name a folder or a model on the hub (MODEL, or `model:`).")
-    processes = start_processes(recipe.device)
+    processes = start_processes(str(resolve_device(recipe.device)))
     silence_other_processes(processes)
     reader = text_reader(recipe, [recipe.method])
     with processes.failing_together():
@@ -103,7 +104,7 @@ def compress_checkpoint(
         tell(how)
         with processes.failing_together():
             where = scratch(place) if place.streaming else None
-            source = open_model(found, device=recipe.device, needs_text=reader, scratch=where)
+            source = open_model(found, device=str(processes.device), needs_text=reader, scratch=where)
         result = compress(source.model, source.tokenizer, recipe=recipe, source_folder=source.folder, workspace=place)
         result.report["notes"][:0] = source.warnings
         published = output_path(output_dir)
@@ -139,7 +140,7 @@ def compare_checkpoint(recipe: Recipe, methods: Sequence[str], keeps: Sequence[f
     found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     if recipe.dtype is None:
         recipe = recipe.model_copy(update={"dtype": str(found.dtype).removeprefix("torch.")})
-    source = open_model(found, device=recipe.device, needs_text=reader)
+    source = open_model(found, device=str(resolve_device(recipe.device)), needs_text=reader)
     rows: list[dict[str, Any]] = []
     notes: list[str] = list(source.warnings)
     for name, keep, result in compare(

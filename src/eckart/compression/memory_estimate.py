@@ -26,6 +26,7 @@ from eckart.compression.plan_builder import Limits, largest_choices
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
+from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TOKENS, default_samples
 from eckart.data import model_kind
 from eckart.distributed import OtherProcessError, Processes
 from eckart.distributed.memory import PeakMemory, format_bytes, free_memory, rss
@@ -174,13 +175,12 @@ def workspace(
     at_once = needs.at_once if needs is not None else 1
     # Each process sees its own memory; all do as the first one does.
     streaming, at_once = processes.broadcast([streaming, at_once])
-    on_accelerator = recipe.device is not None and not recipe.device.startswith("cpu")
-    device = processes.device if recipe.device is not None else torch.device("cpu")
+    on_accelerator = processes.device.type != "cpu"
     if not streaming:
         words = f"in memory, as a whole: {needs.whole}" if needs is not None else "in memory, as a whole"
         yield Workspace(processes=processes), words
         return
-    compute = ComputePlacement(device, None if on_accelerator else torch.float32)
+    compute = ComputePlacement(processes.device, None if on_accelerator else torch.float32)
     key = _key(folder, recipe, processes)
     target = output_path(output_dir)
     place = target if processes.main else target.with_name(f"{target.name}.rank{processes.rank}")
@@ -290,9 +290,11 @@ class _Text:
 
 def _text(model: nn.Module, recipe: Recipe) -> _Text:
     config: Any = getattr(model, "config", None)
-    length = recipe.max_seq_length or min(512, getattr(config, "max_position_embeddings", None) or 512)
-    samples = recipe.num_samples or (128 if model_kind(config, model) == "causal" else 1024)
-    return _Text(samples * length, (recipe.batch_size or 8) * length)
+    length = recipe.max_seq_length or min(
+        DEFAULT_TOKENS, getattr(config, "max_position_embeddings", None) or DEFAULT_TOKENS
+    )
+    samples = recipe.num_samples or default_samples(model_kind(config, model))
+    return _Text(samples * length, (recipe.batch_size or DEFAULT_BATCH_SIZE) * length)
 
 
 def _logits(model: nn.Module, text: _Text) -> int:

@@ -26,7 +26,8 @@ from eckart.compression.plan_builder import Losses, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
-from eckart.data import CalibrationData, ModelKind, Pooling, load_data, model_kind
+from eckart.config import DEFAULT_BATCH_SIZE, default_samples, resolve_device
+from eckart.data import CalibrationData, Pooling, load_data, model_kind
 from eckart.data.inference import forward
 from eckart.data.ready import digest_batches
 from eckart.errors import CheckpointError, UsageError
@@ -153,8 +154,9 @@ def prepare(
     folder = Path(source_folder) if source_folder is not None else None
     pooling = Pooling.from_folder(folder) if folder is not None and not has_output_head(model) else None
     stored = stored_dtype(stored_tensors(folder)) if folder is not None else None
-    if recipe.device is not None and workspace.compute is None:
-        model.to(recipe.device)  # type: ignore[arg-type]
+    device = resolve_device(recipe.device)
+    if workspace.compute is None and (recipe.device != "auto" or device.type != "cpu"):
+        model.to(device)  # type: ignore[arg-type]
     weights = WeightLoader(model, workspace.compute)
     unread = without_data(model, names)
     work = CompressionContext(
@@ -208,9 +210,8 @@ def _data(
     model: PreTrainedModel, tokenizer: Any, data: Any, recipe: Recipe
 ) -> tuple[CalibrationData, CalibrationData | None]:
     """Batches to calibrate on, and others to measure on; N samples asked for are N that calibrate."""
-    defaults: dict[ModelKind, int] = {"causal": 128}
-    size = recipe.batch_size or 8
-    wanted = recipe.num_samples or defaults.get(model_kind(model.config, model), 1024)
+    size = recipe.batch_size or DEFAULT_BATCH_SIZE
+    wanted = recipe.num_samples or default_samples(model_kind(model.config, model))
     batches = -(-wanted // size)
     extra = max(1, batches // 8)
     loaded = load_data(

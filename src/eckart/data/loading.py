@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, default_samples
 from eckart.data.batch import CalibrationData
 from eckart.data.columns import TextExample, find_label_column, find_text_column, peek_rows, require_column, text_of
 from eckart.data.model_kind import ModelKind, model_kind, pad_token, sequence_length
@@ -21,15 +22,6 @@ from eckart.data.source import RowSource, first_item, open_source
 from eckart.data.task import labels_of
 from eckart.data.windows import POOL, choose_windows, token_stream, window_batches
 from eckart.errors import DataError, UsageError
-
-NUM_SAMPLES: dict[ModelKind, int] = {"causal": 128, "encoder": 1024, "encoder-decoder": 1024}
-"""Windows or texts, where no number is asked for."""
-
-MAX_SEQ_LENGTH = 512
-"""Tokens a window or text, where no number is asked for and the model has as many positions."""
-
-BATCH_SIZE = 8
-"""Rows a batch, where no number is asked for."""
 
 logger = logging.getLogger(__name__)
 
@@ -113,9 +105,9 @@ def load_data(
         )
     if target_column is not None and kind == "causal":
         raise UsageError("target_column: a causal model reads one text: put both into one column, or leave it out")
-    count = num_samples or NUM_SAMPLES[kind]
-    length = sequence_length(max_seq_length, MAX_SEQ_LENGTH, tokenizer=tokenizer, config=model_config, model=model)
-    size = batch_size or BATCH_SIZE
+    count = num_samples or default_samples(kind)
+    length = sequence_length(max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=model_config, model=model)
+    size = batch_size or DEFAULT_BATCH_SIZE
     settings: dict[str, Any] = {"kind": kind, "max_seq_length": length, "seed": seed}
 
     if isinstance(data, str) and data == "self":
@@ -180,7 +172,7 @@ def _ready(
     limit: int | None,
 ) -> CalibrationData:
     if limit is None and not hasattr(data, "__len__"):
-        limit = NUM_SAMPLES["encoder"]  # a stream may have no end
+        limit = DEFAULT_TEXTS  # a stream may have no end
     two_sided = config is not None and model_kind(config, model) == "encoder-decoder"
     shift = shift_of(model, config) if two_sided else None
     batches = list(ready_batches(data, limit=limit, shift=shift, pad_id=pad_token(tokenizer, config)))

@@ -20,16 +20,12 @@ from torch import Tensor
 
 from eckart.distributed import wire
 from eckart.distributed.wire import Layout
-from eckart.errors import EckartError
+from eckart.errors import EckartError, OtherProcessError
 
 # Tensors of fewer bytes are summed together in one exchange: each exchange costs about a millisecond.
 SMALL = 2**17
 
 T = TypeVar("T")
-
-
-class OtherProcessError(EckartError):
-    """Another process failed and reports its own error; this one stops because of it."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import sys
 import warnings
 from datetime import timedelta
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from eckart.distributed.group import Processes
+from eckart.distributed.launcher import read_launcher
 from eckart.errors import UsageError
 
 # One process may solve a large site for hours while the others wait for its result.
@@ -34,7 +34,7 @@ def start_processes(device: str | None = None, *, rendezvous: str = "env://") ->
     Raises:
         UsageError: if the launcher's variables contradict each other, or there is no such device for every process.
     """
-    rank, size, local = _read_launcher()
+    rank, size, local = read_launcher()
     own = torch.device(device or "cpu") if size == 1 else _device_of_process(device or "cpu", local)
     if size > 1 and not dist.is_available():
         raise UsageError(f"WORLD_SIZE={size}: this build of torch has no torch.distributed; run one process.")
@@ -48,14 +48,6 @@ def start_processes(device: str | None = None, *, rendezvous: str = "env://") ->
         )
         atexit.register(_disconnect)
     return Processes(rank, size, own)
-
-
-def is_main() -> bool:
-    """Whether this process is the one that prints; may be asked before :func:`start_processes`."""
-    try:
-        return _read_launcher()[0] == 0
-    except UsageError:
-        return True
 
 
 def silence_other_processes(processes: Processes) -> None:
@@ -74,20 +66,6 @@ def silence_other_processes(processes: Processes) -> None:
     warnings.filterwarnings("ignore")
     for name in ("eckart", "datasets", "huggingface_hub", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _read_launcher() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, from the environment."""
-    if os.environ.get("WORLD_SIZE", "1").strip() in ("", "1"):
-        return 0, 1, 0
-    found = {name: os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    numbers = [int(word) if word.strip().isdecimal() else -1 for word in found.values()]
-    rank, size, local = numbers
-    # Some clusters set WORLD_SIZE for every job: without all three, waiting for others would have no end.
-    if min(numbers) < 0 or rank >= size:
-        given = ", ".join(f"{name}={word or '(not set)'}" for name, word in found.items())
-        raise UsageError(f"{given}: start several processes with torchrun, or unset WORLD_SIZE to run one.")
-    return rank, size, local
 
 
 def _device_of_process(asked: str, local: int) -> torch.device:

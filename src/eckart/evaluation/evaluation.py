@@ -17,6 +17,7 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_size, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
+from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TOKENS, resolve_device
 from eckart.data import CalibrationData, Pooling, load_data, load_task, model_kind
 from eckart.data.documents import load_documents
 from eckart.errors import CheckpointError, UsageError
@@ -181,8 +182,7 @@ def _open(model: str | Path, device: str | None) -> _Model:
     tensors = stored_tensors(folder)
     dtype = stored_dtype(tensors) or torch.float32
     loaded = load(folder, dtype=torch.float32)
-    if device is not None:
-        loaded.to(device)  # type: ignore[arg-type]
+    loaded.to(resolve_device(device))  # type: ignore[arg-type]
     return _Model(
         folder, loaded, load_tokenizer(folder), dtype, *stored_size(tensors), count_sizes(loaded).model.multiply_adds
     )
@@ -246,7 +246,7 @@ def _perplexity(asked: Asked, mine: _Model, original: _Model | None, tokenizer: 
         max_characters=12 * asked.max_tokens if asked.max_tokens is not None else None,
     )
     options: dict[str, Any] = {"window": asked.max_seq_length, "max_tokens": asked.max_tokens}
-    size = asked.batch_size or 8
+    size = asked.batch_size or DEFAULT_BATCH_SIZE
     scorer = _Scorer(lambda model: {}, described, "")
 
     def score(model: PreTrainedModel) -> Scores:
@@ -264,7 +264,7 @@ def _perplexity(asked: Asked, mine: _Model, original: _Model | None, tokenizer: 
     def windows() -> CalibrationData:
         if not cut:
             length = asked.max_seq_length
-            count = max(1, min(asked.max_tokens or AGREEMENT_TOKENS, AGREEMENT_TOKENS) // (length or 512))
+            count = max(1, min(asked.max_tokens or AGREEMENT_TOKENS, AGREEMENT_TOKENS) // (length or DEFAULT_TOKENS))
             cut.append(
                 load_data(
                     texts, tokenizer=tokenizer, model=mine.model, max_seq_length=length, batch_size=size,

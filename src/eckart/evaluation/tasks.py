@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eckart.config import DEFAULT_TOKENS
 from eckart.data.batch import Batch
 from eckart.data.columns import TextExample
 from eckart.data.inference import evaluating, forward, progress
@@ -18,9 +19,6 @@ from eckart.data.task import TaskData
 from eckart.errors import DataError, UsageError
 from eckart.evaluation import metrics
 from eckart.evaluation.agreement import embed_sentences
-
-MAX_SEQ_LENGTH = 512
-"""Tokens a text, where no number is asked for and the model has as many positions."""
 
 
 def score_classification(
@@ -189,6 +187,6 @@ def _batches(
     if not texts:
         raise DataError("task: no rows to score: pass data that hold some")
     config: Any = model.config
-    length = sequence_length(max_seq_length, MAX_SEQ_LENGTH, tokenizer=tokenizer, config=config, model=model)
+    length = sequence_length(max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=config, model=model)
     pad_id = pad_token(tokenizer, config)
     return list(encoder_batches(texts, tokenizer, max_length=length, batch_size=batch_size, pad_id=pad_id))

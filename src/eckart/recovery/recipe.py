@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from eckart.config import RecipeBase, checked, no_boolean
+from eckart.config import RecipeBase, check_recipe
 from eckart.errors import UsageError
-from eckart.recovery.base import Recovery
 from eckart.recovery.options import make_recovery, recovery_named
+
+if TYPE_CHECKING:
+    from eckart.recovery.base import Recovery
 
 
 class TuneRecipe(RecipeBase):
@@ -19,6 +21,8 @@ class TuneRecipe(RecipeBase):
     The same names are the command line's flags, the keys of `--config run.yaml` and the keyword arguments of
     :func:`eckart.tune`.
     """
+
+    renamed: ClassVar[Mapping[str, str]] = {"method": "recovery"}
 
     model: str | None = Field(None, description="Folder of the model to train, factored or dense.")
     teacher: str | None = Field(None, description="Folder or hub name of the model to learn from.")
@@ -52,16 +56,8 @@ class TuneRecipe(RecipeBase):
     temperature: float = Field(2.0, gt=0, description="What logits are divided by before they are compared.")
     save_steps: int = Field(200, ge=1, description="Steps after which the training can be gone on from.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
-    device: str | None = Field(None, description="Device to compute on, such as cpu or cuda.")
+    device: str = Field("auto", description="Device to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
-
-    @field_validator(
-        "eval_samples", "num_samples", "epochs", "max_steps", "learning_rate", "batch_size", "max_seq_length", "warmup",
-        "weight_decay", "temperature", "save_steps", "seed", mode="before",
-    )  # fmt: skip
-    @classmethod
-    def _no_booleans(cls, value: Any) -> Any:
-        return no_boolean(value)
 
     @field_validator("recovery")
     @classmethod
@@ -108,23 +104,6 @@ def make_tune_recipe(options: dict[str, Any], where: str = "options") -> TuneRec
     Raises:
         UsageError: naming the field and what is wrong with it.
     """
-    recipe = checked(TuneRecipe, with_recovery(options, where), where)
+    recipe = check_recipe(TuneRecipe, options, where)
     recipe.build_recovery()
     return recipe
-
-
-def with_recovery(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The options with the recovery under its own name, where it was called the method.
-
-    Raises:
-        UsageError: both stand there, and differ.
-    """
-    found = dict(options)
-    name = found.pop("method", None)
-    if name is None:
-        return found
-    if found.setdefault("recovery", name) != name:
-        raise UsageError(
-            f"{where}: method = {name!r} and recovery = {found['recovery']!r}: both name the recovery. Give one."
-        )
-    return found

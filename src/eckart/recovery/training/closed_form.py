@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.config import default_samples, resolve_device
 from eckart.data import Batch
 from eckart.data.inference import evaluating
-from eckart.data.loading import NUM_SAMPLES
 from eckart.data.padding import by_length
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 from eckart.recovery.training.examples import Examples
@@ -33,7 +33,7 @@ def solve(
         `rows` and `tokens` that were read.
     """
     recipe = context.recipe
-    device = torch.device(recipe.device or "cpu")
+    device = resolve_device(recipe.device)
     batches = _batches(examples, context, recipe)
     for one in (model, context.teacher):
         if one is not None:
@@ -46,7 +46,7 @@ def solve(
 def _batches(examples: Examples, context: RecoveryContext, recipe: Any) -> list[Batch]:
     """The rows without labels, those of about equal lengths together."""
     rows = [{key: value for key, value in row.items() if key != "labels"} for row in examples.rows]
-    enough = NUM_SAMPLES["causal" if context.task == "causal" else "encoder"]
+    enough = default_samples(context.task)
     if recipe.num_samples is None and len(rows) > enough:
         context.notes.append(f"{enough} of {len(rows)} rows were solved on; --num-samples gives another number")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.config import DEFAULT_TOKENS
 from eckart.data import Batch, Pooling, TaskData, load_data, load_task
 from eckart.data.columns import TextExample
 from eckart.data.documents import load_documents
-from eckart.data.loading import MAX_SEQ_LENGTH
 from eckart.data.model_kind import pad_token, sequence_length
 from eckart.data.padding import by_length, collate, encode
 from eckart.data.windows import token_stream
@@ -102,7 +102,7 @@ def load_examples(
         DataError: the data cannot be read, or leave nothing to train on.
     """
     config: Any = model.config
-    length = sequence_length(recipe.max_seq_length, MAX_SEQ_LENGTH, tokenizer=tokenizer, config=config, model=model)
+    length = sequence_length(recipe.max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=config, model=model)
     if task in ("classification", "regression"):
         assert rows is not None
         return _labeled(recipe, eval_data, task, model, tokenizer, rows, length)

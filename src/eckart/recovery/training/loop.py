@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from eckart.config import resolve_device
 from eckart.errors import NumericalError
 from eckart.recovery.base import Recovery, RecoveryContext
 from eckart.recovery.training.examples import Examples
@@ -76,7 +77,7 @@ def train(
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             seed=recipe.seed,
-            use_cpu=not (recipe.device or "cpu").startswith("cuda"),
+            use_cpu=resolve_device(recipe.device).type != "cuda",
             disable_tqdm=True,
         )
         trainer = _Trainer(model, arguments, recovery, context, examples, tokenizer, journal, stop_after)

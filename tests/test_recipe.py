@@ -1,5 +1,8 @@
 """A recipe that cannot be is refused at the field, and the message says what to write instead."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import yaml
@@ -127,6 +130,17 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
     assert resolve_device("meta") == torch.device("meta")
     assert Recipe(device=None).device == Recipe().device == "auto"
     assert Recipe(device=torch.device("cpu")).device == "cpu"
+
+
+def test_recipes_are_checked_without_torch():
+    code = """
+import sys
+from eckart.compression.recipe import Recipe, make_recipe
+make_recipe({"method": "drone", "form": "pivoted", "device": "auto", "embeddings": "safe"})
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr
 
 
 # -- the file ----------------------------------------------------------------------------------------

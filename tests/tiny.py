@@ -52,10 +52,10 @@ TICKING = (
     "eckart.compression.refit_groups:factorize",
     "eckart.compression.prepare:load_data",
     "eckart.compression.factor_store:solve",
-    "eckart.calibration.layerwise.runner:Walk.backward",
-    "eckart.calibration.layerwise.runner:Walk.finish",
-    "eckart.calibration.layerwise.runner:Walk.forward",
-    "eckart.calibration.layerwise.runner:Walk.look",
+    "eckart.calibration.layerwise.runner:LayerwiseRunner.backward",
+    "eckart.calibration.layerwise.runner:LayerwiseRunner.finish",
+    "eckart.calibration.layerwise.runner:LayerwiseRunner.forward",
+    "eckart.calibration.layerwise.runner:LayerwiseRunner.look",
     "os:fsync",
     "os:unlink",
     "pathlib:Path.replace",
@@ -309,7 +309,7 @@ def _run(job: dict[str, Any]) -> int:
     os.dup2(log, 2)
     os.environ.update(job.get("environ", {}))
     if "free" in job:
-        estimates.free = lambda _: job["free"]
+        estimates.free_memory = lambda _: job["free"]
     if "at_once" in job:
         estimate_memory = estimates.estimate_memory
         estimates.estimate_memory = lambda *asked: replace(estimate_memory(*asked), at_once=job["at_once"])
@@ -338,7 +338,8 @@ def _run(job: dict[str, Any]) -> int:
 def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  so that no fork has to
 
-    import eckart.cli.app  # noqa: F401
+    import eckart.cli.app
+    import eckart.compression.checkpoint  # noqa: F401  the commands import it when they run
 
     torch.set_num_threads(1)
     for line in sys.stdin:

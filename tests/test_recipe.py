@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,21 @@ def test_fields_that_do_not_go_together_are_refused():
     with pytest.raises(UsageError, match=r"^run: embeddings_keep = 0.3: .* --embeddings lowrank"):
         make_recipe({"embeddings_keep": 0.3}, "run")
     assert make_recipe({"embeddings_keep": 0.3, "embeddings": "lowrank"}).embeddings_keep == 0.3
+
+
+def test_own_method_and_form_are_registered_under_their_names():
+    class Halves(FORMS["lowrank"]):
+        form = "halves"
+
+    own = replace(METHODS["svd"], name="own-svd")
+    recipe = Recipe(method=own, form=Halves)
+    assert (recipe.method, recipe.form) == ("own-svd", "halves")
+    assert METHODS["own-svd"] is own
+    assert FORMS["halves"] is Halves
+    with pytest.raises(UsageError, match=r"method 'svd': .* Give yours a name of its own"):
+        make_recipe({"method": replace(own, name="svd")})
+    for registry, name in ((METHODS, "own-svd"), (FORMS, "halves")):
+        del registry._added[name]
 
 
 def test_recipe_cannot_be_changed_afterwards():

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from eckart.compression.result import Result
     from eckart.evaluation.evaluation import evaluate
     from eckart.evaluation.inspection import inspect_model as inspect
+    from eckart.forms import register_form
     from eckart.forms.base import Factored, FactoredLinear
     from eckart.linalg.metric import Metric
     from eckart.linalg.solve import Problem
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from eckart.recovery.pipeline import tune
     from eckart.recovery.recipe import TuneRecipe
     from eckart.recovery.result import TuneResult
-    from eckart.registry import register_form, register_method, register_recovery
+    from eckart.registry import register_method, register_recovery
 
 register_when_imported()
 
@@ -64,7 +65,7 @@ _PLACES = {
     "Recovery": "recovery.base:Recovery",
     "ClosedFormRecovery": "recovery.base:ClosedFormRecovery",
     "register_method": "registry:register_method",
-    "register_form": "registry:register_form",
+    "register_form": "forms:register_form",
     "register_recovery": "registry:register_recovery",
 }
 """Public name -> module:attribute, imported when it is first used."""

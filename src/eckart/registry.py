@@ -273,12 +273,6 @@ def register_method(method: T) -> T:
     return method
 
 
-def register_form(form: T) -> T:
-    """Make a form of your own, a class on :class:`eckart.FactoredLinear`, known under its `form`, in this process."""
-    FORMS.add(form.form, form)  # type: ignore[attr-defined]
-    return form
-
-
 def register_recovery(recovery: T) -> T:
     """Make a recovery of your own, a class on :class:`eckart.Recovery`, known under its `name`, in this process."""
     RECOVERIES.add(recovery.name, recovery)  # type: ignore[attr-defined]

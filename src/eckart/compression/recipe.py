@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, DEFAULT_WINDOWS, RecipeBase, check_recipe
+from eckart.methods import Method
 from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES
 
 DENSE = "dense"
@@ -110,6 +111,22 @@ class Recipe(RecipeBase):
     @classmethod
     def _listed(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value or None
+
+    @field_validator("method", "metric", mode="before")
+    @classmethod
+    def _own_method(cls, value: Any) -> Any:
+        """A :class:`eckart.Method` of one's own is registered, and the recipe holds its name."""
+        return METHODS.add(value.name, value).name if isinstance(value, Method) else value
+
+    @field_validator("form", "embeddings", mode="before")
+    @classmethod
+    def _own_form(cls, value: Any) -> Any:
+        """A form of one's own likewise."""
+        if not isinstance(value, type):
+            return value
+        from eckart.forms import register_form
+
+        return register_form(value)
 
     @field_validator("method", "metric")
     @classmethod

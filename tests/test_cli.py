@@ -271,7 +271,7 @@ def test_output_is_checked_before_anything_is_loaded(cli, room, tmp_path, monkey
     text = cli("compress", room / "llama", "--output-dir", tmp_path / "there", code=1)
     assert f"{tmp_path / 'there'} is there already" in text
     assert "--overwrite" in text
-    assert "is the source" in cli("compress", room / "llama", "--output-dir", room / "llama", "--overwrite", code=1)
+    assert "is an input" in cli("compress", room / "llama", "--output-dir", room / "llama", "--overwrite", code=1)
     text = cli("compress", room / "llama", code=2)
     assert "--output-dir DIR" in text
 

@@ -29,6 +29,9 @@ DEFAULT_TOKENS = 512
 DEFAULT_BATCH_SIZE = 8
 """Windows or texts that run at a time."""
 
+INPUTS = ("model", "teacher", "data", "eval_data", "plan")
+"""Fields of recipes that name what a run reads."""
+
 
 def default_samples(kind: str) -> int:
     """How many windows or texts are read where no number is given; `kind` is what the model reads."""
@@ -70,6 +73,12 @@ class RecipeBase(BaseModel):
             reason = str(error).splitlines()[0]
             raise ValueError(f"no such device here ({reason}); use auto, cpu, or a device that torch finds") from None
         return str(value)
+
+    @property
+    def inputs(self) -> list[str]:
+        """What a run by this recipe reads: paths and names, which no output may replace."""
+        named = (getattr(self, name, None) for name in INPUTS)
+        return [value for value in named if value is not None]
 
     def to_yaml(self) -> str:
         """The recipe as it is saved with the model; fields that are None are left out."""

@@ -56,8 +56,9 @@ def export_dense(
         CheckpointError: the source cannot be read or the output not be written.
         ModelError: the model is not factored.
     """
-    check_output(output_dir, overwrite=overwrite, source=folder)
+    check_output(output_dir, overwrite=overwrite, inputs=[folder])
     source = resolve(str(folder), trust_remote_code=trust_remote_code)
+    check_output(output_dir, overwrite=overwrite, inputs=[source])
     with OutputLock(output_dir) as lock:
         model = load(source, trust_remote_code=trust_remote_code)
         if not is_special(model):

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.load import load
 from eckart.errors import CheckpointError
-from eckart.storage.publish import sync_folder
+from eckart.storage.files import sync_folder
 
 # Bytes. A tensor that has no more may lie in memory: a file for each norm and bias would save nothing.
 SMALL = 1 << 20

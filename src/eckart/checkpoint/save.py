@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from eckart.model import factored_modules, shared_parameters
 from eckart.storage.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.storage.lock import OutputLock, output_path
 from eckart.storage.publish import publish
+from eckart.storage.report_file import finite
 from eckart.storage.shards import read_weights
 
 # Carried over by suffix, so that no weight, pickle or program comes along under any name.
@@ -45,6 +45,7 @@ def save(
     report: Mapping[str, Any] | None = None,
     report_html: str | None = None,
     card: str | None = None,
+    inputs: Sequence[Any] = (),
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
     lock: OutputLock | None = None,
@@ -62,7 +63,9 @@ def save(
         report: ``eckart/report.json``; numbers that are not finite are written as strings.
         report_html: ``eckart/report.html``.
         card: ``README.md``, see :func:`eckart.report.card.render_model_card`.
-        overwrite: replace a model folder that is already there.
+        inputs: what the run has read, which is never replaced: see :func:`eckart.storage.publish.check_output`. The
+            source, and the folder that the model was loaded from, are added.
+        overwrite: replace a folder that eckart published earlier.
         max_shard_size: as in ``save_pretrained``. Tensors that lie in files take the memory of one shard at most.
         lock: the lock on ``output_dir`` if the caller holds it.
 
@@ -84,7 +87,8 @@ def save(
     if source is not None:
         _refuse_pickled_modules(source)
     size = sum(tensor.numel() * tensor.element_size() for _, tensor in _state(model))
-    with publish(output_dir, overwrite=overwrite, source=source, needed_bytes=size + size // 20, lock=lock) as staging:
+    inputs = [*inputs, source, model.config.name_or_path]
+    with publish(output_dir, overwrite=overwrite, inputs=inputs, needed_bytes=size + size // 20, lock=lock) as staging:
         home = staging / inner
         home.mkdir(parents=True, exist_ok=True)
         with _shard_by_shard(model):
@@ -111,22 +115,11 @@ def _write_records(
     files = {"recipe.yaml": recipe_yaml, "report.html": report_html}
     for name, content in (("plan.json", plan), ("report.json", report)):
         if content is not None:
-            files[name] = json.dumps(_finite(content), indent=2, allow_nan=False, default=str) + "\n"
+            files[name] = json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n"
     for name, text in files.items():
         if text is not None:
             (folder / "eckart").mkdir(exist_ok=True)
             (folder / "eckart" / name).write_text(text, encoding="utf-8")
-
-
-def _finite(content: Any) -> Any:
-    """JSON has no NaN and no infinity: they become strings, so that they stay visible."""
-    if isinstance(content, float) and not math.isfinite(content):
-        return str(content)
-    if isinstance(content, Mapping):
-        return {str(key): _finite(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
-    return content
 
 
 @contextmanager

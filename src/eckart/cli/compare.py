@@ -29,8 +29,8 @@ def compare(
 
     Example: eckart compare MODEL --methods svd,fwsvd,drone,eckart --keep 0.9,0.7,0.5 --data texts.txt
     """
-    check_json(json)
     recipe = recipe_from_cli(Recipe, model, options)
+    check_json(json, recipe.inputs)
     names, keeps = split_words(methods, "--methods"), _fractions(keep)
 
     from eckart.compression.checkpoint import compare_checkpoint
@@ -38,7 +38,7 @@ def compare(
 
     found = compare_checkpoint(recipe, names, keeps)
     show(render_comparison(found))
-    write_json(json, found)
+    write_json(json, found, recipe.inputs)
 
 
 def split_words(value: str, option: str) -> list[str]:

@@ -53,7 +53,12 @@ def compress(
     from eckart.report.compression import render_compression
 
     result, published = compress_checkpoint(
-        recipe, folder, overwrite=replace, restart=restart, tell=lambda message: say(message, "dim")
+        recipe,
+        folder,
+        overwrite=replace,
+        inputs=[config],
+        restart=restart,
+        tell=lambda message: say(message, "dim"),
     )
     if is_main():
         lines = load_lines(result, published)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +15,8 @@ from rich.console import Console
 from rich.text import Text
 
 from eckart.distributed import is_main
-from eckart.errors import EckartError, OtherProcessError, UsageError
+from eckart.errors import EckartError, OtherProcessError
+from eckart.storage.report_file import check_report_file, write_report
 
 WIDTH = 120
 """Columns of the output where it does not go to a terminal."""
@@ -123,27 +123,19 @@ class _Handler(logging.Handler):
         say(f"{level}: {record.getMessage()}", "yellow" if record.levelno >= logging.WARNING else "dim")
 
 
-def check_json(path: Path | None) -> None:
-    """Refuse a --json file that could not be written, before any work is done.
+def check_json(path: Path | None, inputs: Sequence[Any]) -> None:
+    """Refuse a --json file that cannot be written or would replace something, before any work is done.
 
     Raises:
-        UsageError: naming the folder.
+        UsageError: naming the file and the way out.
     """
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"--json {path}: there is no folder {path.absolute().parent} to write a file in.")
+    if path is not None:
+        check_report_file(path, inputs)
 
 
-def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write the results to a file if there is a path; numbers that are not finite become strings."""
+def write_json(path: Path | None, content: Mapping[str, Any], inputs: Sequence[Any]) -> None:
+    """Write the results to a file if there is a path; see :func:`eckart.storage.report_file.write_report`."""
     if path is None or not is_main():
         return
-    path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_report(path, content, inputs)
     say(f"written to {path}", "dim")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and value - value != 0:
-        return str(value)
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    return [_finite(entry) for entry in value] if isinstance(value, list | tuple) else value

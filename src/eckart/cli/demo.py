@@ -54,7 +54,7 @@ def demo(
 
     shown = Demo(windows, held_tokens, methods=names)
     if output_dir is not None:
-        check_output(output_dir, overwrite=overwrite, source=MODEL)
+        check_output(output_dir, overwrite=overwrite, inputs=[MODEL])
     source = shown.source
     say(f"The bundled model: {source.elements:,} parameters, {source.bytes / 1e6:.1f} MB. Comparing methods ...")
     dense = shown.measure(source.model)

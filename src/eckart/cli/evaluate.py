@@ -43,7 +43,8 @@ def evaluate_folder(
 
     Example: eckart eval smol-70 --against HuggingFaceTB/SmolLM2-135M --data held.txt
     """
-    check_json(json)
+    inputs = [folder, against, options.get("data")]
+    check_json(json, inputs)
     if window is not None:
         options["max_seq_length"] = window
 
@@ -53,4 +54,4 @@ def evaluate_folder(
     device = options.pop("device", None)
     found = evaluate(folder, against, task=task, max_tokens=max_tokens, baselines=baselines, device=device, **options)
     show(render_scores(found))
-    write_json(json, found)
+    write_json(json, found, inputs)

@@ -25,8 +25,8 @@ def inspect(
 
     Example: eckart inspect bert-base-uncased --ignore "*.attention.*"
     """
-    check_json(json)
     recipe = recipe_from_cli(Recipe, model, options)
+    check_json(json, recipe.inputs)
 
     from eckart.checkpoint.open import find_checkpoint, open_model
     from eckart.evaluation.inspection import inspect_model
@@ -35,4 +35,4 @@ def inspect(
     source = open_model(find_checkpoint(model, recipe.revision, trust_remote_code=recipe.trust_remote_code))
     found = inspect_model(source.model, recipe.targets, recipe.ignore, dtype=source.dtype)
     show(render_inspection(found))
-    write_json(json, found)
+    write_json(json, found, recipe.inputs)

@@ -55,6 +55,11 @@ def tune(
 
     recipe.build_recovery()
     result, published = tune_checkpoint(
-        recipe, folder, overwrite=replace, restart=restart, tell=lambda message: say(message, "dim")
+        recipe,
+        folder,
+        overwrite=replace,
+        inputs=[config],
+        restart=restart,
+        tell=lambda message: say(message, "dim"),
     )
     show(render_tuning(result.report), "", f"published in {published}")

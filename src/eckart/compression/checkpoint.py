@@ -50,6 +50,7 @@ def compress_checkpoint(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
+    inputs: Sequence[str | Path | None] = (),
     restart: bool = False,
     tell: Callable[[str], None] = logger.info,
 ) -> tuple[Result, Path]:
@@ -62,7 +63,8 @@ def compress_checkpoint(
     Args:
         recipe: with `model`; stored numbers get the checkpoint's own type where it names none.
         output_dir: a folder that is not there yet.
-        overwrite: replace a model folder that is.
+        overwrite: replace it if it is there, and holds only what eckart has published there.
+        inputs: what else was read and is never replaced, such as the file of the recipe.
         restart: throw away what an unfinished run on the same output has done.
         tell: is told how the model will be worked on, and what that takes.
 
@@ -79,13 +81,13 @@ def compress_checkpoint(
     reader = text_reader(recipe, [recipe.method])
     with processes.failing_together():
         if processes.main:
-            check_output(output_dir, overwrite=overwrite, source=recipe.model)
+            check_output(output_dir, overwrite=overwrite, inputs=[*inputs, *recipe.inputs])
         found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
         if recipe.dtype is None:
             recipe = recipe.model_copy(update={"dtype": str(found.dtype).removeprefix("torch.")})
         needed = int(recipe.keep * found.elements) * getattr(torch, str(recipe.dtype)).itemsize
         if processes.main:
-            check_output(output_dir, overwrite=overwrite, source=found.folder, needed_bytes=needed)
+            check_output(output_dir, overwrite=overwrite, inputs=[found.folder], needed_bytes=needed)
     settings = Settings.of(method_named(recipe.method), recipe)
     with ExitStack() as stack:
         with processes.failing_together():

@@ -66,7 +66,8 @@ class Result:
 
         Args:
             output_dir: a folder that is not there yet.
-            overwrite: replace a model folder that is.
+            overwrite: replace it if it is there, and holds only what eckart has published there. What the run has read
+                is never replaced.
             lock: the lock on the folder, if the caller holds it.
             max_shard_size: of a file of weights.
 
@@ -97,6 +98,7 @@ class Result:
             plan=self.plan.to_json(),
             report=self.report,
             card=card,
+            inputs=self.recipe.inputs,
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             lock=lock,

@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -91,6 +91,7 @@ def tune_checkpoint(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
+    inputs: Sequence[str | Path | None] = (),
     restart: bool = False,
     tell: Callable[[str], None] = logger.info,
     stop_after: int | None = None,
@@ -103,7 +104,8 @@ def tune_checkpoint(
     Args:
         recipe: with `model`.
         output_dir: a folder that is not there yet.
-        overwrite: replace a model folder that is.
+        overwrite: replace it if it is there, and holds only what eckart has published there.
+        inputs: what else was read and is never replaced, such as the file of the recipe.
         restart: throw away what an unfinished training on the same output has done.
         tell: is told where a training is gone on from.
         stop_after: break off after this step, as if killed.
@@ -117,7 +119,7 @@ def tune_checkpoint(
     if recipe.model is None:
         raise UsageError("model: there is none to train. Name the folder of one: eckart tune DIR ...")
     folder = resolve(recipe.model, None, trust_remote_code=recipe.trust_remote_code)
-    check_output(output_dir, overwrite=overwrite, source=folder)
+    check_output(output_dir, overwrite=overwrite, inputs=[*inputs, *recipe.inputs, folder])
     _check_asked(recipe, recipe.data, recipe.teacher)
     with OutputLock(output_dir) as lock:
         asked = {key: value for key, value in recipe.model_dump(mode="json").items() if key not in KEYS}

@@ -47,7 +47,8 @@ class TuneResult:
 
         Args:
             output_dir: a folder that is not there yet.
-            overwrite: replace a model folder that is.
+            overwrite: replace it if it is there, and holds only what eckart has published there. What the run has read
+                is never replaced.
             lock: the lock on the folder, if the caller holds it.
 
         Returns:
@@ -75,7 +76,7 @@ class TuneResult:
         return save(
             self.model, output_dir, tokenizer=self.tokenizer, source_folder=source,
             recipe_yaml=self.recipe.to_yaml(), plan=_plan(self.source_folder), report=self.report, card=card,
-            overwrite=overwrite, lock=lock,
+            inputs=self.recipe.inputs, overwrite=overwrite, lock=lock,
         )  # fmt: skip
 
 

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
 from urllib.parse import quote, unquote
 
 import torch
@@ -24,13 +21,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eckart.errors import CheckpointError
-from eckart.storage.publish import disk_full
+from eckart.storage.files import TEMPORARY, Written, disk_full, write_file
 from eckart.storage.shards import read_header
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
-TEMPORARY = ".tmp"
 PIECE = 4 * 1024 * 1024  # bytes that are written and summed at once, still in the processor's cache the second time
 ALIGNMENT = 64  # of torch's own memory; products of matrices that lie elsewhere may differ in their last bits
 DTYPES = {
@@ -39,42 +35,6 @@ DTYPES = {
     torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
-
-
-class Written(NamedTuple):
-    """What a file holds: its size in bytes and the CRC-32 of its content."""
-
-    size: int
-    checksum: int
-
-
-def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, sync: bool = False) -> Written:
-    """Write a file under a temporary name, then rename it into place: it is there whole or not at all.
-
-    Args:
-        path: the file; one that is there is replaced.
-        pieces: its content, one piece after the other.
-        sync: bring the content to the disk before the rename, so that it outlives a power cut as well.
-
-    Returns:
-        Its size and checksum.
-    """
-    temporary = path.with_name(path.name + TEMPORARY)
-    size = checksum = 0
-    try:
-        with temporary.open("wb") as file:
-            for piece in pieces:
-                file.write(piece)
-                checksum = zlib.crc32(piece, checksum)
-                size += len(piece)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return Written(size, checksum)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, sync: bool = False) -> Written:

@@ -23,16 +23,14 @@ from eckart.errors import CheckpointError, NumericalError
 from eckart.storage.cache import (
     PIECE,
     SUFFIX,
-    TEMPORARY,
     read_tensors,
     tensor_bytes,
     write_failed,
-    write_file,
     write_tensors,
 )
+from eckart.storage.files import TEMPORARY, sync_folder, write_file
 from eckart.storage.layout import unsafe
 from eckart.storage.lock import output_path
-from eckart.storage.publish import sync_folder
 from eckart.storage.record import RECORD, begin, continues, discard
 from eckart.storage.sealed import not_finite, sealed, unsealed
 

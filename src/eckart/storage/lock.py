@@ -22,6 +22,9 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
+# A link under the lock's name would let the file that it points to be written over.
+NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+
 
 def output_path(output_dir: str | Path) -> Path:
     """The absolute path of an output folder, ``~`` and ``..`` resolved but links kept.
@@ -99,7 +102,7 @@ class OutputLock:
 
     def _take(self) -> int:
         while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | NO_LINKS, 0o644)
             if fcntl is None:
                 logger.warning("%s: this system has no file locks; do not start a second run on it.", self.target)
                 return file

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import logging
 import os
 import shutil
-import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from eckart.errors import CheckpointError
+from eckart.storage.files import disk_full, exchange, sync_folder
 from eckart.storage.lock import OutputLock, output_path
+from eckart.storage.manifest import not_published, write_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -23,27 +23,32 @@ def check_output(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-    source: str | Path | None = None,
+    inputs: Sequence[Any] = (),
     needed_bytes: int = 0,
 ) -> Path:
     """Refuse an output folder that could not be published, before any work is done.
 
+    What may be replaced, for every command: with `overwrite` a folder that is empty, or that holds what eckart has
+    published there and nothing else (:func:`eckart.storage.manifest.not_published`). Inputs never, nor a folder that
+    holds an input or lies inside one.
+
     Args:
         output_dir: the folder to be written.
-        overwrite: whether a model folder that is already there may be replaced.
-        source: the folder that is read from.
+        overwrite: whether a folder that eckart published earlier may be replaced.
+        inputs: what the run reads: model, teacher, data, plan, config file. Paths of files and folders; what is no
+            existing path (a name on the hub, a model in memory) is passed over.
         needed_bytes: what will be written.
 
     Returns:
         The absolute path of the folder.
 
     Raises:
-        CheckpointError: it is there already, touches the source, or cannot be written.
+        CheckpointError: it is there already, is or touches an input, or cannot be written.
     """
     target = output_path(output_dir)
     if target.is_symlink():
         raise CheckpointError(f"{target} is a symbolic link. Give the folder it points to: {target.resolve()}")
-    _check_apart(target, source)
+    _check_apart(target, inputs)
     if target.exists():
         _check_replaceable(target, overwrite)
     home = next(parent for parent in target.parents if parent.exists())
@@ -70,7 +75,7 @@ def publish(
     output_dir: str | Path,
     *,
     overwrite: bool = False,
-    source: str | Path | None = None,
+    inputs: Sequence[Any] = (),
     needed_bytes: int = 0,
     lock: OutputLock | None = None,
 ) -> Iterator[Path]:
@@ -81,8 +86,8 @@ def publish(
 
     Args:
         output_dir: the folder to be published.
-        overwrite: replace a model folder that is already there.
-        source: the folder that is read from.
+        overwrite: replace a folder that eckart published earlier.
+        inputs: what the run reads, see :func:`check_output`.
         needed_bytes: what will be written.
         lock: the lock on ``output_dir`` if the caller holds it already.
 
@@ -92,7 +97,7 @@ def publish(
     Raises:
         CheckpointError: see :func:`check_output`; or the disk is full, or the folder cannot be put in place.
     """
-    target = check_output(output_dir, overwrite=overwrite, source=source, needed_bytes=needed_bytes)
+    target = check_output(output_dir, overwrite=overwrite, inputs=inputs, needed_bytes=needed_bytes)
     if lock is not None and lock.held and lock.target == target:
         with _staged(target, overwrite, lock) as staging:
             yield staging
@@ -110,6 +115,7 @@ def _staged(target: Path, overwrite: bool, lock: OutputLock) -> Iterator[Path]:
     staging.mkdir()
     try:
         yield staging
+        write_manifest(staging)
         _sync(staging)
         _place(staging, target, aside, overwrite)
     except BaseException as error:
@@ -130,7 +136,7 @@ def _place(staging: Path, target: Path, aside: Path, overwrite: bool) -> None:
     try:
         if target.exists():
             _check_replaceable(target, overwrite)
-            if _exchange(staging, target):
+            if exchange(staging, target):
                 old = staging
             else:
                 target.rename(aside)
@@ -156,60 +162,50 @@ def _place(staging: Path, target: Path, aside: Path, overwrite: bool) -> None:
             logger.warning("%s is published, but the output before, %s, cannot be removed.", target, old)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders in one step (Linux' ``renameat2``); False where that cannot be done."""
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        swap = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return swap(here, os.fsencode(one), here, os.fsencode(other), both_ways) == 0
-
-
-def _check_apart(target: Path, source: str | Path | None) -> None:
-    """Refuse an output that is the source, lies in it, or holds it."""
-    for origin, name in ((source, "the source"), (Path.cwd(), "the current folder")):
-        if origin is None or not Path(origin).exists():
+def existing_inputs(inputs: Sequence[Any]) -> Iterator[tuple[Path, Path]]:
+    """Of what a run reads, the paths that exist: as they were given, and with links followed."""
+    for given in inputs:
+        if not isinstance(given, str | os.PathLike):
             continue
-        home, there = Path(origin).resolve(), target.resolve()
-        inside = home in there.parents and name == "the source"
-        if there == home or inside or there in home.parents:
-            relation = "is" if there == home else f"lies inside {name}" if inside else "holds"
-            place = f"{relation} {home}" if inside else f"{relation} {name} {home}"
-            raise CheckpointError(f"The output {target} {place}. Choose an --output-dir beside it.")
+        path = output_path(os.fspath(given))
+        try:
+            if path.exists():
+                yield path, path.resolve()
+        except (OSError, ValueError):  # too long for a path, or with a NUL: it names something else
+            continue
+
+
+def _check_apart(target: Path, inputs: Sequence[Any]) -> None:
+    """Refuse an output that is an input, lies inside one, or holds one; or that holds the current folder."""
+    there = target.resolve()
+    for given, home in existing_inputs(inputs):
+        for path, place in ((given, target), (home, there)):
+            if path == place or path in place.parents or place in path.parents:
+                relation = "lies inside" if path in place.parents else "holds"
+                what = "is an input" if path == place else f"{relation} {given}, an input"
+                raise CheckpointError(
+                    f"The output {target} {what} of this run. Inputs are never replaced: choose an --output-dir beside "
+                    "them."
+                )
+    current = Path.cwd()
+    if current == there or there in current.parents:
+        relation = "is" if current == there else "holds"
+        raise CheckpointError(f"The output {target} {relation} the current folder. Choose another --output-dir.")
 
 
 def _check_replaceable(target: Path, overwrite: bool) -> None:
-    """Refuse to replace what is there without leave, and anything but a model folder even with leave."""
+    """Refuse to replace a folder without permission, and what eckart did not publish even with it."""
     if not target.is_dir():
         raise CheckpointError(f"{target} is there already and is no folder. Choose another --output-dir.")
     if not overwrite:
         raise CheckpointError(
             f"{target} is there already. Pass --overwrite to replace it, or choose another --output-dir."
         )
-    names = sorted(path.name for path in target.iterdir())
-    if names and not {"config.json", "modules.json"} & set(names):
+    if (problem := not_published(target)) is not None:
         raise CheckpointError(
-            f"{target} does not look like a model folder (found: {', '.join(names[:8])}), so --overwrite "
-            "does not replace it. Move it away, or choose another --output-dir."
+            f"{target} is not replaced: {problem}. --overwrite deletes only what eckart has published. Move the folder "
+            "away, or choose another --output-dir."
         )
-
-
-def disk_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room left, on the disk or in the user's quota.
-
-    Args:
-        error: what a write raised.
-
-    Returns:
-        True if so.
-    """
-    # safetensors raises an error of its own, which carries the code in its text only.
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-        type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
-    )
 
 
 def _sync(folder: Path) -> None:
@@ -221,17 +217,3 @@ def _sync(folder: Path) -> None:
             with open(Path(root) / name, "rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(root))
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk: a renamed file is there for good only after that.
-
-    Args:
-        folder: the folder itself; its files are synced where they are written.
-    """
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

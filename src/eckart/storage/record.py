@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import CheckpointError
-from eckart.storage.cache import TEMPORARY, write_file
-from eckart.storage.publish import disk_full, sync_folder
+from eckart.storage.files import TEMPORARY, disk_full, sync_folder, write_file
 from eckart.storage.sealed import json_object, sealed, unsealed
 
 logger = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ import pytest
 from eckart.errors import CheckpointError
 from eckart.storage import publish as publishing
 from eckart.storage.lock import OutputLock
+from eckart.storage.manifest import write_manifest
 from eckart.storage.publish import check_output, publish
 
 
@@ -21,10 +22,16 @@ class BodyError(Exception):
 
 
 def fill(folder: Path, text: str) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(text)
     (folder / "sub").mkdir(exist_ok=True)
     (folder / "sub" / "weights").write_text(text)
+
+
+def old_output(folder: Path) -> None:
+    """What eckart has published before."""
+    fill(folder, "old")
+    write_manifest(folder)
 
 
 def contents(folder: Path) -> set[str]:
@@ -39,7 +46,7 @@ def refused(*words: str):
 def way(request, monkeypatch):
     """Replace in one step where the system can, and as everywhere else."""
     if request.param == "two renames":
-        monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
 
 
 def test_published_whole_and_nothing_beside_it(tmp_path):
@@ -61,7 +68,7 @@ def test_files_are_as_readable_as_the_folder(tmp_path):
 
 @pytest.mark.parametrize("error", [BodyError, KeyboardInterrupt, SystemExit])
 def test_body_that_raises_publishes_nothing(error, tmp_path):
-    fill(tmp_path / "out", "old")
+    old_output(tmp_path / "out")
     with pytest.raises(error), publish(tmp_path / "out", overwrite=True) as staging:  # noqa: PT012
         fill(staging, "new")
         raise error
@@ -70,51 +77,116 @@ def test_body_that_raises_publishes_nothing(error, tmp_path):
 
 
 def test_existing_output_is_refused(tmp_path):
-    fill(tmp_path / "out", "old")
+    old_output(tmp_path / "out")
     with refused("out", "--overwrite", "--output-dir"), publish(tmp_path / "out"):
         pytest.fail("the body ran")
     assert contents(tmp_path) == {"out"}
 
 
 def test_overwrite_replaces_the_whole_folder(way, tmp_path):
-    fill(tmp_path / "out", "old")
-    (tmp_path / "out" / "stale.safetensors").touch()
+    old_output(tmp_path / "out")
     with publish(tmp_path / "out", overwrite=True) as staging:
-        fill(staging, "new")
+        (staging / "model").write_text("new")
         assert (tmp_path / "out" / "config.json").read_text() == "old"
     assert contents(tmp_path) == {"out"}
-    assert contents(tmp_path / "out") == {"config.json", "sub"}
-    assert (tmp_path / "out" / "config.json").read_text() == "new"
+    assert contents(tmp_path / "out") == {"model", "eckart"}
+    with publish(tmp_path / "out", overwrite=True) as staging:  # what was published can be replaced again
+        fill(staging, "newer")
+    (tmp_path / "empty").mkdir()
+    with publish(tmp_path / "empty", overwrite=True) as staging:
+        fill(staging, "new")
 
 
-def test_overwrite_replaces_model_folders_only(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").touch()
-    with refused("thesis.tex", "--overwrite", "--output-dir"):
-        check_output(tmp_path / "out", overwrite=True)
+def test_overwrite_replaces_only_what_eckart_published(tmp_path):
+    out = tmp_path / "out"
+
+    def is_kept(*words):
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with refused(*words, "--overwrite deletes only what eckart has published", "--output-dir"):
+            check_output(out, overwrite=True)
+        with refused(*words), publish(out, overwrite=True):
+            pytest.fail("the body ran")
+        assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        shutil.rmtree(out)
+
+    fill(out, "a model of somebody else's")
+    is_kept("was not published by eckart: config.json, sub/weights lie there")
+    for name in ("thesis.tex", "sub/.git/HEAD", "eckart/notes.txt"):
+        old_output(out)
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).touch()
+        is_kept(f"{name} was not written by eckart")
+    old_output(out)
+    (out / "texts").symlink_to(tmp_path)
+    is_kept("texts was not written by eckart")
+    for changed in ("edited", "odl"):  # of another size, and of the same
+        old_output(out)
+        (out / "sub/weights").write_text(changed)
+        is_kept("sub/weights was changed after eckart wrote it")
+    for content in ("{}", "[]", "not JSON", json.dumps({"format": "another", "files": {"config.json": [1, 2]}})):
+        old_output(out)
+        (out / "eckart/files.json").write_text(content)
+        is_kept("was not published by eckart")
+
+
+def test_overwrite_sees_changes_at_both_ends_of_a_large_file(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    content = bytearray(300_000)
+    (out / "weights").write_bytes(content)
+    write_manifest(out)
+    assert check_output(out, overwrite=True) == out
+    for place in (0, -1):
+        changed = content.copy()
+        changed[place] = 1
+        (out / "weights").write_bytes(changed)
+        with refused("weights was changed"):
+            check_output(out, overwrite=True)
+    (out / "weights").unlink()  # what is gone cannot be lost
+    assert check_output(out, overwrite=True) == out
+
+
+def test_output_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with refused("no folder", "--output-dir"):
         check_output(tmp_path / "file", overwrite=True)
-    (tmp_path / "link").symlink_to(tmp_path / "out")
-    with refused("symbolic link", str(tmp_path / "out")):
+    (tmp_path / "link").symlink_to(tmp_path)
+    with refused("symbolic link", str(tmp_path)):
         check_output(tmp_path / "link", overwrite=True)
 
 
-def test_output_and_source_are_apart(tmp_path, monkeypatch):
-    fill(tmp_path / "source", "old")
-    source = tmp_path / "source"
-    for output in (source, source / "out", tmp_path):
-        with refused(str(source), "--output-dir"):
-            check_output(output, overwrite=True, source=source)
-    monkeypatch.chdir(source)
-    with refused("the current folder", "--output-dir"):
+def test_output_never_is_holds_or_lies_inside_an_input(tmp_path, monkeypatch):
+    home = tmp_path / "home"
+    old_output(home / "input")
+    (home / "texts").mkdir()
+    (home / "texts/a.txt").write_text("text")
+    (tmp_path / "link").symlink_to(home)
+    given = [None, "org/name-on-the-hub", "x" * 5000, "a\0b", object(), home / "input", str(home / "texts/a.txt")]
+    for output, words in {
+        home / "input": "is an input",
+        tmp_path / "link/input": "is an input",
+        home / "input/out": "lies inside .*input",
+        home: "holds .*input",
+        home / "texts": "holds .*a.txt",
+        home / "texts/a.txt": "is an input",
+    }.items():
+        with refused(f"The output .* {words}", "never replaced", "--output-dir"):
+            check_output(output, overwrite=True, inputs=given)
+    with refused("is an input"):
+        check_output(home / "input", overwrite=True, inputs=[tmp_path / "link/input"])
+    assert check_output(home / "input-2", inputs=given)
+    assert check_output(home / "texts/out", inputs=given)  # beside the file that is read
+    monkeypatch.chdir(home / "input")
+    with refused("is an input"):
+        check_output(home / "texts", overwrite=True, inputs=["../texts"])
+    with refused("is the current folder", "--output-dir"):
         check_output(".", overwrite=True)
-    assert check_output("out") == source / "out"
-    assert check_output(tmp_path / "source-2", source=source)
-    assert check_output(tmp_path / "source-2", source="org/name-on-the-hub")
+    with refused("holds the current folder", "--output-dir"):
+        check_output("..", overwrite=True)
+    assert check_output("out") == home / "input/out"
 
 
-def test_place_without_room_or_leave(tmp_path, monkeypatch):
+def test_output_without_space_or_permission_is_refused(tmp_path, monkeypatch):
     with refused("bytes", "--output-dir"):
         check_output(tmp_path / "out", needed_bytes=2**62)
     (tmp_path / "file").touch()
@@ -142,8 +214,8 @@ def test_full_disk_clears_the_staging_folder(error, tmp_path):
 
 
 def test_rename_that_fails_gives_the_old_output_back(tmp_path, monkeypatch):
-    fill(tmp_path / "out", "old")
-    monkeypatch.setattr(publishing, "_exchange", lambda one, other: False)
+    old_output(tmp_path / "out")
+    monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
     rename = Path.rename
 
     def fails(self, target):
@@ -193,7 +265,7 @@ with publish(sys.argv[1], overwrite=True) as staging:
 
 def test_second_process_is_refused_and_a_killed_one_does_not_block(tmp_path):
     source = str(Path(publishing.__file__).parents[2])
-    fill(tmp_path / "out", "old")
+    old_output(tmp_path / "out")
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(tmp_path / "out")],
         env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
@@ -260,7 +332,7 @@ def test_file_system_without_locks(tmp_path, monkeypatch, caplog):
 
 
 def test_old_output_that_cannot_be_removed_is_named(way, tmp_path, monkeypatch, caplog):
-    fill(tmp_path / "out", "old")
+    old_output(tmp_path / "out")
     with publish(tmp_path / "out", overwrite=True) as staging:
         fill(staging, "new")
         monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
@@ -272,3 +344,11 @@ def test_lock_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     with refused("file", "cannot be written", "--output-dir"), OutputLock(tmp_path / "file" / "out"):
         pytest.fail("locked")
+
+
+def test_lock_is_not_opened_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "victim")
+    with refused("cannot be written", "--output-dir"), OutputLock(tmp_path / "out"):
+        pytest.fail("locked")
+    assert (tmp_path / "victim").read_text() == "precious"

@@ -1,0 +1,76 @@
+"""The list of files that eckart has published in a folder: with it, ``--overwrite`` knows what it may delete."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+MANIFEST = "eckart/files.json"
+FORMAT = "eckart published files"
+ENDS = 64 * 1024  # bytes at either end of a file that are compared: a whole config, the last weights of a model
+
+
+def write_manifest(folder: Path) -> None:
+    """List all files of a folder that is about to be published, in ``eckart/files.json``."""
+    files = {name: _stamp(folder / name) for name in _entries(folder) if name != MANIFEST}
+    (folder / "eckart").mkdir(exist_ok=True)
+    content = {"format": FORMAT, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def not_published(folder: Path) -> str | None:
+    """Why a folder is not exactly what eckart has published, for a message; None where it is, or where it is empty.
+
+    Files are compared by name, size and their first and last 64 KiB: edited files and weights that were trained further
+    count as foreign, like files that were added. Files that are gone do not matter.
+    """
+    try:
+        names = list(_entries(folder))
+    except OSError as error:
+        return f"{error.filename} cannot be read ({error.strerror})"
+    if not names:
+        return None
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = content["files"] if content["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        files = None
+    if not isinstance(files, dict):
+        return f"it was not published by eckart: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''} lie there"
+    for name in names:
+        if name == MANIFEST:
+            continue
+        if name not in files:
+            return f"{name} was not written by eckart"
+        if (folder / name).is_symlink() or _stamp(folder / name) != files[name]:
+            return f"{name} was changed after eckart wrote it"
+    return None
+
+
+def _entries(folder: Path) -> Iterator[str]:
+    """Relative names of everything in a folder but the folders themselves, sorted; links are not followed."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    for root, folders, files in os.walk(folder, onerror=unreadable):
+        folders.sort()
+        for name in sorted([*files, *(name for name in folders if (Path(root) / name).is_symlink())]):
+            yield (Path(root) / name).relative_to(folder).as_posix()
+
+
+def _stamp(path: Path) -> list[int] | None:
+    """Size, and CRC-32 of both ends; None for what is no ordinary file or cannot be read."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            checksum = zlib.crc32(file.read(ENDS))
+            file.seek(max(0, size - ENDS))
+            return [size, zlib.crc32(file.read(ENDS), checksum)]
+    except OSError:
+        return None

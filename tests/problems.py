@@ -15,7 +15,12 @@ from torch import Tensor
 from eckart.forms import FORMS, FactoredLinear
 from eckart.linalg import Problem, factorize, weighted_error
 from eckart.methods import METHODS, Method, method_named
-from eckart.moments import Fisher, Moments, SecondMoment
+from eckart.moments import Moments
+from eckart.moments.absolute import Absolute
+from eckart.moments.fisher import Fisher
+from eckart.moments.gradients import GradientGram
+from eckart.moments.gram import Gram
+from eckart.moments.mean import Mean
 
 # Derandomized: the same examples on every run.
 few_examples = settings(
@@ -59,7 +64,15 @@ class Layer:
     @property
     def moments(self) -> Moments:
         """Its statistics, summed in float64."""
-        return Moments(_second(self.inputs), _second(self.gradients), self._fisher(), sequences=len(self.inputs))
+        x, g = (rows.reshape(-1, rows.shape[-1]) for rows in (self.inputs, self.gradients))
+        statistics = {
+            "mean": Mean(len(x), x.sum(0)),
+            "gram": Gram(len(x), x.mT @ x),
+            "absolute": Absolute(len(x), x.abs().sum(0)),
+            "gradients": GradientGram(len(g), g.mT @ g),
+            "fisher": self._fisher(),
+        }
+        return Moments(statistics, sequences=len(self.inputs))
 
     def _fisher(self) -> Fisher:
         squared = (self.gradients.mT @ self.inputs).square()  # (sequences, m, n)
@@ -81,13 +94,6 @@ class Layer:
     def with_weight(self, weight: Tensor) -> Layer:
         """The same statistics around another weight."""
         return replace(self, weight=weight)
-
-
-def _second(rows: Tensor) -> SecondMoment:
-    rows = rows.reshape(-1, rows.shape[-1])
-    return SecondMoment(
-        rows.shape[1], True, True, len(rows), gram=rows.mT @ rows, total=rows.sum(0), absolute=rows.abs().sum(0)
-    )
 
 
 def layer(

@@ -333,10 +333,10 @@ def test_weights_that_read_the_same_tensor_share_one_gram():
     assert groups_of("llama") == expected
     found = calibrated(BY_NAME["llama"], EVERYTHING).moments
     q, k, gate = (found[f"model.layers.0.{n}"] for n in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj"))
-    assert q.inputs is k.inputs
-    assert q.inputs is not gate.inputs
-    assert q.gradients is not k.gradients
-    assert q.fisher is not k.fisher
+    assert q["gram"] is k["gram"]
+    assert q["gram"] is not gate["gram"]
+    assert q["gradients"] is not k["gradients"]
+    assert q["fisher"] is not k["fisher"]
 
 
 def test_groups_of_an_encoder_and_of_a_shared_layer():
@@ -446,10 +446,10 @@ def test_grams_are_those_of_the_captured_inputs_without_padding(name):
     for site, parts in rows.items():
         all_rows = torch.cat(parts).double()
         entry = moments[site]
-        assert entry.inputs.count == len(all_rows), site
-        close(entry.inputs.mean_gram, all_rows.mT @ all_rows / len(all_rows))
-        close(entry.inputs.mean, all_rows.mean(0))
-        close(entry.inputs.mean_absolute, all_rows.abs().mean(0))
+        assert entry.tokens == len(all_rows), site
+        close(entry["gram"].mean, all_rows.mT @ all_rows / len(all_rows))
+        close(entry.mean, all_rows.mean(0))
+        close(entry["absolute"].mean, all_rows.abs().mean(0))
         assert entry.sequences == sum(len(next(iter(b.values()))) for b in batches)
 
 
@@ -462,7 +462,7 @@ def test_an_encoder_decoder_with_sides_of_equal_length_is_not_confused():
     moments = calibrated(kind, frozenset({"gram"}), batches, model).moments
     for site in ("decoder.layers.0.encoder_attn.k_proj", "decoder.layers.1.fc1", "encoder.layers.1.fc1"):
         rows = [real(site, captured(model, [f"model.{site}"], b)[f"model.{site}"][0], b).double() for b in batches]
-        close(moments[f"model.{site}"].inputs.mean_gram, torch.cat(rows).mT @ torch.cat(rows) / len(torch.cat(rows)))
+        close(moments[f"model.{site}"]["gram"].mean, torch.cat(rows).mT @ torch.cat(rows) / len(torch.cat(rows)))
 
 
 def test_shared_position_tables_count_once_an_example_and_carry_no_mask():
@@ -478,8 +478,8 @@ def test_shared_position_tables_count_once_an_example_and_carry_no_mask():
         assert texts.shape[1] == 12
         rows += [real(site, texts, batch), *([positions[0]] * len(texts))]
     every = torch.cat(rows).double()
-    assert moments.inputs.count == len(every)
-    close(moments.inputs.mean_gram, every.mT @ every / len(every))
+    assert moments.tokens == len(every)
+    close(moments["gram"].mean, every.mT @ every / len(every))
 
 
 def alone(batch: Inputs) -> Iterator[Inputs]:
@@ -563,15 +563,13 @@ def test_gradient_moments_are_those_of_one_sequence_at_a_time(name, length):
         squares, outer = expected_fisher(model, list(moments), batches, length, seed=3)
     for site, entry in moments.items():
         rows = outer[site]
-        assert entry.gradients is not None
-        assert entry.fisher is not None
-        assert entry.gradients.count == len(rows), site
+        assert entry["gradients"].count == len(rows), site
         if rows.abs().max() < 1e-6:  # a key's bias direction and the like: all but zero, in both
             continue
-        close(entry.gradients.mean_gram, rows.mT @ rows / len(rows), 1e-3)
-        assert entry.fisher.sequences == sum(len(next(iter(b.values()))) for b in batches)
-        close(entry.fisher.rows, squares[site].sum(1), 1e-3)
-        close(entry.fisher.columns, squares[site].sum(0), 1e-3)
+        close(entry["gradients"].mean, rows.mT @ rows / len(rows), 1e-3)
+        assert entry["fisher"].sequences == sum(len(next(iter(b.values()))) for b in batches)
+        close(entry["fisher"].rows, squares[site].sum(1), 1e-3)
+        close(entry["fisher"].columns, squares[site].sum(0), 1e-3)
 
 
 def test_own_labels_give_the_empirical_fisher():
@@ -584,8 +582,8 @@ def test_own_labels_give_the_empirical_fisher():
     with torch.enable_grad():
         squares, outer = expected_fisher(model, list(found.moments), batches, None, seed=0)
     for site, entry in found.moments.items():
-        close(entry.fisher.rows, squares[site].sum(1), 1e-3)
-        close(entry.gradients.mean_gram, outer[site].mT @ outer[site] / len(outer[site]), 1e-3)
+        close(entry["fisher"].rows, squares[site].sum(1), 1e-3)
+        close(entry["gradients"].mean, outer[site].mT @ outer[site] / len(outer[site]), 1e-3)
 
 
 class Flattening(nn.Module):
@@ -623,26 +621,22 @@ def test_flattened_layers_are_unflattened():
                 squares[name] = squares.get(name, 0) + gradient.double() ** 2
             rows.append(model.embed(one["input_ids"]).detach()[0].double())
     for name, square in squares.items():
-        close(moments[name].fisher.rows, square.sum(1))
-        close(moments[name].fisher.columns, square.sum(0))
+        close(moments[name]["fisher"].rows, square.sum(1))
+        close(moments[name]["fisher"].columns, square.sum(0))
     every = torch.cat(rows)
-    assert moments["inner"].inputs.count == len(every)
-    close(moments["inner"].inputs.mean_gram, every.mT @ every / len(every))
+    assert moments["inner"].tokens == len(every)
+    close(moments["inner"]["gram"].mean, every.mT @ every / len(every))
 
 
 def same(one: Moments, other: Moments, tolerance: float) -> None:
-    assert one.inputs.count == other.inputs.count
+    assert one.tokens == other.tokens
     assert one.sequences == other.sequences
-    close(one.inputs.mean_gram, other.inputs.mean_gram, tolerance)
-    close(one.inputs.mean_absolute, other.inputs.mean_absolute, tolerance)
-    assert one.gradients is not None
-    assert other.gradients is not None
-    assert one.gradients.count == other.gradients.count
-    close(one.gradients.mean_gram, other.gradients.mean_gram, tolerance)
-    assert one.fisher is not None
-    assert other.fisher is not None
-    close(one.fisher.rows, other.fisher.rows, tolerance)
-    close(one.fisher.columns, other.fisher.columns, tolerance)
+    close(one["gram"].mean, other["gram"].mean, tolerance)
+    close(one["absolute"].mean, other["absolute"].mean, tolerance)
+    assert one["gradients"].count == other["gradients"].count
+    close(one["gradients"].mean, other["gradients"].mean, tolerance)
+    close(one["fisher"].rows, other["fisher"].rows, tolerance)
+    close(one["fisher"].columns, other["fisher"].columns, tolerance)
 
 
 @pytest.mark.parametrize("name", ["bert", "bert-mlm", "bert-regression", "deberta", "albert", "gpt2", "t5", "vit"])
@@ -668,7 +662,7 @@ def test_draws_follow_the_example_not_its_place_in_a_batch():
     def moments(batches: list[Batch], seed: int = 0) -> Tensor:
         data = load_data(batches, model=model)
         entry = calibrate(model, names, data, needs=EVERYTHING, seed=seed).moments[site]
-        return entry.gradients.mean_gram
+        return entry["gradients"].mean
 
     order = [2, 0, 3, 1]
     shuffled = Batch({k: v[order] for k, v in batch.inputs.items()}, tuple(order))

@@ -30,7 +30,7 @@ from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS, SharedBasis, build
 from eckart.methods import METHODS
 from eckart.model import dense_weight, find_sites, shared_parameters
-from eckart.moments import Moments, SecondMoment
+from eckart.moments import Moments
 from eckart.storage.store import MemoryStore
 
 DEEP = {"gpt2": {"n_layer": 4}, "t5": {"num_layers": 4, "num_decoder_layers": 4}}
@@ -383,9 +383,11 @@ def test_compared_with_other_methods():
 
 
 def statistics(width, seed):
-    inputs = SecondMoment(width)
-    inputs.update(normal(40, width, seed=seed), "test")
-    return Moments(inputs, sequences=4)
+    moments = Moments.empty({"gram"})
+    for statistic in moments.shared.values():
+        statistic.update(normal(40, width, seed=seed).float())
+    moments.sequences = 4
+    return moments
 
 
 class Blocks(nn.Module):
@@ -453,7 +455,7 @@ def test_a_site_that_nothing_reaches_leaves_its_group():
     assert {name for name in summary.losses if name.endswith("q")} == {"layers.0.q", "layers.1.q"}
     assert summary.dense == {}
     empty = list(windows_of(range(3)))
-    empty[1].moments["layers.1.q"] = Moments(SecondMoment(8))
+    empty[1].moments["layers.1.q"] = Moments.empty({"gram"})
     summary = filled(empty, bases).summary()
     assert {name for name in summary.losses if name.endswith("q")} == {"layers.0.q", "layers.2.q"}
     assert summary.dense == {"layers.1.q": "no token of the calibration data reached it"}

@@ -29,7 +29,8 @@ from eckart.errors import NumericalError
 from eckart.forms import FORMS
 from eckart.linalg import Metric, Problem, curve_under, factorize
 from eckart.methods import METHODS, method_named
-from eckart.moments import Moments, SecondMoment
+from eckart.moments import Moments
+from eckart.registry import STATISTICS
 
 CANDIDATES = 100
 
@@ -53,7 +54,7 @@ def scale_of(problem: Problem) -> float:
 
 def tensors_of(found) -> list[torch.Tensor]:
     moments = found.moments
-    return [found.weight, moments.inputs.gram, moments.gradients.gram, moments.fisher.rows, moments.fisher.columns]
+    return [found.weight, *(tensor for tensor in moments.state().values() if tensor.dim())]
 
 
 # -- the solution ------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def test_making_the_problem_leaves_the_statistics(method, centered):
     found = LAYERS["tall"]
     moments = found.moments
     moments.centered = centered
-    with unchanged(*tensors_of(found), moments.inputs.gram, moments.gradients.gram):
+    with unchanged(*tensors_of(found), moments["gram"].gram, moments["gradients"].gram):
         factorize(method.metric(found.weight, moments))
 
 
@@ -169,7 +170,7 @@ def test_permuted_inputs_and_outputs_permute_the_answer(method, centered, found)
 
 def unshrunk_kfac(found) -> Problem:
     moments = found.moments
-    return Problem(found.weight, Metric(full=moments.gradients.mean_gram), Metric(full=moments.inputs.mean_gram))
+    return Problem(found.weight, Metric(full=moments["gradients"].mean), Metric(full=moments["gram"].mean))
 
 
 RESCALABLE = {
@@ -197,8 +198,8 @@ def test_rescaled_inputs_move_the_answer_with_them(problem_of, both, found):
 @pytest.mark.parametrize("name", ["fwsvd", "fwsvd-columns"])
 def test_fisher_weighting_with_a_constant_fisher_is_svd(name, found):
     moments = found.moments
-    moments.fisher.rows.fill_(3.7)
-    moments.fisher.columns.fill_(3.7)
+    moments["fisher"].rows.fill_(3.7)
+    moments["fisher"].columns.fill_(3.7)
     problem = method_named(name).metric(found.weight, moments)
     for rank in some_ranks(problem):
         close(answer_of(problem, rank), answer_of(found.problem_of("svd"), rank), 1e-10)
@@ -224,8 +225,8 @@ def test_dead_outputs_keep_a_floor_of_the_mean_row():
 @pytest.mark.parametrize("name", ["fwsvd", "fwsvd-columns"])
 def test_fisher_of_nothing_is_refused(name):
     moments = LAYERS["tall"].moments
-    moments.fisher.rows.zero_()
-    moments.fisher.columns.zero_()
+    moments["fisher"].rows.zero_()
+    moments["fisher"].columns.zero_()
     with pytest.raises(NumericalError, match=r"every gradient of this site is zero.*--ignore"):
         method_named(name).metric(LAYERS["tall"].weight, moments)
 
@@ -233,7 +234,7 @@ def test_fisher_of_nothing_is_refused(name):
 @every_regular_layer
 @pytest.mark.parametrize("name", ["drone", "svd-llm"])
 def test_drone_is_whitening_is_output_pca(name, found):
-    gram = found.moments.inputs.mean_gram
+    gram = found.moments["gram"].mean
     problem = found.problem_of(name)
     for rank in some_ranks(problem):
         answer = answer_of(problem, rank)
@@ -305,24 +306,16 @@ def test_centered_metric_is_the_covariance():
 def test_presets_are_known(method):
     assert METHODS[method.name] is method
     assert method.form in FORMS
-    assert method.allocation in ("uniform", "loss", "own")
+    assert method.allocation in ("uniform", "loss", "paper")
     assert (method.allocation == "paper") == (method.paper_sizes is not None)
-    assert method.needs <= {"gram", "absolute", "gradients", "fisher"}
+    assert method.needs <= set(STATISTICS)
     assert all((method.title, method.paper, method.exact_for))
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_reads_only_the_statistics_it_says_it_needs(method):
     full = LAYERS["tall"].moments
-    inputs = SecondMoment(12, count=full.inputs.count, total=full.inputs.total)
-    inputs.gram = full.inputs.gram if "gram" in method.needs else None
-    inputs.absolute = full.inputs.absolute if "absolute" in method.needs else None
-    given_only = Moments(
-        inputs,
-        full.gradients if "gradients" in method.needs else None,
-        full.fisher if "fisher" in method.needs else None,
-        full.sequences,
-    )
+    given_only = full.with_statistics({name: full[name] for name in ("mean", *method.needs)})
     problem = method.metric(LAYERS["tall"].weight, given_only)
     assert torch.equal(answer_of(problem, 4), answer_of(LAYERS["tall"].problem_of(method), 4))
 
@@ -333,11 +326,12 @@ def test_reads_only_the_statistics_it_says_it_needs(method):
 def statistics(found, parts: int) -> Moments:
     """Of the layer's sequences, in so many batches."""
     rows, columns = found.weight.shape
-    moments = Moments(SecondMoment(columns, True, True), SecondMoment(rows))
+    moments = Moments.empty({"gram", "absolute", "gradients"})
     for inputs, gradients in zip(found.inputs.chunk(parts), found.gradients.chunk(parts), strict=True):
-        moments.inputs.update(inputs.reshape(-1, columns), "test")
-        moments.gradients.update(gradients.reshape(-1, rows), "test")
-    moments.fisher = found.moments.fisher
+        for statistic in moments.shared.values():
+            statistic.update(inputs.reshape(-1, columns))
+        moments["gradients"].update(gradients.reshape(-1, rows))
+    moments.statistics["fisher"] = found.moments["fisher"]
     moments.sequences = len(found.inputs)
     return moments
 
@@ -350,8 +344,10 @@ def test_one_batch_many_batches_and_merged_are_one(method, centered, found):
         layer_of(found, slice(3, None)),
     ]
     merged = statistics(halves[0], 1)
-    merged.inputs.merge(statistics(halves[1], 1).inputs)
-    merged.merge(statistics(halves[1], 1))
+    other = statistics(halves[1], 1)
+    merged.sequences += other.sequences
+    for name, statistic in merged.statistics.items():
+        statistic.merge(other[name])
     expected = answer_of(found.problem_of(method, centered), 4)
     for moments in (statistics(found, 1), statistics(found, 8), merged):
         moments.centered = centered

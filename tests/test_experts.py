@@ -130,7 +130,7 @@ def test_statistics_are_those_of_the_tokens_that_are_routed_to_an_expert(name):
         entry = moments.get(f"model.layers.1.mlp.experts.each.{number}.up")
         assert (entry is None) == (len(rows) == 0)
         if entry is not None:
-            assert entry.inputs.count == len(rows)
+            assert entry.tokens == len(rows)
             close(entry.input_gram.double(), rows.mT @ rows / len(rows), 1e-5)
             total += len(rows)
     assert total == 2 * ids().numel()

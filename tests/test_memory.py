@@ -12,7 +12,7 @@ from problems import normal
 from eckart.distributed import memory
 from eckart.distributed.memory import MemoryWatch, PeakMemory, format_bytes, free_memory, rss
 from eckart.linalg import Metric, Problem, factorize
-from eckart.moments import Fisher, Moments, SecondMoment
+from eckart.moments import Moments
 from eckart.moments.memory import solving_bytes, statistics_bytes
 
 MIB = 2**20
@@ -169,17 +169,17 @@ def test_statistics_are_counted_as_they_are_kept(needs):
     sites, groups = [(3, 5), (4, 5), (7, 2)], [(0, 1), (2,)]
     kept = {}
     for members in groups:
-        inputs = SecondMoment(sites[members[0]][1], "gram" in needs, "absolute" in needs)
-        inputs.update(normal(6, inputs.width), "x")
+        inputs = Moments.empty(needs).shared
+        for statistic in inputs.values():
+            statistic.update(normal(6, sites[members[0]][1]))
         for place in members:
             m, n = sites[place]
-            entry = Moments(inputs, *(kind for kind in (SecondMoment(m), Fisher())))
+            entry = Moments.empty(needs, inputs)
             if "gradients" in needs:
-                entry.gradients.update(normal(6, m), "g")
+                entry["gradients"].update(normal(6, m))
             if "fisher" in needs:
-                entry.fisher.update(normal(2, 3, n), normal(2, 3, m))
-            for part in (entry.inputs, entry.gradients, entry.fisher):
-                kept |= {id(value): value for value in vars(part).values() if isinstance(value, torch.Tensor)}
+                entry["fisher"].update(normal(2, 3, n), normal(2, 3, m))
+            kept |= {id(value): value for value in entry.state().values() if value.dim()}
     wanted = sum(tensor.nbytes for tensor in kept.values())
     assert statistics_bytes(sites, groups, frozenset(needs)) == wanted
 

@@ -249,7 +249,7 @@ def test_sites_without_statistics_are_left_as_they_are():
     changed = copy.deepcopy(model)
     sites = {site.name: site for site in find_sites(model).chosen}
     kept = "model.layers.0.mlp.down_proj"
-    moments = {kept: Moments(InputShift.empty(48, torch.device("cpu")).second_moment())}
+    moments = {kept: Moments(InputShift.empty(48, torch.device("cpu")).statistics())}
     with evaluating(model, changed):
         before, now = start_runner(model, batches), start_runner(changed, batches)
         groups = shared_inputs(model, list(sites), lambda: forward(model, batches[0].inputs))

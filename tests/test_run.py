@@ -95,7 +95,7 @@ def test_plan_of_another_model_is_refused(model, batches, tmp_path):
 
 def test_method_object_of_ones_own(model, batches):
     def metric(weight, moments):
-        return Problem(weight, right=Metric(diagonal=moments.inputs.mean_absolute))
+        return Problem(weight, right=Metric(diagonal=moments["absolute"].mean))
 
     own = replace(METHODS["asvd"], name="mine", metric=metric)
     result = eckart.compress(model, data=batches, method=own, keep=0.5)

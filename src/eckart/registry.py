@@ -219,6 +219,18 @@ METHODS: Registry[Any] = Registry(
 )
 """Papers' procedures: a metric and settings for everything else (`--method`, `--metric`)."""
 
+STATISTICS: Registry[Any] = Registry(
+    "statistic",
+    {
+        "mean": "eckart.moments.mean:Mean",
+        "gram": "eckart.moments.gram:Gram",
+        "absolute": "eckart.moments.absolute:Absolute",
+        "gradients": "eckart.moments.gradients:GradientGram",
+        "fisher": "eckart.moments.fisher:Fisher",
+    },
+)
+"""Sums over the calibration text that metrics read (`Method.needs`)."""
+
 FORMS: Registry[Any] = Registry(
     "form",
     {

@@ -33,7 +33,7 @@ from eckart.data.inference import forward, progress
 from eckart.distributed import Processes
 from eckart.errors import EckartError, ModelError
 from eckart.model import WeightLoader
-from eckart.moments import Moments, Step, common_calls, gather, is_out_of_memory, shared_inputs
+from eckart.moments import Moments, Step, common_calls, gather, is_out_of_memory, needs_backward, shared_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def calibrate(
         ModelError: if a backward pass is needed, cannot run, and nothing may replace it.
     """
     weights = weights or WeightLoader(model, None)
-    backward = bool(needs & {"gradients", "fisher"})
+    backward = needs_backward(needs)
     labeled = backward and (curvature == "labels" or (curvature == "auto" and data.has_labels))
     step = labeled_step(model) if labeled else sampled_step(model, seed, pooling) if backward else plain_step(model)
     work = _Work(model, weights, all_blocks(model))

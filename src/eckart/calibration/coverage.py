@@ -12,9 +12,10 @@ logger = logging.getLogger(__name__)
 
 def why_useless(entry: Moments) -> str | None:
     """Why a site's statistics say nothing, in words, or None."""
-    if entry.inputs.count == 0:
+    if entry.tokens == 0:
         return "no token of the calibration data reached it"
-    if _without_gradient(entry):
+    gradients = [found for found in entry.own.values() if found.needs_backward]
+    if gradients and all(found.is_zero for found in gradients):
         return "the model's output does not depend on it"
     return None
 
@@ -36,10 +37,3 @@ def too_few(seen: Mapping[str, tuple[int, int]]) -> list[str]:
     )
     logger.warning(note)
     return [note]
-
-
-def _without_gradient(entry: Moments) -> bool:
-    if entry.gradients is not None:
-        return entry.gradients.gram is None or not bool(entry.gradients.gram.any())
-    fisher = entry.fisher
-    return fisher is not None and (fisher.rows is None or not bool(fisher.rows.any()))

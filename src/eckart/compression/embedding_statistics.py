@@ -85,10 +85,10 @@ def head_inputs(
         found = gather(model, heads, batches, step, needs=frozenset({"gram"}))
     grams: dict[str, Tensor] = {}
     for table in tables:
-        seen = [found[head].inputs for head in table.heads if found[head].inputs.count]
+        seen = [found[head] for head in table.heads if found[head].tokens]
         if seen:
-            total = sum(inputs.count for inputs in seen)
-            grams[table.name] = sum(inputs.mean_gram * (inputs.count / total) for inputs in seen)  # type: ignore[assignment]
+            total = sum(inputs.tokens for inputs in seen)
+            grams[table.name] = sum(inputs["gram"].mean * (inputs.tokens / total) for inputs in seen)
         elif table.heads:
             notes.append(f"{table.heads[0]}: no token of the data was seen there, so only look-ups weigh {table.name}")
     return grams

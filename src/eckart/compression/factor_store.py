@@ -21,7 +21,7 @@ from eckart.compression.settings import Settings
 from eckart.distributed import Processes
 from eckart.forms import Block
 from eckart.model import Site, dense_weight
-from eckart.moments import Moments, pack, unpack
+from eckart.moments import Moments, deserialize, serialize
 from eckart.storage.store import EntryStore
 
 STAGE = "solved"
@@ -136,7 +136,7 @@ class FactorStore:
         tensors, content = found
         content[WAITING] = list(here)
         content["inputs"] = {leader: list(members) for leader, members in inputs.items()}
-        state = pack({name: entry for name, entry in here.items() if entry is not None})
+        state = serialize({name: entry for name, entry in here.items() if entry is not None})
         tensors |= {f"{WAITING}/{key}": value for key, value in state.items()}
 
     def _rest(self, work: FactorizationContext, bases: Bases) -> None:
@@ -159,7 +159,7 @@ class FactorStore:
 
     def _waited(self, name: str, entry: str) -> Moments | None:
         tensors, content = self.store.read(STAGE, entry)
-        return unpack(_of(tensors, WAITING), content["inputs"]).get(name)
+        return deserialize(_of(tensors, WAITING), content["inputs"]).get(name)
 
     def summary(self) -> FactorSummary:
         """What all processes may know; read from the entries, those of an earlier run included."""
@@ -221,7 +221,7 @@ class FactorStore:
                 content["dense"][name] = reason
                 return False
         if moments is not None:
-            content["seen"][name] = [moments.inputs.count, moments.inputs.width]
+            content["seen"][name] = [moments.tokens, work.sites[name].in_features]
         return True
 
     def _weight(self, name: str, work: FactorizationContext) -> Tensor:
@@ -241,10 +241,10 @@ class FactorStore:
             groups = {leader: m for leader, m in window.groups.items() if owners[leader] == owner}
             names = [name for members in groups.values() for name in members]
             # A process whose text never reached a site, such as an expert, has nothing to add.
-            sums = pack({name: moments.pop(name) for name in names if name in moments})
+            sums = serialize({name: moments.pop(name) for name in names if name in moments})
             self.processes.reduce(sums, owner)
             if owner == self.processes.rank:
-                moments |= unpack(sums, groups)
+                moments |= deserialize(sums, groups)
         return {name: owners[leader] for leader, members in window.groups.items() for name in members}
 
     def _keep(self, name: str, mine: Packed) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from eckart.forms import Block, form_named
 from eckart.linalg import Factorization, Problem
 from eckart.methods import METHODS
 from eckart.model import Site
-from eckart.moments import Moments, SecondMoment
+from eckart.moments import Moments
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ def solve(
     del problem
     kept = None
     if settings.refit and moments is not None:
-        kept = replace(moments, inputs=moments.inputs.without_gram())
-    mean = moments.inputs.mean if moments is not None and moments.centered else None
+        kept = moments.with_statistics(moments.own)
+    mean = moments.mean if moments is not None and moments.centered else None
     return SiteFactors(factors, losses or None, mean, kept)
 
 
@@ -142,11 +142,12 @@ def _summed(moments: Sequence[Moments]) -> Moments | None:
     """Statistics of all inputs as if they were one site's; those that are given are left as they are."""
     if not moments:
         return None
-    first = moments[0].inputs
-    inputs = SecondMoment(first.width, first.with_gram, first.with_absolute)
-    for entry in moments:
-        inputs.merge(entry.inputs)
-    return Moments(inputs, sequences=moments[0].sequences)
+    total = Moments.empty(moments[0].shared)
+    total.sequences = moments[0].sequences
+    for name, statistic in total.statistics.items():
+        for entry in moments:
+            statistic.merge(entry[name])
+    return total
 
 
 def _losses(factors: Factorization, largest: Choice, target: Tensor, moments: Moments, settings: Settings) -> Tensor:
@@ -161,5 +162,5 @@ def _losses(factors: Factorization, largest: Choice, target: Tensor, moments: Mo
     else:
         problem: Problem = kfac.metric(target, moments)
         errors = form_named(largest.form).errors_under(factors, problem, largest.block, largest.rank)
-    scale = 0.5 * moments.inputs.count / max(moments.sequences, 1)
+    scale = 0.5 * moments.tokens / max(moments.sequences, 1)
     return (scale * errors).to(torch.float64)

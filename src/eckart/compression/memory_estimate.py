@@ -34,6 +34,7 @@ from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.evaluation.divergence import PIECE
 from eckart.forms import form_named
 from eckart.model import ComputePlacement, Sites, find_sites, with_separate_experts
+from eckart.moments import needs_backward, statistics_named
 from eckart.moments.memory import solving_bytes, statistics_bytes
 from eckart.storage.cache import Cache
 from eckart.storage.journal import Journal
@@ -108,13 +109,13 @@ def estimate_memory(model: PreTrainedModel, recipe: Recipe, settings: Settings, 
     text = _text(model, recipe)
     cache = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
     width = max(columns for _, columns in shapes.values())
-    running = text.batch * width * FLOAT32 * (8 if needs & {"gradients", "fisher"} else 4)
+    running = text.batch * width * FLOAT32 * (8 if needs_backward(needs) else 4)
     logits = _logits(model, text)
     whole = PeakMemory(
         block=elements * FLOAT32 + stored,
         statistics=sum(statistics.values()),
         solving=solving + sum(factors.values()),
-        text=running * (max(len(blocks), 1) if needs & {"gradients", "fisher"} else 1) + logits,
+        text=running * (max(len(blocks), 1) if needs_backward(needs) else 1) + logits,
         program=rss(),
         free=room,
     )
@@ -319,7 +320,8 @@ def _disk(
     streams = _waiting(model, sites, needs, text)
     total = sum(factors.values()) + 2 * stored  # in the journal, and as it is published
     if settings.refit:
-        outputs = sum(site.out_features**2 for site in sites.chosen) * FLOAT32 if "gradients" in needs else 0
+        kept = [kind for kind in statistics_named(needs).values() if kind.needs_backward]
+        outputs = sum(kind.nbytes(*site.shape) for kind in kept for site in sites.chosen)
         total += stored + outputs + 2 * _waiting(model, sites, frozenset({"gram"}), text)
     return total + streams
 
@@ -329,7 +331,7 @@ def _waiting(model: nn.Module, sites: Sites, needs: frozenset[str], text: _Text)
     config: Any = getattr(model, "config", None)
     width = getattr(config, "hidden_size", None) or max(site.in_features for site in sites.chosen)
     steps = len(blocks_of([site.name for site in sites.chosen], model))
-    return text.all * width * FLOAT32 * (steps + 2 if needs & {"gradients", "fisher"} else 2)
+    return text.all * width * FLOAT32 * (steps + 2 if needs_backward(needs) else 2)
 
 
 def scratch(place: Workspace) -> Path:

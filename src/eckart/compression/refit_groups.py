@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from dataclasses import replace as with_changes
 from typing import Any
 
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from eckart.model import (
     set_dense_weight,
     store_factors,
 )
-from eckart.moments import Moments, real_rows
+from eckart.moments import Moments, real_tokens
 from eckart.moments.input_shift import InputShift
 
 
@@ -126,7 +125,7 @@ class GroupRefit:
                     raise NumericalError(
                         f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
                     )
-                x, y = real_rows(x, batch), real_rows(y, batch)
+                x, y = real_tokens(x, batch), real_tokens(y, batch)
                 moved.update(x, y, f"input of {leader} in the compressed model")
                 for name in powers:
                     output = functional.linear(x.float(), *_linear(before.model.get_submodule(name)))
@@ -180,7 +179,7 @@ class GroupRefit:
         if choice.form == DENSE:
             stored = target
         else:
-            now = with_changes(moments, inputs=moved.second_moment())
+            now = moments.with_statistics({**moments.own, **moved.statistics()})
             solved = factorize(self.method.metric(target, now), name)
             notes.extend(solved.notes)
             left, right = solved.truncated(choice.rank)

@@ -10,6 +10,7 @@ from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS, FactoredLinear, form_named
 from eckart.methods import METHODS, Method
+from eckart.moments import statistics_named
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,12 @@ class Settings:
                 method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centered=other.centered
             )
         refit = method.refit if recipe.refit is None else recipe.refit
-        if "gram" not in method.needs and refit:
+        if refit and _of_inputs(method) != {"gram"}:
             if recipe.refit:
                 raise UsageError(
-                    f"--refit: the metric of {recipe.metric or method.name} does not look at inputs, so there is "
-                    "nothing to fit again; use --metric drone or kfac, or leave --refit out."
+                    f"--refit: the metric of {recipe.metric or method.name} does not read the Gram of the "
+                    "inputs alone, which is all that a refit measures anew; use --metric drone or kfac, or leave "
+                    "--refit out."
                 )
             refit = False
         form, allocation = recipe.form or method.form, recipe.allocation or method.allocation
@@ -97,6 +99,11 @@ class Settings:
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
 
 
+def _of_inputs(method: Method) -> set[str]:
+    """The statistics of the inputs that its metric reads; means are always there."""
+    return {name for name, kind in statistics_named(method.needs).items() if not kind.needs_backward} - {"mean"}
+
+
 def _forms(wanted: Callable[[type[FactoredLinear]], object]) -> str:
     """The names of the forms of which something is true, for messages."""
     return " or ".join(name for name, kind in FORMS.items() if wanted(kind))
@@ -108,7 +115,7 @@ def check_metric_shares(method: Method) -> None:
     Raises:
         UsageError: it weighs each layer's own outputs, or centers each layer's own inputs.
     """
-    if method.centered or not method.needs <= {"gram", "absolute"}:
+    if method.centered or not all(kind.shares_basis for kind in statistics_named(method.needs).values()):
         raise UsageError(
             f"--method {method.name}: its metric weighs the outputs or the mean of each layer by itself, so that "
             "layers cannot share a basis under it. Use --metric drone, asvd or svd, or --method basis-sharing."

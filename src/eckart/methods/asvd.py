@@ -19,7 +19,7 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     """`|| (W - W') diag(mean|x|)^alpha ||_F^2`, alpha = 0.5; stored squared, as every metric is."""
     from eckart.linalg import Metric, Problem
 
-    return Problem(weight, right=Metric(diagonal=moments.inputs.mean_absolute ** (2 * ALPHA)))
+    return Problem(weight, right=Metric(diagonal=moments["absolute"].mean ** (2 * ALPHA)))
 
 
 METHOD = Method(

@@ -33,7 +33,7 @@ class Method:
         paper: authors, venue, year, identifier.
         metric: makes the weighted problem of a weight (out, in) from the statistics of its site.
         exact_for: what error the factors are optimal for, in words.
-        needs: statistics that the metric reads: "gram", "absolute", "gradients", "fisher"; empty: no data.
+        needs: statistics that the metric reads, names of :data:`eckart.registry.STATISTICS`; empty: no data.
         form: the stored form of the paper.
         allocation: "uniform", "loss", or "paper": what `paper_sizes` says.
         centered: whether means are folded into the bias of sites that have one, and the metric is centered.
@@ -64,4 +64,6 @@ class Method:
     @property
     def needs_gradients(self) -> bool:
         """Whether backward passes are needed."""
-        return bool(self.needs & {"gradients", "fisher"}) or self.allocation == "loss"
+        from eckart.moments import needs_backward  # tables of methods come without torch
+
+        return self.allocation == "loss" or needs_backward(self.needs)

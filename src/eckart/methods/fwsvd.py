@@ -42,16 +42,14 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     """
     from eckart.linalg import Problem
 
-    assert moments.fisher is not None
-    return Problem(weight, left=_floored(moments.fisher.rows, weight))
+    return Problem(weight, left=_floored(moments["fisher"].rows, weight))
 
 
 def column_metric(weight: Tensor, moments: Moments) -> Problem:
     """`|| (W - W') diag(sqrt(f)) ||_F^2`, f_j the Fisher information summed over column j of W (out, in)."""
     from eckart.linalg import Problem
 
-    assert moments.fisher is not None
-    return Problem(weight, right=_floored(moments.fisher.columns, weight))
+    return Problem(weight, right=_floored(moments["fisher"].columns, weight))
 
 
 METHOD = Method(

@@ -25,10 +25,9 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     """
     from eckart.linalg import Problem
 
-    assert moments.gradients is not None
     return Problem(
         weight,
-        left=moments.gradients.metric.shrunk(GRADIENT_SHRINKAGE),
+        left=moments["gradients"].metric.shrunk(GRADIENT_SHRINKAGE),
         right=moments.input_metric.shrunk(INPUT_SHRINKAGE),
     )
 

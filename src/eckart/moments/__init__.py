@@ -1,32 +1,42 @@
 """Statistics of a site's inputs and output gradients, and the ways to gather them."""
 
-from eckart.moments.accumulate import Fisher, Moments, SecondMoment
 from eckart.moments.calls import common_calls, shared_inputs
+from eckart.moments.current_batch import BatchLike, real_tokens
 from eckart.moments.curvature import generator, labeled_loss, sampled_loss
 from eckart.moments.gatherer import Gatherer, Step, gather
 from eckart.moments.halving import is_out_of_memory, release
 from eckart.moments.norms import reading_norms
-from eckart.moments.running import BatchLike, real_rows
-from eckart.moments.together import merge, pack, unpack
+from eckart.moments.site import Moments, deserialize, serialize
+from eckart.moments.statistic import (
+    GradientStatistic,
+    InputStatistic,
+    SequenceStatistic,
+    Statistic,
+    needs_backward,
+    statistics_named,
+)
 
 __all__ = [
     "BatchLike",
-    "Fisher",
     "Gatherer",
+    "GradientStatistic",
+    "InputStatistic",
     "Moments",
-    "SecondMoment",
+    "SequenceStatistic",
+    "Statistic",
     "Step",
     "common_calls",
+    "deserialize",
     "gather",
     "generator",
     "is_out_of_memory",
     "labeled_loss",
-    "merge",
-    "pack",
+    "needs_backward",
     "reading_norms",
-    "real_rows",
+    "real_tokens",
     "release",
     "sampled_loss",
+    "serialize",
     "shared_inputs",
-    "unpack",
+    "statistics_named",
 ]

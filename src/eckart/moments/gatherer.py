@@ -1,4 +1,4 @@
-"""Fill the accumulators from a model's own forward (and backward) passes."""
+"""Fill statistics from a model's own forward (and backward) passes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.moments.accumulate import Fisher, Moments, SecondMoment
+from eckart.errors import NumericalError
 from eckart.moments.calls import argument
+from eckart.moments.current_batch import BatchLike, CurrentBatch, Update
 from eckart.moments.halving import is_out_of_memory, release
-from eckart.moments.running import BatchLike, Running, Update
+from eckart.moments.site import Moments
+from eckart.moments.statistic import GradientStatistic, InputStatistic, SequenceStatistic, Statistic, needs_backward
 
 logger = logging.getLogger(__name__)
 
@@ -23,13 +25,13 @@ Step = Callable[[Any], Tensor | None]
 
 
 class Gatherer:
-    """Hooks that fill accumulators while a model runs; a context manager.
+    """Hooks that fill statistics while a model runs; a context manager.
 
     Attributes:
-        moments: site -> statistics; members of a group share one `inputs`.
-        armed: while False the hooks do nothing.
-        most: rows that are run at once, lowered when memory runs out; None: whole batches.
-        halved: how often memory ran out.
+        moments: site -> statistics; members of a group share those of their input.
+        paused: while True the hooks do nothing.
+        max_rows: rows that are run at once, lowered when memory runs out; None: whole batches.
+        times_halved: how often memory ran out.
     """
 
     def __init__(
@@ -46,20 +48,20 @@ class Gatherer:
         Args:
             model: in eval mode; its parameters need no gradients.
             groups: leader -> members, as :func:`shared_inputs` gives them. One Gram serves a group.
-            needs: any of "gram", "absolute", "gradients", "fisher".
+            needs: names of statistics.
             common: as :func:`common_calls` gives it; batches must then be of one example each.
-            into: statistics to go on with; what is missing there is made new.
+            into: statistics to add to; what is missing there is made new.
         """
         self.model = model
         self.groups = groups
-        self.backward = bool(needs & {"gradients", "fisher"})
-        self.moments = _moments(model, groups, needs, into or {})
-        self.armed = True
-        self.most: int | None = None
-        self.halved = 0
-        self._running = Running(common)
+        self.backward = needs_backward(needs)
+        self.moments = _moments(groups, needs, into or {})
+        self.paused = False
+        self.max_rows: int | None = None
+        self.times_halved = 0
+        self._current = CurrentBatch(common)
         self._rows = 0
-        self._open = ExitStack()
+        self._hooks = ExitStack()
 
     def __enter__(self) -> Gatherer:
         with ExitStack() as opening:
@@ -72,32 +74,32 @@ class Gatherer:
                     module = self.model.get_submodule(name)
                     hook = module.register_forward_hook(self._output_hook(name), with_kwargs=True)
                     opening.callback(hook.remove)
-            self._open = opening.pop_all()
+            self._hooks = opening.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
-        self._running.forget()
+        self._hooks.close()
+        self._current.reset()
 
-    def begin(self, batch: BatchLike, number: int) -> None:
+    def start(self, batch: BatchLike, number: int) -> None:
         """Say which batch runs next, and its number for errors."""
-        self._running.begin(batch, number)
+        self._current.start(batch, number)
         self._rows = len(batch.examples)
 
     def finish(self) -> None:
-        """End a batch: sum up modules that ran more than once, and count sequences."""
-        running = self._running
-        for name, calls in running.pending.items():  # their weight has ONE gradient a sequence
+        """End a batch: add modules that ran more than once, and count sequences."""
+        current = self._current
+        for site, calls in current.pieces.items():
             inputs, gradients = (torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
-            self._add_fisher(name, inputs, gradients)
-        running.forget()
+            self._add_sequences(site, inputs, gradients)
+        current.reset()
         for entry in self.moments.values():
             entry.sequences += self._rows
 
-    def attempt(self, batch: BatchLike, number: int, run: Callable[[Any], Any]) -> None:
-        """Begin, run and finish a batch; in halves, and halves of these, where memory runs out.
+    def run_in_parts(self, batch: BatchLike, number: int, run: Callable[[Any], Any]) -> None:
+        """Start, run and finish a batch; in halves, and halves of these, where memory runs out.
 
         What was added for the whole batch by then is not added again for its halves.
 
@@ -109,28 +111,28 @@ class Gatherer:
         Raises:
             Exception: what `run` raises, memory that does not hold a single row included.
         """
-        most = min(self.most or len(batch.examples), len(batch.examples))
-        waiting: list[tuple[BatchLike, frozenset[Update]]] = [(batch, frozenset())]
-        while waiting:
-            part, made = waiting.pop()
+        max_rows = min(self.max_rows or len(batch.examples), len(batch.examples))
+        todo: list[tuple[BatchLike, frozenset[Update]]] = [(batch, frozenset())]
+        while todo:
+            part, added_before = todo.pop()
             size = len(part.examples)
-            if size <= most:
-                added = self._tried(part, number, run, made)
+            if size <= max_rows:
+                added = self._try(part, number, run, added_before)
                 if added is None:
                     continue
-                made = added
-                self.halved += 1
-                most = self.most = size // 2
+                added_before = added
+                self.times_halved += 1
+                max_rows = self.max_rows = size // 2
                 release()
             middle = size // 2
-            waiting += [(part.rows(middle, size), made), (part.rows(0, middle), made)]
+            todo += [(part.rows(middle, size), added_before), (part.rows(0, middle), added_before)]
 
-    def _tried(
-        self, part: BatchLike, number: int, run: Callable[[Any], Any], made: frozenset[Update]
+    def _try(
+        self, part: BatchLike, number: int, run: Callable[[Any], Any], added_before: frozenset[Update]
     ) -> frozenset[Update] | None:
-        """Run some rows; None if they went through, else the updates that are made for all of them."""
-        self.begin(part, number)
-        self._running.skipped = made
+        """Run some rows; None if memory held them, else the updates that are made for all of them."""
+        self.start(part, number)
+        self._current.added_before = added_before
         try:
             run(part)
             self.finish()
@@ -138,73 +140,99 @@ class Gatherer:
             size = len(part.examples)
             if size < 2 or not is_out_of_memory(error):
                 raise
-            if not self.halved:
-                logger.warning("out of memory at %d examples: going on with half", size)
+            if not self.times_halved:
+                logger.warning("out of memory at %d examples: continuing with half", size)
         else:
             return None
-        added = made | self._running.made
-        self._running.forget()
+        added = added_before | self._current.added
+        self._current.reset()
         return added
 
-    def _input_hook(self, name: str) -> Callable[..., None]:
-        key = f"input of {name}"
-        moments, running = self.moments[name], self._running
+    def _input_hook(self, site: str) -> Callable[..., None]:
+        current = self._current
+        statistics = _of_kind(self.moments[site], InputStatistic)
+        where = f"input of {site}"
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if not self.armed:
+            if self.paused:
                 return
-            call = running.call(key)
-            if (key, call) in running.skipped:
-                return
-            rows = running.rows(argument(args, kwargs).detach(), running.is_common(name, call))
-            moments.inputs.update(rows, f"{key}, batch {running.number}")
-            running.made.add((key, call))
+            call = current.count_call(where)
+            if todo := self._not_added(statistics, site, call):
+                rows = current.real_tokens(argument(args, kwargs).detach(), current.is_common(site, call))
+                self._add_rows(todo, rows, f"{where}, batch {current.number}")
 
         return hook
 
-    def _output_hook(self, name: str) -> Callable[..., Tensor | None]:
-        key = f"output gradient of {name}"
-        moments, running = self.moments[name], self._running
+    def _output_hook(self, site: str) -> Callable[..., Tensor | None]:
+        current = self._current
+        by_token = _of_kind(self.moments[site], GradientStatistic)
+        by_sequence = _of_kind(self.moments[site], SequenceStatistic)
+        where = f"output gradient of {site}"
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-            if not self.armed:
+            if self.paused:
                 return None
-            call = running.call(key)
-            common = running.is_common(name, call)
-            squared = moments.fisher is not None and _fisher_of(name) not in running.skipped
-            x = argument(args, kwargs).detach() if squared else None
+            call = current.count_call(where)
+            common = current.is_common(site, call)
+            x = argument(args, kwargs).detach() if self._not_added(by_sequence, site, 0) else None
             if not output.requires_grad:  # parameters are frozen: the graph starts at the first site
                 # A clone, because some models change a projection's output in place, which no leaf allows.
                 output = output.detach().requires_grad_().clone()
 
             def receive(gradient: Tensor) -> None:
-                if not self.armed:
+                if self.paused:
                     return
-                if moments.gradients is not None and (key, call) not in running.skipped:
-                    moments.gradients.update(running.rows(gradient, common), f"{key}, batch {running.number}")
-                    running.made.add((key, call))
+                if todo := self._not_added(by_token, site, call):
+                    rows = current.real_tokens(gradient, common)
+                    self._add_rows(todo, rows, f"{where}, batch {current.number}")
                 if x is not None:
-                    pair = running.by_sequence(x, common), running.by_sequence(gradient, common)
-                    if running.calls[key] > 1:
-                        running.pending.setdefault(name, []).append(pair)
+                    pair = current.by_sequence(x, common), current.by_sequence(gradient, common)
+                    if current.calls[where] > 1:
+                        current.pieces.setdefault(site, []).append(pair)
                     else:
-                        self._add_fisher(name, *pair)
+                        self._add_sequences(site, *pair)
 
             output.register_hook(receive)
             return output
 
         return hook
 
-    def _add_fisher(self, name: str, inputs: Tensor, gradients: Tensor) -> None:
-        fisher = self.moments[name].fisher
-        assert fisher is not None
-        fisher.update(inputs, gradients)
-        self._running.made.add(_fisher_of(name))
+    def _not_added(self, statistics: Mapping[str, Any], site: str, call: int) -> dict[Update, Any]:
+        """Those that a pass over more rows has not updated by this call before memory ran out."""
+        updates = {(f"{name} of {site}", call): statistic for name, statistic in statistics.items()}
+        return {update: found for update, found in updates.items() if update not in self._current.added_before}
+
+    def _add_rows(self, todo: Mapping[Update, InputStatistic | GradientStatistic], rows: Tensor, where: str) -> None:
+        rows = rows.detach().float()
+        _require_finite(rows, where)
+        for update, statistic in todo.items():
+            statistic.update(rows)
+            self._current.added.add(update)
+
+    def _add_sequences(self, site: str, inputs: Tensor, gradients: Tensor) -> None:
+        """One update a pass, however often the site is called: its weight has one gradient a sequence."""
+        statistics = _of_kind(self.moments[site], SequenceStatistic)
+        for update, statistic in self._not_added(statistics, site, 0).items():
+            statistic.update(inputs, gradients)
+            self._current.added.add(update)
 
 
-def _fisher_of(name: str) -> Update:
-    """One update a pass: the weight has one gradient a sequence, however often it is called."""
-    return f"fisher of {name}", 0
+def _of_kind(moments: Moments, kind: type[Statistic]) -> dict[str, Statistic]:
+    return {name: found for name, found in moments.statistics.items() if isinstance(found, kind)}
+
+
+def _require_finite(rows: Tensor, where: str) -> None:
+    """Refuse NaN and infinity, before anything is added.
+
+    Raises:
+        NumericalError: naming site and batch.
+    """
+    if not bool(torch.isfinite(rows.sum(0)).all()):
+        bad = int((~torch.isfinite(rows)).sum())
+        raise NumericalError(
+            f"{where}: {bad} of {rows.numel()} values are NaN or infinite. "
+            "Load the model in float32 or bfloat16 (float16 overflows), or look at this batch's text."
+        )
 
 
 def gather(
@@ -216,18 +244,18 @@ def gather(
     needs: frozenset[str],
     common: Mapping[str, frozenset[int]] | None = None,
 ) -> dict[str, Moments]:
-    """Accumulate what the metrics need over all batches.
+    """Gather what the metrics need over all batches.
 
     Args:
         model: in eval mode; its parameters need no gradients.
         groups: leader -> members, as :func:`shared_inputs` gives them. One Gram serves a group.
         batches: with masks; padded tokens are never counted. One that does not fit in memory is run in halves.
         step: runs the model on a batch. Its loss is differentiated when gradients are needed.
-        needs: any of "gram", "absolute", "gradients", "fisher".
+        needs: names of statistics.
         common: as :func:`common_calls` gives it; batches must then be of one example each.
 
     Returns:
-        Site name -> moments. Members of a group share one `inputs` object.
+        Site name -> moments. Members of a group share the statistics of their input.
 
     Raises:
         NumericalError: naming the site and batch of a value that is not finite.
@@ -240,36 +268,25 @@ def gather(
                 loss.backward()
 
         for number, batch in enumerate(batches):
-            gatherer.attempt(batch, number, run)
+            gatherer.run_in_parts(batch, number, run)
     return gatherer.moments
 
 
 def _moments(
-    model: nn.Module, groups: Mapping[str, Sequence[str]], needs: frozenset[str], into: Mapping[str, Moments]
+    groups: Mapping[str, Sequence[str]], needs: frozenset[str], into: Mapping[str, Moments]
 ) -> dict[str, Moments]:
-    """An accumulator for every site: those of `into`, with what is missing there."""
+    """The statistics of every site: those of `into`, with what is missing there."""
     moments: dict[str, Moments] = {}
     for members in groups.values():
-        widths = {name: _widths(model.get_submodule(name)) for name in members}
-        there = next((into[name].inputs for name in members if name in into), None)
-        inputs = there if there is not None else SecondMoment(widths[members[0]][0])
-        if inputs.count == 0:
-            inputs.with_gram, inputs.with_absolute = "gram" in needs, "absolute" in needs
+        shared: dict[str, Statistic] = {}
         for name in members:
-            entry = moments[name] = into[name] if name in into else Moments(inputs)
-            if "gradients" in needs and entry.gradients is None:
-                entry.gradients = SecondMoment(widths[name][1])
-            if "fisher" in needs and entry.fisher is None:
-                entry.fisher = Fisher()
+            shared = (into[name].shared if name in into else {}) | shared
+        for name in members:
+            empty = Moments.empty(needs, shared)
+            moments[name] = into.get(name, empty)
+            moments[name].statistics = empty.statistics | moments[name].own | shared
+            shared = moments[name].shared
     return moments
-
-
-def _widths(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear, or of a Conv1D, whose weight is (in, out)."""
-    if hasattr(module, "in_features"):
-        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-    rows, columns = module.weight.shape  # type: ignore[misc]
-    return int(rows), int(columns)
 
 
 @contextmanager

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from eckart.linalg import Metric, require_finite
 from eckart.linalg.blocks import blocks
-from eckart.moments import SecondMoment
-from eckart.moments.accumulate import add_gram, add_product, empty_gram
+from eckart.moments.gram import Gram
+from eckart.moments.mean import Mean
+from eckart.moments.outer_products import add_gram, add_product, empty_gram
+from eckart.moments.statistic import Statistic
 
 # lambda, relative to the mean of the diagonal of E[x~ x~^T], for as many tokens as features. The regression of x on x~
 # has n coefficients an output to learn from N tokens: its noise, and the ridge that it needs, go with n / N.
@@ -25,7 +27,7 @@ class InputShift:
 
     Attributes:
         count: tokens.
-        gram: (n, n) sum of x~ x~^T; below its block diagonal it may lag behind, as in a `SecondMoment`.
+        gram: (n, n) sum of x~ x~^T; below its block diagonal it may lag behind, as in a `Gram`.
         cross: (n, n) sum of (x - x~) x~^T.
         total: (n,) sum of x.
         moved: (n,) sum of x~.
@@ -54,16 +56,16 @@ class InputShift:
         require_finite(now, where)
         difference = before - now
         total, moved = before.sum(0, dtype=torch.float64), now.sum(0, dtype=torch.float64)
-        room = None if self.cross.dtype == now.dtype else now.new_empty(self.cross.numel())
-        add_gram(self.gram, now, room)
-        add_product(self.cross, difference.mT, now, room)
+        buffer = None if self.cross.dtype == now.dtype else now.new_empty(self.cross.numel())
+        add_gram(self.gram, now, buffer)
+        add_product(self.cross, difference.mT, now, buffer)
         self.total += total
         self.moved += moved
         self.count += len(now)
 
-    def second_moment(self) -> SecondMoment:
-        """Of x~, in the shape that metrics read; it shares the Gram."""
-        return SecondMoment(self.gram.shape[0], count=self.count, gram=self.gram, total=self.moved)
+    def statistics(self) -> dict[str, Statistic]:
+        """Those of x~ that metrics read, on the same sums."""
+        return {"gram": Gram(self.count, self.gram), "mean": Mean(self.count, self.moved)}
 
     def means(self) -> tuple[Tensor, Tensor]:
         """`mu = E[x]` and `mu~ = E[x~]`, (n,), float64."""
@@ -107,7 +109,7 @@ class InputShift:
         nothing = weight.new_zeros(len(weight))
         b, b_now = (nothing if part is None else part.double() for part in (bias, offset))
         mean, moved = self.means()
-        gram = self.second_moment().metric.dense(torch.float64)  # E[x~ x~^T]
+        gram = Gram(self.count, self.gram).metric.dense(torch.float64)  # E[x~ x~^T]
         first = weight @ (self.cross.double() / self.count + gram)  # W E[x x~^T]
         error = (stored * (stored @ gram - 2 * first)).sum()
         error += 2 * (b_now - b) @ (stored @ moved) - 2 * b_now @ (weight @ mean + b) + b_now @ b_now
@@ -115,7 +117,7 @@ class InputShift:
 
     def _metric(self, centered: bool) -> Metric:
         """`E[x~ x~^T]`, or the covariance of x~."""
-        metric = self.second_moment().metric
+        metric = Gram(self.count, self.gram).metric
         return Metric(full=metric.full, scale=metric.scale, mean=self.means()[1] if centered else None)
 
     def _times_cross(self, weight: Tensor, centered: bool) -> Tensor:
@@ -137,5 +139,5 @@ class InputShift:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> InputShift:
-        """What :meth:`state` took apart, on the same tensors."""
+        """The shift that :meth:`state` serialized, on the same tensors."""
         return cls(int(state["count"]), state["gram"], state["cross"], state["total"], state["moved"])

@@ -27,7 +27,7 @@ from eckart.errors import ModelError, UsageError
 from eckart.forms import Factored, FactoredLinear
 from eckart.methods import METHODS
 from eckart.model import Site, dense_weight, factored_modules, find_sites
-from eckart.moments import Moments, SecondMoment, common_calls, shared_inputs
+from eckart.moments import Moments, common_calls, shared_inputs
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 
 LISTED = 5
@@ -143,7 +143,7 @@ class Refit(ClosedFormRecovery):
 
         def moments(name: str) -> Moments:
             site = sites[name]
-            return Moments(SecondMoment(site.in_features), centered=self.centered and site.has_bias)
+            return Moments(centered=self.centered and site.has_bias)
 
         return moments
 

@@ -12,11 +12,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES
+from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES, STATISTICS
 from eckart.report.words import add_columns, make_table
-
-FROM_GRADIENTS = {"gradients", "fisher"}
-"""Statistics that backward passes give."""
 
 
 def list_catalog(default_method: str) -> Group:
@@ -76,5 +73,5 @@ def _list_needs(about: Mapping[str, Any]) -> str:
     """What a method has to be given: the same as `Method.needs_data` and `Method.needs_gradients`."""
     by_loss = about["allocation"] == "loss"
     data = bool(about["needs"]) or by_loss or about["refit"]
-    gradients = bool(FROM_GRADIENTS & about["needs"]) or by_loss
+    gradients = by_loss or any(STATISTICS.about(name).get("needs_backward") for name in about["needs"])
     return " + ".join(["data"] * data + ["gradients"] * gradients) or "nothing"

@@ -30,7 +30,7 @@ class BatchLike(Protocol):
 class Armed(Protocol):
     """What gathers statistics while a block runs, and must not while the parent runs what was seen before."""
 
-    armed: bool
+    paused: bool
 
 
 class Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -109,7 +109,7 @@ class BlockForward:
 
     def _arm(self, armed: bool) -> None:
         if self.watch is not None:
-            self.watch.armed = armed
+            self.watch.paused = not armed
 
     def _stand_in(self, step: int) -> Any:
         structure = self.walk.structures[step]

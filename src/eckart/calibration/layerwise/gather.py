@@ -13,7 +13,7 @@ from typing import Any
 
 from eckart.calibration.layerwise.blocks import BlockSchedule, LayerwiseError
 from eckart.calibration.layerwise.runner import LayerwiseRunner
-from eckart.moments import Gatherer, Moments
+from eckart.moments import Gatherer, Moments, needs_backward, statistics_named
 
 Groups = dict[str, tuple[str, ...]]
 Show = Callable[[Sequence[int], str], Iterable[int]]
@@ -89,10 +89,10 @@ def gather_layerwise(
     """
     parts = split_by_segment(groups, walk.order)
     several = [leader for leader in parts if len(walk.order.segments[leader]) > 1]
-    if several and "fisher" in needs:
+    if several and not all(kind.in_pieces for kind in statistics_named(needs).values()):
         raise LayerwiseError(f"{several[0]} is called by several blocks, and its squared gradients come in one piece")
     gather = _Gather(walk, not_done(groups, walk.order, needs, done), needs, common, always, show)
-    return gather.backwards() if needs & {"gradients", "fisher"} else gather.forwards()
+    return gather.backwards() if needs_backward(needs) else gather.forwards()
 
 
 class _Gather:
@@ -156,16 +156,16 @@ class _Gather:
         here = {leader: m for leader, m in self.todo.items() if watching and segment in self.segments[leader]}
         walk = self.walk
         with Gatherer(walk.model, here, needs=self.needs, common=self.common, into=self.open) as gatherer:
-            gatherer.most = self.most
+            gatherer.max_rows = self.most
 
             def part(batch: Any) -> None:
                 walk.cut(batch)  # a half, where the whole was too large
                 run(batch, gatherer)
 
             with walk.at(segment):
-                walk.each(lambda batch, number: gatherer.attempt(batch, number, part))
+                walk.each(lambda batch, number: gatherer.run_in_parts(batch, number, part))
             self.open.update(gatherer.moments)
-            self.most = gatherer.most
+            self.most = gatherer.max_rows
 
     def _complete(self, segment: int) -> Iterator[StatisticsWindow]:
         """The window of a segment, if there is one."""
@@ -181,7 +181,7 @@ class _Gather:
 
 def _complete_at(leader: str, order: BlockSchedule, needs: frozenset[str]) -> int:
     """The last segment on the walk in which a group is called."""
-    return (min if needs & {"gradients", "fisher"} else max)(order.segments[leader])
+    return (min if needs_backward(needs) else max)(order.segments[leader])
 
 
 def _at(method: Callable[..., Any], step: int) -> Callable[[Any, Any], Any]:

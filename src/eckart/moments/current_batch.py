@@ -1,4 +1,4 @@
-"""The batch that is running: its masks, its calls, and which of its updates are made."""
+"""The batch that runs at the moment: its masks, its calls, and what of it has been added."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class BatchLike(Protocol):
-    """What a batch must offer: model-ready inputs, example numbers, masks of real tokens by length, its halves."""
+    """What a batch must offer: inputs, example numbers, masks of real tokens by length, some of its rows."""
 
     @property
     def inputs(self) -> dict[str, Tensor]:
@@ -19,7 +19,7 @@ class BatchLike(Protocol):
 
     @property
     def examples(self) -> tuple[int, ...]:
-        """For each row, its place in the data."""
+        """For each row, its place in the data: no two batches share one."""
         ...
 
     def masks(self) -> dict[int, Tensor]:
@@ -31,20 +31,23 @@ class BatchLike(Protocol):
         ...
 
 
-# A statistic of a site and the number of the call that it comes from.
 Update = tuple[str, int]
+"""A statistic of a site, and the number of the call of that site in this pass."""
 
 
-class Running:
-    """The batch that is running, for the hooks.
+class CurrentBatch:
+    """The batch that runs at the moment, for the hooks.
 
     Attributes:
         common: site -> calls whose input has no axis of examples.
+        masks: sequence length -> (B, T) mask of real tokens.
+        examples: how many rows the batch has.
         number: of the batch, for errors.
         calls: how often each hook was called in this pass.
-        pending: site -> (inputs, gradients) of all its calls, for modules that are called more than once.
-        skipped: updates that were made for all rows of this batch before it was cut; they are not made again.
-        made: updates of this pass.
+        pieces: site -> (inputs, gradients) of all its calls, for modules that are called more than once.
+        added_before: updates that a pass over more rows, these among them, had made before memory ran out. They are
+            not made again.
+        added: updates of this pass.
     """
 
     def __init__(self, common: Mapping[str, frozenset[int]] | None = None) -> None:
@@ -53,32 +56,32 @@ class Running:
         self.examples = 0
         self.number = 0
         self.calls: Counter[str] = Counter()
-        self.pending: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self.skipped: frozenset[Update] = frozenset()
-        self.made: set[Update] = set()
+        self.pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.added_before: frozenset[Update] = frozenset()
+        self.added: set[Update] = set()
 
-    def begin(self, batch: BatchLike, number: int) -> None:
+    def start(self, batch: BatchLike, number: int) -> None:
         """Start a pass."""
-        self.forget()
+        self.reset()
         self.masks = batch.masks()
         self.examples = len(batch.examples)
         self.number = number
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Drop all that belongs to a pass."""
         self.calls.clear()
-        self.pending.clear()
-        self.skipped = frozenset()
-        self.made = set()
+        self.pieces.clear()
+        self.added_before = frozenset()
+        self.added = set()
 
-    def call(self, key: str) -> int:
+    def count_call(self, hook: str) -> int:
         """The number of this call, from 0."""
-        self.calls[key] += 1
-        return self.calls[key] - 1
+        self.calls[hook] += 1
+        return self.calls[hook] - 1
 
-    def is_common(self, name: str, call: int) -> bool:
+    def is_common(self, site: str, call: int) -> bool:
         """Whether this call's input has no axis of examples, so that no mask belongs to it."""
-        return call in self.common.get(name, ())
+        return call in self.common.get(site, ())
 
     def mask_of(self, x: Tensor) -> Tensor | None:
         """The mask of real tokens in the layout of x (..., n) without its last axis; None: all are real."""
@@ -93,7 +96,7 @@ class Running:
             return None
         return mask.to(x.device)
 
-    def rows(self, x: Tensor, common: bool = False) -> Tensor:
+    def real_tokens(self, x: Tensor, common: bool = False) -> Tensor:
         """(tokens, n): the real tokens of x (..., n)."""
         mask = None if common else self.mask_of(x)
         return x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
@@ -117,8 +120,8 @@ class Running:
         return mask is not None and mask.shape[0] == x.shape[1]
 
 
-def real_rows(x: Tensor, batch: BatchLike) -> Tensor:
-    """(tokens, n): the real tokens of what a module of the model is given on a batch, padding removed."""
-    running = Running()
-    running.begin(batch, 0)
-    return running.rows(x)
+def real_tokens(x: Tensor, batch: BatchLike) -> Tensor:
+    """(tokens, n): the real tokens of what a module of the model is given on a batch."""
+    current = CurrentBatch()
+    current.start(batch, 0)
+    return current.real_tokens(x)

@@ -313,7 +313,8 @@ def test_compress_and_eval_a_sentence_transformers_folder(cli, folder, tmp_path)
     assert f"SentenceTransformer('{tmp_path / 'out'}')" in text
     assert (tmp_path / "out/0_Transformer/model.safetensors").is_file()
     text = cli("eval", tmp_path / "out", "--against", source, "--data", folder / "rows.csv",
-               "--data-column", "sentence", "--data-target-column", "other", "--data-label-column", "label")  # fmt: skip
+               "--data-column", "sentence", "--data-target-column", "other",
+               "--data-label-column", "label")  # fmt: skip
     assert "Spearman" in text
 
 

@@ -23,7 +23,7 @@ from test_data_models import (
 )
 from transformers import BertForSequenceClassification, BertModel, LlamaForSequenceClassification
 
-from eckart.data import Batch, CalibrationData, load_data
+from eckart.data import Batch, digest_rows, load_data
 from eckart.data import source as source_module
 from eckart.errors import DataError, NumericalError, UsageError
 
@@ -598,5 +598,28 @@ def test_items_of_no_use_are_named():
         load_data(["x", 3], **CAUSAL)
 
 
-def test_a_list_of_texts_becomes_batches():
-    assert isinstance(load_data(["abc"], **CAUSAL), CalibrationData)
+def test_defaults_are_128_windows_or_1024_texts_of_512_tokens_in_batches_of_8():
+    text = "a b " * 40_000
+    windows = load_data([text], **CAUSAL | {"model_config": llama_config(max_position_embeddings=600)})
+    assert windows.num_examples == 128
+    assert windows.batches[0].inputs["input_ids"].shape == (8, 512)
+    texts = load_data(["a"] * 1025, **ENCODER)
+    assert texts.num_examples == 1024
+    assert len(texts.batches[0]) == 8
+
+
+def test_digest_of_rows_depends_on_every_value_its_place_and_its_type():
+    rows = [["ab", "c"], ["d", "e"], [1, 0]]
+    changed = [
+        [["a", "bc"], ["d", "e"], [1, 0]],
+        [["c", "ab"], ["d", "e"], [1, 0]],
+        [["ab", "c"], ["d", None], [1, 0]],
+        [["ab", "c"], ["d", "e"], [1, "0"]],
+        [["ab"], ["d"], [1]],
+        rows[:2],
+    ]
+    digests = {digest_rows(*columns) for columns in [rows, *changed]}
+    assert len(digests) == 7
+    assert digest_rows(*rows) in digests
+    with pytest.raises(ValueError, match="shorter"):
+        digest_rows(["a", "b"], [1])

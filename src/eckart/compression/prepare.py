@@ -27,9 +27,8 @@ from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
 from eckart.config import DEFAULT_BATCH_SIZE, default_samples, resolve_device
-from eckart.data import CalibrationData, Pooling, load_data, model_kind
+from eckart.data import CalibrationData, Pooling, digest_batches, load_data, model_kind
 from eckart.data.inference import forward
-from eckart.data.ready import digest_batches
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms import form_named
 from eckart.linalg import require_finite

@@ -1,6 +1,7 @@
-"""Calibration text and labeled tasks."""
+"""Calibration text and labeled tasks. What comes from the hub imports `datasets`, and only when it is asked for."""
 
 from eckart.data.batch import Batch, CalibrationData
+from eckart.data.digest import digest_batches, digest_rows
 from eckart.data.loading import load_data
 from eckart.data.model_kind import ModelKind, max_positions, model_kind
 from eckart.data.pooling import Pooling
@@ -13,6 +14,8 @@ __all__ = [
     "Pooling",
     "TaskData",
     "TaskRow",
+    "digest_batches",
+    "digest_rows",
     "load_data",
     "load_task",
     "max_positions",

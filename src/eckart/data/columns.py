@@ -1,9 +1,8 @@
-"""Which column holds what is asked for, and what it holds in a row."""
+"""Find the columns of text and labels, and read their cells."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -11,43 +10,24 @@ from eckart.data.rows import DataRow, is_number
 from eckart.errors import DataError
 
 TEXT_NAMES = ("text", "sentence", "content")
-"""A column of one of these names is the text, where no column is named."""
+"""Names of a text column, used if the user names none."""
 
 LABEL_NAMES = ("label", "labels", "score")
-"""A column of one of these names is the label, where no column is named."""
+"""Names of a label column, used if the user names none."""
 
 PEEK = 100
-"""Rows that are looked at to choose a column."""
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """A text to tokenize.
-
-    Attributes:
-        text: The text.
-        where: File and line, for messages.
-        index: The row's place in the data.
-        chat: Whether a chat template wrote it, special tokens included.
-        pair: The second text of the row, where there is one.
-    """
-
-    text: str
-    where: str
-    index: int
-    chat: bool = False
-    pair: str | None = None
+"""Number of rows that are read to find a column."""
 
 
 def peek_rows(rows: Iterator[DataRow], source: str) -> tuple[list[DataRow], Iterator[DataRow]]:
-    """Look at the first rows without losing them.
+    """Read the first rows without consuming them.
 
     Args:
         rows: The rows.
-        source: What they come from, for the message.
+        source: Name of the data, for messages.
 
     Returns:
-        The first rows, and all rows again.
+        The first rows, and an iterator over all rows.
 
     Raises:
         DataError: If there is no row.
@@ -61,16 +41,16 @@ def peek_rows(rows: Iterator[DataRow], source: str) -> tuple[list[DataRow], Iter
 def find_text_column(
     first: Sequence[DataRow], source: str, *, asked: str | None, taken: Sequence[str | None] = ()
 ) -> str:
-    """Settle the column that holds the text.
+    """Find the column that holds the text.
 
     Args:
-        first: Some rows to judge by.
-        source: What they come from, for the message.
-        asked: The column asked for.
+        first: The first rows.
+        source: Name of the data, for messages.
+        asked: The column that the user named.
         taken: Columns that hold something else.
 
     Returns:
-        The column asked for; else the one called text, sentence or content; else the only textual one.
+        The column that was named; else the one called text, sentence or content; else the only one of text.
 
     Raises:
         DataError: If that leaves none or several; the message lists the columns.
@@ -90,16 +70,16 @@ def find_text_column(
 def find_label_column(
     first: Sequence[DataRow], source: str, *, asked: str | None, taken: Sequence[str | None] = ()
 ) -> str:
-    """Settle the column that holds the label.
+    """Find the column that holds the label.
 
     Args:
-        first: Some rows to judge by.
-        source: What they come from, for the message.
-        asked: The column asked for.
+        first: The first rows.
+        source: Name of the data, for messages.
+        asked: The column that the user named.
         taken: Columns that hold something else.
 
     Returns:
-        The column asked for; else the one called label, labels or score; else the only one of numbers.
+        The column that was named; else the one called label, labels or score; else the only one of numbers.
 
     Raises:
         DataError: If that leaves none or several; the message lists the columns.
@@ -117,50 +97,35 @@ def find_label_column(
 
 
 def require_column(column: str, first: Sequence[DataRow], source: str) -> str:
-    """Check that a column exists.
-
-    Args:
-        column: The column asked for.
-        first: Some rows to judge by.
-        source: What they come from, for the message.
-
-    Returns:
-        The column.
+    """Return the column if it exists.
 
     Raises:
-        DataError: If it does not exist; the message lists the columns.
+        DataError: If it does not; the message lists the columns.
     """
     return _existing(column, _columns(first), source)
 
 
 def cell_value(row: DataRow, column: str) -> Any:
-    """Return what a row holds in a column.
-
-    Args:
-        row: The row.
-        column: The column.
-
-    Returns:
-        Its value.
+    """Return the value of a row in a column.
 
     Raises:
-        DataError: If the row lacks it; the message names file and line.
+        DataError: If there is none; the message names file and line.
     """
     value = row.values.get(column)
     if value is None:
         raise DataError(
-            f"{row.where}: no value in column {column!r} (there: {_listed(list(row.values))}): fill or remove the row"
+            f"{row.where}: no value in column {column!r} (columns: {_listed(list(row.values))}): fill or remove the row"
         )
     return value
 
 
 def text_of(row: DataRow, column: str, tokenizer: Any = None) -> tuple[str, bool]:
-    """Return the text of a row; chat messages are written out by the tokenizer's template.
+    """Return the text of a row; the tokenizer's chat template turns chat messages into text.
 
     Args:
         row: The row.
         column: The column that holds text or a list of `{role, content}` messages.
-        tokenizer: The tokenizer whose chat template is used.
+        tokenizer: Only its chat template is used.
 
     Returns:
         The text, and whether a chat template wrote it.
@@ -185,7 +150,7 @@ def text_of(row: DataRow, column: str, tokenizer: Any = None) -> tuple[str, bool
         return tokenizer.apply_chat_template(value, tokenize=False), True
     except Exception as error:  # templates raise whatever their author wrote
         raise DataError(
-            f"{row.where}: the chat template cannot write column {column!r} ({error}): mend or remove the row"
+            f"{row.where}: the chat template cannot write column {column!r} ({error}): correct or remove the row"
         ) from error
 
 

@@ -2,39 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import datasets
+from typing import TYPE_CHECKING, Any
 
 from eckart.errors import DataError
 
+if TYPE_CHECKING:
+    import datasets
+
 DEFAULT = ("Salesforce/wikitext", "wikitext-2-raw-v1", "text")
-"""Identifier, configuration and column of what is read when no data are named."""
+"""Identifier, configuration and column of the default data set."""
 
 RUNNING_TEXT = frozenset({"Salesforce/wikitext", "wikitext"})
-"""Data sets whose rows are the lines of one text, not documents of their own."""
+"""Data sets whose rows are lines of one text, not separate documents."""
 
 STREAM_ABOVE = 1_000_000_000
-"""Data sets of more bytes than this, or of unknown size, are streamed instead of downloaded whole."""
+"""Data sets of more bytes than this, or of unknown size, are streamed instead of downloaded."""
 
 
 def open_hub(
     identifier: str, *, config: str | None, split: str, revision: str | None
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, dict[str, Any]]:
-    """Open a data set of the hub, or of the local cache when the hub is offline.
+    """Open a data set of the hub, or of the local cache if the hub cannot be reached.
 
     Args:
         identifier: Such as "allenai/c4".
-        config: The configuration ("subset"), where it has several.
-        split: The split; slices such as "train[:10%]" are downloaded, never streamed.
+        config: The configuration ("subset"), if it has several.
+        split: The split; slices such as "train[:10%]" are downloaded, not streamed.
         revision: Branch, tag or commit.
 
     Returns:
-        The data set and a note of what was opened: source, config, split, revision, streamed.
+        The data set, and a description: source, config, split, revision, streamed.
 
     Raises:
-        DataError: If it cannot be had; the message names it and what works without the hub.
+        DataError: If it cannot be opened; the message names it and what works without the hub.
     """
+    import datasets  # takes seconds
+
     try:
         builder = datasets.load_dataset_builder(identifier, config, revision=revision)
         size = builder.info.download_size or builder.info.dataset_size
@@ -44,11 +47,11 @@ def open_hub(
         asked = " ".join(str(part) for part in (config, f"split {split}", revision and f"revision {revision}") if part)
         reason = str(error).strip().splitlines() or [""]
         raise DataError(
-            f"data set {identifier!r} ({asked}) cannot be had: {type(error).__name__}: {reason[0]} - check the name "
-            "and the network, or calibrate without the hub: --data self (text the model writes itself) or "
+            f"data set {identifier!r} ({asked}) cannot be opened: {type(error).__name__}: {reason[0]} - check the name "
+            "and the network, or calibrate without the hub: --data self (text that the model samples) or "
             "--data FILE (.txt, .jsonl, .csv or .tsv of your own)"
         ) from error
-    # The builder's path ends in the commit that a branch stood at: hf://datasets/NAME@COMMIT.
+    # The builder's path ends in the commit that the branch is at: hf://datasets/NAME@COMMIT.
     _, _, commit = str(builder.base_path or "").rpartition("@")
     return data, {
         "source": identifier,

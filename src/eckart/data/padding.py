@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
-from eckart.data.columns import TextExample
+from eckart.data.examples import TextExample
 from eckart.errors import UsageError
 
 IGNORED = -100

@@ -1,4 +1,8 @@
-"""Rows out of files: .txt, .jsonl, .csv and .tsv, each row knowing the file and line it stands on."""
+"""Rows of .txt, .jsonl, .csv and .tsv files, each with its file and line.
+
+Read with Python's csv and json: `datasets` takes seconds to import, needs to be told whether a table has a header, and
+does not say which line of a file is wrong.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import Any, Literal
 from eckart.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
-"""The files that can be read."""
+"""Files that can be read."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class DataRow:
     Attributes:
         values: Column name -> value.
         where: File and line, or data set and row: what an error message names.
-        index: Its place in the whole of the data, from 0.
+        index: Its place in the data, from 0.
     """
 
     values: dict[str, Any]
@@ -35,14 +39,14 @@ def read_path(path: Path, *, asked: Sequence[str] = (), whole_text: bool = False
 
     Args:
         path: The file or folder.
-        asked: Columns that will be asked for; they decide whether a .csv or .tsv has a header.
-        whole_text: Give a .txt file as one row instead of one row a line.
+        asked: Columns that the user named; they decide whether a .csv or .tsv file has a header.
+        whole_text: A .txt file is one row, instead of one row per line.
 
     Yields:
-        The rows, numbered on through all files.
+        The rows, numbered through all files.
 
     Raises:
-        DataError: If nothing readable is there, or a row is bad; the message names file and line.
+        DataError: If there is no such file, or a row is wrong; the message names file and line.
     """
     index = 0
     for file in _files(path):
@@ -56,7 +60,7 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         if not files:
-            raise DataError(f"folder {path} holds no file that can be read: put {works} files there")
+            raise DataError(f"folder {path} holds no file that can be read: put {works} files into it")
         return files
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}: convert it to one of {works}")
@@ -98,7 +102,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         try:
             values = json.loads(line)
         except ValueError as error:
-            raise DataError(f"{path}:{number}: not valid JSON ({error}): mend or remove the line") from error
+            raise DataError(f"{path}:{number}: not valid JSON ({error}): correct or remove the line") from error
         if not isinstance(values, dict):
             raise DataError(
                 f'{path}:{number}: holds a {type(values).__name__}, not an object: write {{"text": ...}} a line'
@@ -138,11 +142,11 @@ def _read_table(path: Path, asked: Sequence[str], delimiter: str) -> Iterator[tu
 
 
 def _is_header(cells: list[str], asked: Sequence[str]) -> bool:
-    """Tell a header from data.
+    """Whether the first row of a table is a header.
 
-    It is one if it holds a column that is asked for. If only numbers are asked for (columns by number), it is none but
-    for a row of nothing else than numbers: a first row may well hold the label 1. It is none if a cell is empty,
-    repeated or a number.
+    It is one if it holds a column that the user named. If the user named columns by number, only a row of nothing but
+    numbers that holds them is a header: a first row of data may well hold the label 1. Otherwise it is one unless a
+    cell is empty, repeated or a number.
     """
     if asked and all(name.isdigit() for name in asked):
         return all(name in cells for name in asked) and all(cell.isdigit() for cell in cells)
@@ -152,14 +156,7 @@ def _is_header(cells: list[str], asked: Sequence[str]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a cell holds a number.
-
-    Args:
-        value: The cell.
-
-    Returns:
-        True for numbers and for text that spells one.
-    """
+    """Whether a cell holds a number, or text that spells one."""
     try:
         float(value)
     except (TypeError, ValueError):

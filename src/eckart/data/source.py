@@ -1,15 +1,15 @@
-"""What `--data` may be, turned into rows."""
+"""Rows of whatever `--data` names."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 
 from eckart.data import hub, stdlib
@@ -17,23 +17,26 @@ from eckart.data.rows import SUFFIXES, DataRow, read_path
 from eckart.errors import DataError, UsageError
 
 SHUFFLE_ABOVE = 100_000
-"""A data set in memory of more rows than this is read in random order and only as far as needed."""
+"""A data set of more rows than this is read in random order, and only as far as needed."""
+
+DATASETS = ("Dataset", "IterableDataset")
+"""Classes of the library `datasets` that hold rows."""
 
 SHUFFLE_BUFFER = 1_000
-"""Rows among which a streamed data set is shuffled."""
+"""Buffer in which a streamed data set is shuffled, in rows."""
 
 
 @dataclass
 class RowSource:
-    """Rows, and what is known about them.
+    """Rows, and where they come from.
 
     Attributes:
-        rows: The rows, once.
-        name: What messages call the data.
+        rows: The rows; can be read once.
+        name: Name of the data in messages.
         description: Source, config, split and revision, as JSON.
-        columns: Columns that are settled by what the data are, or None.
-        sampled: The rows come in random order (or none better can be had) and may be too many to read.
-        running: The rows are pieces of one text, to be joined without marks between them.
+        column: The column of text if the source decides it, or None.
+        sampled: The rows come in random order (or in the only order there is) and may be too many to read all.
+        running: The rows are pieces of one text, to be joined without special tokens between them.
     """
 
     rows: Iterator[DataRow]
@@ -54,7 +57,7 @@ def open_source(
     whole_text: bool = False,
     seed: int = 0,
 ) -> RowSource:
-    """Turn what the user named into rows.
+    """Open the data that the user named.
 
     Args:
         data: None (WikiText-2), "stdlib", a file, a folder, a hub identifier, a `datasets` object, or an iterable
@@ -62,15 +65,15 @@ def open_source(
         config: The hub data set's configuration.
         split: The hub data set's split.
         revision: The hub data set's revision.
-        asked: Columns that will be asked for; they decide whether a table has a header.
-        whole_text: Give a .txt file as one row.
-        seed: For the order of data that are too many to read.
+        asked: Columns that the user named; they decide whether a table has a header.
+        whole_text: A .txt file is one row.
+        seed: For the order of data that are too many to read all.
 
     Returns:
         The rows.
 
     Raises:
-        DataError: If nothing can be had under that name.
+        DataError: If there are no data of that name.
         UsageError: If `data` is of a type that holds no rows.
     """
     if data is None:
@@ -80,11 +83,11 @@ def open_source(
         return source
     if isinstance(data, str | os.PathLike):
         return _from_name(os.fspath(data), config, split, revision, asked, whole_text, seed)
-    if isinstance(data, datasets.DatasetDict | datasets.IterableDatasetDict):
+    if _is_from_datasets(data, "DatasetDict", "IterableDatasetDict"):
         if split not in data:
             raise DataError(f"data: no split {split!r}: name one of {', '.join(map(str, data))}")
         data = data[split]
-    if isinstance(data, datasets.Dataset | datasets.IterableDataset):
+    if _is_from_datasets(data, *DATASETS):
         note = {"source": f"datasets.{type(data).__name__}", "split": str(data.split) if data.split else None}
         return _from_dataset(data, "data set", note, seed)
     if isinstance(data, Mapping) or not isinstance(data, Iterable):
@@ -125,7 +128,7 @@ def _from_hub(identifier: str, config: str | None, split: str, revision: str | N
 
 
 def _from_dataset(
-    data: datasets.Dataset | datasets.IterableDataset,
+    data: Any,
     name: str,
     note: dict[str, Any],
     seed: int,
@@ -133,8 +136,8 @@ def _from_dataset(
 ) -> RowSource:
     sampled = True
     indexed: Iterable[tuple[int, Any]]
-    if isinstance(data, datasets.IterableDataset):
-        # A row's index is its place in the shuffled stream, which the seed settles.
+    if not hasattr(data, "__len__"):  # an IterableDataset
+        # A row's index is its place in the shuffled stream, which the seed decides.
         indexed = enumerate(data if running else data.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER))
     elif len(data) > SHUFFLE_ABOVE and not running:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -161,16 +164,16 @@ def _as_row(item: Any, index: int) -> DataRow:
 
 
 def first_item(data: Any) -> tuple[Any, Any]:
-    """Look at the first item of an iterable without losing it.
+    """Read the first item of an iterable without consuming it.
 
     Args:
-        data: What the user passed.
+        data: As for :func:`open_source`.
 
     Returns:
-        The first item (None where `data` is no plain iterable or is empty), and the data again.
+        The first item (None if `data` is no plain iterable or is empty), and an equivalent of `data`.
     """
     named = data is None or isinstance(data, str | os.PathLike | Mapping)
-    if named or isinstance(data, datasets.Dataset | datasets.IterableDataset) or not isinstance(data, Iterable):
+    if named or _is_from_datasets(data, *DATASETS) or not isinstance(data, Iterable):
         return None, data
     if isinstance(data, list | tuple):
         return (data[0] if data else None), data
@@ -178,6 +181,12 @@ def first_item(data: Any) -> tuple[Any, Any]:
     first = next(items, None)
     rest = chain([first], items) if first is not None else iter(())
     return first, _SizedIterator(rest, len(data)) if isinstance(data, Sized) else rest
+
+
+def _is_from_datasets(data: Any, *classes: str) -> bool:
+    """Whether an object is of one of these classes of `datasets`, without importing it: who has one did that."""
+    datasets = sys.modules.get("datasets")
+    return datasets is not None and isinstance(data, tuple(getattr(datasets, name) for name in classes))
 
 
 @dataclass

@@ -5,17 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from eckart.data.columns import (
-    TextExample,
-    cell_value,
-    find_label_column,
-    find_text_column,
-    peek_rows,
-    require_column,
-    text_of,
-)
+from transformers import PretrainedConfig
+
+from eckart.data.columns import cell_value, find_label_column, find_text_column, peek_rows, require_column
+from eckart.data.examples import TextExample, example_of
 from eckart.data.rows import DataRow, is_number
 from eckart.data.source import open_source
 from eckart.errors import DataError
@@ -105,22 +101,31 @@ def load_task(
     label = find_label_column(first, source.name, asked=label, taken=(column, pair_column))
     if pair_column is not None:
         require_column(pair_column, first, source.name)
-    chosen: list[DataRow] = []
-    for row in rows:
-        if num_samples is not None and len(chosen) >= num_samples:
-            break
-        chosen.append(row)
-    chosen.sort(key=lambda row: row.index)
+    chosen = sorted(islice(rows, num_samples), key=lambda row: row.index)
     labels = labels_of(chosen, label, label2id=label2id, regression=regression)
-    found = [
-        TaskRow(
-            TextExample(text_of(row, column)[0], row.where, row.index, pair=_pair(row, pair_column)),
-            value,
-        )
-        for row, value in zip(chosen, labels, strict=True)
-    ]
+    examples = [example_of(row, column, pair_column) for row in chosen]
+    found = [TaskRow(example, value) for example, value in zip(examples, labels, strict=True)]
     columns = {"column": column, "pair_column": pair_column, "label_column": label}
     return TaskData(found, {**source.description, **columns, "rows": len(found)})
+
+
+def class_labels(rows: Sequence[DataRow], column: str, config: PretrainedConfig) -> list[int | float]:
+    """Read the labels of rows for a model with a classification or regression head.
+
+    Raises:
+        DataError: If a label is not one of the model's.
+    """
+    regression = config.num_labels == 1 or config.problem_type == "regression"
+    label2id = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    labels = labels_of(rows, column, label2id=label2id, regression=regression)
+    classes = config.num_labels or 0
+    for row, label in zip(rows, labels, strict=True):
+        if not regression and label >= classes:
+            raise DataError(
+                f"{row.where}: label {label} in column {column!r}, but the model has {classes} classes "
+                "(0 first): correct the row, or load a model with as many"
+            )
+    return labels
 
 
 def labels_of(
@@ -132,13 +137,13 @@ def labels_of(
         rows: The rows.
         column: Their label column.
         label2id: Maps labels that are words.
-        regression: True for scores, False for classes, None to tell by the labels.
+        regression: True for scores, False for classes, None decides by the labels.
 
     Returns:
-        A number a row: whole ones for classes.
+        A number for each row: whole numbers for classes.
 
     Raises:
-        DataError: If a label is no number and is not in `label2id`, or is no class where classes are wanted.
+        DataError: If a label is no number and is not in `label2id`, or is not a class number.
     """
     values = [cell_value(row, column) for row in rows]
     if regression is None:
@@ -172,7 +177,3 @@ def _label(value: Any, row: DataRow, column: str, label2id: Mapping[str, int] | 
 
 def _is_whole(value: str) -> bool:
     return value.strip().lstrip("+-").isdigit()
-
-
-def _pair(row: DataRow, column: str | None) -> str | None:
-    return text_of(row, column)[0] if column is not None else None

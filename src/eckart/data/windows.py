@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
-from eckart.data.columns import TextExample
+from eckart.data.examples import TextExample
 from eckart.errors import DataError
 
 POOL = 16

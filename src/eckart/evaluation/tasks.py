@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eckart.config import DEFAULT_TOKENS
 from eckart.data.batch import Batch
-from eckart.data.columns import TextExample
+from eckart.data.examples import TextExample
 from eckart.data.inference import evaluating, forward, progress
 from eckart.data.model_kind import pad_token, sequence_length
 from eckart.data.padding import encoder_batches

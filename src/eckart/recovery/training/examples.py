@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from eckart.config import DEFAULT_TOKENS
 from eckart.data import Batch, Pooling, TaskData, load_data, load_task
-from eckart.data.columns import TextExample
 from eckart.data.documents import load_documents
+from eckart.data.examples import TextExample
 from eckart.data.model_kind import pad_token, sequence_length
 from eckart.data.padding import by_length, collate, encode
 from eckart.data.windows import token_stream

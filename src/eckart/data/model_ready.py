@@ -1,8 +1,7 @@
-"""Batches that are model-ready already: from a data loader, an image processor, a list of dictionaries."""
+"""Batches that need no tokenizer: from a data loader, an image processor, a list of dictionaries."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,11 +21,11 @@ ROW_KEYS = (
     "input_values",
     "decoder_input_ids",
 )
-"""Inputs whose first dimension is the batch, most telling first."""
+"""Inputs whose first dimension is the batch; the first of these that is there gives the number of rows."""
 
 
-def is_ready(item: Any) -> bool:
-    """Tell a model-ready batch from a row of text.
+def is_model_ready(item: Any) -> bool:
+    """Whether an item is a model-ready batch, and not a row of text.
 
     Args:
         item: The first item of the data.
@@ -44,22 +43,22 @@ def is_ready(item: Any) -> bool:
     return isinstance(ids, list) and bool(ids) and isinstance(ids[0], list)
 
 
-def ready_batches(
+def model_ready_batches(
     items: Iterable[Any], *, limit: int | None, shift: Shift | None = None, pad_id: int = 0
 ) -> Iterator[Batch]:
-    """Bring batches into the form that calibration needs.
+    """Convert batches to those that calibration needs.
 
     Args:
         items: `Batch`es, or mappings of tensors.
         limit: Rows after which to stop; None for all.
-        shift: For encoder-decoders: from labels to decoder inputs, where a batch brings labels alone.
+        shift: For encoder-decoders: makes decoder inputs from labels, if a batch has labels only.
         pad_id: The decoder's padding token.
 
     Yields:
         Batches on the CPU, at most `limit` rows in all.
 
     Raises:
-        DataError: If a batch is not of tensors with a row per example; the message names batch and key.
+        DataError: If a batch does not consist of tensors with a row for each example; the message names both.
     """
     seen = 0
     taken: set[int] = set()
@@ -69,29 +68,11 @@ def ready_batches(
         batch = item if isinstance(item, Batch) else _from_mapping(item, number, seen, shift, pad_id)
         if limit is not None and seen + len(batch) > limit:
             batch = batch.rows(0, limit - seen)
-        if taken & set(batch.examples):  # two examples of one number would be taken for one
+        if taken & set(batch.examples):  # random draws are keyed by the number of an example
             batch = Batch(batch.inputs, tuple(range(max(taken) + 1, max(taken) + 1 + len(batch))))
         taken |= set(batch.examples)
         seen += len(batch)
         yield batch
-
-
-def digest_batches(batches: Iterable[Batch]) -> str:
-    """Return the SHA-256 of what batches hold.
-
-    Args:
-        batches: The batches.
-
-    Returns:
-        The digest in hexadecimal.
-    """
-    total = hashlib.sha256()
-    for batch in batches:
-        for name in sorted(batch.inputs):
-            value = batch.inputs[name].contiguous()
-            total.update(f"{name}:{value.dtype}:{tuple(value.shape)}".encode())
-            total.update(value.view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def _from_mapping(item: Any, number: int, first: int, shift: Shift | None, pad_id: int) -> Batch:
@@ -120,11 +101,11 @@ def _from_mapping(item: Any, number: int, first: int, shift: Shift | None, pad_i
                 f"data, batch {number}: {ids!r} is {tuple(inputs[ids].shape)} and {mask!r} "
                 f"{tuple(inputs[mask].shape)}: make them agree"
             )
-    return Batch(_sides_apart(inputs, shift, pad_id), tuple(range(first, first + rows)))
+    return Batch(_separate_sides(inputs, shift, pad_id), tuple(range(first, first + rows)))
 
 
-def _sides_apart(inputs: dict[str, Tensor], shift: Shift | None, pad_id: int) -> dict[str, Tensor]:
-    """Give the decoder's side of a batch its ids, its mask and a length of its own."""
+def _separate_sides(inputs: dict[str, Tensor], shift: Shift | None, pad_id: int) -> dict[str, Tensor]:
+    """Add the decoder's ids and mask, of another length than the encoder's, so that layers can tell them apart."""
     source, ids, labels = inputs.get("input_ids"), inputs.get("decoder_input_ids"), inputs.get("labels")
     source_length = source.shape[1] if source is not None and source.dim() == 2 else 0
     if ids is None:

@@ -204,3 +204,10 @@ def unchanged(*tensors: Tensor) -> Iterator[None]:
     yield
     for tensor, old in zip(tensors, before, strict=True):
         assert torch.equal(tensor, old)
+
+
+def kronecker_sum(left: Tensor, right: Tensor, rows: int, columns: int, block: tuple[int, int]) -> Tensor:
+    """`sum_i A_i (x) B_i` by its definition, of factors that hold the A_i and B_i row by row."""
+    outer = (rows // block[0], columns // block[1])
+    terms = zip(left.mT, right, strict=True)
+    return sum(torch.kron(a.reshape(outer).contiguous(), b.reshape(block).contiguous()) for a, b in terms)

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormModel
 
 import eckart
-from eckart.allocation import DENSE, Choice, OverBudgetError, Plan, shared_uniform, stored_elements, uniform
+from eckart.allocation import Choice, Plan
 from eckart.calibration.layerwise import StatisticsWindow, block_of
 from eckart.compression import factor_store as shelves
 from eckart.compression.basis_groups import adjacent, reading_a_norm
@@ -113,68 +113,7 @@ def test_adjacent_layers_of_one_role():
     assert all(len({name.split(".")[0] for name in group}) == 1 for group in both)  # not across encoder and decoder
 
 
-# -- in which size -----------------------------------------------------------------------------------
-
-SHAPES = {"0.q": (24, 16), "1.q": (24, 16), "0.k": (4, 32), "1.k": (4, 32), "o": (16, 24)}
-BASES = [("0.q", "1.q"), ("0.k", "1.k")]
-
-
-@pytest.mark.parametrize("keep", [0.9, 0.5, 0.3])
-def test_uniform_keep_of_every_group(keep):
-    choices = shared_uniform(SHAPES, BASES, keep, "shared-basis")
-    for (one, other), (rows, columns) in zip(BASES, ((48, 16), (8, 32)), strict=True):
-        rank = int(keep * rows * columns // (columns + rows))
-        assert choices[one] == Choice("shared-basis", rank)
-        assert choices[other] == Choice("shared-basis", rank, basis=one)
-        assert stored_elements({n: choices[n] for n in (one, other)}, SHAPES) == rank * (columns + rows)
-        assert rank * (columns + rows) <= keep * rows * columns < (rank + 1) * (columns + rows)
-    assert choices["o"] == uniform({"o": SHAPES["o"]}, keep, "lowrank")["o"]
-    assert shared_uniform(SHAPES, BASES, 1.0, "shared-basis") == {name: Choice(DENSE) for name in SHAPES}
-    rounded = shared_uniform(SHAPES, BASES, keep, "shared-basis", multiple=4)
-    assert all(choice.rank % 4 == 0 or choice.rank < 4 for choice in rounded.values())
-    assert stored_elements(rounded, SHAPES) <= stored_elements(choices, SHAPES)
-    if keep == 0.9:  # more than each alone could use
-        assert choices["0.k"].rank > min(SHAPES["0.k"])
-
-
-def test_the_smallest_keep_is_named_and_reached():
-    for shapes, bases in ((SHAPES, BASES), ({n: SHAPES[n] for n in BASES[1]}, BASES[1:])):
-        with pytest.raises(OverBudgetError, match=r"the smallest keep that every .* can reach is") as refused:
-            shared_uniform(shapes, bases, 0.01, "shared-basis")
-        total = sum(rows * columns for rows, columns in shapes.values())
-        keep = refused.value.needed / total
-        assert stored_elements(shared_uniform(shapes, bases, keep, "shared-basis"), shapes) <= keep * total
-        with pytest.raises(OverBudgetError):
-            shared_uniform(shapes, bases, keep * 0.99, "shared-basis")
-
-
-PLAN = Plan(
-    {"0.q": Choice("shared-basis", 7), "1.q": Choice("shared-basis", 7, basis="0.q"), "o": Choice("lowrank", 3)}
-)
-
-
-def test_plan_round_trip_and_refusals():
-    content = json.loads(json.dumps(PLAN.to_json()))
-    assert content["sites"]["1.q"] == {"form": "shared-basis", "rank": 7, "basis": "0.q"}
-    again = Plan.from_json(content, "plan.json", SHAPES)
-    assert again.bases == PLAN.bases == [("0.q", "1.q")]
-    for change, named in (
-        ({"basis": "1.q"}, "is no site of form shared-basis with a basis of its own"),
-        ({"basis": "o"}, "basis 'o' is no site of form shared-basis"),
-        ({"basis": "nowhere"}, "basis 'nowhere' is no site"),
-        ({"basis": 3}, "basis 3 means nothing"),
-        ({"form": "lowrank"}, "basis '0.q' means nothing to this form"),
-        ({"rank": 6}, "rank 6 for 16 inputs, but its basis in 0.q has rank 7 for 16; give both the same"),
-        ({"rank": 17}, r"rank 17 must be a whole number in 1..16"),
-    ):
-        changed = json.loads(json.dumps(PLAN.to_json()))
-        changed["sites"]["1.q"] |= change
-        with pytest.raises(UsageError, match=named):
-            Plan.from_json(changed, "plan.json", SHAPES)
-    small = {"a": (3, 16), "b": (3, 16)}
-    wide = Plan({"a": Choice("shared-basis", 7), "b": Choice("shared-basis", 7, basis="a")})
-    with pytest.raises(UsageError, match=r"rank 7 of a shared basis must be in 1\.\.6"):
-        Plan.from_json(wide.to_json(), "plan.json", small)
+# -- what is asked for -------------------------------------------------------------------------------
 
 
 def test_the_module_may_be_wider_than_its_outputs_and_stores_one_basis():

@@ -104,8 +104,9 @@ def test_register_form_refuses_what_is_no_form_and_names_that_are_taken():
 def test_a_form_of_ones_own_is_compressed_saved_loaded_and_made_dense(tmp_path):
     architecture = BY_NAME["gpt2"]
     model, batches = architecture.model(), architecture.batches(count=3)
-    name = register_form(ScaledLowRank)
-    result = eckart.compress(model, data=batches, method="kfac", form=name, allocation="loss", refit=True, keep=0.6)
+    options = {"method": "kfac", "allocation": "loss", "refit": True, "keep": 0.6}
+    result = eckart.compress(model, data=batches, form=ScaledLowRank, **options)
+    name = ScaledLowRank.form
     chosen = {site: choice for site, choice in result.plan.choices.items() if choice.form == name}
     assert chosen
     assert result.report["kept"]["of_sites"] <= 0.6

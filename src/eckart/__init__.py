@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from eckart.compression.pipeline import compare, compress
     from eckart.compression.recipe import Recipe
     from eckart.compression.result import Result
-    from eckart.evaluation.evaluation import evaluate
-    from eckart.evaluation.inspection import inspect_model as inspect
+    from eckart.evaluation.inspection import inspect
+    from eckart.evaluation.pipeline import evaluate
+    from eckart.evaluation.recipe import EvaluationRecipe
     from eckart.forms import register_form
     from eckart.forms.base import Factored, FactoredLinear
     from eckart.linalg.metric import Metric
@@ -42,15 +43,16 @@ _PLACES = {
     # What there is to do with a model.
     "compress": "compression.pipeline:compress",
     "compare": "compression.pipeline:compare",
-    "evaluate": "evaluation.evaluation:evaluate",
+    "evaluate": "evaluation.pipeline:evaluate",
     "tune": "recovery.pipeline:tune",
-    "inspect": "evaluation.inspection:inspect_model",
+    "inspect": "evaluation.inspection:inspect",
     "load": "checkpoint.load:load",
     "densify": "checkpoint.export:densify",
     "export": "checkpoint.export:export_dense",
     "compress_checkpoint": "compression.checkpoint:compress_checkpoint",
     # What goes in, and what comes out.
     "Recipe": "compression.recipe:Recipe",
+    "EvaluationRecipe": "evaluation.recipe:EvaluationRecipe",
     "TuneRecipe": "recovery.recipe:TuneRecipe",
     "Result": "compression.result:Result",
     "TuneResult": "recovery.result:TuneResult",
@@ -74,6 +76,7 @@ __all__ = [
     "Choice",
     "ClosedFormRecovery",
     "EckartError",
+    "EvaluationRecipe",
     "Factored",
     "FactoredLinear",
     "Method",

@@ -10,9 +10,11 @@ from eckart.cli.console import check_json, guarded, show, write_json
 from eckart.cli.options import JsonOption, recipe_from_cli, recipe_options
 from eckart.compression.recipe import Recipe
 
+FIELDS = ("targets", "ignore", "revision", "trust_remote_code", "device")
+
 
 @guarded
-@recipe_options(Recipe, "targets", "ignore", "revision", "trust_remote_code")
+@recipe_options(Recipe, *FIELDS)
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the model.")],
     json: JsonOption = None,
@@ -28,11 +30,10 @@ def inspect(
     recipe = recipe_from_cli(Recipe, model, options)
     check_json(json, recipe.inputs)
 
-    from eckart.checkpoint.open import find_checkpoint, open_model
-    from eckart.evaluation.inspection import inspect_model
+    from eckart.evaluation.inspection import inspect as inspect_model
     from eckart.report.inspection import render_inspection
 
-    source = open_model(find_checkpoint(model, recipe.revision, trust_remote_code=recipe.trust_remote_code))
-    found = inspect_model(source.model, recipe.targets, recipe.ignore, dtype=source.dtype)
+    chosen = {name: getattr(recipe, name) for name in FIELDS}
+    found = inspect_model(model, **chosen)
     show(render_inspection(found))
     write_json(json, found, recipe.inputs)

@@ -27,15 +27,15 @@ def compare_predictions(
     Args:
         model: The compressed model.
         reference: The original.
-        batches: What both read; labels are left out.
-        disable: No progress bar.
+        batches: What both read, without labels.
+        disable: True for no progress bar.
 
     Returns:
         `kl`: mean KL(reference || model) in nats; `top1`: share of positions where the most likely class is the
         same; `tokens` (positions compared); `finite`: False where a value is not, which is kept.
 
     Raises:
-        UsageError: If the models return no logits, or logits of different shapes.
+        UsageError: If the models return no logits of several classes, or logits of different shapes.
         DataError: If there is nothing to compare.
     """
     total, same, count = 0.0, 0, 0
@@ -73,7 +73,7 @@ def compare_embeddings(
         reference: The original.
         batches: What both read.
         pooling: How tokens become a sentence; None for the mean over real tokens of the last hidden state.
-        disable: No progress bar.
+        disable: True for no progress bar.
 
     Returns:
         `cosine_distance`: mean of 1 - cosine; `worst`: the largest; `sentences`; `finite`: False where a value is
@@ -120,15 +120,26 @@ def embed_sentences(model: nn.Module, batch: Batch, pooling: Pooling | None = No
     return (pooling or Pooling())(output, batch.inputs.get("attention_mask")).double().cpu()
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def predicts_distribution(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model puts out logits of several classes, a token (B, T, V) or a row (B, C)."""
+    with evaluating(model):
+        return _find_logits(model, batch) is not None
+
+
+def _find_logits(model: nn.Module, batch: Batch) -> Tensor | None:
     logits = getattr(forward(model, batch.inputs), "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3):
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] == 1:
+        return None
+    return logits
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits = _find_logits(model, batch)
+    if logits is None:
         raise UsageError(
-            f"{type(model).__name__} returns no logits to compare: load it with its head (AutoModelForCausalLM, "
-            "...), or compare embeddings"
+            f"{type(model).__name__} returns no logits of several classes to compare: load it with its head "
+            "(AutoModelForCausalLM, ...), compare embeddings, or compare the task scores of a model with one output"
         )
-    if logits.shape[-1] == 1:
-        raise UsageError(f"{type(model).__name__} returns one score, no distribution: compare its task scores instead")
     return logits
 
 

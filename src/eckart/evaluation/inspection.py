@@ -1,59 +1,91 @@
-"""What there is to factor in a model, before anything is done to it."""
+"""Which weights of a model can be factored, their spectra, and where its parameters are."""
 
 from __future__ import annotations
 
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from eckart.checkpoint.open import find_checkpoint, open_model
+from eckart.config import resolve_device
 from eckart.data import model_kind
 from eckart.data.inference import evaluating, forward, progress
 from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS
-from eckart.model import Site, dense_weight, find_sites, with_separate_experts
+from eckart.model import Site, dense_weight, find_sites, preserve_random_state, with_separate_experts
 from eckart.moments import shared_inputs
 
 logger = logging.getLogger(__name__)
 
 ENERGY = 0.9
-"""Of a weight's squared singular values: how much rank that takes is shown."""
+"""The part of the sum of a weight's squared singular values whose rank is shown."""
 
 
-def inspect_model(
-    model: PreTrainedModel,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
+def inspect(
+    model: PreTrainedModel | str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    targets: str | Sequence[str] | None = None,
+    ignore: str | Sequence[str] | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    device: str | None = "auto",
 ) -> dict[str, Any]:
-    """Look at a model's sites, spectra and parameters.
+    """Find the weights of a model that can be factored (the sites), their spectra, and where the parameters are.
+
+    A model in memory is not changed.
 
     Args:
-        model: in a dtype that singular values are computed in.
-        targets: as for :func:`eckart.compress`.
-        ignore: as for :func:`eckart.compress`.
-        dtype: in which its numbers are stored, where that is another one.
+        model: in memory, a folder or a hub name; not factored.
+        targets: only these modules: names, globs or regular expressions.
+        ignore: leave these modules out.
+        trust_remote_code: allow the model's own Python code to run.
+        revision: branch, tag or commit on the hub.
+        device: where singular values are computed, one weight at a time; "auto" for a GPU that is there.
 
     Returns:
         `kinds`: per kind of site its `count`, `shape`, `elements`, mean `effective_rank` (exp of the entropy of the
-        squared singular values), `rank_of_energy` (rank that holds nine tenths of them) and `break_even` (largest
-        rank smaller than the dense weight, by form); `groups`: kinds that share an input; `parameters`: where they
-        are; `skipped`: reason -> modules. All plain JSON values.
+        squared singular values), `rank_of_energy` (rank that holds nine tenths of their sum) and `break_even`
+        (largest rank that stores fewer numbers than the dense weight, by form); `groups`: kinds that share an input;
+        `parameters`: where they are; `skipped`: reason -> modules. All plain JSON values.
 
     Raises:
+        CheckpointError: there is no such model, or it is damaged.
         UsageError: for a pattern that matches nothing.
         ModelError: if there is nothing to factor, or the model is factored already.
     """
-    model = with_separate_experts(model)
-    sites = find_sites(model, targets, ignore)
+    dtype = None
+    if not isinstance(model, PreTrainedModel):
+        opened = open_model(find_checkpoint(model, revision, trust_remote_code=trust_remote_code))
+        model, dtype = opened.model, opened.dtype
+    with preserve_random_state():
+        model = with_separate_experts(model)
+        sites = find_sites(model, _listed(targets), _listed(ignore))
+        return {
+            "model": type(model).__name__,
+            "kinds": _kinds(model, sites.chosen, resolve_device(device)),
+            "groups": _groups(model, [site.name for site in sites.chosen]),
+            "parameters": _parameters(model, sites.chosen),
+            "sizes": count_sizes(model, dtype=dtype).model.as_dict(),
+            "skipped": _skipped(sites.skipped),
+        }
+
+
+def _listed(patterns: str | Sequence[str] | None) -> Sequence[str] | None:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
+def _kinds(model: PreTrainedModel, sites: Sequence[Site], device: torch.device) -> list[dict[str, Any]]:
+    """The sites by kind and shape, with the means of their ranks."""
     kinds: dict[str, dict[str, Any]] = {}
-    for site in progress(sites.chosen, what="spectra", total=len(sites.chosen)):
-        squared = torch.linalg.svdvals(dense_weight(model.get_submodule(site.name)).float()).double().square()
+    for site in progress(sites, what="spectra", total=len(sites)):
+        weight = dense_weight(model.get_submodule(site.name)).detach().to(device).float()
+        squared = torch.linalg.svdvals(weight).cpu().double().square()
         row = kinds.setdefault(f"{site.kind} {site.shape}", _row(site))
         row["count"] += 1
         row["elements"] += site.elements
@@ -62,14 +94,7 @@ def inspect_model(
     for row in kinds.values():
         row["effective_rank"] = sum(ranks := row.pop("effective")) / len(ranks)
         row["rank_of_energy"] = sum(ranks := row.pop("energy")) / len(ranks)
-    return {
-        "model": type(model).__name__,
-        "kinds": list(kinds.values()),
-        "groups": _groups(model, [site.name for site in sites.chosen]),
-        "parameters": _parameters(model, sites.chosen),
-        "sizes": count_sizes(model, dtype=dtype).model.as_dict(),
-        "skipped": _skipped(sites.skipped),
-    }
+    return list(kinds.values())
 
 
 def _row(site: Site) -> dict[str, Any]:

@@ -7,18 +7,18 @@ from typing import Any
 from torch import nn
 
 from eckart.data import CalibrationData, Pooling
-from eckart.errors import NumericalError, UsageError
-from eckart.evaluation.agreement import compare_embeddings, compare_predictions
+from eckart.errors import NumericalError
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions, predicts_distribution
 
 
 def measure_quality(
     model: nn.Module, original: nn.Module, held: CalibrationData, pooling: Pooling | None
 ) -> dict[str, Any]:
-    """Agreement of the predictions, or of the embeddings of a model that predicts no distribution.
+    """Compare the predictions; the embeddings of a model that predicts no distribution (features, one score, spans).
 
     Args:
         model: the compressed model.
-        original: the model it was made from.
+        original: the model it was made from; its output on the first batch decides what is compared.
         held: batches that were not calibrated on.
         pooling: how sentence embeddings are made, for embedding models.
 
@@ -27,10 +27,11 @@ def measure_quality(
 
     Raises:
         NumericalError: if the compressed model's output is not finite.
+        UsageError: if the outputs of the two models differ in shape.
     """
-    try:
+    if predicts_distribution(original, next(iter(held))):
         name, values = "agreement", compare_predictions(model, original, held)
-    except UsageError:  # features, one score, spans: no distribution to compare, so the hidden states are
+    else:
         name, values = "embedding", compare_embeddings(model, original, held, pooling)
     if not values["finite"]:
         raise NumericalError(
@@ -41,7 +42,7 @@ def measure_quality(
 
 
 def distance_to_original(measured: dict[str, Any]) -> float:
-    """One number of :func:`quality`: KL in nats a token, or 1 - cosine; 0 for the original itself."""
+    """One number of :func:`measure_quality`: KL in nats a token, or 1 - cosine; 0 for the original itself."""
     if "agreement" in measured:
         return float(measured["agreement"]["kl"])
     return float(measured["embedding"]["cosine_distance"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 
@@ -17,8 +18,10 @@ from eckart.data.padding import encoder_batches
 from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData
 from eckart.errors import DataError, UsageError
-from eckart.evaluation import metrics
 from eckart.evaluation.agreement import embed_sentences
+
+NO_ANSWER = -1
+"""The class of a row whose logits are not finite."""
 
 
 def score_classification(
@@ -59,13 +62,9 @@ def score_classification(
             raise DataError(f"{row.text.where}: label {row.label} is no class of the model's {classes}: correct it")
         gold.append(int(row.label))
     finite = torch.isfinite(logits).all(-1)
-    predicted = torch.where(finite, logits.argmax(-1), -1).tolist()
-    counts = metrics.confusion(gold, predicted, classes)
+    predicted = torch.where(finite, logits.argmax(-1), NO_ANSWER).tolist()
     return {
-        "accuracy": metrics.accuracy(counts),
-        "f1": metrics.f1_scores(counts)[1] if classes == 2 else metrics.f1_macro(counts),
-        "f1_macro": metrics.f1_macro(counts),
-        "matthews": metrics.matthews(counts),
+        **_classification_scores(gold, predicted, classes),
         "rows": len(gold),
         "right": [guess == truth for guess, truth in zip(predicted, gold, strict=True)],
         "finite": bool(finite.all()),
@@ -148,12 +147,32 @@ def score_similarity(
     return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), task)
 
 
-def _correlations(predicted: Tensor, task: TaskData) -> dict[str, Any]:
-    gold = torch.tensor(task.labels, dtype=torch.float64)
-    finite = bool(torch.isfinite(predicted).all())
+def _classification_scores(gold: list[int], predicted: list[int], classes: int) -> dict[str, float]:
+    """Accuracy, F1 and Matthews; a prediction that is no class is wrong and counts for no class."""
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+    def mean_f1(labels: list[int]) -> float:
+        return float(f1_score(gold, predicted, labels=labels, average="macro", zero_division=0))
+
+    macro = mean_f1(sorted({*gold, *predicted} - {NO_ANSWER}))
     return {
-        "spearman": metrics.spearman(predicted, gold),
-        "pearson": metrics.pearson(predicted, gold) if finite else math.nan,
+        "accuracy": float(accuracy_score(gold, predicted)),
+        "f1": mean_f1([1]) if classes == 2 else macro,
+        "f1_macro": macro,
+        "matthews": float(matthews_corrcoef(gold, predicted)),
+    }
+
+
+def _correlations(predicted: Tensor, task: TaskData) -> dict[str, Any]:
+    """Spearman and Pearson correlation with the gold scores; NaN where a side is constant or not finite."""
+    from scipy.stats import pearsonr, spearmanr
+
+    given, gold = predicted.double().cpu().numpy(), numpy.asarray(task.labels, dtype=numpy.float64)
+    finite = bool(numpy.isfinite(given).all() and numpy.isfinite(gold).all())
+    defined = finite and all(len(set(side.tolist())) > 1 for side in (given, gold))
+    return {
+        "spearman": float(spearmanr(given, gold).statistic) if defined else math.nan,
+        "pearson": float(pearsonr(given, gold).statistic) if defined else math.nan,
         "rows": len(task),
         "finite": finite,
     }

@@ -1,0 +1,141 @@
+"""The order of an evaluation: open the models, choose a task, score each model by the same protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import PreTrainedModel
+
+from eckart.config import merge_recipe
+from eckart.errors import CheckpointError, UsageError
+from eckart.evaluation.model import EvaluatedModel, open_model
+from eckart.evaluation.recipe import EvaluationRecipe
+from eckart.evaluation.rounding import round_weights
+from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
+from eckart.evaluation.scorers.choose import build_scorer, choose_task
+from eckart.evaluation.sizes import Size
+from eckart.model import find_sites, preserve_random_state, with_separate_experts
+from eckart.storage.layout import model_folder, read_json
+
+BASELINE_BITS = (8, 4)
+
+
+def evaluate(
+    model: PreTrainedModel | str | Path,
+    against: PreTrainedModel | str | Path | None = None,
+    tokenizer: Any = None,
+    *,
+    data: Any = None,
+    recipe: EvaluationRecipe | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Score a model, and the original that it was made from by the same protocol.
+
+    Weights are used as stored and computed with in float32. Models in memory are not changed.
+
+    Args:
+        model: in memory, a folder or a hub name; factored or dense.
+        against: the original.
+        tokenizer: reads the data; None for the one in the model's folder, or in the original's.
+        data: a file, folder, hub data set, "stdlib", or rows or text in memory; None for WikiText-2.
+        recipe: what is scored and how.
+        **options: fields of :class:`EvaluationRecipe`, such as `task="agreement"` or `device="cpu"`; an option wins
+            over the recipe's field.
+
+    Returns:
+        `task`, `protocol`, `data`; `scores`: name -> {column: number}; `sizes`: elements, bytes and multiply-adds a
+        token -> {column: number}; `notes`. The columns are "original", "eckart" ("model" for one that is not
+        factored), "int8" and "int4". All plain JSON values.
+
+    Raises:
+        EckartError: naming what cannot be read or does not fit.
+    """
+    if isinstance(data, str | Path):
+        options["data"] = str(data)
+    recipe = merge_recipe(EvaluationRecipe, recipe, options, "eckart.evaluate")
+    with preserve_random_state():
+        context = _open(model, against, tokenizer, data, recipe)
+        task = choose_task(context)
+        scorer = build_scorer(task, context)
+        scores: dict[str, dict[str, float]] = {}
+        sizes: dict[str, dict[str, int]] = {}
+        for column, scored, size in _list_columns(context):
+            itself = scorer.compares and column == "original"
+            for name, score in ({} if itself else scorer.score(scored)).items():
+                scores.setdefault(name, {})[column] = score
+            for name, number in size.as_dict().items():
+                sizes.setdefault(name, {})[column] = number
+    return {
+        "model": context.model.name,
+        "against": context.original.name if context.original is not None else None,
+        "task": task,
+        "protocol": scorer.protocol,
+        "data": dict(scorer.data),
+        "scores": scores,
+        "sizes": sizes,
+        "notes": [*scorer.notes, *_list_notes(context, scorer)],
+    }
+
+
+def _open(model: Any, against: Any, tokenizer: Any, data: Any, recipe: EvaluationRecipe) -> EvaluationContext:
+    scored = open_model(model, recipe)
+    original = open_model(against, recipe) if against is not None else None
+    if original is not None and type(original.model) is not type(scored.model):
+        raise UsageError(
+            f"--against {original.name}: it is a {type(original.model).__name__}, {scored.name} a "
+            f"{type(scored.model).__name__}. Give the model that it was made from."
+        )
+    if tokenizer is None:
+        tokenizer = scored.tokenizer or (original.tokenizer if original is not None else None)
+    if tokenizer is None:
+        raise CheckpointError(
+            f"{scored.name} has no tokenizer, and text cannot be read without one. Put the tokenizer's files into the "
+            "folder (tokenizer.save_pretrained), or pass tokenizer= in Python."
+        )
+    return EvaluationContext(recipe, recipe.data if data is None else data, scored, original, tokenizer)
+
+
+def _list_columns(context: EvaluationContext) -> Iterator[tuple[str, PreTrainedModel, Size]]:
+    """Every model that is scored, by the name of its column; rounded ones are made when they are reached."""
+    original = context.original
+    if original is not None:
+        yield "original", original.model, original.size
+    yield "eckart" if context.model.factored else "model", context.model.model, context.model.size
+    if original is not None and context.recipe.baselines and not original.factored:
+        for bits in BASELINE_BITS:
+            yield f"int{bits}", *_round(original, bits)
+
+
+def _round(original: EvaluatedModel, bits: int) -> tuple[PreTrainedModel, Size]:
+    """The original with every weight that could be factored rounded, and what that takes when stored."""
+    model = with_separate_experts(original.model)
+    sites = find_sites(model).chosen
+    rounded = round_weights(model, [site.name for site in sites], bits)
+    matrices = sum(site.elements for site in sites) * original.dtype.itemsize
+    size = replace(original.size, bytes=original.size.bytes - matrices + rounded.named_bytes)
+    return cast(PreTrainedModel, rounded.model), size
+
+
+def _list_notes(context: EvaluationContext, scorer: TaskScorer) -> list[str]:
+    """What may mislead: no baselines beside a factored original, and data that the model was calibrated on."""
+    notes = []
+    original, used = context.original, _calibration_data(context.model.folder)
+    if original is not None and context.recipe.baselines and original.factored:
+        notes.append(f"{original.name} is factored itself: no int8 and int4 beside it")
+    if used.get("source") is not None and all(used.get(key) == scorer.data.get(key) for key in ("source", "split")):
+        notes.append(f"this model was calibrated on {used['source']}: its scores on it are better than on other text")
+    return notes
+
+
+def _calibration_data(folder: Path | None) -> Mapping[str, Any]:
+    """What the report in a published folder says that the model was calibrated on."""
+    for home in (folder, model_folder(folder)) if folder is not None else ():
+        file = home / "eckart" / "report.json"
+        if file.is_file():
+            with suppress(CheckpointError):
+                return read_json(file).get("data") or {}
+    return {}

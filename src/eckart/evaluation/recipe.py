@@ -1,0 +1,48 @@
+"""The recipe of an evaluation: on what a model is scored, and how. It is read without torch."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from pydantic import Field
+
+from eckart.config import RecipeBase
+
+Task = Literal["perplexity", "classification", "regression", "similarity", "agreement", "embedding"]
+TASKS: tuple[str, ...] = get_args(Task)
+
+
+class EvaluationRecipe(RecipeBase):
+    """On what a model is scored, and how. Options that are None take a default.
+
+    The same names are the flags of `eckart eval` and the keyword arguments of :func:`eckart.evaluate`.
+    """
+
+    task: Task | None = Field(
+        None, description=f"What is scored: {', '.join(TASKS)}. Default: what fits the model and the data."
+    )
+    data: str | None = Field(
+        None,
+        description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib' (the source of Python's "
+        "library). Default: WikiText-2.",
+    )
+    data_config: str | None = Field(None, description="Configuration of the hub data set.")
+    data_split: str | None = Field(
+        None, description="Split of the hub data set. Default: test, and of 'stdlib' the held-out modules."
+    )
+    data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")
+    data_target_column: str | None = Field(
+        None, description="Second column: of a sentence pair, or the target of an encoder-decoder."
+    )
+    data_label_column: str | None = Field(None, description="Column that holds the label or score.")
+    data_revision: str | None = Field(None, description="Revision of the hub data set.")
+    num_samples: int | None = Field(None, ge=1, description="Rows, windows or sentences to score.")
+    max_seq_length: int | None = Field(None, ge=2, description="Tokens of a window or sentence.")
+    max_tokens: int | None = Field(None, ge=1, description="Only the first so many tokens of running text.")
+    batch_size: int | None = Field(None, ge=1, description="Sequences run at a time.")
+    baselines: bool = Field(True, description="Score the original rounded to int8 and int4 as well.")
+    revision: str | None = Field(None, description="Revision of the models on the hub.")
+    trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
+    device: str | None = Field(
+        "auto", description="Device to compute on, such as cpu or cuda. Default: a GPU that is there."
+    )

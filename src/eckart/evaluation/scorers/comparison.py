@@ -1,0 +1,58 @@
+"""Tasks agreement and embedding: how far a model's outputs are from the original's."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from transformers import PreTrainedModel
+
+from eckart.data import CalibrationData, load_data
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions
+from eckart.evaluation.model import EvaluatedModel
+from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
+
+
+class AgreementScorer(TaskScorer):
+    """Divergence of the predictions from the original's."""
+
+    compares: ClassVar[bool] = True
+
+    def __init__(self, context: EvaluationContext, original: EvaluatedModel) -> None:
+        recipe = context.recipe
+        self.original = original
+        self.batches = load_data(
+            context.data,
+            tokenizer=context.tokenizer,
+            model=context.model.model,
+            config=recipe.data_config,
+            split=recipe.data_split or ("held" if context.data == "stdlib" else "test"),
+            column=recipe.data_column,
+            target_column=recipe.data_target_column,
+            revision=recipe.data_revision,
+            num_samples=recipe.num_samples,
+            max_seq_length=recipe.max_seq_length,
+            batch_size=recipe.batch_size,
+        )
+        read = f"{self.batches.num_examples} examples, {self.batches.num_tokens} tokens"
+        super().__init__(self.batches.description, f"{read}, each compared with the original")
+
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        return score_agreement(model, self.original.model, self.batches)
+
+
+class EmbeddingScorer(AgreementScorer):
+    """Cosine distance of the sentence embeddings from the original's."""
+
+    def __init__(self, context: EvaluationContext, original: EvaluatedModel) -> None:
+        super().__init__(context, original)
+        self.pooling = context.pooling
+
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        found = compare_embeddings(model, self.original.model, self.batches, self.pooling)
+        return {"1 - cosine to the original": found["cosine_distance"], "worst 1 - cosine": found["worst"]}
+
+
+def score_agreement(model: PreTrainedModel, original: PreTrainedModel, batches: CalibrationData) -> dict[str, float]:
+    """Mean KL divergence from the original's predictions, and how often the most likely token or class is the same."""
+    found = compare_predictions(model, original, batches)
+    return {"KL to the original (nats)": found["kl"], "same most likely": found["top1"]}

@@ -1,0 +1,71 @@
+"""Tasks classification, regression and similarity: scores against gold labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eckart.data import load_task
+from eckart.errors import UsageError
+from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
+from eckart.evaluation.tasks import score_classification, score_regression, score_similarity
+
+
+class LabeledScorer(TaskScorer):
+    """Scores against the labels of rows; a task says with `measure` what is scored, and in words how."""
+
+    how = ""
+    classes = False
+
+    def __init__(self, context: EvaluationContext) -> None:
+        recipe = context.recipe
+        if context.data is None:
+            raise UsageError(
+                "--data: this task needs labeled rows, and there are none. Pass --data FILE with --data-label-column."
+            )
+        self.tokenizer, self.pooling = context.tokenizer, context.pooling
+        self.options: dict[str, Any] = {
+            "batch_size": recipe.batch_size or 32,
+            "max_seq_length": recipe.max_seq_length,
+        }
+        self.rows = load_task(
+            context.data,
+            column=recipe.data_column,
+            pair_column=recipe.data_target_column,
+            label=recipe.data_label_column,
+            label2id=getattr(context.model.model.config, "label2id", None),
+            regression=not self.classes,
+            config=recipe.data_config,
+            split=recipe.data_split or "test",
+            revision=recipe.data_revision,
+            num_samples=recipe.num_samples,
+        )
+        super().__init__(self.rows.description, f"{len(self.rows)} rows; {self.how}")
+
+
+class ClassificationScorer(LabeledScorer):
+    how = "F1 of class 1 for two classes, the macro mean for more"
+    classes = True
+
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        found = score_classification(model, self.tokenizer, self.rows, **self.options)
+        return {"accuracy": found["accuracy"], "F1": found["f1"], "Matthews": found["matthews"]}
+
+
+class RegressionScorer(LabeledScorer):
+    how = "the output of the head against the gold score"
+
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        return _correlations(score_regression(model, self.tokenizer, self.rows, **self.options))
+
+
+class SimilarityScorer(LabeledScorer):
+    how = "cosine of the two embeddings against the gold score"
+
+    def score(self, model: PreTrainedModel) -> dict[str, float]:
+        return _correlations(score_similarity(model, self.tokenizer, self.rows, self.pooling, **self.options))
+
+
+def _correlations(found: dict[str, Any]) -> dict[str, float]:
+    return {"Spearman": found["spearman"], "Pearson": found["pearson"]}

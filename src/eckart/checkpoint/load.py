@@ -148,8 +148,11 @@ def _class(auto_class: type | str | None, architectures: list[str], home: Path) 
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
         where = "auto_class" if auto_class else f"architectures in {home / 'config.json'}"
         kind = UsageError if auto_class else CheckpointError
-        raise kind(
-            f"transformers {transformers.__version__} has no model class {name!r} ({where}). Give a class "
-            "that it has: auto_class='AutoModelForCausalLM', or upgrade transformers."
-        )
+        remedy = "Give a class that it has: auto_class='AutoModelForCausalLM', or upgrade transformers."
+        if read_json(home / "config.json").get("auto_map"):
+            remedy = (
+                "The model brings its own Python code (auto_map in config.json): read it, and pass "
+                "--trust-remote-code (trust_remote_code=True)."
+            )
+        raise kind(f"transformers {transformers.__version__} has no model class {name!r} ({where}). {remedy}")
     return found

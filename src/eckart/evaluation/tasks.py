@@ -159,7 +159,7 @@ def _classification_scores(gold: list[int], predicted: list[int], classes: int) 
         "accuracy": float(accuracy_score(gold, predicted)),
         "f1": mean_f1([1]) if classes == 2 else macro,
         "f1_macro": macro,
-        "matthews": float(matthews_corrcoef(gold, predicted)),
+        "matthews": float(matthews_corrcoef(gold, predicted)) if len({*gold, *predicted}) > 1 else 0.0,
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
@@ -13,10 +13,15 @@ from eckart.evaluation.tasks import score_classification, score_regression, scor
 
 
 class LabeledScorer(TaskScorer):
-    """Scores against the labels of rows; a task says with `measure` what is scored, and in words how."""
+    """Scores against the labels of rows.
 
-    how = ""
-    classes = False
+    Class attributes:
+        how: what is compared with the labels, in words.
+        classes: whether labels are classes; scores otherwise.
+    """
+
+    how: ClassVar[str] = ""
+    classes: ClassVar[bool] = False
 
     def __init__(self, context: EvaluationContext) -> None:
         recipe = context.recipe
@@ -45,6 +50,8 @@ class LabeledScorer(TaskScorer):
 
 
 class ClassificationScorer(LabeledScorer):
+    """Accuracy, F1 and Matthews' correlation of a classifier."""
+
     how = "F1 of class 1 for two classes, the macro mean for more"
     classes = True
 
@@ -54,6 +61,8 @@ class ClassificationScorer(LabeledScorer):
 
 
 class RegressionScorer(LabeledScorer):
+    """Correlation of one output with gold scores."""
+
     how = "the output of the head against the gold score"
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
@@ -61,6 +70,8 @@ class RegressionScorer(LabeledScorer):
 
 
 class SimilarityScorer(LabeledScorer):
+    """Correlation of the cosine of two sentence embeddings with gold scores."""
+
     how = "cosine of the two embeddings against the gold score"
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:

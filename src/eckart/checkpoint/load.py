@@ -15,6 +15,7 @@ from eckart.checkpoint import plugin  # noqa: F401  registers the format
 from eckart.checkpoint.description import METHOD
 from eckart.checkpoint.source import resolve
 from eckart.errors import CheckpointError, UsageError
+from eckart.forms.transformers_internals import model_from_config
 from eckart.storage.layout import model_folder, read_json
 from eckart.storage.shards import read_weights
 
@@ -116,7 +117,7 @@ def blank(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedM
     with torch.device("meta"):
         if remote is not None:
             return remote.from_config(config, trust_remote_code=True)
-        return _class(None, architectures, home)._from_config(config)
+        return model_from_config(_class(None, architectures, home), config)
 
 
 def _of_head(model: PreTrainedModel, key: str) -> bool:

@@ -24,13 +24,12 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.load import load
 from eckart.errors import CheckpointError
+from eckart.forms.transformers_internals import ONE_BY_ONE
 from eckart.storage.files import sync_folder
 
 # Bytes. A tensor that has no more may lie in memory: a file for each norm and bias would save nothing.
 SMALL = 1 << 20
 MAPS = Path("/proc/self/maps")
-# transformers reads it whenever it loads: without it, threads compute tensors ahead of those that are written out.
-ONE_BY_ONE = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def load_mapped(folder: str | Path, *, scratch: Path, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -99,6 +98,7 @@ def is_mapped(tensor: Tensor) -> bool:
 
 @contextmanager
 def _one_by_one() -> Iterator[None]:
+    """Otherwise transformers' threads compute tensors ahead of those that are written out."""
     before = os.environ.get(ONE_BY_ONE)
     os.environ[ONE_BY_ONE] = "1"
     try:

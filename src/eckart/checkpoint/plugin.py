@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -20,6 +20,15 @@ from eckart.checkpoint.description import METHOD, EckartConfig, attach_config
 from eckart.checkpoint.guard import guard_of
 from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out
 from eckart.errors import CheckpointError
+from eckart.forms.transformers_internals import (
+    adjust_biases_again,
+    expect_again,
+    forget_quantization,
+    ignore_unexpected,
+    is_initialized,
+    keep_biases_of,
+    mark_initialized,
+)
 from eckart.model import (
     SeparateExperts,
     declared_ties,
@@ -96,8 +105,7 @@ class EckartQuantizer(HfQuantizer):
             prefix = re.escape(model.base_model_prefix)
             names = "|".join(re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in guarded)
             self._pattern = rf"^(?:{prefix}\.)?(?:{names})$"
-            ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = ignored | {self._pattern}
+            ignore_unexpected(model, self._pattern)
 
     def _take_apart(self, model: PreTrainedModel, name: str) -> list[str]:
         """Put single experts where the model's class has fused ones; returns the names of their guards."""
@@ -121,7 +129,7 @@ class EckartQuantizer(HfQuantizer):
         if place is None:  # of another head
             return
         owner, key = parameter_owner(model, place)
-        owner._parameters[key]._is_hf_initialized = True
+        mark_initialized(owner.get_parameter(key))
 
         def hide(_: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
             state.pop(prefix + key, None)
@@ -137,32 +145,24 @@ class EckartQuantizer(HfQuantizer):
             target: source for target, source in self._ties.items() if target != self._guarded
         }
         owners = {id(parameter_owner(model, target)[0]) for target in self._ties}
-        own = model._adjust_bias
-
-        def adjust(module: nn.Module, source: Tensor) -> None:
-            # It takes every tied module for a head, and would cut the bias of a Conv1D to its inputs.
-            if id(module) not in owners:
-                own(module, source)
-
-        vars(model)["_adjust_bias"] = adjust
+        keep_biases_of(model, owners)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         if self._ties:
-            vars(model).pop("_adjust_bias", None)
+            adjust_biases_again(model)
             model.all_tied_weights_keys = {
                 target: source for target, source in model.all_tied_weights_keys.items() if target not in self._ties
             }
             share_parameters(model, self._ties)
         for handle in self._handles:
             handle.remove()
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored - {self._pattern}
+        expect_again(model, self._pattern)
         lost = [
             f"{name}.{key}"
             for name, form in factored_modules(model).items()
             for key, tensor in (*form.named_parameters(), *form.named_buffers())
             # transformers marks what it has filled; on the meta device it stands for a file on disk.
-            if not getattr(tensor, "_is_hf_initialized", False) and not tensor.is_meta
+            if not is_initialized(tensor) and not tensor.is_meta
         ]
         if lost:
             raise CheckpointError(
@@ -170,11 +170,7 @@ class EckartQuantizer(HfQuantizer):
                 f"{model.config.name_or_path}: {', '.join(lost)}. Without them the model would be filled "
                 "with random numbers. Download the folder again."
             )
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config.__dict__.pop("_is_quantized", None)
-                for attribute in ("hf_quantizer", "quantization_method", "is_quantized"):
-                    module.__dict__.pop(attribute, None)
+        forget_quantization(model)
         attach_config(model)
         return model
 

@@ -17,6 +17,7 @@ from transformers.core_model_loading import WeightConverter
 from eckart.checkpoint.description import METHOD, attach_config, described, detach_config, is_special
 from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
+from eckart.forms.transformers_internals import has_adapters, names_not_saved, weight_conversions
 from eckart.model import factored_modules, shared_parameters
 from eckart.storage.layout import model_folder, read_json, sentence_modules, stays_inside
 from eckart.storage.lock import OutputLock, output_path
@@ -76,7 +77,7 @@ def save(
         CheckpointError: the folder cannot be published, or what was written is not the model.
         UsageError: the model is no ``PreTrainedModel``, or has adapters.
     """
-    if not isinstance(model, PreTrainedModel) or getattr(model, "_hf_peft_config_loaded", False):
+    if not isinstance(model, PreTrainedModel) or has_adapters(model):
         raise UsageError(
             f"{type(model).__name__} cannot be published as a checkpoint of its own. Give the transformers "
             "model; merge adapters first: model.merge_and_unload()."
@@ -129,8 +130,7 @@ def _shard_by_shard(model: PreTrainedModel) -> Iterator[None]:
     transformers does so for models that it believes to be offloaded. It cannot where a stored tensor is made of several
     of the model's, which may be in different shards.
     """
-    found = getattr(model, "_weight_conversions", None) or ()
-    fused = [conversion for conversion in found if isinstance(conversion, WeightConverter)]
+    fused = [conversion for conversion in weight_conversions(model) if isinstance(conversion, WeightConverter)]
     apart = all(
         len(conversion.target_patterns) == 1 and "*" not in conversion.target_patterns[0] for conversion in fused
     )
@@ -153,7 +153,7 @@ def _state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     tied |= {key for key in shared_parameters(model) if state[key].is_meta}  # elsewhere one place in memory says so
     seen = set()
     for name, tensor in state.items():
-        if name in tied or name in (model._keys_to_ignore_on_save or ()):
+        if name in tied or name in names_not_saved(model):
             continue
         if not tensor.is_meta and tensor.numel():
             place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())

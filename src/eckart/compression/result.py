@@ -78,7 +78,7 @@ class Result:
             CheckpointError: if it cannot be published; then nothing is.
         """
         sentence = self.source_folder is not None and (self.source_folder / "modules.json").exists()
-        original = self.recipe.model or getattr(self.model.config, "_name_or_path", None)
+        original = self.recipe.model or getattr(self.model.config, "name_or_path", None)
         card = render_model_card(
             Path(output_dir).name,
             base_model=original or None,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from eckart.errors import UsageError
 from eckart.forms.base import Factored, StoredSize, compute_dtype, copy_into
 from eckart.forms.lazy import LazyWeight
+from eckart.forms.transformers_internals import mark_initialized
 from eckart.linalg import TableFactors, table_factors, tied_factors
 
 
@@ -204,5 +205,5 @@ def _scaled(rows: Tensor, scale: float) -> Tensor:
 def lazy_table(module: Factored, shape: tuple[int, int]) -> Tensor:
     """The table of a module, computed when something reads its values."""
     lazy = LazyWeight.of(module.to_dense, shape, next(module.parameters()))
-    lazy._is_hf_initialized = True  # type: ignore[attr-defined]  # no model draws numbers for a table that is not there
+    mark_initialized(lazy)  # no model draws numbers for a table that is not stored
     return lazy

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from eckart.errors import NumericalError
+from eckart.forms.transformers_internals import modules_kept_in_float32
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -66,9 +67,7 @@ def cast(
     Raises:
         NumericalError: naming a tensor whose values are out of the type's range.
     """
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    if dtype == torch.float16:
-        kept |= set(getattr(model, "_keep_in_fp32_modules", None) or ())
+    kept = modules_kept_in_float32(model, half=dtype == torch.float16)
     pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept))) if kept else None
     for prefix, module in model.named_modules():
         before = _types(module)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.forms import FactoredLinear
+from eckart.forms.transformers_internals import apply_gate
 from eckart.model.clone import shared_clone
 from eckart.model.replace import replace_module
 
@@ -59,7 +60,7 @@ class SeparateExperts(nn.Module):
             token, place = torch.where(index == number)
             expert: Any = self.each[number]
             inner = expert.up(hidden_states[token])
-            inner = rule._apply_gate(inner) if rule.has_gate else rule.act_fn(inner)
+            inner = apply_gate(rule, inner) if rule.has_gate else rule.act_fn(inner)
             result.index_add_(0, token, (expert.down(inner) * weights[token, place, None]).to(result.dtype))
         return result
 

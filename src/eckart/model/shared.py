@@ -14,9 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.errors import ModelError
-
-MARK = "_tied_weights_keys"
-"""Read by transformers from every module when it saves; it ties again only what stands on a `PreTrainedModel`."""
+from eckart.forms.transformers_internals import TIES, own_ties, set_own_ties
 
 
 def share_parameters(model: nn.Module, ties: Mapping[str, str]) -> None:
@@ -36,7 +34,8 @@ def share_parameters(model: nn.Module, ties: Mapping[str, str]) -> None:
             shapes = f"{tuple(one.shape)} and {None if other is None else tuple(other.shape)}"
             raise ModelError(f"{target} cannot be {source}: their shapes are {shapes}. Share parameters of one shape.")
         owner._parameters[key] = one
-        setattr(owner, MARK, {**vars(owner).get(MARK, {}), key: source})
+        # transformers reads it from every module when it saves; it ties again only on a `PreTrainedModel`.
+        set_own_ties(owner, {**(own_ties(owner) or {}), key: source})
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:
@@ -48,7 +47,7 @@ def shared_parameters(model: nn.Module) -> dict[str, str]:
     for name, module in model.named_modules():
         if isinstance(module, PreTrainedModel):
             continue
-        for key in vars(module).get(MARK) or ():
+        for key in own_ties(module) or ():
             parameter = module._parameters.get(key)
             target = f"{name}.{key}"
             if parameter is not None and first[id(parameter)] != target:
@@ -64,7 +63,7 @@ def unshare_parameters(model: nn.Module) -> None:
         owner._parameters[key] = nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
-            vars(module).pop(MARK, None)
+            vars(module).pop(TIES, None)
 
 
 def parameter_owner(model: nn.Module, parameter: str) -> tuple[Any, str]:

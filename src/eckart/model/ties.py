@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.forms import Factored
+from eckart.forms.transformers_internals import own_ties, set_own_ties
 
 Keys = dict[str, str]
 OWN = "bias"
@@ -63,9 +64,9 @@ def tie_dense(model: nn.Module, factored: Collection[str]) -> None:
         factored: names of those that were forms.
     """
     before = {
-        name: dict(part._tied_weights_keys or {})
+        name: dict(ties)
         for name, part in model.named_modules()
-        if isinstance(part, PreTrainedModel) and "_tied_weights_keys" in vars(part)  # rewritten, for this model alone
+        if isinstance(part, PreTrainedModel) and (ties := own_ties(part)) is not None  # rewritten, for this model alone
     }
 
     def back(name: str, _: nn.Module, keys: Mapping[str, str]) -> Keys:
@@ -94,7 +95,7 @@ def _rewrite(
             continue
         keys = before.get(name, {})
         if (after := change(name, part, keys)) != keys:
-            part._tied_weights_keys = after
+            set_own_ties(part, after)
         # What the loader found untied, whatever the config says, is not in here and stays out.
         part.all_tied_weights_keys = change(name, part, part.all_tied_weights_keys)
     if tie and isinstance(model, PreTrainedModel):

@@ -21,6 +21,7 @@ from eckart.checkpoint.description import attach_config
 from eckart.checkpoint.fingerprint import files_fingerprint
 from eckart.checkpoint.source import resolve
 from eckart.errors import UsageError
+from eckart.forms.transformers_internals import attention_of
 from eckart.model import cast, shared_parameters
 from eckart.recovery import ClosedFormRecovery, RecoveryContext
 from eckart.recovery.recipe import TuneRecipe, make_tune_recipe
@@ -196,7 +197,7 @@ def _tune(
             taught, student.task, recipe, total, head_of(trained, student), notes, pooling=pooling
         )
         if "attentions" in recovery.wants:
-            own = trained.config._attn_implementation
+            own = attention_of(trained.config)
             stack.callback(lambda: trained.set_attn_implementation(own or "eager"))
             trained.set_attn_implementation("eager")  # others return no attention maps
             if taught is not None:

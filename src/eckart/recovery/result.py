@@ -64,7 +64,7 @@ class TuneResult:
         forms = sorted({spec["form"] for spec in described(self.model).values()})
         card = render_model_card(
             Path(output_dir).name,
-            base_model=self.recipe.model or getattr(self.model.config, "_name_or_path", None) or None,
+            base_model=self.recipe.model or getattr(self.model.config, "name_or_path", None) or None,
             auto_class=auto_class_of(type(self.model).__name__),
             library_name="sentence-transformers" if sentence else "transformers",
             method=f"recovery {self.recipe.recovery}",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from eckart.forms.transformers_internals import copy_attention
 from eckart.model import Site, head_of_each_row
 from eckart.recovery.pruning.attention import Attention, AttentionHeads, configure, take_over
 from eckart.recovery.pruning.probe import Probe, probing
@@ -194,7 +195,7 @@ def _built(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedMode
     """The model's class without numbers, from a configuration that was written and read."""
     try:
         config = type(model.config).from_dict({**model.config.to_dict(), **changes})
-        config._attn_implementation = model.config._attn_implementation
+        copy_attention(config, model.config)
         with torch.device("meta"):
             return type(model)(config)
     except Exception:  # a number that this class cannot be built with is not the one

@@ -78,7 +78,7 @@ def compressed(source: Path, output: Path, task: Task, options: dict[str, Any], 
     """Compress a model, and publish it."""
     recipe = eckart.Recipe(model=str(source), **options, **_calibration(task, samples, seed))
     shutil.rmtree(output, ignore_errors=True)
-    eckart.compress_checkpoint(recipe, output, restart=True, tell=lambda _: None)
+    eckart.compress(recipe=recipe, output_dir=output, restart=True)
 
 
 def compared(

@@ -15,7 +15,7 @@ from eckart.allocation import (
 )
 from eckart.compression import plan_builder
 from eckart.compression.budget import Budget
-from eckart.compression.factorize import solve
+from eckart.compression.solve_site import solve_site
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.errors import UsageError
@@ -31,7 +31,7 @@ def predicted_curve(found, method: str, form: str, multiple: int | None) -> tupl
     settings = Settings(METHODS[method], form, "loss", refit=False)
     site = Site("proj", "linear", rows, columns, False)
     largest = [Choice(form, min(rows, columns))]
-    losses = solve(site, found.weight, found.moments, settings, largest, curve=True).losses
+    losses = solve_site(site, found.weight, found.moments, settings, largest, curve=True).losses
     problem = found.problem_of(method)
     made = plan_builder._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
     return made, problem, factorize(problem)

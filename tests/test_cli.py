@@ -466,7 +466,8 @@ def test_compress_warns_of_tensors_that_the_model_does_not_use(cli, folder, tmp_
 def test_compress_and_evaluate_from_python(folder, tmp_path):
     recipe = Recipe(model=str(folder / "llama"), method="drone", data=str(folder / "text.txt"), num_samples=16,
                     max_seq_length=32)  # fmt: skip
-    result, published = eckart.compress_checkpoint(recipe, tmp_path / "out")
+    result = eckart.compress(recipe=recipe, output_dir=tmp_path / "out")
+    published = result.folder
     assert published == tmp_path / "out"
     found = eckart.evaluate(
         published, folder / "llama", data=str(folder / "held.txt"), max_seq_length=32, baselines=False

@@ -221,7 +221,7 @@ def test_interrupt_ends_all(worlds, tmp_path):
 
 KILLS = [
     ("drone streamed", 0, "<Journal.write", 0.4),
-    ("drone streamed", 1, ">solve", 0.6),
+    ("drone streamed", 1, ">solve_site", 0.6),
     ("kfac streamed", 0, ">LayerwiseRunner.backward", 0.5),
     ("kfac streamed", 1, "<LayerwiseRunner.forward", 0.9),
     ("eckart streamed", 0, "<Journal.write", 0.8),

@@ -18,9 +18,10 @@ from transformers import RobertaPreLayerNormConfig, RobertaPreLayerNormModel
 import eckart
 from eckart.allocation import Choice, Plan
 from eckart.calibration.layerwise import StatisticsWindow, block_of
-from eckart.compression import factor_store as shelves
+from eckart.compression import factorize as shelves
 from eckart.compression.basis_groups import adjacent, reading_a_norm
 from eckart.compression.factor_store import FactorStore
+from eckart.compression.factorize import SiteFactorizer
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.data.inference import evaluating, forward
@@ -343,12 +344,12 @@ def filled(windows, bases, store=None):
     sites = {site.name: site for site in find_sites(model).chosen}
     limits = {name: (Choice("shared-basis" if name.endswith("q") else "lowrank", 4),) for name in sites}
     settings = Settings.of(METHODS["basis-sharing"], Recipe())
-    shelf = FactorStore(store or MemoryStore(), Processes(), torch.device("cpu"))
-    given = (window for window in windows)
-    shelf.fill(
-        lambda done: (w for w in given if w.name not in done), model, sites, settings, limits, curve=False, bases=bases
+    factors = FactorStore(store or MemoryStore(), Processes(), torch.device("cpu"))
+    done = factors.finished_windows()
+    SiteFactorizer(factors, model, sites, settings, limits, curve=False, bases=bases).run(
+        window for window in windows if window.name not in done
     )
-    return shelf
+    return factors
 
 
 def windows_of(layers):
@@ -366,8 +367,8 @@ def test_windows_wait_for_each_other_in_any_order():
     expected = filled([whole], bases)
     for order in ((0, 1, 2), (2, 0, 1)):
         found = filled(windows_of(order), bases)
-        assert set(found.summary().losses) == set(expected.summary().losses)
-        for name in expected.summary().losses:
+        assert set(found.summary.losses) == set(expected.summary.losses)
+        for name in expected.summary.losses:
             for one, other in zip(found[name].factors[None].factors, expected[name].factors[None].factors, strict=True):
                 close(one, other, 1e-9)
 
@@ -390,12 +391,12 @@ def test_a_run_that_was_broken_off_knows_what_waits():
 
 def test_a_site_that_nothing_reaches_leaves_its_group():
     bases = [("layers.0.q", "layers.1.q", "layers.2.q")]
-    summary = filled(windows_of([0, 1]), bases).summary()  # the last one's window never comes
+    summary = filled(windows_of([0, 1]), bases).summary  # the last one's window never comes
     assert {name for name in summary.losses if name.endswith("q")} == {"layers.0.q", "layers.1.q"}
     assert summary.dense == {}
     empty = list(windows_of(range(3)))
     empty[1].moments["layers.1.q"] = Moments.empty({"gram"})
-    summary = filled(empty, bases).summary()
+    summary = filled(empty, bases).summary
     assert {name for name in summary.losses if name.endswith("q")} == {"layers.0.q", "layers.2.q"}
     assert summary.dense == {"layers.1.q": "no token of the calibration data reached it"}
 
@@ -410,7 +411,7 @@ def streamed(room, output, stream):
         model=str(room.model), data=str(room.text), num_samples=12, max_seq_length=32, batch_size=4,
         method="basis-sharing", keep=0.5, dtype="float32", stream=stream,
     )  # fmt: skip
-    return eckart.compress_checkpoint(recipe, output)[0]
+    return eckart.compress(recipe=recipe, output_dir=output)
 
 
 def test_block_by_block_it_is_the_same_and_goes_on_where_it_was(room, tmp_path, monkeypatch):
@@ -430,11 +431,11 @@ def test_block_by_block_it_is_the_same_and_goes_on_where_it_was(room, tmp_path, 
         calls.append(args[0])
         if len(calls) == 7:  # the second group of layers
             raise KeyboardInterrupt
-        return solve_together(*args, **more)
+        return solve_group(*args, **more)
 
-    solve_together = shelves.solve_together
+    solve_group = shelves.solve_group
     with monkeypatch.context() as patch:
-        patch.setattr(shelves, "solve_together", broken)
+        patch.setattr(shelves, "solve_group", broken)
         with pytest.raises(KeyboardInterrupt):
             streamed(room, tmp_path / "again", "on")
     assert (tmp_path / "again.partial").is_dir()

@@ -43,7 +43,8 @@ def test_minilm_is_compressed_and_loaded_in_a_fresh_process(minilm: Path, tmp_pa
     text = tmp_path / "sentences.txt"
     text.write_text(sentences(160), encoding="utf-8")
     recipe = eckart.Recipe(model=str(minilm), data=str(text), keep=0.6, num_samples=128, max_seq_length=64)
-    result, folder = eckart.compress_checkpoint(recipe, tmp_path / "out")
+    result = eckart.compress(recipe=recipe, output_dir=tmp_path / "out")
+    folder = result.folder
     report = json.loads((folder / "eckart" / "report.json").read_text())
     assert report["kept"]["of_sites"] <= 0.6
     with safe_open(folder / "model.safetensors", "pt") as stored:

@@ -204,7 +204,7 @@ def solved(home: Path) -> int:
 def test_solved_sites_and_walked_blocks_are_not_done_again(method, runs, tmp_path):
     whole = runs.undisturbed(method)[0]
     step = "LayerwiseRunner.forward" if method == "drone" else "LayerwiseRunner.backward"
-    at = whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1
+    at = whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1
     runs.unfinished(method, at, tmp_path)
     first = solved(tmp_path)
     assert 0 < first < whole["solve"]
@@ -418,7 +418,7 @@ def test_other_labels_of_the_same_text_are_refused(runs, tmp_path):
     assert whole.code == 0, whole.said
     expected = published(home / "out")
     shutil.rmtree(home / "out")
-    assert runs.server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1).code == KILLED
+    assert runs.server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1).code == KILLED
     labeled(1)
     runs.refused(home, "other text", "--restart", words=words)
     labeled(0)
@@ -481,7 +481,7 @@ def test_second_run_on_the_same_output_names_the_first(runs, tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "name", "part"),
-    [("drone", "<load_data", 0.0), ("drone", ">solve", 0.5), ("drone", ">Path.replace", 0.5),
+    [("drone", "<load_data", 0.0), ("drone", ">solve_site", 0.5), ("drone", ">Path.replace", 0.5),
      ("kfac", ">LayerwiseRunner.backward", 0.9), ("eckart", ">factorize", 0.5), ("drone", ">_verify", 0.0),
      ("drone", ">_sync", 0.0)],
 )  # fmt: skip
@@ -506,7 +506,7 @@ TROUBLE = {
     ("what", "method", "name", "part"),
     [
         ("full", "drone", ">LayerwiseRunner.forward", 0.7),
-        ("denied", "drone", ">solve", 0.6),
+        ("denied", "drone", ">solve_site", 0.6),
         ("full", "kfac", ">LayerwiseRunner.forward", 1.0),
         ("full", "kfac", ">LayerwiseRunner.backward", 0.4),
         ("denied", "kfac", ">LayerwiseRunner.backward", 0.9),

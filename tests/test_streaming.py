@@ -50,7 +50,8 @@ def recipe_of(model: Path, text: Path, **more: Any) -> Recipe:
 def compressed(output: Path, recipe: Recipe, **more: Any) -> tuple[eckart.Result, list[str]]:
     """A run, and what it told before it began."""
     told: list[str] = []
-    result, folder = eckart.compress_checkpoint(recipe, output, tell=told.append, **more)
+    result = eckart.compress(recipe=recipe, output_dir=output, report_progress=told.append, **more)
+    folder = result.folder
     assert folder == output
     return result, told
 
@@ -133,7 +134,7 @@ def test_what_was_streamed_loads_in_a_fresh_process(room, tmp_path, monkeypatch)
         "float16": place(llama(), tmp_path / "source-float16", torch.float16),
         "experts": place(mixtral, tmp_path / "source-experts", max_shard_size="200KB"),
     }
-    monkeypatch.setattr("eckart.compression.checkpoint.STREAMED_SHARD", "100KB")
+    monkeypatch.setattr("eckart.compression.open_run.STREAMED_SHARD", "100KB")
     logits = {}
     for name, source in sources.items():
         result, _ = compressed(tmp_path / name, recipe_of(source, room.text, stream="on", method="drone", keep=0.6))
@@ -174,14 +175,14 @@ def test_auto_streams_where_memory_is_short(part, way, room, tmp_path, monkeypat
     recipe = recipe_of(room.model, room.text, method="svd", stream="auto")
     monkeypatch.setattr(memory_estimate, "rss", lambda: 0)
     total = estimated(recipe).whole.total
-    monkeypatch.setattr(memory_estimate, "free", lambda _: int(part * total))
+    monkeypatch.setattr(memory_estimate, "free_memory", lambda _: int(part * total))
     _, told = compressed(tmp_path / "out", recipe)
     assert told[0].startswith(way)
     assert os.listdir(tmp_path) == ["out"]
 
 
 def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory_estimate, "free", lambda _: None)
+    monkeypatch.setattr(memory_estimate, "free_memory", lambda _: None)
     _, told = compressed(tmp_path / "out", recipe_of(room.model, room.text, method="svd"))
     assert told[0].startswith("in memory")
     assert "free" not in told[0]
@@ -189,7 +190,7 @@ def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
 
 def test_asked_for_is_done_whatever_memory_there_is(room, tmp_path, monkeypatch):
     for stream, free, way in (("off", 1000, "in memory"), ("on", 10**15, "block by block")):
-        monkeypatch.setattr(memory_estimate, "free", lambda _, free=free: free)
+        monkeypatch.setattr(memory_estimate, "free_memory", lambda _, free=free: free)
         _, told = compressed(tmp_path / stream, recipe_of(room.model, room.text, method="svd", stream=stream))
         assert told[0].startswith(way)
 
@@ -200,7 +201,7 @@ def test_auto_goes_on_with_what_was_begun(server, room, tmp_path):
     assert whole.said.startswith("block by block")
     expected = published(tmp_path / "out")
     shutil.rmtree(tmp_path / "out")
-    killed = server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1, free=10_000)
+    killed = server(words, whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1, free=10_000)
     assert killed.code < 0
     done = server(words)  # there is memory enough now
     assert done.said.startswith("block by block")
@@ -397,7 +398,7 @@ def test_unwalkable_model_goes_on_with_other_memory(then, now, server, room, den
     """So many blocks' statistics fit then and now."""
     whole = unwalkable(server, room, densely, tmp_path / "whole", at_once=then)
     assert whole.code == 0, whole.said
-    first = whole.ticks.index("<Journal.write", whole.ticks.index(">solve")) + 1
+    first = whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1
     assert unwalkable(server, room, densely, tmp_path / "out", at=first, at_once=then).code < 0
     done = unwalkable(server, room, densely, tmp_path / "out", at_once=now)
     assert done.code == 0, done.said

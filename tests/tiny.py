@@ -51,7 +51,7 @@ TICKING = (
     "eckart.checkpoint.save:_verify",
     "eckart.compression.refit_groups:factorize",
     "eckart.compression.prepare:load_data",
-    "eckart.compression.factor_store:solve",
+    "eckart.compression.factorize:solve_site",
     "eckart.calibration.layerwise.runner:LayerwiseRunner.backward",
     "eckart.calibration.layerwise.runner:LayerwiseRunner.finish",
     "eckart.calibration.layerwise.runner:LayerwiseRunner.forward",
@@ -299,8 +299,8 @@ class _Ticks:
 def _run(job: dict[str, Any]) -> int:
     """A command in this process, which is a fork of the server."""
     from eckart.cli.app import app
-    from eckart.compression import checkpoint as jobs
     from eckart.compression import memory_estimate as estimates
+    from eckart.compression import open_run as jobs
     from eckart.distributed import memory
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -340,7 +340,7 @@ def _serve() -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  so that no fork has to
 
     import eckart.cli.app
-    import eckart.compression.checkpoint  # noqa: F401  the commands import it when they run
+    import eckart.compression.compare  # noqa: F401  the commands import it when they run
 
     torch.set_num_threads(1)
     for line in sys.stdin:

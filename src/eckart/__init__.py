@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from eckart.checkpoint.export import densify
     from eckart.checkpoint.export import export_dense as export
     from eckart.checkpoint.load import load
-    from eckart.compression.checkpoint import compress_checkpoint
-    from eckart.compression.pipeline import compare, compress
+    from eckart.compression.compare import Comparison, compare
+    from eckart.compression.pipeline import compress
     from eckart.compression.recipe import Recipe
     from eckart.compression.result import Result
     from eckart.evaluation.inspection import inspect
@@ -42,18 +42,18 @@ __version__ = "0.1.0"
 _PLACES = {
     # What there is to do with a model.
     "compress": "compression.pipeline:compress",
-    "compare": "compression.pipeline:compare",
+    "compare": "compression.compare:compare",
     "evaluate": "evaluation.pipeline:evaluate",
     "tune": "recovery.pipeline:tune",
     "inspect": "evaluation.inspection:inspect",
     "load": "checkpoint.load:load",
     "densify": "checkpoint.export:densify",
     "export": "checkpoint.export:export_dense",
-    "compress_checkpoint": "compression.checkpoint:compress_checkpoint",
     # What goes in, and what comes out.
     "Recipe": "compression.recipe:Recipe",
     "EvaluationRecipe": "evaluation.recipe:EvaluationRecipe",
     "TuneRecipe": "recovery.recipe:TuneRecipe",
+    "Comparison": "compression.compare:Comparison",
     "Result": "compression.result:Result",
     "TuneResult": "recovery.result:TuneResult",
     "Plan": "allocation:Plan",
@@ -75,6 +75,7 @@ _PLACES = {
 __all__ = [
     "Choice",
     "ClosedFormRecovery",
+    "Comparison",
     "EckartError",
     "EvaluationRecipe",
     "Factored",
@@ -90,7 +91,6 @@ __all__ = [
     "TuneResult",
     "compare",
     "compress",
-    "compress_checkpoint",
     "densify",
     "evaluate",
     "export",

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import check_json, guarded, show, write_json
+from eckart.cli.console import check_json, guarded, say, show, write_json
 from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
@@ -33,10 +33,13 @@ def compare(
     check_json(json, recipe.inputs)
     names, keeps = split_words(methods, "--methods"), _fractions(keep)
 
-    from eckart.compression.checkpoint import compare_checkpoint
+    from eckart.compression.compare import compare as compare_methods
     from eckart.report.scores import render_comparison
 
-    found = compare_checkpoint(recipe, names, keeps)
+    comparison = compare_methods(
+        recipe.model, methods=names, keeps=keeps, recipe=recipe, report_progress=lambda message: say(message, "dim")
+    )
+    found = comparison.as_dict()
     show(render_comparison(found))
     write_json(json, found, recipe.inputs)
 

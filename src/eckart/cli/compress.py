@@ -48,18 +48,18 @@ def compress(
         raise UsageError("MODEL is missing. Name a folder or a model on the hub: eckart compress MODEL ...")
     folder, replace = output.override(output_dir, overwrite)
 
-    from eckart.compression.checkpoint import compress_checkpoint
+    from eckart.compression.pipeline import compress as compress_model
     from eckart.compression.result import load_lines
     from eckart.report.compression import render_compression
 
-    result, published = compress_checkpoint(
-        recipe,
-        folder,
+    result = compress_model(
+        recipe=recipe,
+        output_dir=folder,
         overwrite=replace,
         inputs=[config],
         restart=restart,
-        tell=lambda message: say(message, "dim"),
+        report_progress=lambda message: say(message, "dim"),
     )
     if is_main():
-        lines = load_lines(result, published)
-        show(render_compression(result.report), "", f"published in {published}; to load it:", "", lines)
+        lines = load_lines(result, result.folder or folder)
+        show(render_compression(result.report), "", f"published in {result.folder}; to load it:", "", lines)

@@ -1,166 +1,233 @@
-"""From a site's statistics to its factors: what a run keeps of a site when its statistics are gone."""
+"""Factor all sites, one window of statistics after another; each process factors the sites that it owns.
+
+Sites that share a basis are factored together, by the first process, when the last of their group has its statistics;
+until then the statistics of the others are kept in the store.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from eckart.allocation import Choice
-from eckart.compression.plan_builder import Losses
+from eckart.allocation import Bases, Choice
+from eckart.calibration import why_useless
+from eckart.calibration.layerwise import StatisticsWindow
+from eckart.compression.budget import Budget
+from eckart.compression.context import CompressionContext
+from eckart.compression.factor_store import STAGE, FactorStore, Serialized, tensors_of
+from eckart.compression.plan_builder import largest_choices
+from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
-from eckart.forms import Block, form_named
-from eckart.linalg import Factorization, Problem
-from eckart.methods import METHODS
-from eckart.model import Site
-from eckart.moments import Moments
+from eckart.compression.solve_site import SiteFactors, solve_group, solve_site
+from eckart.model import Site, dense_weight
+from eckart.moments import Moments, deserialize, serialize
+
+INCOMPLETE = "bases of which not all sites were reached"
+"""The entry of groups that lacked some of their sites when all windows were done."""
+
+WAITING = "waiting"
+"""What an entry holds of sites whose group is not complete yet."""
+
+
+def factorize_sites(
+    context: CompressionContext,
+    settings: Settings,
+    recipe: Recipe,
+    largest_keep: float,
+    factors: FactorStore,
+    windows: Sequence[StatisticsWindow] | None = None,
+) -> None:
+    """Factor every site whose factors are not stored yet.
+
+    Args:
+        context: the model, its sites and their statistics.
+        settings: method, form, allocation.
+        recipe: plan file and budget.
+        largest_keep: the largest fraction that factors are made for: those beyond it are not kept.
+        factors: where factors are stored.
+        windows: statistics that several methods use, and which are left as they are; else they are gathered here, and
+            freed on the way.
+    """
+    budget = Budget.of_recipe(context.model, context.sites, recipe.model_copy(update={"keep": largest_keep}))
+    bases = context.bases(settings, recipe)
+    limits = largest_choices(context.sites, settings, recipe, largest_keep, budget, bases)
+    done = factors.finished_windows()
+    factorizer = SiteFactorizer(
+        factors, context.model, {site.name: site for site in context.sites.chosen}, settings, limits,
+        curve=settings.allocation == "loss" and recipe.plan is None, bases=bases,
+    )  # fmt: skip
+    gathered = context.calibration.windows(done) if windows is None else iter(windows)
+    factorizer.run(context.timer.gathering(gathered), keep_statistics=windows is not None)
 
 
 @dataclass(frozen=True)
-class SiteFactors:
-    """Factors of a site for every rank that it may get, and what later steps ask of it.
+class SiteFactorizer:
+    """Factors windows of statistics.
 
     Attributes:
-        factors: for each shape of block (None alone, for a form without) up to the largest rank that may be asked for.
-        losses: predicted change of the loss at rank 0 .. r, or the error in the method's own metric where it chooses
-            among several shapes of block; None where nothing is chosen by it.
-        mean: (n,) E[x], where the bias absorbs it.
-        moments: the statistics without those of the inputs, where the site will be refitted.
+        factors: where factors are stored.
+        model: holds the weights.
+        sites: by name.
+        settings: method, form, allocation.
+        limits: site -> the largest choices that any plan may make.
+        curve: whether predicted losses are wanted.
+        bases: groups of sites that share a basis.
     """
 
-    factors: Mapping[Block | None, Factorization]
-    losses: Losses | None = None
-    mean: Tensor | None = None
-    moments: Moments | None = None
+    factors: FactorStore
+    model: nn.Module
+    sites: Mapping[str, Site]
+    settings: Settings
+    limits: Mapping[str, Sequence[Choice]]
+    curve: bool
+    bases: Bases = ()
 
-    @property
-    def effective_rank(self) -> float:
-        """Of the first factorization."""
-        return next(iter(self.factors.values())).effective_rank
+    def run(self, windows: Iterator[StatisticsWindow], *, keep_statistics: bool = False) -> None:
+        """Factor all windows, and then the groups that are still incomplete.
 
-    @property
-    def notes(self) -> list[str]:
-        """Fallbacks taken; of several factorizations, those of the chosen one are told when it is stored."""
-        return [note for found in self.factors.values() for note in found.notes] if len(self.factors) == 1 else []
+        Args:
+            windows: those whose factors are not stored yet.
+            keep_statistics: leave the windows as they are, for another method; else statistics are freed on the way.
+        """
+        for window in windows:
+            self.add_window(window, dict(window.moments) if keep_statistics else window.moments)
+        if self.bases and INCOMPLETE not in self.factors.finished_windows():
+            self.finish_groups()
 
-    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named tensors and JSON values."""
-        tensors: dict[str, Tensor] = {}
-        for place, (block, found) in enumerate(self.factors.items()):
-            left, right = found.seen_factors
-            own = {"left": left, "right": right, "squared": found.squared}
-            if self.losses is not None:
-                own["losses"] = self.losses[block]
-            tensors |= {f"{place}.{key}": value for key, value in own.items()}
-        if self.mean is not None:
-            tensors["mean"] = self.mean
-        if self.moments is not None:
-            tensors |= {f"moments.{key}": value for key, value in self.moments.state().items()}
-        return tensors, {
-            "blocks": [None if block is None else list(block) for block in self.factors],
-            "notes": [list(found.notes) for found in self.factors.values()],
-        }
+    @cached_property
+    def group_of(self) -> dict[str, Sequence[str]]:
+        """Site -> the group that shares a basis with it."""
+        return {name: group for group in self.bases for name in group}
 
-    @classmethod
-    def unpack(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> SiteFactors:
-        """What :meth:`pack` took apart."""
-        state = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
-        blocks: list[Block | None] = [None if b is None else (b[0], b[1]) for b in content["blocks"]]
-        factors = {
-            block: Factorization(
-                (tensors[f"{place}.left"], tensors[f"{place}.right"]), tensors[f"{place}.squared"], tuple(notes)
+    def add_window(self, window: StatisticsWindow, moments: dict[str, Moments]) -> None:
+        """Factor a window's sites; their statistics are taken out of `moments` on the way."""
+        processes = self.factors.processes
+        owners = self._reduce(window, moments)
+        mine: Serialized = ({}, {"sites": {}, "dense": {}, "seen": {}})
+        grouped: dict[str, Moments | None] = {}
+        with processes.failing_together():
+            for name in [n for members in window.groups.values() for n in members]:
+                entry = moments.pop(name, None)
+                if owners.get(name, 0) != processes.rank:
+                    continue
+                if name in self.group_of:
+                    grouped[name] = entry
+                else:
+                    self._solve_one(name, entry, mine)
+            if grouped:
+                self._solve_complete_groups(grouped, window.groups, mine)
+        self.factors.add_window(window.name, mine)
+
+    def finish_groups(self) -> None:
+        """Factor the groups some of whose sites no window has brought, without those."""
+        mine: Serialized = ({}, {"sites": {}, "dense": {}, "seen": {}})
+        with self.factors.processes.failing_together():
+            if self.factors.processes.main:
+                before = self._waiting()
+                done = {
+                    name for _, content in self.factors.entries() for name in (*content["sites"], *content["dense"])
+                }
+                for group in self.bases:
+                    left = [name for name in group if name in before and name not in done]
+                    self._solve_group({name: self._read_waiting(name, before[name]) for name in left}, mine)
+        self.factors.add_window(INCOMPLETE, mine)
+
+    # -- one site, one group ---------------------------------------------------------------------------
+
+    def _solve_one(self, name: str, moments: Moments | None, mine: Serialized) -> None:
+        if self._is_useful(name, moments, mine[1]):
+            found = solve_site(
+                self.sites[name], self._weight(name), moments, self.settings, self.limits[name], curve=self.curve
             )
-            for place, (block, notes) in enumerate(zip(blocks, content["notes"], strict=True))
-        }
-        losses = {block: tensors[key] for i, block in enumerate(blocks) if (key := f"{i}.losses") in tensors}
-        return cls(factors, losses or None, tensors.get("mean"), Moments.from_state(state) if state else None)
+            _put(mine, name, found)
+
+    def _solve_complete_groups(
+        self, here: dict[str, Moments | None], inputs: Mapping[str, Sequence[str]], mine: Serialized
+    ) -> None:
+        """Factor the groups that are complete now; the statistics of the others are stored."""
+        before = self._waiting()
+        for group in dict.fromkeys(self.group_of[name] for name in here):
+            if all(name in here or name in before for name in group):
+                known = {
+                    name: here.pop(name) if name in here else self._read_waiting(name, before[name]) for name in group
+                }
+                self._solve_group(known, mine)
+        tensors, content = mine
+        content[WAITING] = list(here)
+        content["inputs"] = {leader: list(members) for leader, members in inputs.items()}
+        state = serialize({name: entry for name, entry in here.items() if entry is not None})
+        tensors |= {f"{WAITING}/{key}": value for key, value in state.items()}
+
+    def _solve_group(self, known: Mapping[str, Moments | None], mine: Serialized) -> None:
+        """Factor the sites of a group that data reached; a single one gets a basis of its own."""
+        useful = {name: entry for name, entry in known.items() if self._is_useful(name, entry, mine[1])}
+        if not useful:
+            return
+        weights = [self._weight(name) for name in useful]
+        moments = [entry for entry in useful.values() if entry is not None]
+        largest = max((choice for name in useful for choice in self.limits[name]), key=lambda choice: choice.rank)
+        for name, found in solve_group(list(useful), weights, moments, self.settings, largest).items():
+            _put(mine, name, found)
+
+    def _waiting(self) -> dict[str, str]:
+        """Site -> the entry that keeps its statistics."""
+        return {name: entry for entry, content in self.factors.entries() for name in content.get(WAITING, ())}
+
+    def _read_waiting(self, name: str, entry: str) -> Moments | None:
+        tensors, content = self.factors.store.read(STAGE, entry)
+        return deserialize(tensors_of(tensors, WAITING), content["inputs"]).get(name)
+
+    def _is_useful(self, name: str, moments: Moments | None, content: dict[str, Any]) -> bool:
+        """Whether a site's statistics say something; notes why not, or how many tokens it saw."""
+        if self.settings.method.needs or moments is not None:
+            reason = "no token of the calibration data reached it" if moments is None else why_useless(moments)
+            if reason is not None:
+                content["dense"][name] = reason
+                return False
+        if moments is not None:
+            content["seen"][name] = [moments.tokens, self.sites[name].in_features]
+        return True
+
+    def _weight(self, name: str) -> Tensor:
+        return dense_weight(self.model.get_submodule(name)).to(self.factors.device)
+
+    # -- several processes -----------------------------------------------------------------------------
+
+    def _reduce(self, window: StatisticsWindow, moments: dict[str, Moments]) -> dict[str, int]:
+        """Sum the statistics of a window over all processes, each group's at the process that owns it.
+
+        Returns:
+            Site -> the process that factors it.
+        """
+        processes = self.factors.processes
+        if processes.size == 1:
+            return {}
+        costs = {leader: sum(_cost(self.sites[name]) for name in m) for leader, m in window.groups.items()}
+        owners = processes.assign_owners(costs)
+        # Only the first process has a store, in which others of the group may wait.
+        owners |= {leader: 0 for leader, m in window.groups.items() if any(n in self.group_of for n in m)}
+        for owner in range(processes.size):
+            groups = {leader: m for leader, m in window.groups.items() if owners[leader] == owner}
+            names = [name for members in groups.values() for name in members]
+            # A process whose text never reached a site, such as an expert, has nothing to add.
+            sums = serialize({name: moments.pop(name) for name in names if name in moments})
+            processes.reduce(sums, owner)
+            if owner == processes.rank:
+                moments |= deserialize(sums, groups)
+        return {name: owners[leader] for leader, members in window.groups.items() for name in members}
 
 
-def solve(
-    site: Site, weight: Tensor, moments: Moments | None, settings: Settings, limits: Sequence[Choice], *, curve: bool
-) -> SiteFactors:
-    """Factor one site.
-
-    Args:
-        site: what it is.
-        weight: (out, in).
-        moments: its statistics, if the method reads any.
-        settings: method, form, allocation, refit.
-        limits: the largest choices that may be made, one for each shape of block.
-        curve: whether the predicted loss of every rank is wanted.
-
-    Returns:
-        Its factors, and its curve where ranks are allocated by it.
-    """
-    if moments is not None:
-        moments.centered = settings.method.centered and site.has_bias
-    problem = settings.method.metric(weight, moments)  # type: ignore[arg-type]
-    factors: dict[Block | None, Factorization] = {}
-    losses: dict[Block | None, Tensor] = {}
-    for largest in limits:
-        form, block = form_named(largest.form), largest.block
-        solved = form.solve(problem, block, largest.rank, site.name)
-        if curve and moments is not None:
-            losses[block] = _losses(solved, largest, problem.target, moments, settings)
-        elif len(limits) > 1:
-            losses[block] = solved.curve
-        factors[block] = solved.kept(largest.rank)
-        del solved
-    del problem
-    kept = None
-    if settings.refit and moments is not None:
-        kept = moments.with_statistics(moments.own)
-    mean = moments.mean if moments is not None and moments.centered else None
-    return SiteFactors(factors, losses or None, mean, kept)
+def _put(mine: Serialized, name: str, found: SiteFactors) -> None:
+    tensors, content = mine
+    serialized, content["sites"][name] = found.serialize()
+    tensors |= {f"{name}/{key}": value for key, value in serialized.items()}
 
 
-def solve_together(
-    names: Sequence[str], weights: Sequence[Tensor], moments: Sequence[Moments], settings: Settings, largest: Choice
-) -> dict[str, SiteFactors]:
-    """Factor weights of several layers on one basis, under the sum of their input statistics.
-
-    Args:
-        names: of the sites.
-        weights: (out, in) of each.
-        moments: of each; none of them where the method reads none.
-        settings: the method.
-        largest: the form that they share in, and the largest rank that may be asked for.
-
-    Returns:
-        Site -> its factors; the right one is the same for all.
-    """
-    problem = settings.method.metric(torch.cat(list(weights)), _summed(moments))  # type: ignore[arg-type]
-    heights = [len(weight) for weight in weights]
-    found = form_named(largest.form).solve_group(problem, heights, largest.rank, " and ".join(names))
-    return {name: SiteFactors({None: factors}) for name, factors in zip(names, found, strict=True)}
-
-
-def _summed(moments: Sequence[Moments]) -> Moments | None:
-    """Statistics of all inputs as if they were one site's; those that are given are left as they are."""
-    if not moments:
-        return None
-    total = Moments.empty(moments[0].shared)
-    total.sequences = moments[0].sequences
-    for name, statistic in total.statistics.items():
-        for entry in moments:
-            statistic.merge(entry[name])
-    return total
-
-
-def _losses(factors: Factorization, largest: Choice, target: Tensor, moments: Moments, settings: Settings) -> Tensor:
-    """Predicted change of the loss per sequence at every rank.
-
-    `1/2 (n_site / n_sequences) || H^(1/2) D G^(1/2) ||^2`, n_site the tokens that reached the site, D the change
-    of the weight: the second-order change of the loss under the Kronecker-factored Fisher matrix.
-    """
-    kfac = METHODS["kfac"]
-    if settings.method.metric is kfac.metric:
-        errors = factors.curve
-    else:
-        problem: Problem = kfac.metric(target, moments)
-        errors = form_named(largest.form).errors_under(factors, problem, largest.block, largest.rank)
-    scale = 0.5 * moments.tokens / max(moments.sequences, 1)
-    return (scale * errors).to(torch.float64)
+def _cost(site: Site) -> float:
+    """Cost of factoring: a decomposition of the smaller side, and products with the larger one."""
+    small, large = sorted(site.shape)
+    return float(small) ** 3 * 10 + float(small) ** 2 * large

@@ -1,326 +1,170 @@
-"""The only file that knows the order of a run.
+"""The order of a compression. Every step is one call; what it does is told where the step lies.
 
-Recipe -> model -> sites -> statistics, window by window -> factors -> plan -> forms in place -> refit -> measure ->
-report. What is made of a window is kept in a store, in memory or in a journal: a run that was broken off goes on
-behind its last entry.
+recipe -> model -> sites -> data -> statistics -> factors -> plan -> forms in place -> embeddings -> refit -> quality
+-> report -> published folder
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace as with_changes
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
-from eckart.allocation import DENSE, Choice, Plan
-from eckart.calibration import too_few
-from eckart.calibration.layerwise import StatisticsWindow, all_blocks
+from eckart.calibration.layerwise import StatisticsWindow
 from eckart.checkpoint.description import attach_config
-from eckart.compression.assemble import Assembly
+from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.budget import Budget
+from eckart.compression.context import CompressionContext
 from eckart.compression.embeddings import factor_embeddings
-from eckart.compression.factor_store import FactorStore, FactorSummary
-from eckart.compression.plan_builder import largest_choices, make_plan
-from eckart.compression.prepare import CompressionContext, prepare
-from eckart.compression.recipe import Recipe, make_recipe
+from eckart.compression.factor_store import FactorStore
+from eckart.compression.factorize import factorize_sites
+from eckart.compression.measure import measure_quality
+from eckart.compression.open_run import open_run, untouched
+from eckart.compression.options import combine_options, dtype_of
+from eckart.compression.plan_builder import make_plan, stored_choices
+from eckart.compression.prepare import prepare
+from eckart.compression.recipe import Recipe
+from eckart.compression.refit import refit_if_better
+from eckart.compression.report_builder import build_report, describe_dense_sites
 from eckart.compression.result import Result
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
-from eckart.distributed import OtherProcessError
-from eckart.errors import ModelError, NumericalError
-from eckart.evaluation.quality import distance_to_original, measure_quality
-from eckart.evaluation.sizes import count_sizes
-from eckart.forms import form_named
 from eckart.methods import Method, method_named
-from eckart.model import Sites, WeightLoader, factored_modules, fuse_experts, unshare_storage
-from eckart.report.record import build_report
-from eckart.storage.store import MemoryStore
+from eckart.model import factored_modules, fuse_experts, unshare_storage
+
+logger = logging.getLogger(__name__)
 
 
 def compress(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path | None = None,
     tokenizer: Any = None,
     *,
     data: Any = None,
     method: str | Method | None = None,
+    form: str | type | None = None,
     recipe: Recipe | None = None,
+    output_dir: str | Path | None = None,
+    overwrite: bool = False,
+    restart: bool = False,
+    inputs: Sequence[str | Path | None] = (),
     source_folder: str | Path | None = None,
     workspace: Workspace | None = None,
+    report_progress: Callable[[str], None] = logger.info,
     **options: Any,
 ) -> Result:
-    """Factor the weights of a model.
+    """Factor the weights of a model, and publish the smaller model where an output folder is given.
+
+    A model in memory stays as it is: its numbers, configuration, device, training mode, `requires_grad`, and the global
+    random state. A folder is worked on as a whole or, where it is too large for memory and `output_dir` is given, block
+    by block; the same call then resumes a run that was interrupted. Under a launcher that starts several processes
+    (torchrun) these share the text and the weights, and the first one publishes.
 
     Args:
-        model: any transformers model, in any floating-point dtype; it is not changed.
-        tokenizer: needed when the data is text.
-        data: a file, folder, hub data set, "stdlib", "self", a list of strings, or model-ready batches.
-        method: a name, or a :class:`eckart.methods.Method` of your own.
-        recipe: everything else; or give its fields as keyword arguments.
-        source_folder: where the model came from: its other files are carried over, its pooling is read.
-        workplace: where to compute and to keep things; all in memory and in one process unless told otherwise.
+        model: a transformers model in any floating-point type, or the folder or hub name of one.
+        tokenizer: needed where a model in memory is calibrated on text.
+        data: to calibrate on: a file, folder, hub data set, "stdlib", "self", a list of strings, or batches.
+        method: the name of a method, or a :class:`eckart.Method` of your own.
+        form: the name of a stored form, or a class of your own on :class:`eckart.FactoredLinear`.
+        recipe: all other options in one object; options given here as well take the place of its own.
+        output_dir: the folder to publish. It is published whole, or not at all.
+        overwrite: replace an output that is there and holds only what eckart has published.
+        restart: discard an unfinished run on the same output.
+        inputs: what else was read and is never replaced, such as the file of the recipe.
+        source_folder: where a model in memory came from: its other files are published too, and its pooling is read.
+        workspace: where to compute and to keep intermediate results; chosen by default.
+        report_progress: called with a line on how the model is worked on and what that takes.
         **options: fields of :class:`eckart.Recipe`, such as `keep=0.5` or `targets=["*.mlp.*"]`.
 
     Returns:
-        The compressed model with plan and report.
+        The compressed model with its plan and report; `folder` is the published folder.
 
     Raises:
-        EckartError: naming what failed, where, and what to do.
+        EckartError: naming what failed, where, and what to do; nothing is published then.
     """
-    asked = _recipe(recipe, data, method, options)
-    chosen = method_named(method if method is not None else asked.method)
-    settings = Settings.of(chosen, asked)
-    work = prepare(model, tokenizer, data, asked, [settings], [asked.keep], source_folder, workspace or Workspace())
-    settings = work.possible(settings)
-    return _finish(work, settings, asked, *_shelf(work, settings, asked, asked.keep))
+    recipe = combine_options(recipe, options, model=model, data=data, method=method, form=form)
+    settings = Settings.of(method_named(recipe.method), recipe)
+    with untouched(model), open_run(
+        model, tokenizer, recipe, [settings],
+        output_dir=output_dir, overwrite=overwrite, restart=restart, inputs=inputs,
+        source_folder=source_folder, workspace=workspace,
+        report_progress=report_progress,
+    ) as run:  # fmt: skip
+        context = prepare(run, data, [settings], [recipe.keep])
+        settings = context.without_backward(settings)
+        factors = make_factors(context, settings, run.recipe, recipe.keep)
+        result = build_model(context, settings, run.recipe, factors)
+        return run.publish(result)
 
 
-def compare(
-    model: PreTrainedModel,
-    tokenizer: Any = None,
-    *,
-    methods: Sequence[str | Method],
-    keeps: Sequence[float],
-    data: Any = None,
-    recipe: Recipe | None = None,
-    source_folder: str | Path | None = None,
-    **options: Any,
-) -> Iterator[tuple[str, float, Result]]:
-    """Compress a model by several methods at several sizes; the data is read and run through it once.
-
-    Args:
-        model: as for :func:`compress`.
-        tokenizer: as for :func:`compress`.
-        methods: names or methods; the rest of the recipe is the same for all.
-        keeps: fractions.
-        data: as for :func:`compress`.
-        recipe: as for :func:`compress`.
-        source_folder: as for :func:`compress`.
-        **options: as for :func:`compress`.
-
-    Yields:
-        Method name, keep, and the result; drop one before taking the next to hold one in memory.
-    """
-    asked = _recipe(recipe, data, None, options)
-    rows = [Settings.of(method_named(method), asked) for method in methods]
-    work = prepare(model, tokenizer, data, asked, rows, keeps, source_folder, Workspace())
-    windows = list(work.timed(work.calibration.windows()))
-    shared = dict(work.seconds)
-    for row in rows:
-        settings = work.possible(row)
-        work.seconds = dict(shared)
-        work.workspace.store = MemoryStore()
-        shelf, summary = _shelf(work, settings, asked, max(keeps), windows)
-        own = dict(work.seconds)
-        for keep in keeps:
-            work.seconds = dict(own)
-            work.workspace.store = MemoryStore()  # the factors stay on the shelf
-            changed = asked.model_copy(update={"keep": keep, "method": settings.method.name})
-            yield settings.method.name, keep, _finish(work, settings, changed, shelf, summary)
-
-
-def _recipe(recipe: Recipe | None, data: Any, method: str | Method | None, options: Mapping[str, Any]) -> Recipe:
-    content: dict[str, Any] = recipe.model_dump(exclude_unset=True) if recipe is not None else {}
-    content.update(options)
-    if isinstance(data, (str, Path)):
-        content["data"] = str(data)
-    if isinstance(method, str):
-        content["method"] = method
-    return make_recipe(content, "eckart.compress")
-
-
-def _shelf(
-    work: CompressionContext,
+def make_factors(
+    context: CompressionContext,
     settings: Settings,
     recipe: Recipe,
-    keep: float,
-    kept: list[StatisticsWindow] | None = None,
-) -> tuple[FactorStore, FactorSummary]:
-    """Factors of every site that the data reached, up to the rank that `keep` may ask for.
+    largest_keep: float,
+    windows: Sequence[StatisticsWindow] | None = None,
+) -> FactorStore:
+    """Factor every site that the data reached, window by window, up to the rank that any plan may choose.
 
     Args:
-        work: model and statistics.
-        settings: the method.
+        context: the model, its sites and their statistics.
+        settings: method, form, allocation.
         recipe: plan file and budget.
-        keep: the largest of the keeps that factors are for.
-        kept: windows that other methods use too.
+        largest_keep: the largest fraction that factors are made for.
+        windows: statistics that were gathered already, for several methods; else they are gathered here.
     """
-    sites = {site.name: site for site in work.sites.chosen}
-    budget = Budget.of_recipe(work.model, work.sites, recipe.model_copy(update={"keep": keep}))
-    shelf = FactorStore(work.workspace.store, work.workspace.processes, work.weights.device)
-    bases = work.bases(settings, recipe)
-    limits = largest_choices(work.sites, settings, recipe, keep, budget, bases)
-
-    def windows(done: Collection[str]) -> Iterator[StatisticsWindow]:
-        return work.timed(work.calibration.windows(done) if kept is None else iter(kept))
-
-    before = work.seconds.get("calibration", 0.0)
-    with work.clock("factorization"):
-        shelf.fill(
-            windows,
-            work.model,
-            sites,
-            settings,
-            limits,
-            curve=settings.allocation == "loss" and recipe.plan is None,
-            bases=bases,
-            reuse=kept is not None,
-        )
-    gathering = work.seconds.get("calibration", 0.0) - before
-    work.seconds["factorization"] = round(work.seconds["factorization"] - gathering, 3)
-    summary = shelf.summary()
-    if not summary.losses:
-        raise ModelError(
-            "the calibration data reached none of the chosen sites; use text that runs through them, "
-            "or a method that needs no data: --method svd."
-        )
-    return shelf, summary
+    factors = FactorStore(context.workspace.store, context.workspace.processes, context.weights.device)
+    with context.timer.factorizing():
+        factorize_sites(context, settings, recipe, largest_keep, factors, windows)
+    factors.require_any()
+    return factors
 
 
-def _finish(
-    work: CompressionContext, settings: Settings, recipe: Recipe, shelf: FactorStore, summary: FactorSummary
-) -> Result:
-    """Plan, put the factors in place, refit, measure, report."""
-    sites, model, calibration = work.sites, work.model, work.calibration
-    dense = {n: "no token of the calibration data reached it" for n in work.names if n not in summary.losses}
-    dense |= summary.dense
-    notes = [*settings.notes, *calibration.notes, *too_few(summary.seen)]
-    notes += [f"{name}: left dense, {reason}" for name, reason in dense.items()]
-    notes += summary.notes
+def build_model(context: CompressionContext, settings: Settings, recipe: Recipe, factors: FactorStore) -> Result:
+    """Make a smaller model of the factors: plan, forms in place, embeddings, refit, quality, report."""
+    model, sites, timer = context.model, context.sites, context.timer
+    known = factors.summary
+    dense = describe_dense_sites(context, known)
+    notes = [*settings.notes, *context.calibration.notes, *known.all_notes(dense)]
+
+    dtype = dtype_of(recipe)
     budget = Budget.of_recipe(model, sites, recipe)
-    plan = make_plan(sites, settings, recipe, summary.losses, dense, budget, work.mark, work.bases(settings, recipe))
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
-    assembly = Assembly(model, sites.chosen, work.weights, work.workspace, dtype)
-    with work.clock("replacement"):
-        compressed, found = assembly.put(plan, shelf)
-    notes += found
-    with work.clock("embeddings") if recipe.embeddings != "dense" else nullcontext():
+    bases = context.bases(settings, recipe)
+    plan = make_plan(sites, settings, recipe, known.losses, dense, budget, context.fingerprint, bases)
+
+    assembly = Assembly(model, sites.chosen, context.weights, context.workspace, dtype)
+    with timer.step("replacement"):
+        compressed, fallbacks = assembly.put_forms(plan, factors)
+    notes += fallbacks
+
+    with timer.step("embeddings", when=recipe.embeddings != "dense"):
         embedded = factor_embeddings(
-            model, compressed, recipe, work.data, work.weights, work.workspace.processes, dtype
+            model, compressed, recipe, context.data, context.weights, context.workspace.processes, dtype
         )
     notes += embedded.notes
-    _lean(compressed, work.workspace.streaming)
-    measured: dict[str, Any] | None = None
-    if settings.refit and work.data is not None:
-        with work.clock("refit"):
-            compressed, measured = _refitted(work, settings, recipe, plan, compressed, assembly, shelf, summary, notes)
-    plan = with_changes(plan, choices=_as_stored(compressed, sites, plan))
+
+    measured = None
+    if settings.refit and context.data is not None:
+        with timer.step("refit"):
+            compressed, measured, found = refit_if_better(
+                context, settings, recipe, plan, compressed, assembly, factors
+            )
+        notes += found
+
+    plan = replace(plan, choices=stored_choices(compressed, sites, plan))
     fuse_experts(compressed)
     if factored_modules(compressed):
         attach_config(compressed)
-    with work.clock("measuring"):
-        if work.held is not None and measured is None:
-            measured = _measured(work, compressed)
-    _lean(compressed, False)
-    names = work.names
-    report = build_report(
-        recipe=recipe.model_dump(mode="json", exclude_none=True),
-        method=settings.method,
-        form=" and ".join(sorted({c.form for c in plan.choices.values()} - {DENSE})) or DENSE,
-        allocation=settings.allocation if recipe.plan is None else "plan",
-        model=model,
-        sites=sites,
-        plan=plan,
-        before=count_sizes(model, names, work.stored_dtype),
-        after=count_sizes(compressed, names),
-        unreached=dense,
-        curvature=calibration.curvature,
-        data=work.data.description if work.data is not None else None,
-        quality=measured,
-        notes=notes,
-        seconds=work.seconds,
-        effective_ranks=summary.effective_ranks,
-    )
-    report["calibrated"] = calibration.how
+    with timer.step("measuring"):
+        if context.held is not None and measured is None:
+            measured = measure_quality(context, compressed)
+
+    set_lean(compressed, False)
+    report = build_report(context, settings, recipe, plan, compressed, dense, measured, notes, known)
     embedded.join(report)
-    if not work.workspace.streaming:
+    if not context.workspace.streaming:
         unshare_storage(compressed, model)
-    return Result(compressed, plan, report, recipe, work.tokenizer, work.source_folder)
-
-
-def _refitted(
-    work: CompressionContext,
-    settings: Settings,
-    recipe: Recipe,
-    plan: Plan,
-    compressed: PreTrainedModel,
-    assembly: Assembly,
-    shelf: FactorStore,
-    summary: FactorSummary,
-    notes: list[str],
-) -> tuple[PreTrainedModel, dict[str, Any] | None]:
-    """The model solved again on its own inputs, unless held-out text says that it was better before.
-
-    Returns:
-        The better of the two, and what was measured of it, if it was.
-    """
-    assert work.data is not None
-    if work.held is None and not recipe.refit:
-        notes.append("the refit was left out: there is too little text to hold some out and check it by")
-        return compressed, None
-    calibration = work.calibration
-    measured: dict[str, Any] | None = None
-    fixed = {n for n, c in plan.choices.items() if c.form != DENSE and not form_named(c.form).refits}
-    notes += [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in sorted(fixed)]
-    try:
-        fitted, found = assembly.refitted(
-            compressed, plan, shelf, settings, calibration.groups, work.data.batches,
-            [name for name in summary.losses if name not in fixed], sorted(calibration.common),
-        )  # fmt: skip
-        _lean(fitted, work.workspace.streaming)
-        if work.held is not None and fitted is not compressed:
-            before = measured = _measured(work, compressed)
-            after = _measured(work, fitted)
-            if distance_to_original(after) > distance_to_original(before):
-                far, farther = distance_to_original(before), distance_to_original(after)
-                found = [f"held-out distance to the original {far:.4g} before it, {farther:.4g} after"]
-                fitted = compressed
-            else:
-                measured = after
-    except (NumericalError, OtherProcessError) as error:  # all processes take the same way
-        found, fitted = [str(error)], compressed
-    if fitted is compressed:
-        found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
-    notes += found
-    return fitted, measured
-
-
-def _measured(work: CompressionContext, compressed: PreTrainedModel) -> dict[str, Any]:
-    """How near the compressed model is to the original, by the first process, for all."""
-    assert work.held is not None
-    processes = work.workspace.processes
-    measured: dict[str, Any] = {}
-    failed: BaseException | None = None
-    if processes.main:
-        blocks = all_blocks(work.model)
-        smaller = WeightLoader(compressed, work.workspace.compute_stored)
-        try:
-            with work.weights.streaming(blocks), smaller.streaming(blocks):
-                measured = measure_quality(compressed, work.model, work.held, work.pooling)
-        except Exception as error:
-            failed = error
-    processes.raise_if_any_failed(failed)
-    found: dict[str, Any] = processes.broadcast(measured)
-    return found
-
-
-def _lean(model: PreTrainedModel, lean: bool) -> None:
-    """Whether forms do without working memory."""
-    for module in factored_modules(model).values():
-        module.lean = lean
-
-
-def _as_stored(compressed: PreTrainedModel, sites: Sites, plan: Plan) -> dict[str, Choice]:
-    """The choices as they came out, fallbacks included."""
-    choices: dict[str, Choice] = {}
-    for site in sites.chosen:
-        module: Any = compressed.get_submodule(site.name)
-        choices[site.name] = (
-            Choice(module.form, module.rank, module.block, plan.choices[site.name].basis)
-            if hasattr(module, "form")
-            else Choice(DENSE)
-        )
-    return choices
+    return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

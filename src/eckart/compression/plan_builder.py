@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace as with_changes
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eckart.allocation import (
     DENSE,
@@ -194,3 +195,14 @@ def default_multiple(shape: tuple[int, int]) -> int:
     while multiple > 1 and min(shape) < 64 * multiple:
         multiple //= 2
     return multiple
+
+
+def stored_choices(compressed: nn.Module, sites: Sites, plan: Plan) -> dict[str, Choice]:
+    """The choices as they came out, where a form fell back to another one too."""
+    choices: dict[str, Choice] = {}
+    for site in sites.chosen:
+        module: Any = compressed.get_submodule(site.name)
+        basis = plan.choices[site.name].basis
+        factored = hasattr(module, "form")
+        choices[site.name] = Choice(module.form, module.rank, module.block, basis) if factored else Choice(DENSE)
+    return choices

@@ -42,6 +42,7 @@ class Result:
         recipe: what was asked.
         tokenizer: saved with the model.
         source_folder: where the model came from; what lies beside its weights is saved with it.
+        folder: the published folder, where the compression published one.
     """
 
     model: PreTrainedModel
@@ -50,6 +51,7 @@ class Result:
     recipe: Recipe
     tokenizer: Any = None
     source_folder: Path | None = None
+    folder: Path | None = None
 
     def __str__(self) -> str:
         return to_plain_text(render_compression(self.report))

@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.open import find_checkpoint, open_model
-from eckart.compression.checkpoint import compress_checkpoint
-from eckart.compression.pipeline import compare
+from eckart.compression.compare import compare
+from eckart.compression.pipeline import compress
 from eckart.compression.recipe import Recipe
 from eckart.compression.result import Result
 from eckart.data.documents import load_documents
@@ -109,7 +109,8 @@ class Demo:
 
     def publish(self, folder: Path, keep: float, overwrite: bool = False) -> tuple[Result, Path]:
         """Compress by the default method, from checkpoint to checkpoint."""
-        return compress_checkpoint(self.recipe(keep=keep), folder, overwrite=overwrite)
+        result = compress(recipe=self.recipe(keep=keep), output_dir=folder, overwrite=overwrite)
+        return result, result.folder or folder
 
     def reload(self, folder: Path) -> Reloaded:
         """Load the folder in a fresh process as anyone would, write some code with it, and measure it.

@@ -1,0 +1,146 @@
+"""Several methods at several sizes, side by side: the data is read and run through the model once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eckart.compression.context import Timer
+from eckart.compression.open_run import open_in_memory, untouched
+from eckart.compression.options import combine_options
+from eckart.compression.pipeline import build_model, make_factors
+from eckart.compression.prepare import prepare
+from eckart.compression.recipe import Recipe
+from eckart.compression.result import Result
+from eckart.compression.settings import Settings
+from eckart.errors import UsageError
+from eckart.methods import Method, method_named
+from eckart.report.compression import list_quality
+from eckart.storage.store import MemoryStore
+
+logger = logging.getLogger(__name__)
+
+OWN_STEPS = ("factorization", "replacement", "refit")
+"""Steps that each method takes by itself; their seconds stand in its row."""
+
+
+class Comparison:
+    """The results of a comparison, made one after another while it is iterated: `(method, keep, result)`.
+
+    Drop a result before taking the next one to hold one compressed model in memory.
+
+    Attributes:
+        rows: one for each result that was made: `method`, `keep`, `of_sites`, `of_model`, `elements`, `bytes`,
+            `multiply_adds`, `quality` on held-out text, `seconds` of the method's own steps.
+        original: sizes of the original; empty before the first result.
+        notes: what is odd about the checkpoint, and the seconds of the steps that all methods share.
+    """
+
+    def __init__(self, results: Iterator[tuple[str, float, Result]], warnings: Sequence[str]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.original: dict[str, int] = {}
+        self.notes: list[str] = list(warnings)
+        self._results = results
+        self._shared: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[tuple[str, float, Result]]:
+        for method, keep, result in self._results:
+            self._add_row(method, keep, result)
+            yield method, keep, result
+
+    def as_dict(self) -> dict[str, Any]:
+        """Make what is left of the results, and return `rows`, `original` and `notes` as JSON values."""
+        for _ in self:
+            pass
+        steps = ", ".join(f"{step} {value:.1f} s" for step, value in self._shared.items())
+        shared = [f"seconds are those of factoring alone; shared by all methods: {steps}"] if steps else []
+        return {"rows": self.rows, "original": self.original, "notes": [*self.notes, *shared]}
+
+    def _add_row(self, method: str, keep: float, result: Result) -> None:
+        report, seconds = result.report, result.report["seconds"]
+        self.original = report["sizes"]["model"]["before"]
+        self._shared = {step: value for step, value in seconds.items() if step not in (*OWN_STEPS, "measuring")}
+        self.rows.append(
+            {
+                "method": method,
+                "keep": keep,
+                "of_sites": report["kept"]["of_sites"],
+                "of_model": report["kept"]["of_model"],
+                **report["sizes"]["model"]["after"],
+                "quality": list_quality(report),
+                "seconds": round(sum(seconds.get(step, 0.0) for step in OWN_STEPS), 2),
+            }
+        )
+
+
+def compare(
+    model: PreTrainedModel | str | Path | None = None,
+    tokenizer: Any = None,
+    *,
+    methods: Sequence[str | Method],
+    keeps: Sequence[float],
+    data: Any = None,
+    form: str | type | None = None,
+    recipe: Recipe | None = None,
+    source_folder: str | Path | None = None,
+    report_progress: Callable[[str], None] = logger.info,
+    **options: Any,
+) -> Comparison:
+    """Compress a model by several methods at several sizes; nothing is published.
+
+    Args:
+        model: as for :func:`eckart.compress`; it is held in memory.
+        tokenizer: as for :func:`eckart.compress`.
+        methods: names, or methods of your own.
+        keeps: fractions that are stored afterwards.
+        data: as for :func:`eckart.compress`.
+        form: as for :func:`eckart.compress`.
+        recipe: everything but method and keep.
+        source_folder: as for :func:`eckart.compress`.
+        report_progress: as for :func:`eckart.compress`.
+        **options: as for :func:`eckart.compress`.
+
+    Returns:
+        The comparison; iterate it for the results, or take its numbers by `as_dict()`.
+
+    Raises:
+        EckartError: naming what failed.
+    """
+    if not methods or not keeps:
+        raise UsageError("methods, keeps: name one of each at least, such as methods=['svd', 'drone'], keeps=[0.7].")
+    recipe = combine_options(recipe, options, model=model, data=data, form=form, where="eckart.compare")
+    recipes = [combine_options(recipe, {}, method=method, where="methods") for method in methods]
+    for keep in keeps:
+        combine_options(recipe, {"keep": keep}, where="keeps")
+    rows = [Settings.of(method_named(each.method), each) for each in recipes]
+
+    with untouched(model):
+        run = open_in_memory(
+            model, tokenizer, recipe, rows, source_folder=source_folder, report_progress=report_progress
+        )
+        context = prepare(run, data, rows, keeps)
+
+    def results() -> Iterator[tuple[str, float, Result]]:
+        with untouched(model):
+            windows = list(context.timer.gathering(context.calibration.windows()))
+        shared = context.timer.seconds
+        for row in rows:
+            settings = context.without_backward(row)
+            asked = run.recipe.model_copy(update={"method": settings.method.name})
+            context.timer = Timer(shared)
+            context.workspace.store = MemoryStore()
+            with untouched(model):
+                factors = make_factors(context, settings, asked, max(keeps), windows)
+            own = context.timer.seconds
+            for keep in keeps:
+                context.timer = Timer(own)
+                context.workspace.store = MemoryStore()  # the factors stay in theirs
+                with untouched(model):
+                    result = build_model(context, settings, asked.model_copy(update={"keep": keep}), factors)
+                yield settings.method.name, keep, result
+
+    return Comparison(results(), context.warnings)

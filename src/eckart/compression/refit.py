@@ -1,0 +1,180 @@
+"""Solve every factored weight again on the inputs that the compressed model gives it, and keep that if it is better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from eckart.allocation import DENSE, Plan
+from eckart.calibration import show_steps
+from eckart.calibration.forward_context import ready
+from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks
+from eckart.calibration.layerwise.paired import advance, start_runner
+from eckart.compression.assemble import Assembly, set_lean
+from eckart.compression.context import CompressionContext
+from eckart.compression.factor_store import FactorStore
+from eckart.compression.measure import measure_quality
+from eckart.compression.recipe import Recipe
+from eckart.compression.refit_groups import GroupRefit, refittable
+from eckart.compression.settings import Settings
+from eckart.distributed import OtherProcessError, Processes
+from eckart.errors import ModelError, NumericalError
+from eckart.evaluation.quality import distance_to_original
+from eckart.forms import form_named
+from eckart.model import WeightLoader, serialize_module, shared_clone
+from eckart.moments import Moments
+
+STAGE = "refitted"
+"""The stage of a run under which the modules of refitted blocks are stored."""
+
+
+def refit_if_better(
+    context: CompressionContext,
+    settings: Settings,
+    recipe: Recipe,
+    plan: Plan,
+    compressed: PreTrainedModel,
+    assembly: Assembly,
+    factors: FactorStore,
+) -> tuple[PreTrainedModel, dict[str, Any] | None, list[str]]:
+    """Refit a copy of the model, and return it unless held-out text says that it was better before.
+
+    Returns:
+        The better of the two models, its measured quality where it was measured, and notes.
+    """
+    assert context.data is not None
+    if context.held is None and not recipe.refit:
+        return compressed, None, ["the refit was left out: there is too little text to hold some out and check it by"]
+    fixed = sorted(n for n, c in plan.choices.items() if c.form != DENSE and not form_named(c.form).refits)
+    notes = [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in fixed]
+    names = [name for name in factors.summary.losses if name not in fixed]
+    measured: dict[str, Any] | None = None
+    try:
+        fitted, found = refit_blocks(context, settings, plan, compressed, assembly, factors, names)
+        set_lean(fitted, context.workspace.streaming)
+        if context.held is not None and fitted is not compressed:
+            before = measured = measure_quality(context, compressed)
+            after = measure_quality(context, fitted)
+            if distance_to_original(after) > distance_to_original(before):
+                near, far = distance_to_original(before), distance_to_original(after)
+                found = [f"held-out distance to the original {near:.4g} before it, {far:.4g} after"]
+                fitted = compressed
+            else:
+                measured = after
+    except (NumericalError, OtherProcessError) as error:  # all processes take the same way
+        found, fitted = [str(error)], compressed
+    if fitted is compressed:
+        found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
+    return fitted, measured, [*notes, *found]
+
+
+def refit_blocks(
+    context: CompressionContext,
+    settings: Settings,
+    plan: Plan,
+    compressed: PreTrainedModel,
+    assembly: Assembly,
+    factors: FactorStore,
+    names: Sequence[str],
+) -> tuple[PreTrainedModel, list[str]]:
+    """Make a copy of the compressed model in which every site is solved again, block by block.
+
+    Both models run side by side: the original gives each site's inputs, the copy those that its earlier blocks give it
+    now. A block that an interrupted run has finished is read from the store.
+
+    Args:
+        context: the original and the data.
+        settings: the method.
+        plan: ranks stay.
+        compressed: the model with its forms in place; it is not changed.
+        assembly: stores and installs modules.
+        factors: hold statistics of the original's outputs.
+        names: the sites that have statistics.
+
+    Returns:
+        The copy, or `compressed` itself where it cannot be run block by block; and notes.
+    """
+    calibration, store, processes = context.calibration, context.workspace.store, context.workspace.processes
+    assert context.data is not None
+    fitted = shared_clone(compressed)
+    members = [name for group in calibration.groups.values() for name in group]
+    try:
+        before, now = _start_runners(context, fitted, members)
+    except LayerwiseError as error:
+        return compressed, [f"the refit was left out: {type(fitted).__name__} cannot be run block by block ({error})"]
+    steps, notes = refittable(calibration.groups, before, sorted(calibration.common))
+
+    def moments(name: str) -> Moments:
+        found = factors[name].moments
+        assert found is not None, "statistics are kept where a refit is asked for"
+        return Moments.from_state({k: v.to(context.weights.device) for k, v in found.state().items()})
+
+    sites = {site.name: site for site in context.sites.chosen}
+    refit = GroupRefit(sites, plan.choices, frozenset(names), moments, settings.method, processes)
+    done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
+    last = max(steps, default=-1)
+    for step in [step for step in sorted(steps) if str(step) in done]:
+        assembly.share_entry(STAGE, str(step))
+        notes += assembly.install(fitted, STAGE, str(step))
+    first = next((step for step in sorted(steps) if str(step) not in done), last + 1)
+    start = _resume_step(first, before, now, processes) if 0 < first <= last else first
+    try:
+        for step in show_steps(range(start, last + 1), "refitting"):
+            if step in steps and str(step) not in done:
+                changed, found = refit.step(before, now, step, steps[step])
+                # Killed between the two writes, another process may be one entry ahead of the first.
+                if processes.main or (str(step) not in store.entries(STAGE)):
+                    store.write(STAGE, str(step), *_serialize(fitted, changed, found))
+                notes += assembly.install(fitted, STAGE, str(step))
+            advance((before, now), step)
+    except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
+        why = f"{type(fitted).__name__} cannot be run block by block ({error})"
+        if processes.size > 1:  # the others go on running blocks
+            raise ModelError(f"{why}. Leave the refit out with --no-refit.") from error
+        fitted, notes = compressed, [f"the refit was left out: {why}"]
+    before.forget_all()
+    now.forget_all()
+    return fitted, notes
+
+
+def _start_runners(
+    context: CompressionContext, fitted: PreTrainedModel, names: Sequence[str]
+) -> tuple[LayerwiseRunner, LayerwiseRunner]:
+    """The original and the copy, each before its first block."""
+    assert context.data is not None
+    workspace, batches = context.workspace, context.data.batches
+    hidden_states = workspace.hidden_state_cache()
+    mine = workspace.processes.own_part(batches)
+
+    def start(name: str, model: PreTrainedModel, weights: WeightLoader) -> LayerwiseRunner:
+        held = ready(model, weights, all_blocks(model))
+        first = batches[0].rows(0, 1)
+        return start_runner(model, names, mine, first, hidden_states, held=held, device=weights.device, name=name)
+
+    return (
+        start("before", context.model, context.weights),
+        start("now", fitted, WeightLoader(fitted, workspace.compute_stored)),
+    )
+
+
+def _resume_step(first: int, before: LayerwiseRunner, now: LayerwiseRunner, processes: Processes) -> int:
+    """The last step up to `first` whose hidden states are kept for both models in all processes."""
+    kept = [float(before.waits_at(step) and now.waits_at(step)) for step in range(first)]
+    found = {"kept": torch.tensor(kept)}
+    processes.all_reduce(found)
+    return next((step for step in range(first, 0, -1) if int(found["kept"][step - 1]) == processes.size), 0)
+
+
+def _serialize(
+    model: PreTrainedModel, names: Sequence[str], notes: list[str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors: dict[str, Tensor] = {}
+    specs: dict[str, Any] = {}
+    for name in names:
+        own, specs[name] = serialize_module(model.get_submodule(name))
+        tensors |= {f"{name}/{key}": value for key, value in own.items()}
+    return tensors, {"sites": specs, "notes": notes}

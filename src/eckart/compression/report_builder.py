@@ -1,0 +1,56 @@
+"""Collect what a compression did for its report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from eckart.allocation import DENSE, Plan
+from eckart.compression.context import CompressionContext
+from eckart.compression.factor_store import FactorSummary
+from eckart.compression.recipe import Recipe
+from eckart.compression.settings import Settings
+from eckart.evaluation.sizes import count_sizes
+from eckart.report import record
+
+
+def describe_dense_sites(context: CompressionContext, factors: FactorSummary) -> dict[str, str]:
+    """Sites that have no factors -> why they stay dense."""
+    missing = [name for name in context.names if name not in factors.losses]
+    return dict.fromkeys(missing, "no token of the calibration data reached it") | factors.dense
+
+
+def build_report(
+    context: CompressionContext,
+    settings: Settings,
+    recipe: Recipe,
+    plan: Plan,
+    compressed: PreTrainedModel,
+    dense: Mapping[str, str],
+    measured: Mapping[str, Any] | None,
+    notes: Sequence[str],
+    factors: FactorSummary,
+) -> dict[str, Any]:
+    """What was asked, done and measured, as JSON values."""
+    calibration, data = context.calibration, context.data
+    report = record.build_report(
+        recipe=recipe.model_dump(mode="json", exclude_none=True),
+        method=settings.method,
+        form=" and ".join(sorted({c.form for c in plan.choices.values()} - {DENSE})) or DENSE,
+        allocation=settings.allocation if recipe.plan is None else "plan",
+        model=context.model,
+        sites=context.sites,
+        plan=plan,
+        before=count_sizes(context.model, context.names, context.dtype_on_disk),
+        after=count_sizes(compressed, context.names),
+        unreached=dense,
+        curvature=calibration.curvature,
+        data=data.description if data is not None else None,
+        quality=measured,
+        notes=[*context.warnings, *notes],
+        seconds=context.timer.seconds,
+        effective_ranks=factors.effective_ranks,
+    )
+    return report | {"calibrated": calibration.how}

@@ -15,9 +15,9 @@ from eckart.allocation import (
 )
 from eckart.compression import plan_builder
 from eckart.compression.budget import Budget
-from eckart.compression.solve_site import solve_site
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
+from eckart.compression.solve_site import solve_site
 from eckart.errors import UsageError
 from eckart.forms import FORMS
 from eckart.linalg import factorize

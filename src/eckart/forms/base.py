@@ -100,6 +100,7 @@ class FactoredLinear(Factored):
         block: shape of the blocks that it cuts the weight into; None for a form without blocks.
         refits: whether it can be solved again on the inputs that the compressed model gives it.
         weighted_exactly: whether :meth:`solve` is optimal under every metric, not under the identity alone.
+        paper: where the form was published, for the table of `eckart methods`.
         shared_parameter: the parameter that may be another module's too, which a plan then names as its `basis`; None
             for a form that shares nothing.
         unshared_form: of a form that shares, the form of weights that have none to share with.
@@ -108,6 +109,7 @@ class FactoredLinear(Factored):
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
     refits: ClassVar[bool] = True
     weighted_exactly: ClassVar[bool] = True
+    paper: ClassVar[str] = ""
     shared_parameter: ClassVar[str | None] = None
     unshared_form: ClassVar[str] = "lowrank"
 

@@ -17,7 +17,7 @@ FACTORS = (2, 16)
 
 
 class Kronecker(FactoredLinear):
-    """`y = sum_i (A_i (x) B_i) x + b`, stored as r (m1 n1 + m2 n2) numbers (Van Loan & Pitsianis 1993).
+    """`y = sum_i (A_i (x) B_i) x + b`, stored as r (m1 n1 + m2 n2) numbers for blocks of m2 x n2.
 
     With x laid out as X (n1, n2), row by row, and y as Y (m1, m2): `Y = sum_i A_i X B_i^T`. The products with all A_i
     are one Linear and those with all B_i another; the cheaper one goes first, and which that is follows from the
@@ -30,6 +30,7 @@ class Kronecker(FactoredLinear):
     """
 
     form: ClassVar[str] = "kronecker"
+    paper: ClassVar[str] = "Van Loan & Pitsianis 1993"
     sizes: ClassVar[tuple[str, ...]] = (*FactoredLinear.sizes, "block_out", "block_in")
     refits: ClassVar[bool] = False
     weighted_exactly: ClassVar[bool] = False

@@ -13,6 +13,7 @@ class LowRank(FactoredLinear):
     """`y = B (A x) + b`, stored as k (m + n) numbers: `first` is A (k, n), `second` is B (m, k) and b."""
 
     form: ClassVar[str] = "lowrank"
+    paper: ClassVar[str] = "Eckart & Young, Psychometrika 1936"
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, source: str = "linear"

@@ -22,7 +22,7 @@ EXPAND_BELOW = {torch.float32: 100.0, torch.bfloat16: math.inf, torch.float16: m
 
 
 class Pivoted(FactoredLinear):
-    """`h = P x + b_p`, `y = concat(h, C h + b_r)` put back in row order.
+    """`h = P x + b_p`, `y = concat(h, C h + b_r)` in row order, stored as k (m + n - k) numbers and m row numbers.
 
     P (k, n), `first`, holds k rows of W' as they are; C (m - k, k), `second`, combines them into the
     others. The dense bias b folds in exactly: `b_p = b[pivots]`, `b_r = b[rest] - C b_p`.
@@ -33,6 +33,7 @@ class Pivoted(FactoredLinear):
     """
 
     form: ClassVar[str] = "pivoted"
+    paper: ClassVar[str] = "Zhao et al., ICML 2025, arXiv 2501.19090"
     order: Tensor
 
     def __init__(

@@ -23,6 +23,7 @@ class SharedBasis(LowRank):
     """
 
     form: ClassVar[str] = "shared-basis"
+    paper: ClassVar[str] = "Wang et al., ICLR 2025, arXiv 2410.03765"
     refits: ClassVar[bool] = False
     shared_parameter: ClassVar[str | None] = "first.weight"
 

@@ -1,5 +1,5 @@
-# `make demo` and `make test` start from a fresh clone: all they need is make and Python >= 3.11.
-# Another interpreter: `make distclean`, then `PYTHON=python3.12 make test`.
+# `make demo` and `make test` work on a fresh clone: they need make and Python >= 3.11.
+# To use another interpreter: `make distclean`, then `PYTHON=python3.12 make test`.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -8,7 +8,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt
 # Installed first and by exact version: left to pip, a bare `torch` is the newest CUDA build.
 TORCH := $(shell grep '^torch==' constraints.txt)
-# Written last, so that an install that broke off is taken up again; they vanish with the environment.
+# Written last, so that an interrupted install is repeated; they are deleted with the environment.
 CORE := .venv/.installed-core
 DEV := .venv/.installed-dev
 
@@ -17,17 +17,17 @@ DEV := .venv/.installed-dev
 
 help:
 	@echo "make demo       compress the bundled model, offline, in about a minute"
-	@echo "make test       lint, type check, import check, tests"
-	@echo "make lint       the checks alone"
-	@echo "make format     mend what ruff can mend"
+	@echo "make test       the checks of make lint, then all tests"
+	@echo "make lint       style, types, directions of imports, the picture of them"
+	@echo "make format     fix what ruff can fix, draw docs/architecture.svg again"
 	@echo "make clean      remove caches and builds"
 	@echo "make distclean  remove .venv as well"
 
-# Threads that wait let go of their core: on a machine that others use too, spinning takes many times as long.
+# Waiting threads release their core: on a machine with other users, spinning takes many times as long.
 demo: $(CORE)
 	OMP_WAIT_POLICY=passive $(BIN)/eckart demo
 
-# Each worker keeps to one thread: on few cores more would only fight.
+# One thread a worker: more threads than cores only slow each other down.
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
 
@@ -36,10 +36,12 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/draw_architecture.py --check
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python tools/draw_architecture.py
 
 # ensurepip writes pip last: an environment without it was never finished.
 $(BIN)/pip:

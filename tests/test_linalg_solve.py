@@ -19,7 +19,7 @@ from eckart.linalg import (
     require_finite,
     weighted_error,
 )
-from eckart.linalg.blocks import BLOCK, blocks, symmetrize
+from eckart.linalg.blocks import blocks, symmetrize
 from eckart.linalg.metric import root_of, sandwich
 from eckart.linalg.pivot import MAXVOL_TOLERANCE
 
@@ -72,7 +72,17 @@ def test_large_but_finite_values_pass():
     require_finite(torch.full((4,), 3e38), "sum overflows, entries do not")
 
 
+BLOCK = 32
+
+
+@pytest.fixture
+def narrow_blocks(monkeypatch):
+    """Matrices are handled in blocks of so many columns, so that small ones need several."""
+    monkeypatch.setattr(blocks, "__defaults__", (BLOCK,))
+
+
 @pytest.mark.parametrize("size", [1, 5, BLOCK, BLOCK + 3, 2 * BLOCK + 1])
+@pytest.mark.usefixtures("narrow_blocks")
 def test_symmetrizing_by_blocks_is_the_mean_with_the_transpose(size):
     matrix = normal(size, size)
     expected = (matrix + matrix.mT) / 2
@@ -211,6 +221,7 @@ def test_shrinking_and_scaling_copy_nothing():
     assert Metric(full=full, mean=MEAN).shrunk(0.3).full is full
 
 
+@pytest.mark.usefixtures("narrow_blocks")
 def test_metrics_wider_than_a_block():
     size = BLOCK + 70
     full, error = gram(size, 40) / 40, normal(3, size)
@@ -334,6 +345,7 @@ def test_curve_under_another_metric_is_the_measured_error(name, solved_in, measu
     close(curve, torch.tensor(direct, dtype=torch.float64), 1e-9)
 
 
+@pytest.mark.usefixtures("narrow_blocks")
 def test_curve_of_more_ranks_than_a_block():
     rank = BLOCK + 50
     solved = Factorization((normal(rank, rank), normal(rank, rank, seed=1)), torch.ones(rank, dtype=torch.float64))

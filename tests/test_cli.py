@@ -342,7 +342,7 @@ def test_out_of_memory_names_what_to_lower(cli, folder, tmp_path, monkeypatch):
 
 
 def test_eval_scores_a_causal_model_beside_its_original(cli, folder, published, tmp_path):
-    text = cli("eval", published, "--against", folder / "llama", "--data", folder / "held.txt", "--window", 32,
+    text = cli("eval", published, "--against", folder / "llama", "--data", folder / "held.txt", "--max-seq-length", 32,
                "--max-tokens", 400, "--json", tmp_path / "eval.json")  # fmt: skip
     for words in ("windows of 32 tokens", "original", "eckart", "difference", "int8", "int4", "bits per byte"):
         assert words in text
@@ -352,7 +352,7 @@ def test_eval_scores_a_causal_model_beside_its_original(cli, folder, published, 
     size = found["sizes"]["bytes"]
     assert size["int4"] < size["int8"] < size["original"]
     assert size["eckart"] < size["original"]
-    alone = cli("eval", published, "--data", folder / "text.txt", "--window", 32)
+    alone = cli("eval", published, "--data", folder / "text.txt", "--max-seq-length", 32)
     assert "original" not in alone.replace("of this model", "")
     assert "calibrated on" in alone
 
@@ -449,7 +449,7 @@ def test_every_help_has_an_example(cli):
 
 
 def test_every_command_that_opens_a_model_can_trust_its_code(cli):
-    for name in ("compress", "tune", "inspect", "compare", "export"):
+    for name in ("compress", "tune", "eval", "inspect", "compare", "export"):
         text = cli(name, "--help")
         assert "--trust-remote-code" in text, name
         assert "--share" not in text  # former names are refused, not shown

@@ -39,13 +39,19 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def export_dense(
-    folder: str | Path, output_dir: str | Path, *, overwrite: bool = False, trust_remote_code: bool = False
+    folder: str | Path,
+    output_dir: str | Path,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Publish an ordinary checkpoint in which every factored weight is multiplied out.
 
     Args:
-        folder: a folder that eckart published.
+        folder: a folder that eckart published, or its name on the hub.
         output_dir: the folder to be written.
+        revision: revision of the model on the hub.
         overwrite: replace an output that eckart published earlier.
         trust_remote_code: accept a model that brings its own Python code.
 
@@ -57,7 +63,7 @@ def export_dense(
         ModelError: the model is not factored.
     """
     check_output(output_dir, overwrite=overwrite, inputs=[folder])
-    source = resolve(str(folder), trust_remote_code=trust_remote_code)
+    source = resolve(str(folder), revision, trust_remote_code=trust_remote_code)
     check_output(output_dir, overwrite=overwrite, inputs=[source])
     with OutputLock(output_dir) as lock:
         model = load(source, trust_remote_code=trust_remote_code)

@@ -15,8 +15,9 @@ from eckart.evaluation.recipe import EvaluationRecipe
 @recipe_options(EvaluationRecipe, *options_of(EvaluationRecipe))
 def evaluate_folder(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder or hub name of the model to score.")],
-    against: Annotated[str | None, typer.Option(help="The original: scored by the same protocol, beside it.")] = None,
-    window: Annotated[int | None, typer.Option(help="Another name for --max-seq-length.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Folder or hub name of the original, which is scored in the same way.")
+    ] = None,
     json: JsonOption = None,
     **options: Any,
 ) -> None:
@@ -30,9 +31,6 @@ def evaluate_folder(
     """
     inputs = [folder, against, options.get("data")]
     check_json(json, inputs)
-    if window is not None:
-        options["max_seq_length"] = window
-
     recipe = recipe_from_cli(EvaluationRecipe, None, options)
 
     from eckart.evaluation.pipeline import evaluate

@@ -15,10 +15,11 @@ FORMATS = ("dense",)
 
 @guarded
 def export(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that eckart published.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that eckart published, or its hub name.")],
     output_dir: Annotated[Path, typer.Option(help="Folder to publish; it must not exist yet.")],
     format: Annotated[str, typer.Option(help=f"One of: {', '.join(FORMATS)}.")] = "dense",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that eckart published.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the model on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
     ] = False,
@@ -35,5 +36,7 @@ def export(
 
     from eckart.checkpoint.export import export_dense
 
-    published = export_dense(folder, output_dir, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    published = export_dense(
+        folder, output_dir, revision=revision, overwrite=overwrite, trust_remote_code=trust_remote_code
+    )
     show(f"published in {published}; it loads without eckart")

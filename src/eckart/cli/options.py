@@ -18,6 +18,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=RecipeBase)
 
 PANELS = {
+    "What": (),
     "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_pair_column",
              "data_label_column", "data_revision", "eval_data", "eval_split", "eval_samples", "num_samples",
              "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
@@ -25,7 +26,7 @@ PANELS = {
                  "gradient_accumulation", "gradient_checkpointing", "bf16"),
     "Model and machine": ("revision", "device", "stream", "cache_memory", "trust_remote_code"),
 }  # fmt: skip
-"""Headings of `--help` -> fields; all others stand under "What"."""
+"""Headings of `--help`, in order -> fields; all other fields stand under the first."""
 
 JsonOption = Annotated[
     Path | None, typer.Option(help="Also write all numbers to this JSON file.", rich_help_panel="Output")
@@ -68,11 +69,12 @@ def recipe_options(
     def decorate(function: F) -> F:
         hints = typing.get_type_hints(function, include_extras=True)
         own = [
-            parameter.replace(annotation=hints[name])
+            parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in inspect.signature(function).parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        annotations = {name: _option(kind, name, (descriptions or {}).get(name)) for name in names}
+        by_panel = sorted(names, key=lambda name: [*PANELS].index(_panel(name)))
+        annotations = {name: _option(kind, name, (descriptions or {}).get(name)) for name in by_panel}
         annotations |= {name: Annotated[Union[str, None], typer.Option(hidden=True)] for name in former}  # noqa: UP007
         added = [
             inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -85,8 +87,8 @@ def recipe_options(
             return function(**values, **{name: value for name, value in given.items() if value not in (None, [])})
 
         del command.__wrapped__  # typer would read its signature
-        command.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in (*own, *added)}
+        command.__signature__ = inspect.Signature([*added, *own])  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in (*added, *own)}
         return command  # type: ignore[return-value]
 
     return decorate
@@ -125,10 +127,13 @@ def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:
             words += f" Default: {field.default}."
         if typing.get_origin(parsed) is list:
             words += " May be given several times."
-    panel = next((title for title, names in PANELS.items() if name in names), "What")
     declared = f"{flag}/--no-{flag[2:]}" if parsed is bool else flag
-    option = typer.Option(declared, help=words, rich_help_panel=panel, show_default=False)
+    option = typer.Option(declared, help=words, rich_help_panel=_panel(name), show_default=False)
     return Annotated[Union[parsed, None], option]  # noqa: UP007  (parsed is a value)
+
+
+def _panel(name: str) -> str:
+    return next((title for title, names in PANELS.items() if name in names), "What")
 
 
 def _parsed(annotation: Any) -> tuple[Any, tuple[str, ...]]:

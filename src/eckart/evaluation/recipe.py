@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -18,9 +19,9 @@ class EvaluationRecipe(RecipeBase):
     The same names are the flags of `eckart eval` and the keyword arguments of :func:`eckart.evaluate`.
     """
 
-    task: Task | None = Field(
-        None, description=f"What is scored: {', '.join(TASKS)}. Default: what fits the model and the data."
-    )
+    renamed: ClassVar[Mapping[str, str]] = {"window": "max_seq_length"}
+
+    task: Task | None = Field(None, description="What is scored. Default: what fits the model and the data.")
     data: str | None = Field(
         None,
         description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib' (the source of Python's "
@@ -36,13 +37,11 @@ class EvaluationRecipe(RecipeBase):
     )
     data_label_column: str | None = Field(None, description="Column that holds the label or score.")
     data_revision: str | None = Field(None, description="Revision of the hub data set.")
-    num_samples: int | None = Field(None, ge=1, description="Rows, windows or sentences to score.")
-    max_seq_length: int | None = Field(None, ge=2, description="Tokens of a window or sentence.")
-    max_tokens: int | None = Field(None, ge=1, description="Only the first so many tokens of running text.")
-    batch_size: int | None = Field(None, ge=1, description="Sequences run at a time.")
+    num_samples: int | None = Field(None, ge=1, description="Rows, windows or texts to score.")
+    max_seq_length: int | None = Field(None, ge=2, description="Tokens of a window or text.")
+    max_tokens: int | None = Field(None, ge=1, description="Score only this many tokens of running text.")
+    batch_size: int | None = Field(None, ge=1, description="Windows or texts that run at a time.")
     baselines: bool = Field(True, description="Score the original rounded to int8 and int4 as well.")
     revision: str | None = Field(None, description="Revision of the models on the hub.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
-    device: str | None = Field(
-        "auto", description="Device to compute on, such as cpu or cuda. Default: a GPU that is there."
-    )
+    device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")

@@ -120,7 +120,7 @@ def compare(
 
     with untouched(model):
         run = open_in_memory(
-            model, tokenizer, recipe, rows, source_folder=source_folder, report_progress=report_progress
+            model, tokenizer, data, recipe, rows, source_folder=source_folder, report_progress=report_progress
         )
         context = prepare(run, data, rows, keeps)
 

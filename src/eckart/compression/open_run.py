@@ -59,6 +59,7 @@ class CompressionRun:
 def open_run(
     model: PreTrainedModel | str | Path | None,
     tokenizer: Any,
+    data: Any,
     recipe: Recipe,
     rows: Sequence[Settings],
     *,
@@ -85,20 +86,20 @@ def open_run(
         )
     if output_dir is None:
         yield open_in_memory(
-            model, tokenizer, recipe, rows, source_folder=source_folder, workspace=workspace,
+            model, tokenizer, data, recipe, rows, source_folder=source_folder, workspace=workspace,
             report_progress=report_progress,
         )  # fmt: skip
     elif isinstance(model, PreTrainedModel):
         check_output(output_dir, overwrite=overwrite, inputs=[source_folder, *inputs, *recipe.inputs])
         with OutputLock(output_dir) as lock:
             run = open_in_memory(
-                model, tokenizer, recipe, rows, source_folder=source_folder, workspace=workspace,
+                model, tokenizer, data, recipe, rows, source_folder=source_folder, workspace=workspace,
                 report_progress=report_progress,
             )  # fmt: skip
             yield with_changes(run, publish=_publisher(output_dir, run.workspace, overwrite, lock))
     else:
         with _from_folder(
-            recipe, rows[0], output_dir, tokenizer, overwrite=overwrite, restart=restart, inputs=inputs,
+            recipe, rows[0], output_dir, tokenizer, data, overwrite=overwrite, restart=restart, inputs=inputs,
             report_progress=report_progress,
         ) as run:  # fmt: skip
             yield run
@@ -107,6 +108,7 @@ def open_run(
 def open_in_memory(
     model: PreTrainedModel | str | Path | None,
     tokenizer: Any,
+    data: Any,
     recipe: Recipe,
     rows: Sequence[Settings],
     *,
@@ -127,7 +129,7 @@ def open_in_memory(
     device = device_of(recipe)
     found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
     recipe = _with_dtype(recipe, found.dtype)
-    reader = _text_reader(recipe, rows) if tokenizer is None else None
+    reader = _text_reader(recipe, rows, data) if tokenizer is None else None
     opened = open_model(found, device=str(device), needs_text=reader)
     report_progress(f"in memory, as a whole, on {device}")
     opened.model.to(device)  # type: ignore[arg-type]
@@ -156,6 +158,7 @@ def _from_folder(
     settings: Settings,
     output_dir: str | Path,
     tokenizer: Any,
+    data: Any,
     *,
     overwrite: bool,
     restart: bool,
@@ -183,7 +186,7 @@ def _from_folder(
         )
         report_progress(f"on {processes.device}, {how}")
         with processes.failing_together():
-            reader = _text_reader(recipe, [settings]) if tokenizer is None else None
+            reader = _text_reader(recipe, [settings], data) if tokenizer is None else None
             scratch = place.store.path("weights") if isinstance(place.store, Journal) else None
             opened = open_model(found, device=str(processes.device), needs_text=reader, scratch=scratch)
         if not place.streaming:
@@ -218,8 +221,11 @@ def _with_dtype(recipe: Recipe, stored: torch.dtype) -> Recipe:
     return recipe.model_copy(update={"dtype": str(stored).removeprefix("torch.")})
 
 
-def _text_reader(recipe: Recipe, rows: Sequence[Settings]) -> str | None:
-    """What reads text under this recipe, in words; None if no method does and no data is named."""
+def _text_reader(recipe: Recipe, rows: Sequence[Settings], data: Any) -> str | None:
+    """What reads text and so needs a tokenizer, in words; None if nothing does, or the data are batches already."""
+    if data is not None and not isinstance(data, str | Path):
+        first = data[0] if isinstance(data, list | tuple) and data else None
+        return "the data" if isinstance(first, str) else None
     for settings in rows:
         if settings.needs(planned=recipe.plan is not None):
             return f"method {settings.method.name}"

@@ -88,7 +88,7 @@ def compress(
     recipe = combine_options(recipe, options, model=model, data=data, method=method, form=form)
     settings = Settings.of(method_named(recipe.method), recipe)
     with untouched(model), open_run(
-        model, tokenizer, recipe, [settings],
+        model, tokenizer, data, recipe, [settings],
         output_dir=output_dir, overwrite=overwrite, restart=restart, inputs=inputs,
         source_folder=source_folder, workspace=workspace,
         report_progress=report_progress,

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from architectures import Architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import eckart
+from eckart.compression.open_run import open_in_memory
 from eckart.data.stdlib import documents
-from eckart.errors import DataError, ModelError, NumericalError, UsageError
+from eckart.errors import CheckpointError, DataError, ModelError, NumericalError, UsageError
 from eckart.evaluation.quality import distance_to_original
 from eckart.linalg import Metric, Problem
 from eckart.methods import METHODS
@@ -65,14 +67,6 @@ def test_same_seed_gives_the_same_bits_and_another_seed_another_model(model, bat
     assert not same(first, other)
 
 
-def test_global_random_state_is_left_alone(model, batches):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    eckart.compress(model, data=batches, keep=0.5)
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_plan_is_replayed_to_the_bit(model, batches, tmp_path):
     made = eckart.compress(model, data=batches, keep=0.5)
     file = tmp_path / "plan.json"
@@ -92,14 +86,116 @@ def test_plan_of_another_model_is_refused(model, batches, tmp_path):
         eckart.compress(other, method="svd", plan=str(file))
 
 
-def test_method_object_of_ones_own(model, batches):
-    def metric(weight, moments):
-        return Problem(weight, right=Metric(diagonal=moments["absolute"].mean))
+def absolute_metric(weight, moments):
+    return Problem(weight, right=Metric(diagonal=moments["absolute"].mean))
 
-    own = replace(METHODS["asvd"], name="mine", metric=metric)
-    result = eckart.compress(model, data=batches, method=own, keep=0.5)
+
+OWN = replace(METHODS["asvd"], name="mine", metric=absolute_metric)
+
+
+def test_own_method_is_used_and_its_recipe_never_runs_another_one(model, batches, monkeypatch):
+    monkeypatch.setattr(METHODS, "_added", {})
+    result = eckart.compress(model, data=batches, method=OWN, keep=0.5)
     assert result.report["method"] == "mine"
     assert all(row["form"] == "lowrank" for row in result.report["sites"])
+    recipe = yaml.safe_load(result.recipe.to_yaml())
+    assert recipe["method"] == "mine"
+    monkeypatch.setattr(METHODS, "_added", {})  # another process does not know it
+    with pytest.raises(UsageError, match="'mine'"):
+        eckart.compress(model, data=batches, **recipe)
+
+
+def test_own_method_may_not_take_the_name_of_another(model, batches):
+    with pytest.raises(UsageError, match="name of its own"):
+        eckart.compress(model, data=batches, method=replace(OWN, name="svd"), keep=0.5)
+
+
+def test_compared_own_method_can_be_saved(model, batches, tmp_path):
+    comparison = eckart.compare(model, methods=["svd", OWN], keeps=[0.5], data=batches)
+    results = {name: result for name, _, result in comparison}
+    assert list(results) == ["svd", "mine"]
+    folder = results["mine"].save_pretrained(tmp_path / "mine")
+    assert yaml.safe_load((folder / "eckart" / "recipe.yaml").read_text())["method"] == "mine"
+    found = comparison.as_dict()
+    assert [row["method"] for row in found["rows"]] == ["svd", "mine"]
+    assert found["original"] == results["svd"].report["sizes"]["model"]["before"]
+
+
+def test_options_win_over_the_recipe_and_unknown_ones_are_refused(model, batches):
+    recipe = eckart.Recipe(method="svd", keep=0.9)
+    for call in (
+        lambda **more: eckart.compress(model, data=batches, recipe=recipe, **more),
+        lambda **more: next(
+            iter(eckart.compare(model, data=batches, methods=["svd"], keeps=[0.5], recipe=recipe, **more))
+        )[2],
+    ):
+        assert call(keep_of="model").recipe.keep_of == "model"
+        with pytest.raises(UsageError, match=r"'kep' is not an option; did you mean 'keep'"):
+            call(kep=0.5)
+    assert eckart.compress(model, recipe=recipe, keep=0.5).report["kept"]["of_sites"] <= 0.5
+
+
+def test_caller_keeps_its_model_as_it_was(model, batches):
+    model.train()
+    model.lm_head.weight.requires_grad_(False)
+    model.config.use_cache = True
+
+    def state():
+        modes = [module.training for module in model.modules()]
+        trains = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        return modes, trains, model.config.to_dict(), model.device
+
+    before = state()
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(5)
+    eckart.compress(model, data=batches, keep=0.5, embeddings="lowrank")
+    for _ in eckart.compare(model, data=batches, methods=["svd"], keeps=[0.5]):
+        pass
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert state() == before
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+def test_model_is_copied_to_the_device_that_computes_and_stays_where_it_is(model, monkeypatch):
+    told = []
+    monkeypatch.setattr("eckart.compression.open_run.device_of", lambda recipe, model: torch.device("meta"))
+    run = open_in_memory(model, None, None, eckart.Recipe(), [], report_progress=told.append)
+    assert {p.device.type for p in run.model.parameters()} == {"meta"}
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert told == ["computing on meta"]
+
+
+def test_folder_gives_the_bits_of_the_model_in_memory_and_is_published(model, batches, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    expected = eckart.compress(model, data=batches, keep=0.5)
+    told = []
+    held = eckart.compress(tmp_path / "model", data=batches, keep=0.5)
+    published = eckart.compress(
+        tmp_path / "model", data=batches, keep=0.5, output_dir=tmp_path / "small", report_progress=told.append
+    )
+    assert held.folder is None
+    assert published.folder == tmp_path / "small"
+    assert any("on cpu" in line for line in told)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    assert all(same(expected.model, other) for other in (held.model, published.model, loaded))
+    for there in (tmp_path / "model", model):
+        with pytest.raises(CheckpointError, match="--overwrite"):
+            eckart.compress(there, data=batches, keep=0.5, output_dir=tmp_path / "small")
+
+
+def test_model_whose_memory_is_not_known_is_worked_on_block_by_block(model, batches, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("eckart.compression.memory_estimate.blank", lambda *_, **__: 1 / 0)
+    told = []
+    result = eckart.compress(
+        tmp_path / "model", data=batches, method="drone", keep=0.5, output_dir=tmp_path / "small",
+        report_progress=told.append,
+    )  # fmt: skip
+    assert "block by block" in told[0]
+    assert "cannot be estimated (ZeroDivisionError" in told[0]
+    assert result.report["calibrated"].startswith("block by block")
 
 
 def test_impossible_keep_names_the_least_and_that_one_works(model, batches):
@@ -175,9 +271,9 @@ def test_stored_dtype(model, batches):
 def demo_results():
     model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    text = [body for _, body in documents("calibration")][:60]
+    text = [body for _, body in documents("calibration")][:30]
     rows = [replace(METHODS["eckart"], name="eckart without refit", refit=False), "eckart", "svd", "svd-llm", "kfac"]
-    results = eckart.compare(model, tokenizer, methods=rows, keeps=[0.5], data=text, num_samples=48, max_seq_length=128)
+    results = eckart.compare(model, tokenizer, methods=rows, keeps=[0.5], data=text, num_samples=24, max_seq_length=64)
     return {name: distance_to_original(result.report["quality"]) for name, _, result in results}
 
 

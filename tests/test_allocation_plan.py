@@ -10,6 +10,7 @@ from eckart.allocation import (
     DENSE,
     Choice,
     Plan,
+    parse_plan,
     read_plan,
     stored_elements,
 )
@@ -110,7 +111,7 @@ def test_plan_with_blocks_round_trip():
     content = json.loads(json.dumps(BLOCK_PLAN.to_json()))
     assert content["sites"]["a"] == {"form": "kronecker", "rank": 3, "block": [4, 6]}
     assert content["sites"]["b"] == {"form": "lowrank", "rank": 8}
-    assert Plan.from_json(content, "plan.json", BLOCK_SHAPES).choices == BLOCK_PLAN.choices
+    assert parse_plan(content, "plan.json", BLOCK_SHAPES).choices == BLOCK_PLAN.choices
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_bad_blocks_of_a_plan_are_refused(change, named):
     content = BLOCK_PLAN.to_json()
     content["sites"]["a"] |= change
     with pytest.raises(UsageError, match=r"plan\.json: site a: " + named):
-        Plan.from_json(content, "plan.json", BLOCK_SHAPES)
+        parse_plan(content, "plan.json", BLOCK_SHAPES)
 
 
 GROUPED = {"0.q": (24, 16), "1.q": (24, 16), "0.k": (4, 32), "1.k": (4, 32), "o": (16, 24)}
@@ -142,7 +143,7 @@ GROUPED_PLAN = Plan(
 def test_plan_with_shared_bases_round_trip_and_refusals():
     content = json.loads(json.dumps(GROUPED_PLAN.to_json()))
     assert content["sites"]["1.q"] == {"form": "shared-basis", "rank": 7, "basis": "0.q"}
-    again = Plan.from_json(content, "plan.json", GROUPED)
+    again = parse_plan(content, "plan.json", GROUPED)
     assert again.bases == GROUPED_PLAN.bases == [("0.q", "1.q")]
     for change, named in (
         ({"basis": "1.q"}, "is no site of form shared-basis with a basis of its own"),
@@ -156,8 +157,8 @@ def test_plan_with_shared_bases_round_trip_and_refusals():
         changed = json.loads(json.dumps(GROUPED_PLAN.to_json()))
         changed["sites"]["1.q"] |= change
         with pytest.raises(UsageError, match=named):
-            Plan.from_json(changed, "plan.json", GROUPED)
+            parse_plan(changed, "plan.json", GROUPED)
     small = {"a": (3, 16), "b": (3, 16)}
     wide = Plan({"a": Choice("shared-basis", 7), "b": Choice("shared-basis", 7, basis="a")})
     with pytest.raises(UsageError, match=r"rank 7 of a shared basis must be in 1\.\.6"):
-        Plan.from_json(wide.to_json(), "plan.json", small)
+        parse_plan(wide.to_json(), "plan.json", small)

@@ -1,16 +1,12 @@
-"""From curves and a budget to a plan."""
+"""How much of each weight is kept: from a budget, and what each rank is predicted to cost, to a plan.
+
+`uniform` and `shared_uniform` keep the same fraction everywhere; `allocate` spends one budget by predicted loss.
+"""
 
 from eckart.allocation.loss import Curve, allocate, lower_hull
-from eckart.allocation.plan import (
-    DENSE,
-    Choice,
-    OverBudgetError,
-    Plan,
-    rank_steps,
-    read_plan,
-    smallest_keep,
-    stored_elements,
-)
+from eckart.allocation.plan import DENSE, Choice, Plan, stored_elements
+from eckart.allocation.plan_file import parse_plan, read_plan
+from eckart.allocation.ranks import OverBudgetError, rank_steps, smallest_keep
 from eckart.allocation.shared import Bases, largest_shared_rank, shared_uniform
 from eckart.allocation.uniform import fitting_choices, uniform
 
@@ -25,6 +21,7 @@ __all__ = [
     "fitting_choices",
     "largest_shared_rank",
     "lower_hull",
+    "parse_plan",
     "rank_steps",
     "read_plan",
     "shared_uniform",

@@ -12,7 +12,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from eckart.allocation.plan import Choice, OverBudgetError, smallest_keep
+from eckart.allocation.plan import Choice
+from eckart.allocation.ranks import OverBudgetError, smallest_keep
 
 
 @dataclass(frozen=True)

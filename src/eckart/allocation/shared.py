@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from eckart.allocation.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
+from eckart.allocation.plan import DENSE, Choice
+from eckart.allocation.ranks import OverBudgetError, rank_steps, smallest_keep
 from eckart.allocation.uniform import uniform
 from eckart.forms import form_named
 

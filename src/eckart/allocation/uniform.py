@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from eckart.allocation.plan import DENSE, Choice, OverBudgetError, rank_steps, smallest_keep
+from eckart.allocation.plan import DENSE, Choice
+from eckart.allocation.ranks import OverBudgetError, rank_steps, smallest_keep
 from eckart.forms import Block, form_named
 
 

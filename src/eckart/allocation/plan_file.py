@@ -1,0 +1,119 @@
+"""`plan.json`: a plan that a person can read and edit, checked field by field when it is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eckart.allocation.plan import DENSE, FORMAT_VERSION, Choice, Plan
+from eckart.errors import UsageError
+from eckart.forms import Block, form_named
+
+
+def read_plan(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+    """Read `plan.json`.
+
+    Raises:
+        UsageError: if the file cannot be read or is not a plan for these sites.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--plan {path}: cannot be read ({error}); give the path of a plan.json.") from None
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--plan {path}: not JSON at line {error.lineno}: {error.msg}; mend that line.") from None
+    return parse_plan(content, str(path), shapes)
+
+
+def parse_plan(content: Any, where: str, shapes: Mapping[str, tuple[int, int]]) -> Plan:
+    """Check a plan and make it.
+
+    Args:
+        content: the parsed JSON.
+        where: the file, for messages.
+        shapes: site -> (out, in) of the model it is to be used on.
+
+    Raises:
+        UsageError: naming the file, the site and the field at fault.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("sites"), dict):
+        raise UsageError(f"{where}: not a plan; it needs an object 'sites' of site -> {{form, rank}}.")
+    version = content.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UsageError(
+            f"{where}: format_version is {version!r}, this eckart reads {FORMAT_VERSION}; "
+            "make the plan again or update eckart."
+        )
+    unknown = sorted(set(content["sites"]) - set(shapes))
+    if unknown:
+        raise UsageError(
+            f"{where}: site {unknown[0]!r} is not one of this model's {len(shapes)} sites "
+            f"({len(unknown)} such). Use the plan with the model it was made for, or remove the entry."
+        )
+    choices = {name: _choice(entry, f"{where}: site {name}", shapes[name]) for name, entry in content["sites"].items()}
+    for name in shapes:  # a site that the plan does not name is left as it is
+        choices.setdefault(name, Choice(DENSE))
+    plan = Plan(choices, str(content.get("model", "")))
+    for group in plan.bases:
+        _check_basis(group, choices, where, shapes)
+    return plan
+
+
+def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
+    if not isinstance(entry, dict) or "form" not in entry:
+        raise UsageError(f"{where}: needs an object with 'form' and 'rank', not {entry!r}.")
+    if entry["form"] == DENSE:
+        return Choice(DENSE)
+    try:
+        kind = form_named(entry["form"])
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+    block = _block(entry.get("block"), kind.blocks(*shape) != (None,), where, shape)
+    full, rank = kind.full_rank(*shape, block), entry.get("rank")
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full:
+        raise UsageError(
+            f"{where}: rank {rank!r} must be a whole number in 1..{full} for a weight of {shape[0]} x {shape[1]}."
+        )
+    basis = entry.get("basis")
+    if basis is not None and not (isinstance(basis, str) and kind.shared_parameter is not None):
+        raise UsageError(f"{where}: basis {basis!r} means nothing to this form; remove it, or name a form that shares.")
+    return Choice(entry["form"], rank, block, basis)
+
+
+def _check_basis(
+    group: Sequence[str], choices: Mapping[str, Choice], where: str, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """Refuse a basis that the site it is named for does not hold, or not in the size that its readers have."""
+    holder = group[0]
+    held = choices.get(holder)
+    for name in group[1:]:
+        own = choices[name]
+        if held is None or held.basis is not None or held.form != own.form:
+            raise UsageError(
+                f"{where}: site {name}: basis {holder!r} is no site of form {own.form} with a basis of its own; name "
+                "one."
+            )
+        if held.rank != own.rank or shapes[holder][1] != shapes[name][1]:
+            raise UsageError(
+                f"{where}: site {name}: rank {own.rank} for {shapes[name][1]} inputs, but its basis in {holder} has "
+                f"rank {held.rank} for {shapes[holder][1]}; give both the same."
+            )
+    largest = min(sum(shapes[name][0] for name in group), shapes[holder][1])
+    if held is not None and held.rank > largest:
+        raise UsageError(f"{where}: site {holder}: rank {held.rank} of a shared basis must be in 1..{largest}.")
+
+
+def _block(value: Any, wanted: bool, where: str, shape: tuple[int, int]) -> Block | None:
+    if not wanted:
+        if value is not None:
+            raise UsageError(f"{where}: block {value!r} means nothing to this form; remove it.")
+        return None
+    whole = isinstance(value, list) and len(value) == 2 and all(type(part) is int and part >= 1 for part in value)
+    if not whole or shape[0] % value[0] or shape[1] % value[1]:
+        raise UsageError(
+            f"{where}: block {value!r} must be two whole numbers [rows, columns] that divide a weight of "
+            f"{shape[0]} x {shape[1]}."
+        )
+    return value[0], value[1]

@@ -418,28 +418,45 @@ def test_compare_measures_every_method_at_every_size(cli, folder, tmp_path):
     assert "Did you mean" in cli("compare", folder / "llama", "--methods", "svdd", "--keep", "0.9", code=2)
 
 
-def test_export_loads_without_eckart_and_the_factored_folder_with_it(cli, folder, published, tmp_path):
-    cli("export", published, "--output-dir", tmp_path / "dense")
+@pytest.fixture(scope="module")
+def fresh_process(folder, published) -> dict:
+    """What a fresh process, which imports transformers before eckart, finds in an export and in the folder it is of."""
+    with pytest.raises(SystemExit) as left:
+        app(["export", str(published), "--output-dir", str(folder / "dense")])
+    assert not left.value.code
     code = """
-import sys
+import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-inputs = AutoTokenizer.from_pretrained(sys.argv[1])("the cat runs", return_tensors="pt")
-def total(folder):
-    return AutoModelForCausalLM.from_pretrained(folder)(**inputs).logits.double().abs().sum().item()
-dense = total(sys.argv[1])
-assert "eckart" not in sys.modules
+dense, factored, text = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(dense)
+inputs = tokenizer("the cat runs", return_tensors="pt")
+found = {"dense": AutoModelForCausalLM.from_pretrained(dense)(**inputs).logits.double().abs().sum().item()}
+found["eckart"] = "eckart" in sys.modules
 import eckart
-print(dense, total(sys.argv[2]))
+found["factored"] = AutoModelForCausalLM.from_pretrained(factored)(**inputs).logits.double().abs().sum().item()
+model = AutoModelForCausalLM.from_pretrained(dense)
+eckart.compress(model, tokenizer, data=text, keep=0.5, num_samples=8, max_seq_length=16)
+heavy = ("datasets", "pandas", "peft", "sklearn", "transformers.trainer")
+found["loaded"] = [name for name in heavy if name in sys.modules]
+print(json.dumps(found))
 """
+    return json.loads(fresh(code, folder / "dense", published, folder / "text.txt").splitlines()[-1])
+
+
+def test_export_loads_without_eckart_and_its_source_with_it(cli, folder, published, fresh_process, tmp_path):
     factored = AutoModelForCausalLM.from_pretrained(published)
     inputs = AutoTokenizer.from_pretrained(published)("the cat runs", return_tensors="pt")
     here = factored(**inputs).logits.double().abs().sum().item()
-    dense, there = fresh(code, tmp_path / "dense", published).split()[-2:]
-    assert float(there) == pytest.approx(here, rel=1e-6)
-    assert float(dense) == pytest.approx(here, rel=0.05)
+    assert not fresh_process["eckart"]
+    assert fresh_process["factored"] == pytest.approx(here, rel=1e-6)
+    assert fresh_process["dense"] == pytest.approx(here, rel=0.05)
     assert "no factored weight" in cli("export", folder / "llama", "--output-dir", tmp_path / "no", code=1)
     assert "dense" in cli("export", published, "--format", "gguf", "--output-dir", tmp_path / "no", code=2)
-    assert "already" in cli("export", published, "--output-dir", tmp_path / "dense", code=1)
+    assert "already" in cli("export", published, "--output-dir", folder / "dense", code=1)
+
+
+def test_compress_of_a_text_file_needs_neither_datasets_nor_trainer(fresh_process):
+    assert fresh_process["loaded"] == []
 
 
 def test_every_help_has_an_example(cli):

@@ -337,7 +337,7 @@ def test_the_factors_learn_and_the_head_with_them(made):
 
 def test_positions_and_types_stay_and_ties_are_found():
     found = find_embedding_tables(BY_NAME["bert-mlm"].model())
-    assert [(t.embeddings, t.heads) for t in found.chosen] == [
+    assert [(t.embeddings, t.output_heads) for t in found.chosen] == [
         (("bert.embeddings.word_embeddings",), ("cls.predictions.decoder",))
     ]
     assert set(found.skipped) == {"bert.embeddings.position_embeddings", "bert.embeddings.token_type_embeddings"}

@@ -157,7 +157,7 @@ def test_replaced_parameters_are_not_shared_any_more():
 
 def test_refusals(tmp_path):
     model, ties, _ = made("llama")
-    with pytest.raises(ModelError, match=r"up_proj\.weight cannot be .*q_proj\.weight: their shapes are"):
+    with pytest.raises(ModelError, match=r"up_proj\.weight cannot share .*q_proj\.weight: their shapes are"):
         share_parameters(model, {"model.layers.3.mlp.up_proj.weight": "model.layers.0.self_attn.q_proj.weight"})
     attach_config(model)
     model.save_pretrained(tmp_path)

@@ -38,7 +38,7 @@ def take_heads_out(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> N
     if place is None:
         return
     try:
-        PrunedHeads.of_spec(spec).apply(model.get_submodule(place))
+        PrunedHeads.from_spec(spec).apply(model.get_submodule(place))
     except UsageError as error:
         raise CheckpointError(
             f"Module {name} in quantization_config of config.json: {error} Load the model with the config and the "

@@ -73,7 +73,7 @@ def head_inputs(
     notes: list[str],
 ) -> dict[str, Tensor]:
     """Table -> `E[h h^T]` of what its heads multiply, gathered in one pass over the data."""
-    heads = {head: (head,) for table in tables for head in table.heads}
+    heads = {head: (head,) for table in tables for head in table.output_heads}
     if not heads or data is None:
         return {}
 
@@ -85,10 +85,12 @@ def head_inputs(
         found = gather(model, heads, batches, step, needs=frozenset({"gram"}))
     grams: dict[str, Tensor] = {}
     for table in tables:
-        seen = [found[head] for head in table.heads if found[head].tokens]
+        seen = [found[head] for head in table.output_heads if found[head].tokens]
         if seen:
             total = sum(inputs.tokens for inputs in seen)
             grams[table.name] = sum(inputs["gram"].mean * (inputs.tokens / total) for inputs in seen)
-        elif table.heads:
-            notes.append(f"{table.heads[0]}: no token of the data was seen there, so only look-ups weigh {table.name}")
+        elif table.output_heads:
+            notes.append(
+                f"{table.output_heads[0]}: no token of the data was seen there, so only look-ups weigh {table.name}"
+            )
     return grams

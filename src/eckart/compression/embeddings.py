@@ -124,7 +124,7 @@ def _row(table: EmbeddingTable, form: type[FactoredEmbedding], size: int, conten
     row = {
         "table": table.name,
         "modules": list(table.embeddings),
-        "heads": list(table.heads),
+        "heads": list(table.output_heads),
         "shape": list(table.shape),
         "form": form.form,
         form.sizes[-1]: size,

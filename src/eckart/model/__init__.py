@@ -1,4 +1,4 @@
-"""What knows transformers' module types: find sites, replace them."""
+"""Modules of transformers models: find the weights that may be factored, replace them, bring them to a device."""
 
 from eckart.model.attention_heads import (
     PrunedHeads,

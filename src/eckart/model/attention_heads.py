@@ -1,7 +1,7 @@
-"""Attention modules of which some heads are gone: what is left of their matrices, said so that it can be built again.
+"""Attention modules from which heads were removed.
 
-A model's class builds every attention with the heads that its configuration names. Where the configuration cannot say
-how many are left, the module itself carries a :class:`PrunedHeads`, which a checkpoint's config holds for it.
+A model's class builds every attention with the number of heads in its configuration, the same in all layers. If layers
+keep different numbers, each of these modules has a :class:`PrunedHeads`, which is saved in the checkpoint's config.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import UsageError
 
 FORM = "heads"
-"""In place of a form's name: an attention of which some heads are gone."""
+"""Takes the place of a form's name for an attention module from which heads were removed."""
 
-MARK = "eckart_heads"
-"""Attribute of such a module."""
+ATTRIBUTE = "eckart_heads"
+"""Attribute of such a module that holds its :class:`PrunedHeads`."""
 
 
 @dataclass(frozen=True)
 class PrunedHeads:
-    """Which heads of an attention stay, where their rows and columns are, and which of its numbers follow.
+    """Which heads of an attention module are kept, and what has to change in the module.
 
-    A head stands here for what goes together: where several heads read the same keys and values, all of them.
+    Heads that share keys and values (grouped-query attention) count as one head here: they are kept or removed
+    together.
 
     Attributes:
-        of: how many there were.
-        kept: which stay, counted from 0.
-        rows: layer that makes heads -> rows of one head in each stretch of its matrix; `(d,)` where it makes one after
-            the other, `(d, d, d)` where it makes all queries, then all keys, then all values.
-        columns: layer that reads heads -> columns of one head.
-        numbers: attribute of the module, or of one inside it -> what it is with the heads that stay.
+        of: number of heads before.
+        kept: heads that are kept, counted from 0.
+        rows: layer whose outputs are heads -> rows of one head in each part of its matrix: `(d,)` for one part, `(d, d,
+            d)` if all queries are followed by all keys and all values.
+        columns: layer whose inputs are heads -> columns of one head.
+        numbers: attribute of the module, or of one inside it -> its value with the heads that are kept.
     """
 
     of: int
@@ -46,7 +47,7 @@ class PrunedHeads:
     numbers: Mapping[str, int]
 
     def spec(self) -> dict[str, Any]:
-        """As it stands in a checkpoint's config."""
+        """JSON for a checkpoint's config."""
         return {
             "form": FORM,
             "of": self.of,
@@ -57,14 +58,14 @@ class PrunedHeads:
         }
 
     @classmethod
-    def of_spec(cls, spec: Mapping[str, Any]) -> PrunedHeads:
-        """What :meth:`spec` gave.
+    def from_spec(cls, spec: Mapping[str, Any]) -> PrunedHeads:
+        """The inverse of :meth:`spec`.
 
         Raises:
-            UsageError: naming what it cannot be.
+            UsageError: if an entry is missing or cannot be right.
         """
         try:
-            cut = cls(
+            pruned = cls(
                 spec["of"],
                 tuple(spec["kept"]),
                 {name: tuple(sizes) for name, sizes in spec["rows"].items()},
@@ -73,19 +74,23 @@ class PrunedHeads:
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise UsageError(f"heads: {error!r} in {dict(spec)}.") from None
-        counts = [cut.of, *cut.columns.values(), *(size for sizes in cut.rows.values() for size in sizes)]
-        whole = all(type(number) is int for number in (*counts, *cut.kept, *cut.numbers.values()))
-        if not whole or min(counts) < 1 or not all((cut.rows, cut.columns, *cut.rows.values())):
+        counts = [pruned.of, *pruned.columns.values(), *(size for sizes in pruned.rows.values() for size in sizes)]
+        whole = all(type(number) is int for number in (*counts, *pruned.kept, *pruned.numbers.values()))
+        if not whole or min(counts) < 1 or not all((pruned.rows, pruned.columns, *pruned.rows.values())):
             raise UsageError(f"heads: sizes and numbers must be whole, and sizes 1 or more, not {dict(spec)}.")
-        if not cut.kept or sorted(set(cut.kept)) != list(cut.kept) or not 0 <= cut.kept[0] <= cut.kept[-1] < cut.of:
-            raise UsageError(f"heads: those kept must be some of 0..{cut.of - 1} in order, not {list(cut.kept)}.")
-        return cut
+        if (
+            not pruned.kept
+            or sorted(set(pruned.kept)) != list(pruned.kept)
+            or not 0 <= pruned.kept[0] <= pruned.kept[-1] < pruned.of
+        ):
+            raise UsageError(f"heads: those kept must be some of 0..{pruned.of - 1} in order, not {list(pruned.kept)}.")
+        return pruned
 
     def apply(self, module: nn.Module) -> None:
-        """Take the other heads out of an attention that has them all, in place; on the meta device too.
+        """Remove the other heads from an attention module that has all, in place; on the meta device too.
 
         Raises:
-            UsageError: if the module is none that these heads are of.
+            UsageError: if the sizes of the module do not fit.
         """
         for name, sizes in self.rows.items():
             layer = _layer(module, name)
@@ -96,10 +101,10 @@ class PrunedHeads:
             self._check(name, layer.weight.shape[0 if isinstance(layer, Conv1D) else 1], size)
             module.set_submodule(name, select_features(layer, self._places((size,)), rows=False))
         self._count(module, self.numbers)
-        setattr(module, MARK, self)
+        setattr(module, ATTRIBUTE, self)
 
     def undo(self, module: nn.Module) -> None:
-        """Put zeros where heads are gone, in place: the module computes the same, and its class builds it so."""
+        """Put zeros in place of removed heads: the module computes the same, and its class can build it."""
         for name, sizes in self.rows.items():
             module.set_submodule(name, _padded(_layer(module, name), self._places(sizes), sum(sizes) * self.of, True))
         for name, size in self.columns.items():
@@ -109,10 +114,12 @@ class PrunedHeads:
 
     def _check(self, name: str, found: int, of_one: int) -> None:
         if found != of_one * self.of:
-            raise UsageError(f"heads: {self.of} of {of_one} are {of_one * self.of} in {name}, which has {found}.")
+            raise UsageError(
+                f"heads: {self.of} of {of_one} rows or columns are {of_one * self.of} in {name}, which has {found}."
+            )
 
     def _places(self, sizes: tuple[int, ...]) -> Tensor:
-        """Of what stays, in the whole matrix."""
+        """Row numbers, in the whole matrix, of the heads that are kept."""
         owners = head_of_each_row(sizes, self.of)
         return torch.isin(owners, torch.tensor(self.kept, device="cpu")).nonzero().flatten()
 
@@ -123,35 +130,37 @@ class PrunedHeads:
             try:
                 holder = module.get_submodule(where)
             except AttributeError:
-                raise UsageError(f"heads: {type(module).__name__} has nothing at {where}.") from None
+                raise UsageError(f"heads: {type(module).__name__} has no module {where}.") from None
             if type(vars(holder).get(attribute)) is not int:
-                raise UsageError(f"heads: {type(holder).__name__} keeps no whole number {attribute}.")
+                raise UsageError(f"heads: {type(holder).__name__} has no whole number {attribute}.")
             setattr(holder, attribute, number)
 
 
 def head_of_each_row(sizes: tuple[int, ...], count: int) -> Tensor:
-    """Which head each row belongs to, (sum(sizes) count,): in every stretch one head after the other."""
+    """Number of the head that each row belongs to, (sum(sizes) * count,); `sizes` as in :attr:`PrunedHeads.rows`."""
     heads = torch.arange(count, device="cpu")  # also where a model is built on the meta device
     return torch.cat([heads.repeat_interleave(size) for size in sizes])
 
 
 def pruned_heads(model: nn.Module) -> dict[str, PrunedHeads]:
-    """Name -> cut of every attention that carries one."""
-    return {name: found for name, module in model.named_modules() if (found := getattr(module, MARK, None)) is not None}
+    """Name -> :class:`PrunedHeads` of every module that has one."""
+    return {
+        name: found for name, module in model.named_modules() if (found := getattr(module, ATTRIBUTE, None)) is not None
+    }
 
 
 def forget_pruned_heads(module: nn.Module) -> None:
-    """Take the mark off an attention that its class builds as it is."""
-    module.__dict__.pop(MARK, None)
+    """Forget the :class:`PrunedHeads` of a module that its class can build without it."""
+    module.__dict__.pop(ATTRIBUTE, None)
 
 
 def select_features(old: Any, places: Tensor, rows: bool) -> nn.Module:
-    """A Linear or Conv1D with some of its outputs (`rows`) or inputs left, in their order.
+    """A copy of a Linear or Conv1D that keeps some of its outputs or inputs, in their order.
 
     Args:
-        old: the module; it stays as it is.
-        places: (left,) int64.
-        rows: outputs, or else inputs.
+        old: the module; it is not changed.
+        places: (kept,) int64, numbers of the outputs or inputs.
+        rows: True for outputs, False for inputs.
     """
     return _rebuilt(old, lambda tensor, axis: tensor.index_select(axis, places.to(tensor.device)), rows)
 
@@ -166,7 +175,7 @@ def _padded(old: Any, places: Tensor, width: int, rows: bool) -> nn.Module:
 
 
 def _rebuilt(old: Any, change: Any, rows: bool) -> nn.Module:
-    """The same module with its outputs or inputs changed by `change(tensor, axis)`."""
+    """A copy of the module with its outputs or inputs changed by `change(tensor, axis)`."""
     new = copy.copy(old)
     new._parameters = dict(old._parameters)
     conv = isinstance(old, Conv1D)

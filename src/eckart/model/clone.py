@@ -19,8 +19,9 @@ M = TypeVar("M", bound=nn.Module)
 def shared_clone(model: M) -> M:
     """Copy the modules of a model and share the storage of its parameters and buffers.
 
-    Replacing modules in the copy, or casting it, leaves the original as it is; ties stay ties. Writing into a
-    shared tensor in place would be seen by both. Tensors that lie in files are shared there, and take no memory.
+    Replacing modules of the copy, casting it or moving it to another device (`shared_clone(model).to(device)`) leaves
+    the original as it is; tied parameters stay tied. Writing into a shared tensor in place changes both. Tensors mapped
+    from files stay mapped, and take no memory.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
@@ -31,13 +32,13 @@ def shared_clone(model: M) -> M:
 
 
 def unshare_storage(model: nn.Module, original: nn.Module) -> None:
-    """Copy every tensor that a clone still shares with the original: from here on, training one leaves the other alone.
+    """Copy every tensor that a clone still shares with the original, so that training one does not change the other.
 
-    The copies are in memory, also of tensors that lie in files.
+    The copies are in memory, also those of tensors mapped from files.
 
     Args:
-        model: made by :func:`shared_clone`; changed in place, ties stay ties.
-        original: what it was cloned from.
+        model: made by :func:`shared_clone`; changed in place, tied parameters stay tied.
+        original: the model that it was cloned from.
     """
     theirs = {tensor.data_ptr() for tensor in (*original.parameters(), *original.buffers())}
     for parameter in model.parameters():
@@ -53,19 +54,19 @@ def unshare_storage(model: nn.Module, original: nn.Module) -> None:
 def cast(
     model: nn.Module, dtype: torch.dtype, *, changed: Callable[[nn.Module, str], None] = lambda module, name: None
 ) -> None:
-    """Bring a model's stored floating-point numbers to a type, in place, as ``from_pretrained(dtype=...)`` would.
+    """Convert the floating-point numbers of a model that are saved to a type, in place, as ``from_pretrained`` would.
 
-    Buffers that are not stored (the frequencies of rotary embeddings) keep theirs, and so do the modules that the
-    model's class keeps in float32: ``model.to(dtype)`` rounds both, and computes something else than the saved model.
+    Buffers that are not saved (the frequencies of rotary embeddings) keep their type, and so do the modules that the
+    model's class keeps in float32: ``model.to(dtype)`` rounds both, and then differs from the model loaded again.
 
     Args:
         model: the model.
         dtype: the type.
-        changed: called with each module whose own tensors have another type now, and its name, before the next one is
-            cast: for a model that is larger than memory, it moves them away.
+        changed: called with each module whose own tensors were converted, and its name, before the next one is
+            converted: for a model that is larger than memory, it moves them to a file.
 
     Raises:
-        NumericalError: naming a tensor whose values are out of the type's range.
+        NumericalError: if a value is out of the type's range; the message names the tensor.
     """
     kept = modules_kept_in_float32(model, half=dtype == torch.float16)
     pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in sorted(kept))) if kept else None

@@ -1,4 +1,4 @@
-"""The token embeddings of a model with what is tied to them, and factored ones in their place."""
+"""Find the token embeddings of a model and the output heads tied to them, and replace both by factored ones."""
 
 from __future__ import annotations
 
@@ -17,49 +17,47 @@ from eckart.model.sites import matches
 from eckart.model.ties import declared_ties, tie_factored
 
 DENSE = "dense"
-"""In place of a form: embeddings stay as they are."""
+"""Takes the place of a form's name: embeddings are not factored."""
 
 PROBED = 64
-"""Rows that are looked up to see what an embedding does with them."""
+"""Rows that are looked up to see whether an embedding scales them."""
 
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """One embedding matrix and all modules that read it.
+    """One embedding matrix and all modules that use it.
 
     Attributes:
-        embeddings: modules that look tokens up, the first one gives the table its name.
-        heads: output layers that multiply with it.
-        shape: (v, d).
-        scales: embedding -> what it multiplies rows with.
+        embeddings: modules that look tokens up; the name of the first is the name of the table.
+        output_heads: output layers that multiply with it.
+        shape: (v, d), vocabulary and width.
+        scales: embedding -> factor by which it multiplies rows.
         padding: embedding -> its `padding_idx`.
     """
 
     embeddings: tuple[str, ...]
-    heads: tuple[str, ...]
+    output_heads: tuple[str, ...]
     shape: tuple[int, int]
     scales: Mapping[str, float]
     padding: Mapping[str, int | None]
 
     @property
     def name(self) -> str:
-        """Of the table: that of its first embedding."""
         return self.embeddings[0]
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """All that read it."""
-        return (*self.embeddings, *self.heads)
+        return (*self.embeddings, *self.output_heads)
 
     @property
     def elements(self) -> int:
-        """Numbers in it."""
+        """Numbers in the matrix."""
         return self.shape[0] * self.shape[1]
 
 
 @dataclass(frozen=True)
 class EmbeddingTables:
-    """What was found.
+    """The embeddings of a model.
 
     Attributes:
         chosen: tables that can be factored.
@@ -71,10 +69,10 @@ class EmbeddingTables:
 
 
 def find_embedding_tables(model: nn.Module, ignore: Sequence[str] | None = None) -> EmbeddingTables:
-    """Every matrix that tokens are looked up in: the input embeddings of the model and of the models inside it.
+    """Find every token embedding: of the model and of the models inside it.
 
     Args:
-        model: a transformers model; on the meta device what an embedding does with its rows is taken on trust.
+        model: a transformers model; on the meta device no embedding is checked for what it does with its rows.
         ignore: names, globs or regular expressions of modules that are left alone, as for :func:`find_sites`.
     """
     tokens = _token_embeddings(model)
@@ -113,10 +111,10 @@ def find_embedding_tables(model: nn.Module, ignore: Sequence[str] | None = None)
 
 
 def size_for_fraction(table: EmbeddingTable, form: str, keep: float) -> int:
-    """Rank, or Kronecker factor, that stores a fraction of a table.
+    """The largest rank, or Kronecker factor, that stores at most a fraction of a table's numbers.
 
     Raises:
-        UsageError: if none does, naming the smallest fraction.
+        UsageError: if there is none; the message gives the smallest fraction.
     """
     kind = embedding_named(form)
     size = kind.largest(*table.shape, keep)
@@ -130,7 +128,7 @@ def size_for_fraction(table: EmbeddingTable, form: str, keep: float) -> int:
 
 
 def saved_embedding_parameters(model: nn.Module, form: str, keep: float, ignore: Sequence[str] | None = None) -> int:
-    """How many numbers fewer a model stores with its token embeddings in a form; 0 for `keep`."""
+    """Number of parameters that a model saves with its token embeddings in a form; 0 for "dense"."""
     if form == DENSE:
         return 0
     saved = 0
@@ -151,16 +149,16 @@ def replace_embedding(
     causal: Mapping[str, bool],
     dtype: torch.dtype,
 ) -> None:
-    """Put factored modules where a table was read, and tie them.
+    """Replace all modules that use a table by factored ones, and tie them.
 
     Args:
         model: changed in place.
         table: of this model.
-        form: a word of `--embeddings`.
+        form: name of a form of embeddings.
         size: rank or Kronecker factor.
         left: (v blocks, k).
         right: (k, d / blocks).
-        causal: embedding -> whether later tokens are hidden from it, where its form asks.
+        causal: embedding -> whether it must not see later tokens; only for forms that mix tokens.
         dtype: of the stored numbers.
     """
     before, kind = declared_ties(model), embedding_named(form)
@@ -175,26 +173,26 @@ def replace_embedding(
         made.to(dtype=dtype).to_empty(device=left.device)
         made.store(left, right)
         first = first or made
-        _placed(model, name, made, old.weight.requires_grad)
+        _put(model, name, made, old.weight.requires_grad)
     assert first is not None
-    for name in table.heads:
+    for name in table.output_heads:
         old = model.get_submodule(name)
         with torch.device("meta"):
             head = TiedHead(width, rows, first.rank, first.blocks, bias=False)
         head.codes.weight, head.expand.weight = first.codes.weight, first.expand.weight  # type: ignore[assignment]
         head.register_parameter("bias", old.bias)
-        _placed(model, name, head, old.weight.requires_grad)
+        _put(model, name, head, old.weight.requires_grad)
     tie_factored(model, before)
 
 
-def _placed(model: nn.Module, name: str, module: Factored, trains: bool) -> None:
+def _put(model: nn.Module, name: str, module: Factored, trains: bool) -> None:
     for parameter in module.parameters():
         parameter.requires_grad_(trains)
     replace_module(model, name, module.eval())
 
 
 def _token_embeddings(model: nn.Module) -> set[int]:
-    """The modules that the model, and models inside it, name as their input embeddings."""
+    """Ids of the input embeddings of the model and of the models inside it."""
     found: set[int] = set()
     for part in model.modules():
         if isinstance(part, PreTrainedModel):
@@ -208,7 +206,7 @@ def _token_embeddings(model: nn.Module) -> set[int]:
 
 
 def _reason(model: nn.Module, readers: Sequence[str], ignore: Sequence[str]) -> str | None:
-    """Why a table is left alone; None if it can be factored."""
+    """Why a table cannot be factored; None if it can."""
     for name in readers:
         module = model.get_submodule(name)
         if any(matches(pattern, name) for pattern in ignore):
@@ -228,7 +226,7 @@ def _reason(model: nn.Module, readers: Sequence[str], ignore: Sequence[str]) -> 
 
 
 def _all_known(model: nn.Module, readers: Sequence[str]) -> bool:
-    """Whether the ties make one group of all readers: only then can a loader make them one again."""
+    """Whether the declared ties connect all readers: otherwise a loader could not tie them again."""
     keys = getattr(model, "all_tied_weights_keys", {}) or {}
     weights = {f"{name}.weight" for name in readers}
     linked = {source for target, source in keys.items() if target in weights and source in weights}
@@ -244,7 +242,7 @@ def _should_be_tied(model: nn.Module, name: str) -> bool:
 
 
 def _scale(module: nn.Module) -> float | None:
-    """What an embedding multiplies its rows with; None if it does anything else."""
+    """The factor by which an embedding multiplies its rows; None if it computes anything else."""
     assert isinstance(module, nn.Embedding)
     if type(module).forward is nn.Embedding.forward or module.weight.is_meta:
         return 1.0
@@ -258,10 +256,10 @@ def _scale(module: nn.Module) -> float | None:
     if made.shape != rows.shape or not bool(rows.any()):
         return None
     measured = float((made * rows).sum() / rows.square().sum())
-    # The number itself, where the module tells it: what was measured carries the rounding of the rows.
-    told = [float(v) for v in vars(module).values() if isinstance(v, int | float) and not isinstance(v, bool)]
-    told += [float(b) for b in module.buffers() if b.numel() == 1]
+    # The exact factor is often an attribute or buffer of the module; the measured one has the rounding of the rows.
+    known = [float(v) for v in vars(module).values() if isinstance(v, int | float) and not isinstance(v, bool)]
+    known += [float(b) for b in module.buffers() if b.numel() == 1]
     rounding = 4 * torch.finfo(module.weight.dtype).eps
-    scale = next((value for value in told if abs(value - measured) <= rounding * abs(measured)), measured)
+    scale = next((value for value in known if abs(value - measured) <= rounding * abs(measured)), measured)
     close = torch.allclose(made, scale * rows, rtol=rounding, atol=rounding * float(made.abs().max()))
     return scale if close else None

@@ -1,8 +1,8 @@
-"""Experts of a mixture that a model holds as 3-D parameters, taken apart into one Linear each, and put together again.
+"""Experts of a mixture that a model stores as 3-D parameters: separate them into Linear modules, and fuse them again.
 
-Many models store all experts of a layer as `gate_up_proj (E, 2f, h)` and `down_proj (E, h, f)`, some of them transposed
-or with biases. Taken apart, each expert's slice is a weight like any other: it has a name, sees the tokens that are
-routed to it, and may be stored in a form and at a rank of its own.
+Many models store all experts of a layer as `gate_up_proj (E, 2f, h)` and `down_proj (E, h, f)`, some transposed or with
+biases. A separate expert is a weight like any other: it has a name, sees the tokens that are routed to it, and is
+factored at a form and rank of its own.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from eckart.model.clone import shared_clone
 from eckart.model.replace import replace_module
 
 FORM = "experts"
-"""In place of a form's name: experts that are taken apart."""
+"""Takes the place of a form's name for experts that are separate."""
 
 FLAGS = ("is_transposed", "has_bias", "has_gate", "is_concatenated")
-"""What transformers says of experts that are stored as 3-D parameters; modules without these are left alone."""
+"""Attributes of transformers' modules with fused experts; modules without them are left alone."""
 
 
 class SeparateExperts(nn.Module):
-    """`sum over the experts e of a token: weight_e down_e(gate(up_e(x)))`, one Linear a slice.
+    """`sum over the experts e of a token: weight_e down_e(gate(up_e(x)))`, with Linear modules for up and down.
 
-    The names of the children are none that checkpoints of fused experts use, so that no conversion on loading or saving
-    takes them for those.
+    The names of the children differ from those in checkpoints of fused experts, so that transformers does not convert
+    them on loading or saving.
 
     Args:
-        fused: the module that holds the slices; its numbers are shared, not copied.
+        fused: the module with the 3-D parameters; its storage is shared, not copied.
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         rule = copy.copy(fused)
         rule._parameters = {}
-        # What the model's class says of gates and activations is asked of it; in a tuple, it is no child.
+        # The model's own module knows gates and activations; in a tuple, it is not registered as a child.
         self._rule: tuple[Any] = (rule,)
         self.each = nn.ModuleList(_expert(fused, i) for i in range(_count(fused)))
-        # As for stored forms: transformers without eckart must fail, not fill the fused numbers at random.
+        # As for factored modules: transformers without eckart must fail, not initialize fused experts at random.
         self.register_state_dict_post_hook(_write_guards)
         self.register_load_state_dict_pre_hook(_drop_guards)
         self.train(fused.training)
 
     def forward(self, hidden_states: Tensor, *routing: Tensor, **named: Tensor) -> Tensor:
-        """Experts and weights of each token, (tokens, k) both, as the fused module takes them; x is (tokens, h)."""
+        """Apply to x (tokens, h); `routing` is the experts and weights of each token, (tokens, k) both."""
         index, weights = (*routing, *named.values())
         (rule,) = self._rule
         result = torch.zeros_like(hidden_states)
         for number in torch.unique(index).tolist():
-            if number >= len(self.each):  # stands for no expert
+            if number >= len(self.each):  # marks a place without an expert
                 continue
             token, place = torch.where(index == number)
             expert: Any = self.each[number]
@@ -66,17 +66,17 @@ class SeparateExperts(nn.Module):
 
     @property
     def guards(self) -> tuple[str, ...]:
-        """Names of the fused module's parameters, under which a checkpoint holds empty tensors."""
+        """Names of the fused parameters, under which a checkpoint holds empty tensors."""
         (rule,) = self._rule
         names = (_up(rule), "down_proj")
         return (*names, *(f"{name}_bias" for name in names)) if rule.has_bias else names
 
     def spec(self) -> dict[str, Any]:
-        """As it stands in a checkpoint's config."""
+        """JSON for a checkpoint's config."""
         return {"form": FORM}
 
     def multiply_adds(self) -> int:
-        """Per token: those of as many experts as a token is sent to, of average size."""
+        """Per token: those of as many experts of average size as a token is routed to."""
         (rule,) = self._rule
         total = sum(_multiply_adds(part) for expert in self.each for part in expert.children())
         chosen = next(
@@ -85,7 +85,7 @@ class SeparateExperts(nn.Module):
         return round(total * min(int(chosen), len(self.each)) / len(self.each))
 
     def fused(self) -> nn.Module:
-        """The module that it was, with the numbers that its dense slices have now."""
+        """The module with 3-D parameters, from the numbers that the Linear modules have now."""
         (rule,) = self._rule
         module = copy.copy(rule)
         module._parameters = {}
@@ -100,7 +100,7 @@ class SeparateExperts(nn.Module):
 
 def _write_guards(module: Any, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
     leaf = next(module.parameters())
-    # Of a shape that conversions to the names of single experts can cut: experts first, then the gate from the rest.
+    # A shape that transformers' conversions can split: by experts, then into gate and up.
     state |= {prefix + name: torch.empty(len(module.each), 2, 0, dtype=leaf.dtype) for name in module.guards}
 
 
@@ -110,32 +110,32 @@ def _drop_guards(module: Any, state: dict[str, Tensor], prefix: str, *_: Any) ->
 
 
 def with_separate_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """The model, or a copy over the same numbers whose fused experts are taken apart, where it has any.
+    """The model, or, if it has fused experts, a shared clone with separate ones.
 
-    Experts that would compute something else apart, tried on a few random tokens, stay fused.
+    Experts whose outputs on a few random tokens would change stay fused.
     """
     if not any(_is_fused(module) for module in model.modules()):
         return model
-    apart = shared_clone(model)
-    for name, module in list(fused_experts(apart)):
+    separate = shared_clone(model)
+    for name, module in list(fused_experts(separate)):
         experts = SeparateExperts(module)
-        if _same(module, experts):
-            replace_module(apart, name, experts)
-    return apart
+        if _compute_the_same(module, experts):
+            replace_module(separate, name, experts)
+    return separate
 
 
 def fused_experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of all experts that are 3-D parameters of the layout that is understood."""
+    """Name and module of all experts stored as 3-D parameters in a layout that is known here."""
     return ((name, module) for name, module in model.named_modules() if _is_fused(module))
 
 
 def separate_experts(model: nn.Module) -> dict[str, SeparateExperts]:
-    """Name -> module of all experts that are taken apart."""
+    """Name -> module of all separate experts."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SeparateExperts)}
 
 
 def fuse_experts(model: nn.Module) -> None:
-    """Put experts together again, in place, where none of their slices is stored in a form."""
+    """Fuse separate experts again, in place, unless one of them is factored."""
     for name, experts in separate_experts(model).items():
         if not any(isinstance(part, FactoredLinear) for part in experts.modules()):
             replace_module(model, name, experts.fused())
@@ -161,7 +161,7 @@ def _count(fused: nn.Module) -> int:
 
 
 def _expert(fused: Any, number: int) -> nn.Module:
-    """One expert's two Linears, whose weights are views of the 3-D parameters."""
+    """One expert as two Linear modules whose weights are views of the 3-D parameters."""
     expert = nn.Module()
     for part, name in (("up", _up(fused)), ("down", "down_proj")):
         parameter = fused._parameters[name]
@@ -177,8 +177,8 @@ def _expert(fused: Any, number: int) -> nn.Module:
     return expert
 
 
-def _same(fused: Any, experts: SeparateExperts) -> bool:
-    """Whether both compute the same; on the meta device that shows when the numbers are there."""
+def _compute_the_same(fused: Any, experts: SeparateExperts) -> bool:
+    """Whether both compute the same; taken for granted on the meta device."""
     down: Any = experts.each[0].down
     up: Any = experts.each[0].up
     if down.weight.is_meta:
@@ -190,7 +190,7 @@ def _same(fused: Any, experts: SeparateExperts) -> bool:
     try:
         with torch.no_grad():
             wanted, found = fused(x, index, weights), experts(x, index, weights)
-    except Exception:  # whatever a model's own code raises: it wants something else
+    except Exception:  # any failure means: another interface
         return False
     return bool(torch.allclose(wanted, found, rtol=1e-2, atol=1e-3 * float(wanted.abs().amax())))
 

@@ -1,4 +1,4 @@
-"""Put stored forms where dense modules stand, and ordinary dense modules back."""
+"""Replace dense modules by factored ones, and factored ones by dense ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eckart.model.sites import Site
 from eckart.model.ties import tie_dense
 
 DENSE = "dense"
-"""In place of a form's name: an ordinary module."""
+"""Takes the place of a form's name for an ordinary module."""
 
 
 def store_factors(
@@ -31,10 +31,10 @@ def store_factors(
     dtype: torch.dtype,
     block: Block | None = None,
 ) -> tuple[FactoredLinear, str | None]:
-    """A module holding `W' = left @ right` in the form; low-rank where the form cannot hold it.
+    """Store `W' = left @ right` in a form; as low rank if the form cannot hold it.
 
     Args:
-        site: what is replaced.
+        site: the weight that is replaced.
         form: name of the form.
         rank: k.
         left: B, (out, k).
@@ -44,23 +44,23 @@ def store_factors(
         block: shape of the form's blocks; then the factors are those of the rearranged weight.
 
     Returns:
-        The module, and the reason of a fallback or None. The fallback keeps to the form's size: it is
-        low-rank at the largest rank that stores no more numbers.
+        The module, and the reason of a fallback or None. The fallback is low rank, at the largest rank that stores
+        no more numbers than the form would.
     """
     kind = form_named(form)
     common: dict[str, Any] = {"bias": bias is not None, "source": site.source, "dtype": dtype, "device": left.device}
     module = kind.empty(*site.shape, rank, block=block, **common)
-    reason = _try(module, site, left, right, bias)
+    reason = _try_store(module, site, left, right, bias)
     if reason is None:
         return module.eval(), None
     stored = kind.size(*site.shape, rank, block).parameters
     smaller = min(rank, max(1, stored // (site.out_features + site.in_features)))
     fallback = LowRank.empty(*site.shape, smaller, **common)
-    _try(fallback, site, left[:, :smaller], right[:smaller], bias)
+    _try_store(fallback, site, left[:, :smaller], right[:smaller], bias)
     return fallback.eval(), f"{site.name}: {reason}; stored low-rank at rank {smaller} instead of {rank}"
 
 
-def _try(module: FactoredLinear, site: Site, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
+def _try_store(module: FactoredLinear, site: Site, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
     try:
         return module.store(left, right, bias)
     except UsageError as error:
@@ -68,7 +68,7 @@ def _try(module: FactoredLinear, site: Site, left: Tensor, right: Tensor, bias: 
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at `name`, and at every other name under which the old module is known."""
+    """Put `module` at `name`, and at every other name of the module that was there."""
     old = model.get_submodule(name)
     names = [other for other, child in model.named_modules(remove_duplicate=False) if child is old]
     module.train(old.training)
@@ -77,7 +77,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def set_dense_weight(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a Linear or Conv1D other numbers: a new module, so that a model that shares its tensors keeps its own.
+    """Change the numbers of a Linear or Conv1D, in a new module: clones that share its tensors keep theirs.
 
     Args:
         model: the model to change.
@@ -99,7 +99,7 @@ def set_dense_weight(model: nn.Module, name: str, weight: Tensor, bias: Tensor |
 
 
 def serialize_module(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a module at a site stores: its tensors by name, and how to rebuild it, as JSON values."""
+    """The tensors of a module by name, and its spec as JSON, for :func:`deserialize_module`."""
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
     tensors |= dict(module.named_buffers())
     return tensors, module.spec() if isinstance(module, Factored) else {"form": DENSE}
@@ -133,20 +133,18 @@ def deserialize_module(model: nn.Module, name: str, tensors: Mapping[str, Tensor
 
 
 def factored_modules(model: nn.Module) -> dict[str, Factored]:
-    """Name -> module of everything that is stored in a form."""
+    """Name -> factored module."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Factored)}
 
 
 def to_dense_modules(model: nn.Module) -> nn.Module:
-    """Replace every stored form by the ordinary module that it stands for, in place; ties are ties again.
+    """Replace every factored module by the dense one with the same weight, in place; tied weights stay tied.
 
-    Attention heads that are gone come back with zeros for numbers, so that the model's class builds what is there.
-    Parameters that :func:`eckart.model.share_parameters` made one become as many: each module has its own, as its class
-    says.
+    Removed attention heads come back as zeros, and parameters that :func:`eckart.model.share_parameters` shared are
+    copied to each module, so that the model's class can load the result.
 
     Raises:
-        ModelError: if the model holds no stored form and shares nothing, or one that is no matrix; nothing is changed
-            then.
+        ModelError: if the model has nothing to make dense, or a module that is no matrix; then nothing is changed.
     """
     factored = factored_modules(model)
     if not factored and not pruned_heads(model) and not shared_parameters(model):
@@ -158,13 +156,13 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     for name, module in factored.items():
         replace_module(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
     tie_dense(model, factored)
-    for name, cut in pruned_heads(model).items():
-        cut.undo(model.get_submodule(name))
+    for name, pruned in pruned_heads(model).items():
+        pruned.undo(model.get_submodule(name))
     return model
 
 
 def dense_module(module: FactoredLinear) -> nn.Module:
-    """The Linear or Conv1D that a stored form stands for."""
+    """The Linear or Conv1D with the same weight and bias."""
     weight, bias = module.to_dense().detach(), module.dense_bias()
     dense: nn.Module
     if module.source == "conv1d":

@@ -1,8 +1,8 @@
-"""Parameters of several modules that are one: made, found again, and taken apart.
+"""One parameter used by several modules: share, find and unshare.
 
-transformers ties by name what the class of a model declares. Here any two parameters may be one. Which are shows in the
-model itself, where two modules hold the same object; the module that holds the later name carries a mark beside it,
-the one by which ``save_pretrained`` leaves a name out of the file. Copies, casts and replaced modules need no care.
+transformers ties by name the parameters that a model's class declares. Here any two parameters may be shared: both
+modules hold the same object, and the module with the later name has an attribute that tells ``save_pretrained`` to
+leave it out of the file. So sharing survives copies, casts and the replacement of modules.
 """
 
 from __future__ import annotations
@@ -18,28 +18,33 @@ from eckart.forms.transformers_internals import TIES, own_ties, set_own_ties
 
 
 def share_parameters(model: nn.Module, ties: Mapping[str, str]) -> None:
-    """Let the parameter of each target be that of its source.
+    """Replace the parameter of each target by that of its source.
 
     Args:
         model: changed in place.
         ties: target -> source, names of parameters. A source comes before its targets in `named_parameters()`.
 
     Raises:
-        ModelError: naming two parameters that cannot be one; those before them are.
+        ModelError: if two shapes differ; the ties before these are made.
     """
     for target, source in ties.items():
         owner, key = parameter_owner(model, target)
         one, other = model.get_parameter(source), owner._parameters[key]
         if other is None or one.shape != other.shape or isinstance(owner, PreTrainedModel):
             shapes = f"{tuple(one.shape)} and {None if other is None else tuple(other.shape)}"
-            raise ModelError(f"{target} cannot be {source}: their shapes are {shapes}. Share parameters of one shape.")
+            raise ModelError(
+                f"{target} cannot share {source}: their shapes are {shapes}. Share parameters of one shape."
+            )
         owner._parameters[key] = one
-        # transformers reads it from every module when it saves; it ties again only on a `PreTrainedModel`.
+        # transformers reads this from every module when it saves, but ties again only those of a `PreTrainedModel`.
         set_own_ties(owner, {**(own_ties(owner) or {}), key: source})
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:
-    """Target -> source of what :func:`share` has made and still holds; the source is the first name of all."""
+    """Target -> source of the ties that :func:`share_parameters` made and that still hold.
+
+    The source is the first name of the parameter in the model.
+    """
     first: dict[int, str] = {}
     for name, parameter in model.named_parameters():
         first.setdefault(id(parameter), name)
@@ -56,7 +61,7 @@ def shared_parameters(model: nn.Module) -> dict[str, str]:
 
 
 def unshare_parameters(model: nn.Module) -> None:
-    """Give every target numbers of its own, in place: those that it has."""
+    """Give every target a copy of its own, in place."""
     for target in shared_parameters(model):
         owner, key = parameter_owner(model, target)
         parameter = model.get_parameter(target)

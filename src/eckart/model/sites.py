@@ -1,4 +1,4 @@
-"""Find the weights that may be replaced, by asking the model for its modules."""
+"""Find the weights that can be factored."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import ModelError, UsageError
 from eckart.forms import Factored
 
-# Configuration keys under which models keep their number of experts: a Linear of that many outputs beside
-# the experts is a router.
+# Configuration keys for the number of experts: a Linear of that many outputs beside the experts is a router.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class Site:
-    """A weight that eckart may replace.
+    """A weight that can be factored.
 
     Attributes:
         name: dotted module name.
@@ -51,16 +50,16 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """The name without its layer number: what sites of the same role share."""
+        """The name with "*" for layer numbers: the same for sites of one role."""
         return re.sub(r"\.\d+(?=\.|$)", ".*", self.name)
 
 
 @dataclass(frozen=True)
 class Sites:
-    """What was found.
+    """The weights of a model.
 
     Attributes:
-        chosen: sites in the order of the model's modules.
+        chosen: sites that can be factored, in the order of the model's modules.
         skipped: every other module that holds a matrix -> why it is left alone.
     """
 
@@ -69,25 +68,25 @@ class Sites:
 
 
 def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] | None = None) -> Sites:
-    """Every Linear (subclasses too) and Conv1D inside the model's body, and why the rest is left alone.
+    """Find every Linear (subclasses too) and Conv1D inside the model's body.
 
     Args:
         model: a transformers model, or any module.
-        targets: names, globs or regular expressions; only what one of them matches is chosen. A
-            pattern matches a whole dotted name or its end at a dot ("q_proj" is every q_proj).
-        ignore: the same; what one of them matches is left alone.
+        targets: names, globs or regular expressions; only modules that match one of them are chosen. A
+            pattern matches a whole dotted name or its end after a dot ("q_proj" is every q_proj).
+        ignore: the same; modules that match one of them are left alone.
 
     Returns:
-        The sites and the skipped modules.
+        The sites, and why all other modules with matrices are left alone.
 
     Raises:
-        UsageError: for a pattern that matches nothing, with near misses.
+        UsageError: if a pattern matches nothing; the message gives similar names.
         ModelError: if nothing is left to factor, or the model is already factored.
     """
     _refuse_factored(model)
     found: dict[str, Site] = {}
     skipped: dict[str, str] = {}
-    heads = _head_modules(model)
+    output_heads = _output_heads(model)
     uses = _uses(model)
     experts = {
         value for key in EXPERT_COUNTS if isinstance(value := getattr(getattr(model, "config", None), key, None), int)
@@ -107,7 +106,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
     for name, module in model.named_modules():
         if not _own_matrix(module):
             continue
-        reason = _reason(name, module, heads, uses, experts, inside_attention, near_experts)
+        reason = _reason(name, module, output_heads, uses, experts, inside_attention, near_experts)
         if reason is None:
             found[name] = _site(name, module)
         else:
@@ -140,8 +139,8 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
 
 
 def has_output_head(model: nn.Module) -> bool:
-    """Whether the model turns hidden states into logits; a model without a head puts out features."""
-    return bool(_head_modules(model))
+    """Whether the model has an output head; without one, its outputs are hidden states."""
+    return bool(_output_heads(model))
 
 
 def dense_weight(module: nn.Module) -> Tensor:
@@ -164,13 +163,13 @@ def _own_matrix(module: nn.Module) -> bool:
 def _reason(
     name: str,
     module: nn.Module,
-    heads: set[int],
+    output_heads: set[int],
     uses: dict[int, int],
     experts: set[int],
     inside_attention: set[int],
     near_experts: set[int],
 ) -> str | None:
-    """Why a module that holds a matrix is left alone; None if it is a site."""
+    """Why a module that holds a matrix cannot be factored; None if it can."""
     if isinstance(module, nn.Embedding):
         return "embedding, left alone"
     if id(module) in inside_attention:
@@ -180,7 +179,7 @@ def _reason(
         if any(len(shape) == 3 for shape in shapes) and "expert" in type(module).__name__.lower():
             return f"fused experts {shapes[0]}, not a single weight"
         return f"{type(module).__name__}, neither Linear nor Conv1D"
-    if id(module) in heads:
+    if id(module) in output_heads:
         return "output head, left alone"
     if uses[id(module.weight)] > 1:
         return "its weight is tied to another module's"
@@ -198,7 +197,7 @@ def _reason(
 
 def _is_affine(module: nn.Module) -> bool:
     """Whether a Linear subclass with its own forward still computes `x W^T + b`."""
-    if module.weight.is_meta:  # shows when the numbers are there
+    if module.weight.is_meta:  # cannot be checked without numbers
         return True
     weight = dense_weight(module)
     stream = torch.Generator().manual_seed(0)
@@ -211,22 +210,22 @@ def _is_affine(module: nn.Module) -> bool:
         return False
 
 
-def _head_modules(model: nn.Module) -> set[int]:
-    """Modules that turn the body's output into the task's: everything outside `base_model`, and the head."""
-    heads: set[int] = set()
+def _output_heads(model: nn.Module) -> set[int]:
+    """Ids of the output head and of all other modules outside `base_model`."""
+    output_heads: set[int] = set()
     body = getattr(model, "base_model", model)
     if body is not model:
         inside = {id(module) for module in body.modules()}
-        heads |= {id(module) for module in model.modules() if id(module) not in inside}
+        output_heads |= {id(module) for module in model.modules() if id(module) not in inside}
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     if head is not None:
-        heads.add(id(head))
-    return heads
+        output_heads.add(id(head))
+    return output_heads
 
 
 def _uses(model: nn.Module) -> dict[int, int]:
-    """Parameter -> in how many distinct modules it stands."""
+    """Id of a parameter -> number of distinct modules that hold it."""
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -264,7 +263,7 @@ def _matching(patterns: Sequence[str], names: Sequence[str], option: str) -> set
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether a name, glob or regular expression means a module."""
+    """Whether a name, glob or regular expression matches the name of a module."""
     if name == pattern or name.endswith("." + pattern):
         return True
     if fnmatch.fnmatchcase(name, pattern):

@@ -39,7 +39,7 @@ def list_forms() -> Table:
     table = _make_catalog("forms of a weight of m rows and n columns, rank k (--form)", ("stored as", "paper"))
     for name in FORMS:
         about = FORMS.about(name)
-        table.add_row(name, about["doc"], about.get("paper", ""))
+        table.add_row(name, about["doc"], about["paper"])
     return table
 
 

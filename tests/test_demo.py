@@ -5,19 +5,31 @@ import math
 import pytest
 
 from eckart.cli.app import app
-from eckart.demo.show import DEFAULT, Demo, check_same
+from eckart.demo import reload
+from eckart.demo.reload import check_same, reload_in_fresh_process
+from eckart.demo.steps import DEFAULT, Demo, DemoRow
+from eckart.demo.tables import ranking_table
 from eckart.errors import EckartError
+from eckart.report.words import to_plain_text
 
 
-def test_demo_compares_publishes_and_reloads(capsys, tmp_path):
-    words = ["--windows", "4", "--held-tokens", "1024", "--methods", f"svd,{DEFAULT}", "--output-dir", tmp_path / "out"]
+def test_demo_compares_publishes_and_reloads(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(reload, "NEW_TOKENS", 2)
+    words = ["--windows", "2", "--held-tokens", "512", "--methods", "svd", "--output-dir", tmp_path / "out"]
     with pytest.raises(SystemExit) as left:
         app(["demo", *map(str, words)])
     found = capsys.readouterr()
     assert not left.value.code, found.err
-    for part in ("original", "svd", f"{DEFAULT} (default)", "in a fresh process", "class Reader", "What to try next"):
-        assert part in found.out
+    for part in ("original", "svd", f"by the default, {DEFAULT}", "in a fresh process", "class Reader", "to try next"):
+        assert part in found.out + found.err
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_ranking_puts_the_best_method_on_top():
+    rows = [DemoRow(name, keep, 20.0 + place, keep, 1.5) for keep in (0.7, 0.4) for place, name in enumerate("ba")]
+    text = to_plain_text(ranking_table(20.0, rows, Demo(methods=("a", "b")))).splitlines()
+    assert [line.split()[0] for line in text[2:5]] == ["original", "b", "a"]
+    assert text[4].split() == ["a", "21.00", "+5.0%", "21.00", "+5.0%", "3.0"]
 
 
 def test_reload_that_differs_is_an_error(tmp_path):
@@ -27,6 +39,7 @@ def test_reload_that_differs_is_an_error(tmp_path):
             check_same(20.0, there, tmp_path)
 
 
-def test_folder_that_cannot_be_loaded_is_an_error(tmp_path):
-    with pytest.raises(EckartError, match="fresh process"):
-        Demo().reload(tmp_path)
+def test_folder_that_cannot_be_loaded_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(reload, "PROGRAM", "raise OSError('no weights')")
+    with pytest.raises(EckartError, match=r"fresh process(.|\n)*no weights"):
+        reload_in_fresh_process(tmp_path, Demo().held_out)

@@ -47,7 +47,8 @@ def demo(
     names = [METHODS.check(name) for name in split_words(methods, "--methods")]
 
     from eckart.compression.result import load_lines
-    from eckart.demo.show import DEFAULT, MODEL, Demo, check_same
+    from eckart.demo.reload import check_same, reload_in_fresh_process
+    from eckart.demo.steps import DEFAULT, MODEL, Demo
     from eckart.demo.tables import ranking_table, reload_lines
     from eckart.report.compression import render_compression
     from eckart.storage.publish import check_output
@@ -71,7 +72,7 @@ def demo(
         here = shown.measure(result.model)
         show(render_compression(result.report), "")
         say("Loading it in a fresh process ...")
-        found = shown.reload(folder)
+        found = reload_in_fresh_process(folder, shown.held_out)
         check_same(here, found.perplexity, folder)
         show(reload_lines(source.bytes, found.bytes, dense, here, found.perplexity, found.text))
         if output_dir is not None:

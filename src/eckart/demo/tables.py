@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Group
 from rich.text import Text
 
-from eckart.demo.show import DEFAULT, Demo, DemoRow
+from eckart.demo.steps import DEFAULT, Demo, DemoRow
 from eckart.report.words import add_columns, format_number, make_table
 
 

@@ -1,17 +1,31 @@
-"""A tiny classifier, separable data, and a loop that drives a room the way a trainer does."""
+"""A tiny classifier, separable data, a loop that drives a recovery as the training loop does, and tiny folders."""
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from architectures import scaled
+from tiny import DEMO, llama, text
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
+import eckart
 from eckart.recovery.base import RecoveryContext
 
 VOCABULARY, LENGTH = 32, 8
+
+QUICK = {"max_steps": 6, "batch_size": 4, "max_seq_length": 16, "learning_rate": 3e-3, "num_samples": 14,
+         "eval_samples": 8}  # fmt: skip
+"""Options of a training that takes half a second; its 14 rows make an epoch of four steps, the last one smaller."""
 
 
 def bert(**options: Any) -> PreTrainedModel:
@@ -52,8 +66,10 @@ def accuracy(model: PreTrainedModel) -> float:
     return float((logits(model).argmax(-1) == batch(99)["labels"]).float().mean())
 
 
-def begun(model: PreTrainedModel, recovery: Any, steps: int, teacher: PreTrainedModel | None = None) -> PreTrainedModel:
-    """The model as the room has prepared it."""
+def prepare_model(
+    model: PreTrainedModel, recovery: Any, steps: int, teacher: PreTrainedModel | None = None
+) -> PreTrainedModel:
+    """The model as the recovery has prepared it."""
     recovery.prepare(model, RecoveryContext(teacher, "classification", None, steps))
     return model
 
@@ -70,7 +86,7 @@ def train(
     model.train()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, rate)
-    layers = "hidden_states" in recovery.wants
+    layers = "hidden_states" in recovery.needed_outputs
     for step in range(steps):
         inputs = batch(step)
         outputs = model(**inputs, output_hidden_states=layers)
@@ -84,3 +100,79 @@ def train(
         if watch is not None:
             watch(step)
     return model.eval()
+
+
+# -- folders ---------------------------------------------------------------------------------------------
+
+
+def reader() -> Any:
+    """The demo model's tokenizer with a mask token."""
+    found = AutoTokenizer.from_pretrained(DEMO)
+    found.add_special_tokens({"mask_token": "<mask>"})
+    if found.pad_token_id is None:
+        found.pad_token = found.eos_token
+    return found
+
+
+def bert_config(**more: Any) -> BertConfig:
+    """Of a tiny encoder for the demo model's tokenizer."""
+    return BertConfig(
+        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=32, pad_token_id=0, **more,
+    )  # fmt: skip
+
+
+@cache
+def tuning_folders() -> Path:
+    """Once a process: `dense`, a causal model; `lowrank` and `pivoted`, the same factored; `bert` and `bert-mlm`,
+    factored encoders; `text.txt` and `rows.tsv`. Only to be read.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="eckart-tuning-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer = reader()
+    text(folder)
+    dense = llama(num_hidden_layers=4, tie_word_embeddings=True)
+    dense.to(torch.float32).save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    for form in ("lowrank", "pivoted"):
+        result = eckart.compress(dense, tokenizer, method="svd", keep=0.5, form=form)
+        result.save_pretrained(folder / form)
+    torch.manual_seed(0)
+    for name, kind in (("bert", BertModel), ("bert-mlm", BertForMaskedLM)):
+        result = eckart.compress(scaled(kind(bert_config())), tokenizer, method="svd", keep=0.5)
+        result.save_pretrained(folder / name)
+    words = ["yes good fine", "no bad poor"]
+    rows = [f"{words[i % 2]} {i}\t{words[(i // 2) % 2]}\t{i % 2}\t{(i % 2) * 2.5}" for i in range(40)]
+    (folder / "rows.tsv").write_text("text\tother\tlabel\tscore\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+@contextmanager
+def interrupted(step: int) -> Iterator[None]:
+    """A training inside is interrupted in its `step`-th step, as by Ctrl-C."""
+    from eckart.recovery.training import loop
+
+    own, calls = loop._add_gradients, []
+
+    def counted(*args: Any) -> float:
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return own(*args)
+
+    loop._add_gradients = counted
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise AssertionError("the training ended before")
+    finally:
+        loop._add_gradients = own
+
+
+def is_closed_form(recovery: Any) -> bool:
+    """Whether a recovery has no steps."""
+    from eckart.recovery import ClosedFormRecovery
+
+    return issubclass(recovery, ClosedFormRecovery)

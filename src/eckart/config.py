@@ -74,6 +74,11 @@ class RecipeBase(BaseModel):
             raise ValueError(f"no such device here ({reason}); use auto, cpu, or a device that torch finds") from None
         return str(value)
 
+    @classmethod
+    def combine(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a recipe or run file, and those that were given apart from it, which win."""
+        return {**content, **options}
+
     @property
     def inputs(self) -> list[str]:
         """What a run by this recipe reads: paths and names, which no output may replace."""
@@ -136,7 +141,7 @@ def merge_recipe(kind: type[R], recipe: R | None, options: Mapping[str, Any], wh
         return check_recipe(kind, options, where)
     if not isinstance(recipe, kind):
         raise UsageError(f"{where}: recipe is a {type(recipe).__name__}; pass a {kind.__name__}, or its fields alone.")
-    return check_recipe(kind, {**recipe.model_dump(exclude_unset=True), **options}, where)
+    return check_recipe(kind, kind.combine(recipe.model_dump(exclude_unset=True), options), where)
 
 
 def resolve_device(name: str | None = "auto") -> torch.device:

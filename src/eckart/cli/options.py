@@ -112,7 +112,7 @@ def recipe_from_cli(
     if content:
         check_recipe(kind, content, where)
     given = {**options, **({"model": model} if model is not None else {})}
-    return check_recipe(kind, {**content, **given}, "command line")
+    return check_recipe(kind, kind.combine(content, given), "command line")
 
 
 def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:

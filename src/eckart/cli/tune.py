@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import guarded, say, show
+from eckart.cli.console import guarded, show
 from eckart.cli.options import (
     ConfigOption,
     OutputOption,
@@ -17,6 +17,7 @@ from eckart.cli.options import (
 )
 from eckart.cli.run_file import read_run
 from eckart.recovery.recipe import TuneRecipe
+from eckart.storage.publish import check_output
 
 
 @guarded
@@ -50,16 +51,9 @@ def tune(
     recipe = recipe_from_cli(TuneRecipe, model, options, content, f"--config {config}")
     folder, replace = output.override(output_dir, overwrite)
 
-    from eckart.recovery.pipeline import tune_checkpoint
+    from eckart.recovery.pipeline import tune as run
     from eckart.report.training import render_tuning
 
-    recipe.build_recovery()
-    result, published = tune_checkpoint(
-        recipe,
-        folder,
-        overwrite=replace,
-        inputs=[config],
-        restart=restart,
-        tell=lambda message: say(message, "dim"),
-    )
-    show(render_tuning(result.report), "", f"published in {published}")
+    check_output(folder, overwrite=replace, inputs=[config])
+    result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart)
+    show(render_tuning(result.report), "", f"published in {result.folder}")

@@ -1,4 +1,4 @@
-"""Ways to make quality come back after factoring: in closed form, and by training.
+"""Recovering the quality of a compressed model: in closed form, and by training.
 
 A new recovery is one file with one class on :class:`Recovery`, and one line in :data:`eckart.registry.RECOVERIES`.
 """
@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING
 from eckart.registry import RECOVERIES, lazy_attributes
 
 if TYPE_CHECKING:
-    from eckart.recovery.adapter import Adapter, load_adapter, save_adapter
     from eckart.recovery.base import ClosedFormRecovery, Recovery, RecoveryContext
     from eckart.recovery.distil import Distil, InterLayer, NoachGoldberg
     from eckart.recovery.dsee import DSEE
     from eckart.recovery.full import Full
     from eckart.recovery.lora import LoRA
     from eckart.recovery.losparse import LoSparse, LoSparseDistilled
-    from eckart.recovery.options import make_recovery, recovery_named
     from eckart.recovery.refit import Refit
     from eckart.recovery.sandwich import Sandwich
+    from eckart.recovery.settings import make_recovery
+    from eckart.recovery.training.adapter import Adapter, load_adapter, save_adapter
 
 __all__ = [
     "DSEE",
@@ -39,21 +39,20 @@ __all__ = [
     "Sandwich",
     "load_adapter",
     "make_recovery",
-    "recovery_named",
     "save_adapter",
 ]
 
 __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
-        "adapter": ("Adapter", "load_adapter", "save_adapter"),
+        "training.adapter": ("Adapter", "load_adapter", "save_adapter"),
         "base": ("ClosedFormRecovery", "Recovery", "RecoveryContext"),
         "distil": ("Distil", "InterLayer", "NoachGoldberg"),
         "dsee": ("DSEE",),
         "full": ("Full",),
         "lora": ("LoRA",),
         "losparse": ("LoSparse", "LoSparseDistilled"),
-        "options": ("make_recovery", "recovery_named"),
+        "settings": ("make_recovery",),
         "refit": ("Refit",),
         "sandwich": ("Sandwich",),
     },

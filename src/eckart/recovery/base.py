@@ -1,7 +1,8 @@
-"""What every way of recovering by training is: a recovery that the training loop calls at fixed points.
+"""The base classes of recoveries: what the training loop calls, and when.
 
-A way of recovering is one file with one class on :class:`Recovery`, and one line in `RECOVERIES`. Its settings are the
-fields of its dataclass; `--recovery-option name=value` sets them.
+A recovery is one file with one dataclass on :class:`Recovery`, and one line in `eckart.registry.RECOVERIES`. Its
+settings are the fields of the dataclass: `LoRA(rank=8)` in Python, `--recovery lora --recovery-option rank=8` on the
+command line.
 """
 
 from __future__ import annotations
@@ -20,36 +21,40 @@ from eckart.errors import UsageError
 
 @dataclass
 class RecoveryContext:
-    """What a recovery is told about the training it takes part in.
+    """The tuning that a recovery takes part in.
 
     Attributes:
-        teacher: the model that is learnt from, in evaluation mode; None where there is none.
+        teacher: the model to learn from, in evaluation mode; None where there is none.
         task: "classification", "regression", "masked", "causal" or "embedding".
-        recipe: what was asked for.
+        recipe: the options.
         total_steps: optimizer steps of the whole training.
-        head: names of modules that were newly initialized, and of a classifier's own head: always trained.
-        notes: a recovery writes here what it could not do as asked.
-        step: the optimizer step that is being made, from 0; the training loop keeps it.
-        pooling: how tokens become the sentence embedding that task "embedding" learns.
+        output_head: modules that are always trained: a classifier's output head, and what is newly initialized.
+        notes: for the report: what could not be done as asked.
+        step: the current optimizer step, from 0; the training loop sets it.
+        pooling: how tokens become the sentence embedding, in task "embedding".
     """
 
     teacher: PreTrainedModel | None
     task: str
     recipe: Any
     total_steps: int
-    head: tuple[str, ...] = ()
+    output_head: tuple[str, ...] = ()
     notes: list[str] = field(default_factory=list)
     step: int = 0
     pooling: Pooling | None = None
 
-    def in_head(self, name: str) -> bool:
-        """Whether a parameter belongs to the head."""
-        return any(name.startswith(f"{head}.") for head in self.head)
+    def in_output_head(self, name: str) -> bool:
+        """Whether a parameter belongs to the output head."""
+        return any(name.startswith(f"{head}.") for head in self.output_head)
 
 
 @dataclass
 class Recovery:
-    """A recovery that trains every weight on the task's own loss; others override what they do differently.
+    """Trains every weight on the task's own loss; a subclass overrides what it does differently.
+
+    The order of the calls: `prepare` once; in each step `loss` for each batch, `after_backward` once all gradients are
+    there, `after_step` once the optimizer has changed the weights; `finish` once. What must survive an interruption and
+    is no weight or buffer of the model goes through `state` and `restore`.
 
     Class attributes:
         name: as `--recovery` takes it.
@@ -57,8 +62,8 @@ class Recovery:
         paper: authors, year, identifier; "" for common knowledge.
         needs_teacher: whether there must be a teacher.
         learning_rate: where none is asked for.
-        starts_dense: whether it makes its own factors or updates, of a model that has none.
-        unread: options of the recipe that mean nothing to it: refused where they are given.
+        needs_dense_model: whether the model must not be factored yet.
+        unused_options: options of the recipe that mean nothing to it: refused where they are given.
         remedy: what to try where the model did not get better.
     """
 
@@ -67,15 +72,15 @@ class Recovery:
     paper: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
-    starts_dense: ClassVar[bool] = False
-    unread: ClassVar[tuple[str, ...]] = ()
+    needs_dense_model: ClassVar[bool] = False
+    unused_options: ClassVar[tuple[str, ...]] = ()
     remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
 
     def refusal(self, task: str) -> str | None:
         """Why a task cannot be learnt in this way, or None."""
         return "it learns from the task's own loss, and there is none" if task == "embedding" else None
 
-    def within(self, interval: str, *keys: str) -> None:
+    def check_range(self, interval: str, *keys: str) -> None:
         """Check settings that are numbers.
 
         Args:
@@ -95,7 +100,7 @@ class Recovery:
             if not (above and below):
                 self._refuse(key, f"in {interval}")
 
-    def one_of(self, known: Collection[str], key: str) -> None:
+    def check_choice(self, known: Collection[str], key: str) -> None:
         """Check a setting that is a word.
 
         Raises:
@@ -112,65 +117,73 @@ class Recovery:
         )
 
     @property
-    def wants(self) -> frozenset[str]:
-        """Logits alone."""
+    def needed_outputs(self) -> frozenset[str]:
+        """Outputs of the models beside the logits that `loss` reads: "hidden_states", "attentions"."""
         return frozenset()
 
     @property
     def shrinks(self) -> bool:
-        """The size stays."""
+        """Whether the model becomes smaller; a smaller model is published whatever it scores."""
         return False
 
     def prepare(self, model: PreTrainedModel, context: RecoveryContext) -> None:
-        """Keep the context; count what is trained."""
+        """Change the model for training, in place: on the CPU, every weight with `requires_grad`."""
         self.context = context
         self.count(model)
 
     def count(self, model: nn.Module) -> None:
-        """Count all weights and those that are trained, for the report."""
+        """Count all numbers of the weights and those that are trained, for the report."""
         self.trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.weights = sum(p.numel() for p in model.parameters())
 
     def loss(self, outputs: Any, teacher_outputs: Any, batch: Mapping[str, Tensor], task_loss: Tensor) -> Tensor:
-        """The task's own loss."""
+        """What is minimized, a mean over the batch.
+
+        Args:
+            outputs: of the student.
+            teacher_outputs: without gradients; None where there is no teacher.
+            batch: input_ids, attention_mask (B, T) and what else the model reads.
+            task_loss: the task's own loss; 0 where the task has none.
+        """
         return task_loss
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """Nothing."""
+        """All gradients of a step are there, not clipped yet."""
 
     def after_step(self, model: nn.Module, step: int) -> None:
-        """Nothing."""
+        """The optimizer has made a step, counted from 0."""
 
     def finish(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The model as it is."""
+        """The trained model as it is to be published, on the CPU."""
         return model
 
     def report(self) -> dict[str, Any]:
-        """How much was trained."""
+        """What was done, as JSON values."""
         return {"trained": self.trained, "of": self.weights, "trained_fraction": self.trained / self.weights}
 
     def state(self) -> dict[str, Tensor]:
-        """Nothing."""
+        """What a training that resumes needs beside the model's own parameters and buffers."""
         return {}
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing."""
+        """Take over what :meth:`state` gave, after `prepare`."""
 
 
 @dataclass
 class ClosedFormRecovery(Recovery):
-    """A recovery that solves for better weights and trains nothing: `solve` is called once, in place of the loop.
+    """Solves for better weights and trains nothing: `solve` is called once, in place of the training loop.
 
-    It gives no hooks of a step. Every weight that it changes comes from the statistics of one pass over the text.
+    Every weight that it changes comes from the statistics of one pass over the text.
     """
 
-    unread: ClassVar[tuple[str, ...]] = (
+    unused_options: ClassVar[tuple[str, ...]] = (
         "epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
+        "gradient_accumulation", "gradient_checkpointing", "bf16",
     )  # fmt: skip
     remedy: ClassVar[str] = "Try more data (--num-samples), or train instead: --recovery distil"
 
     def refusal(self, task: str) -> str | None:
-        """Any text will do."""
+        """Text of any task will do."""
         return None
 
     def solve(
@@ -182,6 +195,6 @@ class ClosedFormRecovery(Recovery):
             model: the student, in evaluation mode, on the device that it computes on.
             context: with the teacher, on the same device.
             batches: text without labels.
-            store: where hidden states may wait.
+            store: keeps hidden states between two blocks.
         """
         raise NotImplementedError

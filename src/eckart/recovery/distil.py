@@ -59,13 +59,13 @@ class Distil(Recovery):
     def __post_init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
-        self.one_of(("kl", "mse"), "attention_loss")
-        self.within("(0, inf)", "temperature")
+        self.check_choice(("kl", "mse"), "attention_loss")
+        self.check_range("(0, inf)", "temperature")
         self._check_weights(TERMS)
 
     def _check_weights(self, names: Sequence[str]) -> None:
         """Refuse weights below 0, and a sum of nothing."""
-        self.within("[0, inf)", *names)
+        self.check_range("[0, inf)", *names)
         if not any(getattr(self, name) for name in names):
             raise UsageError(
                 f"recovery {self.name}: no weight of {', '.join(names)} is above 0, so there is nothing to minimize: "
@@ -85,7 +85,7 @@ class Distil(Recovery):
         return None
 
     @property
-    def wants(self) -> frozenset[str]:
+    def needed_outputs(self) -> frozenset[str]:
         """Hidden states and attention maps, where their weight is not 0."""
         hidden = {"hidden_states"} if self.hidden or self.embedding else set()
         return frozenset(hidden | ({"attentions"} if self.attention else set()))
@@ -184,7 +184,7 @@ class NoachGoldberg(Distil):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("[0, 1]", "first_stage")
+        self.check_range("[0, 1]", "first_stage")
 
     def active(self) -> tuple[str, ...]:
         """Features until `first_stage` of the steps are made, then the outputs (and the task, if it has a weight)."""

@@ -20,13 +20,14 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import UsageError
 from eckart.linalg import low_rank_sparse_split, smallest_masked
 from eckart.model import Site, dense_weight, find_sites, replace_module
-from eckart.recovery.adapter import Adapted, Adapter, adapted_modules, fold_gates, gate_input, merge
 from eckart.recovery.base import Recovery, RecoveryContext
-from eckart.recovery.losparse import patterns
-from eckart.recovery.pruning.attention import AttentionHeads
+from eckart.recovery.pruning.attention import HeadLayout
+from eckart.recovery.pruning.gates import fold_gates, gate_input
 from eckart.recovery.pruning.heads import find_heads, remove_heads
 from eckart.recovery.pruning.heads import magnitudes as head_magnitudes
-from eckart.recovery.pruning.neurons import Neurons, find_neurons, magnitudes, remove_neurons
+from eckart.recovery.pruning.neurons import NeuronLayer, find_neurons, magnitudes, remove_neurons
+from eckart.recovery.settings import split_patterns
+from eckart.recovery.training.adapter import AdaptedLinear, Adapter, adapted_modules, merge
 
 # What models call the projections of queries and values, which the paper updates; fused projections hold them too.
 ADAPTED = (
@@ -66,7 +67,7 @@ class DSEE(Recovery):
     name: ClassVar[str] = "dsee"
     title: ClassVar[str] = "a low-rank + sparse update of a frozen model, which may be pruned on the way"
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2111.00160"
-    starts_dense: ClassVar[bool] = True
+    needs_dense_model: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 5e-4
 
     rank: int = 16
@@ -85,18 +86,18 @@ class DSEE(Recovery):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self.one_of(PRUNE, "prune")
-        self.one_of(SCORES, "score")
-        self.within("[1, inf)", "rank", "rounds")
-        self.within("[0, inf)", "alpha", "positions", "penalty")
-        self.within("[0, 1)", "fraction", "heads")
-        self.within("[0, 1]", "prune_at")
+        self.check_choice(PRUNE, "prune")
+        self.check_choice(SCORES, "score")
+        self.check_range("[1, inf)", "rank", "rounds")
+        self.check_range("[0, inf)", "alpha", "positions", "penalty")
+        self.check_range("[0, 1)", "fraction", "heads")
+        self.check_range("[0, 1]", "prune_at")
         self.adapter: Adapter | None = None
         self._sites: tuple[Site, ...] = ()
-        self._layers: list[Neurons | AttentionHeads] = []
+        self._layers: list[NeuronLayer | HeadLayout] = []
         self._heads_config: Mapping[str, int] = {}
         self._gates: list[nn.Parameter] = []
-        self._kept: dict[Neurons | AttentionHeads, Tensor] = {}
+        self._kept: dict[NeuronLayer | HeadLayout, Tensor] = {}
         self._pruned = False
         self._threshold = -1.0
         self._report: dict[str, Any] = {}
@@ -125,14 +126,14 @@ class DSEE(Recovery):
             places = self._places(dense_weight(old), site.name)
             stream = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {site.name}".encode()))  # 32 bits count
             alpha = self.alpha or float(self.rank)
-            replace_module(model, site.name, Adapted(old, min(self.rank, *site.shape), alpha, places, stream))
+            replace_module(model, site.name, AdaptedLinear(old, min(self.rank, *site.shape), alpha, places, stream))
         for layer in self._layers:
             ones = torch.ones(layer.count, device=_frozen(model, layer.reader).device)
             gates = gate_input(model.get_submodule(layer.reader), ones.requires_grad_(self.score == "gates"))
             self._gates.append(gates)
         head = {id(parameter) for parameter in _head(model)} if self.train_head else set()
         for name, parameter in model.named_parameters():
-            if id(parameter) in head or context.in_head(name):
+            if id(parameter) in head or context.in_output_head(name):
                 parameter.requires_grad_(True)
         super().prepare(model, context)
         self._report = {
@@ -246,8 +247,8 @@ class DSEE(Recovery):
 
     def _remove(self, model: PreTrainedModel) -> dict[str, Any]:
         """Take out what was pruned; how many neurons and heads went, and how many each layer has left."""
-        neurons = {layer: mask for layer, mask in self._kept.items() if isinstance(layer, Neurons)}
-        heads = {layer: mask for layer, mask in self._kept.items() if isinstance(layer, AttentionHeads)}
+        neurons = {layer: mask for layer, mask in self._kept.items() if isinstance(layer, NeuronLayer)}
+        heads = {layer: mask for layer, mask in self._kept.items() if isinstance(layer, HeadLayout)}
         reason = remove_neurons(model, neurons) if neurons else None
         if reason is not None:
             self.context.notes.append(f"pruned neurons are zero but still there: {reason}")
@@ -261,7 +262,7 @@ class DSEE(Recovery):
         }
 
     def _updated(self, model: PreTrainedModel) -> Sequence[Site]:
-        sites = find_sites(model, patterns(self.targets), patterns(self.ignore)).chosen
+        sites = find_sites(model, split_patterns(self.targets), split_patterns(self.ignore)).chosen
         if self.targets:
             return sites
         usual = tuple(site for site in sites if site.name.rpartition(".")[2] in ADAPTED)
@@ -294,16 +295,16 @@ class DSEE(Recovery):
             for name, mask in zip(names, masks, strict=True):
                 _frozen(model, name).mul_(mask)
 
-    def _close(self, model: nn.Module, layer: Neurons | AttentionHeads) -> None:
+    def _close(self, model: nn.Module, layer: NeuronLayer | HeadLayout) -> None:
         """Close the gates of what matters least; the others stay as they were trained."""
         gate = model.get_parameter(f"{layer.reader}.input_gate")
         if self.score == "gates":
             scores = gate.detach().abs()
-        elif isinstance(layer, AttentionHeads):
+        elif isinstance(layer, HeadLayout):
             scores = head_magnitudes(model, layer, _frozen)
         else:
             scores = magnitudes(_frozen(model, layer.reader), [_frozen(model, name) for name in layer.writers])
-        count = int((self.heads if isinstance(layer, AttentionHeads) else self.fraction) * layer.count)
+        count = int((self.heads if isinstance(layer, HeadLayout) else self.fraction) * layer.count)
         kept = torch.ones(layer.count, dtype=torch.bool, device=scores.device)
         kept[scores.argsort(stable=True)[:count]] = False
         with torch.no_grad():
@@ -318,7 +319,7 @@ def _listed(names: Sequence[str]) -> str:
 def _frozen(model: nn.Module, name: str) -> Tensor:
     """The frozen weight at a site, (out, in), in place."""
     module: Any = model.get_submodule(name)
-    return dense_weight(module.dense if isinstance(module, Adapted) else module)
+    return dense_weight(module.dense if isinstance(module, AdaptedLinear) else module)
 
 
 def _head(model: PreTrainedModel) -> list[nn.Parameter]:

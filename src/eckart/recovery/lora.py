@@ -40,9 +40,9 @@ class LoRA(Recovery):
     dense: bool = False
 
     def __post_init__(self) -> None:
-        self.within("[1, inf)", "rank")
-        self.within("[0, inf)", "alpha")
-        self.within("[0, 1)", "dropout")
+        self.check_range("[1, inf)", "rank")
+        self.check_range("[0, inf)", "alpha")
+        self.check_range("[0, 1)", "dropout")
 
     def prepare(self, model: PreTrainedModel, context: RecoveryContext) -> None:
         """Freeze everything but the head, and put the adapters in.
@@ -73,7 +73,7 @@ class LoRA(Recovery):
         )  # fmt: skip
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_("lora_" in name or context.in_head(name))
+            parameter.requires_grad_("lora_" in name or context.in_output_head(name))
         super().prepare(model, context)
 
     def _targets(self, model: PreTrainedModel) -> list[str]:

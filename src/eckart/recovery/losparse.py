@@ -21,6 +21,7 @@ from eckart.forms import LowRank, LowRankSparse, MaskedLowRankSparse
 from eckart.linalg import averaged_importance, checked_svd, cubic_fraction, rows_above
 from eckart.model import Site, dense_module, dense_weight, find_sites, replace_module
 from eckart.recovery.base import Recovery, RecoveryContext
+from eckart.recovery.settings import split_patterns
 
 
 @dataclass
@@ -44,7 +45,7 @@ class LoSparse(Recovery):
     name: ClassVar[str] = "losparse"
     title: ClassVar[str] = "a dense model becomes low-rank + sparse, whole rows pruned while it learns the task"
     paper: ClassVar[str] = "Li et al. 2023, arXiv 2306.11222"
-    starts_dense: ClassVar[bool] = True
+    needs_dense_model: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 9e-5
 
     keep: float = 0.2
@@ -57,10 +58,10 @@ class LoSparse(Recovery):
     beta: float = 0.85
 
     def __post_init__(self) -> None:
-        self.within("(0, 1)", "keep")
-        self.within(f"[0, {self.keep:g}]", "low_rank")
-        self.within("[1, inf)", "every")
-        self.within("[0, 1)", "beta")
+        self.check_range("(0, 1)", "keep")
+        self.check_range(f"[0, {self.keep:g}]", "low_rank")
+        self.check_range("[1, inf)", "every")
+        self.check_range("[0, 1)", "beta")
         cubic_fraction(0, 1, self.warmup, self.final, 0.0)  # refuses phases that cannot be
         self._split: dict[str, MaskedLowRankSparse] = {}
         self._latest: dict[str, Tensor] = {}
@@ -85,7 +86,7 @@ class LoSparse(Recovery):
             UsageError: if `keep` cannot hold even rank 1 everywhere.
             ModelError: if the model has no site left, or is factored already.
         """
-        sites = find_sites(model, patterns(self.targets), patterns(self.ignore)).chosen
+        sites = find_sites(model, split_patterns(self.targets), split_patterns(self.ignore)).chosen
         ranks = {site.name: _rank(site, self._share) for site in sites}
         total = sum(site.elements for site in sites)
         factors = sum(_factors(site, ranks[site.name]) for site in sites)
@@ -227,11 +228,11 @@ class LoSparseDistilled(LoSparse):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.within("(0, inf)", "temperature")
-        self.within("[0, inf)", "distil", "layers")
+        self.check_range("(0, inf)", "temperature")
+        self.check_range("[0, inf)", "distil", "layers")
 
     @property
-    def wants(self) -> frozenset[str]:
+    def needed_outputs(self) -> frozenset[str]:
         """Hidden states, where they have a weight."""
         return frozenset({"hidden_states"} if self.layers else ())
 
@@ -247,11 +248,6 @@ class LoSparseDistilled(LoSparse):
             layers = [_mean((mine.float() - its.detach().float()).square().mean(-1), batch) for mine, its in pairs]
             gap = gap + self.layers * torch.stack(layers).mean()
         return task_loss + self.distil * gap
-
-
-def patterns(words: str) -> list[str] | None:
-    """Patterns that were separated by commas; None for none."""
-    return [word.strip() for word in words.split(",") if word.strip()] or None
 
 
 def _rank(site: Site, share: float) -> int:

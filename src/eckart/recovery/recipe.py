@@ -1,37 +1,44 @@
-"""The recipe of a recovery by training: everything that was asked for, saved with the model."""
+"""The recipe of a tuning: everything that was asked for, as data, saved with the model.
+
+No import of torch here: `eckart tune --help` reads the fields of :class:`TuneRecipe`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from eckart.config import RecipeBase, check_recipe
 from eckart.errors import UsageError
-from eckart.recovery.options import make_recovery, recovery_named
+from eckart.registry import METHODS, RECOVERIES
 
 if TYPE_CHECKING:
     from eckart.recovery.base import Recovery
 
+PYTHON = "python:"
+"""What the name of a recovery begins with that is a class of the user's own, in no registry."""
+
 
 class TuneRecipe(RecipeBase):
-    """What a training is asked to do. Options that are None take the recovery's setting or a default.
+    """What a tuning is asked to do. Options that are None take the recovery's setting or a default.
 
     The same names are the command line's flags, the keys of `--config run.yaml` and the keyword arguments of
-    :func:`eckart.tune`.
+    :func:`eckart.tune`. `recovery` may also be an object, such as `LoRA(rank=8)`: its settings become
+    `recovery_option`.
     """
 
     renamed: ClassVar[Mapping[str, str]] = {"method": "recovery"}
 
-    model: str | None = Field(None, description="Folder of the model to train, factored or dense.")
+    model: str | None = Field(None, description="Folder or hub name of the model to train, factored or dense.")
     teacher: str | None = Field(None, description="Folder or hub name of the model to learn from.")
-    recovery: str = Field("distil", description="A way of recovering by name; `eckart methods` lists them.")
+    recovery: str = Field("distil", description="How quality is recovered; `eckart methods` lists the names.")
     recovery_option: tuple[str, ...] = Field((), description="A setting of the recovery: name=value, such as rank=8.")
     task: Literal["auto", "classification", "regression", "masked", "causal", "embedding"] = Field(
         "auto",
-        description="What is learnt; auto: what fits the model's head and the data's columns. embedding: the teacher's "
-        "sentence embeddings, for a model without a head.",
+        description="What is learned; auto: what fits the model's output head and the data's columns. embedding: the "
+        "teacher's sentence embeddings, for a model without an output head.",
     )
     data: str | None = Field(None, description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib'.")
     data_config: str | None = Field(None, description="Configuration of the hub data set.")
@@ -46,23 +53,47 @@ class TuneRecipe(RecipeBase):
     eval_split: str = Field("validation", description="Split of the hub data set that --eval-data names.")
     eval_samples: int | None = Field(None, ge=1, description="Score only so many rows or windows.")
     num_samples: int | None = Field(None, ge=1, description="Train on only so many rows or windows.")
-    epochs: float = Field(3.0, gt=0, description="How often the data are gone through.")
+    epochs: float = Field(3.0, gt=0, description="How often the data are read.")
     max_steps: int | None = Field(None, ge=1, description="Steps of the optimizer, in place of epochs.")
     learning_rate: float | None = Field(None, gt=0, description="Highest learning rate. Default: the recovery's.")
-    batch_size: int = Field(16, ge=1, description="Rows or windows a step.")
+    batch_size: int = Field(16, ge=1, description="Rows or windows of a batch.")
+    gradient_accumulation: int = Field(
+        1, ge=1, description="Batches whose gradients are averaged for one step, to train with larger batches."
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations again in the backward pass: less memory, about a third more time."
+    )
+    bf16: bool = Field(
+        False, description="Compute in bfloat16 where torch.autocast does; weights and optimizer stay in float32."
+    )
     max_seq_length: int | None = Field(None, ge=2, description="Tokens of a row or window.")
     warmup: float = Field(0.06, ge=0, lt=1, description="Fraction of the steps in which the learning rate rises.")
-    weight_decay: float = Field(0.01, ge=0, description="Decay of weights, biases and norms left out.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay; biases and norms have none.")
     temperature: float = Field(2.0, gt=0, description="What logits are divided by before they are compared.")
-    save_steps: int = Field(200, ge=1, description="Steps after which the training can be gone on from.")
+    save_steps: int = Field(200, ge=1, description="Steps between the states from which a training can resume.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
-    device: str = Field("auto", description="Device to compute on: auto (a GPU where there is one), cpu, cuda, cuda:1.")
+    device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_of_object(cls, content: Any) -> Any:
+        found = content.get("recovery") if isinstance(content, Mapping) else None
+        if found is None or isinstance(found, str):
+            return content
+        from eckart.recovery.settings import name_of, settings_in_words  # brings torch, as the object did
+
+        return {**content, "recovery": name_of(found), "recovery_option": settings_in_words(found)}
 
     @field_validator("recovery")
     @classmethod
     def _known_recovery(cls, value: str) -> str:
-        return recovery_named(value).name
+        if value in METHODS and value not in RECOVERIES:
+            raise UsageError(
+                f"recovery {value!r} is a method, by which a model is factored: eckart compress MODEL --method {value} "
+                "--output-dir DIR; the quality that was lost is then recovered by one of: " + ", ".join(RECOVERIES)
+            )
+        return value if value.startswith(PYTHON) else RECOVERIES.check(value)
 
     @field_validator("recovery_option", mode="before")
     @classmethod
@@ -71,39 +102,69 @@ class TuneRecipe(RecipeBase):
             return tuple(f"{key}={entry}" for key, entry in value.items())
         return (value,) if isinstance(value, str) else value or ()
 
+    @classmethod
+    def combine(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options win; where they name another recovery, the settings of the one before are left out."""
+        combined = super().combine(content, options)
+        default = cls.model_fields["recovery"].default
+        if combined.get("recovery", default) != content.get("recovery", default) and "recovery_option" not in options:
+            combined.pop("recovery_option", None)
+        return combined
+
     def build_recovery(self) -> Recovery:
-        """The recovery with its options.
+        """The recovery with its settings, from the names in this recipe.
 
         Raises:
-            UsageError: naming the option at fault, or one that was given and means nothing to the recovery.
+            UsageError: naming the setting at fault, or a class that no registry knows.
         """
+        from eckart.recovery.settings import make_recovery
+
+        if self.recovery.startswith(PYTHON):
+            place = self.recovery.removeprefix(PYTHON)
+            raise UsageError(
+                f"recovery {self.recovery}: {place} was passed from Python, and no name is registered for it, so this "
+                "recipe alone cannot make the run again. Pass the object: eckart.tune(..., recovery="
+                f"{place.rpartition('.')[2]}(...)); or register the class: "
+                "eckart.register_recovery(CLASS)"
+            )
         options = {}
         for word in self.recovery_option:
             key, equals, value = word.partition("=")
             if not equals:
                 raise UsageError(f"recovery_option {word!r}: write name=value, such as rank=8.")
             options[key.strip().replace("-", "_")] = value.strip()
-        recovery = make_recovery(self.recovery, options)
-        unread = [name for name in recovery.unread if name in self.model_fields_set and getattr(self, name) is not None]
-        if unread:
-            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+        return make_recovery(self.recovery, options)
+
+    def check_used(self, recovery: Recovery) -> None:
+        """Refuse options that were given and that the recovery does not use.
+
+        Raises:
+            UsageError: naming them.
+        """
+        unused = [key for key in recovery.unused_options if key in self.model_fields_set and self._changed(key)]
+        if unused:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             raise UsageError(
-                f"{flags}: recovery {self.recovery} is in closed form, it has no steps and learns at no rate. Leave "
+                f"{flags}: recovery {self.recovery} is in closed form, it has no steps and no learning rate. Leave "
                 f"{flags} out, or train instead: --recovery distil"
             )
-        return recovery
+
+    def _changed(self, key: str) -> bool:
+        value = getattr(self, key)
+        return value is not None and value is not False
 
     def to_yaml(self) -> str:
-        """As it is saved with the model: what was set or differs from None, without what the recovery does not read."""
-        return self._yaml_without(self.build_recovery().unread)
+        """As it is saved with the model: what is not None, without the options that the recovery does not use."""
+        known = not self.recovery.startswith(PYTHON)
+        return self._yaml_without(type(self.build_recovery()).unused_options if known else ())
 
 
-def make_tune_recipe(options: dict[str, Any], where: str = "options") -> TuneRecipe:
-    """A checked recipe, its recovery's options too.
+def make_tune_recipe(options: Mapping[str, Any], where: str = "options") -> TuneRecipe:
+    """A checked recipe, its recovery's settings too.
 
     Raises:
         UsageError: naming the field and what is wrong with it.
     """
     recipe = check_recipe(TuneRecipe, options, where)
-    recipe.build_recovery()
+    recipe.check_used(recipe.build_recovery())
     return recipe

@@ -1,18 +1,28 @@
-"""What a training made, and how it is published."""
+"""What a tuning made: the better model, the report, and the published folder."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
-from eckart.checkpoint.description import described
+from eckart.checkpoint.description import attach_config, described
 from eckart.checkpoint.save import save
 from eckart.compression.result import auto_class_of, origin_of
+from eckart.model import cast, shared_parameters
+from eckart.recovery.base import Recovery
 from eckart.recovery.recipe import TuneRecipe
+from eckart.recovery.settings import settings_of
+from eckart.recovery.student import Student
+from eckart.recovery.training import Scorer, TrainingData, is_better
+from eckart.recovery.training.scorer import Scores
 from eckart.report.card import render_model_card
 from eckart.report.training import list_tuning_card_rows, render_tuning
 from eckart.report.words import to_plain_text
@@ -21,14 +31,16 @@ from eckart.storage.lock import OutputLock
 
 @dataclass
 class TuneResult:
-    """What a training made. `print(result)` shows the table.
+    """What a tuning made. `print(result)` shows the table.
 
     Attributes:
         model: the trained model, or the one before where training made it worse.
         report: everything that was asked, done and measured, as JSON values.
-        recipe: what was asked.
+        recipe: the options.
         tokenizer: saved with the model.
-        source_folder: where the model came from; what lies beside its weights is saved with it.
+        source_folder: where the model came from; the other files of that folder are saved with it.
+        folder: where it was published; None where it was not.
+        recovery: the one that was used, with what it holds afterwards, such as the adapter of DSEE.
     """
 
     model: PreTrainedModel
@@ -36,6 +48,8 @@ class TuneResult:
     recipe: TuneRecipe
     tokenizer: Any = None
     source_folder: Path | None = None
+    folder: Path | None = None
+    recovery: Recovery | None = None
 
     def __str__(self) -> str:
         return to_plain_text(render_tuning(self.report))
@@ -59,7 +73,7 @@ class TuneResult:
         """
         source = self.source_folder
         if source is not None and self.report["new_head"] and (source / "modules.json").exists():
-            source = None  # a classifier is no sentence-transformers model any more
+            source = None  # a classifier is not a sentence-transformers model
         sentence = source is not None and (source / "modules.json").exists()
         forms = sorted({spec["form"] for spec in described(self.model).values()})
         card = render_model_card(
@@ -67,17 +81,93 @@ class TuneResult:
             base_model=self.recipe.model or getattr(self.model.config, "name_or_path", None) or None,
             auto_class=auto_class_of(type(self.model).__name__),
             library_name="sentence-transformers" if sentence else "transformers",
-            method=f"recovery {self.recipe.recovery}",
+            method=_in_words(self.recipe.recovery, self.report["recovery_settings"]),
             form=", ".join(forms) or "dense",
             alone=not forms,
             measured=list_tuning_card_rows(self.report),
             **origin_of(self.source_folder),
         )
-        return save(
+        self.folder = save(
             self.model, output_dir, tokenizer=self.tokenizer, source_folder=source,
             recipe_yaml=self.recipe.to_yaml(), plan=_plan(self.source_folder), report=self.report, card=card,
             inputs=self.recipe.inputs, overwrite=overwrite, lock=lock,
         )  # fmt: skip
+        return self.folder
+
+
+def choose_better(
+    student: Student,
+    trained: PreTrainedModel,
+    recovery: Recovery,
+    scorer: Scorer,
+    before: Scores,
+    after: Scores,
+    notes: list[str],
+) -> tuple[PreTrainedModel, str]:
+    """The model to publish, "after" or "before"; a smaller model that was asked for is published whatever it scores."""
+    worse = not is_better(scorer, after, before)
+    name = scorer.criterion
+    found = f"{before.numbers[name]:.4g} before, {after.numbers[name]:.4g}"
+    kept, when = trained, "after"
+    if worse and recovery.shrinks:
+        notes.append(f"{name} {found} in the smaller model that was asked for")
+    elif worse:
+        how = "did not make it better beyond chance" if after.right else "made it worse"
+        notes.append(
+            f"recovery {recovery.name or type(recovery).__name__} {how} ({name} {found} after): the model before it is "
+            f"kept. {recovery.remedy}"
+        )
+        kept, when = student.own_model(), "before"
+    cast(kept, student.dtype)
+    if shared_parameters(kept):
+        attach_config(kept)  # or `save_pretrained` would leave out the parameters that are shared
+    return kept.eval(), when
+
+
+def make_report(
+    recipe: TuneRecipe,
+    recovery: Recovery,
+    student: Student,
+    data: TrainingData,
+    scores: dict[str, Any],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What was asked and measured, as JSON values."""
+    return {
+        "format_version": 1,
+        "kind": "tune",
+        "model": type(student.model).__name__,
+        "recipe": recipe.model_dump(mode="json"),
+        "recovery": recipe.recovery,
+        "recovery_settings": json.loads(json.dumps(settings_of(recovery), default=str)),
+        "paper": recovery.paper,
+        "task": student.task,
+        "device": str(device),
+        "data": data.description | data.digests,
+        "new_head": student.new_head,
+        "recovered_by": recovery.report(),
+        "protocol": data.scorer.protocol,
+        "criterion": data.scorer.criterion,
+        "scores": scores,
+    }
+
+
+class Clock:
+    """Seconds by the name of a step."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, step: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[step] = round(self.seconds.get(step, 0.0) + time.perf_counter() - start, 2)
+
+
+def _in_words(name: str, settings: dict[str, Any]) -> str:
+    words = ", ".join(f"{key}={value}" for key, value in settings.items() if value not in (None, ""))
+    return f"recovery {name}{f' ({words})' if words else ''}"
 
 
 def _plan(folder: Path | None) -> dict[str, Any] | None:

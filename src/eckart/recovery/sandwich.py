@@ -49,7 +49,7 @@ class Sandwich(Distil):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.one_of(STARTS, "start")
+        self.check_choice(STARTS, "start")
 
     @property
     def shrinks(self) -> bool:

@@ -1,8 +1,7 @@
-"""Who is taught, and by whom: the model with its task and head, and the teacher that fits it."""
+"""The student, a model with its task and output head, and the teacher that fits it."""
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +15,42 @@ from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import Pooling, TaskData, model_kind
 from eckart.errors import CheckpointError, UsageError
-from eckart.model import cast, factored_modules, has_output_head
-from eckart.recovery import ClosedFormRecovery, Recovery
+from eckart.model import cast, factored_modules, has_output_head, shared_clone, unshare_storage
+from eckart.recovery.base import ClosedFormRecovery, Recovery
 from eckart.recovery.recipe import TuneRecipe
-from eckart.recovery.training.examples import load_labeled
+from eckart.recovery.training.data import load_labeled
 
-HEADS = {
+AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
     "masked": "AutoModelForMaskedLM",
     "causal": "AutoModelForCausalLM",
 }
-ENDINGS = {
+"""Task -> the class that loads a model with an output head for it."""
+
+CLASS_ENDINGS = {
     "classification": ("ForSequenceClassification",),
     "regression": ("ForSequenceClassification",),
     "masked": ("ForMaskedLM", "ForPreTraining"),
     "causal": ("ForCausalLM", "LMHeadModel"),
 }
+"""Task -> how the names of model classes with an output head for it end."""
 
 
 @dataclass
 class Student:
-    """The model before training, in float32 on the CPU, with the type that it is stored in."""
+    """The model before training.
+
+    Attributes:
+        model: in float32 on the CPU, apart from what the caller passed in: only the storage of numbers may be shared.
+        tokenizer: of the model.
+        dtype: in which the model is stored, and will be published.
+        folder: where the model came from; None if it was passed in.
+        new_head: parameters of the output head that were newly initialized.
+        task: what is learned.
+        rows: the labeled rows, where the task has labels.
+        original: the model that was passed in.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
@@ -46,36 +59,57 @@ class Student:
     new_head: list[str]
     task: str
     rows: TaskData | None
+    original: PreTrainedModel | None = None
+
+    def output_head(self) -> tuple[str, ...]:
+        """Modules that are trained whatever is frozen: what is newly initialized, and a classifier's output head."""
+        names = {name.rpartition(".")[0] for name in self.new_head}
+        if self.task in ("classification", "regression"):
+            names |= {name for name, _ in self.model.named_children() if name != self.model.base_model_prefix}
+        return tuple(sorted(names))
+
+    def copy_for_training(self) -> PreTrainedModel:
+        """A model with numbers of its own, every weight trained."""
+        model = shared_clone(self.model)
+        unshare_storage(model, self.model)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        return model
+
+    def own_model(self) -> PreTrainedModel:
+        """The model before training, in its dtype, sharing nothing with what the caller passed in."""
+        cast(self.model, self.dtype)
+        if self.original is not None:
+            unshare_storage(self.model, self.original)
+        return self.model
 
 
-def load_student(recipe: TuneRecipe, model: PreTrainedModel | None, tokenizer: Any, data: Any) -> Student:
-    """The model with a head that fits the task, and its labeled rows where it has some."""
-    folder = None
+def open_student(recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: Any, data: Any) -> Student:
+    """Open the model with an output head that fits the task, and its labeled rows where it has some."""
+    folder = original = None
     new_head: list[str] = []
-    dtype = torch.float32
-    if model is None:
-        if recipe.model is None:
-            raise UsageError("model: there is none to train. Pass a model, or the folder of one.")
-        folder = resolve(recipe.model, None, trust_remote_code=recipe.trust_remote_code)
+    trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
+    if isinstance(given, str):
+        folder = resolve(given, None, **trust)
         dtype = stored_dtype(stored_tensors(folder)) or torch.float32
-        tokenizer = tokenizer or load_tokenizer(folder, trust_remote_code=recipe.trust_remote_code)
-        model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
+        tokenizer = tokenizer or load_tokenizer(folder, **trust)
+        model = load(folder, dtype=torch.float32, **trust)
     else:
-        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-        if dtype != torch.float32:
-            model = copy.deepcopy(model)
-            cast(model, torch.float32)
+        original = given
+        dtype = next(p.dtype for p in given.parameters() if p.is_floating_point())
+        model = shared_clone(given).to("cpu")  # type: ignore[arg-type]
+        cast(model, torch.float32)
     if tokenizer is None:
         raise CheckpointError(
-            f"{folder or 'tokenizer'}: there is no tokenizer, and there is nothing to read text with. Put the "
-            "tokenizer's files into the folder (tokenizer.save_pretrained), or pass tokenizer=..."
+            f"{folder or 'tokenizer'}: there is no tokenizer to read the text with. Put the tokenizer's files into the "
+            "folder (tokenizer.save_pretrained), or pass tokenizer=..."
         )
     task, rows = find_task(recipe, model, data)
-    if task != "embedding" and not type(model).__name__.endswith(ENDINGS[task]):
+    if task != "embedding" and not type(model).__name__.endswith(CLASS_ENDINGS[task]):
         if folder is None:
             raise UsageError(
-                f"task {task}: {type(model).__name__} has no head for it. Load the model with {HEADS[task]}, or pass "
-                "its folder."
+                f"task {task}: {type(model).__name__} has no output head for it. Load the model with "
+                f"{AUTO_CLASSES[task]}, or pass its folder."
             )
         settings: dict[str, Any] = {}
         if rows is not None:
@@ -83,32 +117,36 @@ def load_student(recipe: TuneRecipe, model: PreTrainedModel | None, tokenizer: A
             kind = "regression" if task == "regression" else "single_label_classification"
             settings = {"num_labels": classes, "problem_type": kind}
         model = load(
-            folder, auto_class=HEADS[task], dtype=torch.float32, new_head=new_head, settings=settings,
-            trust_remote_code=recipe.trust_remote_code,
-        )  # fmt: skip
-    config: Any = model.config
+            folder, auto_class=AUTO_CLASSES[task], dtype=torch.float32, new_head=new_head, settings=settings, **trust
+        )
     if task in ("classification", "regression"):
-        config.problem_type = "regression" if task == "regression" else "single_label_classification"
-        if (task == "regression") != (config.num_labels == 1):
-            raise UsageError(
-                f"task {task}: the model's head has {config.num_labels} outputs. Use --task "
-                f"{'regression' if config.num_labels == 1 else 'classification'}, or start from a model without a head."
-            )
-        if config.get_text_config().pad_token_id is None:  # heads on causal models find a text's end by its padding
-            config.get_text_config().pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
-    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows)
+        _set_up_classifier(model, task, tokenizer)
+    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows, original)
+
+
+def _set_up_classifier(model: PreTrainedModel, task: str, tokenizer: Any) -> None:
+    config: Any = model.config
+    config.problem_type = "regression" if task == "regression" else "single_label_classification"
+    if (task == "regression") != (config.num_labels == 1):
+        other = "regression" if config.num_labels == 1 else "classification"
+        raise UsageError(
+            f"task {task}: the model's output head has {config.num_labels} outputs. Use --task {other}, or start from "
+            "a model without an output head."
+        )
+    if config.get_text_config().pad_token_id is None:  # classifiers on causal models find a text's end by its padding
+        config.get_text_config().pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
 
 
 def check_fits(recovery: Recovery, student: Student) -> None:
-    """Refuse a recovery that the student is not made for.
+    """Refuse a recovery that does not fit the student.
 
     Raises:
-        UsageError: naming one that it is made for.
+        UsageError: naming one that does.
     """
     if isinstance(recovery, ClosedFormRecovery) and student.new_head:
         raise UsageError(
-            f"recovery {recovery.name}: the model has no head for task {student.task}, and a new one would have to be "
-            "trained. Train it first (--recovery full), or give a model that has one."
+            f"recovery {recovery.name}: the model has no output head for task {student.task}, and a new one "
+            "would have to be trained. Train it first (--recovery full), or give a model that has one."
         )
     reason = recovery.refusal(student.task)
     if reason is not None:
@@ -118,7 +156,7 @@ def check_fits(recovery: Recovery, student: Student) -> None:
             "(--data-label-column COLUMN)"
         )
     factored = next(iter(factored_modules(student.model)), None)
-    if recovery.starts_dense and factored is not None:
+    if recovery.needs_dense_model and factored is not None:
         raise UsageError(
             f"recovery {recovery.name} starts from a dense model, and {factored} is factored already. Give the "
             "original, or its dense weights (eckart export DIR --format dense); the factors themselves are trained by "
@@ -127,7 +165,7 @@ def check_fits(recovery: Recovery, student: Student) -> None:
 
 
 def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[str, TaskData | None]:
-    """The task that was asked for or fits, and the labeled rows if it has labels."""
+    """The task that was asked for, or that fits, and the labeled rows if it has labels."""
     name, config = type(model).__name__, model.config
     task: str | None = recipe.task if recipe.task != "auto" else None
     if task is None:
@@ -140,14 +178,15 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
         ):
             task = "embedding"
         elif recipe.data_label_column is None and has_output_head(model):
-            if name.endswith(ENDINGS["masked"]):
+            if name.endswith(CLASS_ENDINGS["masked"]):
                 task = "masked"
             elif model_kind(config, model) == "causal":
                 task = "causal"
         if task is None and recipe.data_label_column is None:
             raise UsageError(
-                f"--task: {name} has no head that says what to learn. Name the labels (--data-label-column COLUMN), or "
-                "the task: --task classification, regression, masked, causal, or embedding for an encoder alone"
+                f"--task: {name} has no output head that says what to learn. Name the labels (--data-label-column "
+                "COLUMN), or the task: --task classification, regression, masked, causal, or embedding for an encoder "
+                "alone"
             )
     if task == "embedding":
         _check_pooled(model)
@@ -169,8 +208,8 @@ def _check_pooled(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if has_output_head(model):
         raise UsageError(
-            f"--task embedding: {name} has a head, whose outputs its users read. Leave --task out, or save the model "
-            "without the head first: AutoModel.from_pretrained(...).save_pretrained(...)"
+            f"--task embedding: {name} has an output head, whose outputs its users read. Leave --task out, or save the "
+            "model without it first: AutoModel.from_pretrained(...).save_pretrained(...)"
         )
     if model_kind(model.config, model) == "encoder-decoder":
         raise UsageError(
@@ -179,7 +218,7 @@ def _check_pooled(model: PreTrainedModel) -> None:
         )
 
 
-def pooling_of(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
+def find_pooling(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
     """How the tokens of a text become its embedding: as the student's folder says, or the teacher's; else the mean.
 
     Args:
@@ -194,21 +233,29 @@ def pooling_of(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
     return next((pooling for pooling in found if pooling is not None), Pooling())
 
 
-def load_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrainedModel:
-    """The model that is learnt from, checked to speak the student's language."""
+def open_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrainedModel:
+    """Open the model to learn from, and check that it fits the student.
+
+    A model that is passed in stays as it is: its numbers are shared, all else is copied.
+
+    Raises:
+        UsageError: it has another vocabulary, other labels, or no output head for the task.
+    """
     if isinstance(teacher, PreTrainedModel):
-        model = teacher
+        name = type(teacher).__name__
+        model = shared_clone(teacher)
+        cast(model, torch.float32)
     else:
-        folder = resolve(str(teacher), None, trust_remote_code=recipe.trust_remote_code)
+        name = str(teacher)
+        folder = resolve(name, None, trust_remote_code=recipe.trust_remote_code)
         model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
-    where = f"--teacher {teacher if not isinstance(teacher, PreTrainedModel) else type(teacher).__name__}"
     if student.task == "embedding":
         bare: Any = model.base_model
         model = bare if has_output_head(model) else model
-    elif not type(model).__name__.endswith(ENDINGS[student.task]):
+    elif not type(model).__name__.endswith(CLASS_ENDINGS[student.task]):
         raise UsageError(
-            f"{where}: {type(model).__name__} has no head for task {student.task}. Train the teacher on the task first "
-            "(eckart tune TEACHER --recovery full), or give one that has been."
+            f"--teacher {name}: {type(model).__name__} has no output head for task {student.task}. Train the teacher "
+            "on the task first (eckart tune TEACHER --recovery full), or give one that has been."
         )
     mine: Any = student.model.config
     theirs: Any = model.config
@@ -218,17 +265,9 @@ def load_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrain
     ):
         if here != there and (key == "vocabulary" or student.task == "classification"):
             raise UsageError(
-                f"{where}: its {key} is {there}, the student's {here}. Give the model that the student was made from, "
-                "or train on the task alone: --recovery full"
+                f"--teacher {name}: its {key} is {there}, the student's {here}. Give the model that the student was "
+                "made from, or train on the task alone: --recovery full"
             )
     if theirs.get_text_config().pad_token_id is None:
         theirs.get_text_config().pad_token_id = mine.get_text_config().pad_token_id
-    return model.eval()
-
-
-def head_of(model: PreTrainedModel, student: Student) -> tuple[str, ...]:
-    """Modules that are trained whatever is frozen: what is new, and a classifier's head."""
-    new = {name.rpartition(".")[0] for name in student.new_head}
-    if student.task in ("classification", "regression"):
-        new |= {name for name, _ in model.named_children() if name != model.base_model_prefix}
-    return tuple(sorted(new))
+    return model.eval().requires_grad_(False)

@@ -18,7 +18,7 @@ CLOSE = 1e-5
 
 
 @dataclass(frozen=True)
-class AttentionHeads:
+class HeadLayout:
     """The heads of one attention.
 
     Attributes:
@@ -51,7 +51,7 @@ class AttentionHeads:
         return PrunedHeads(self.count, tuple(kept), rows, {self.reader[inner:]: self.size}, numbers)
 
 
-class Attention:
+class AttentionProbe:
     """A module with the arguments of its first call, so that it can be tried apart from the model."""
 
     def __init__(
@@ -104,7 +104,7 @@ class Attention:
         moved = self._moved(dict.fromkeys(self.writers, first))
         return moved is not None and bool(moved[..., 1:, :].any())
 
-    def heads(self, shapes: Mapping[str, tuple[int, int]]) -> AttentionHeads | None:
+    def heads(self, shapes: Mapping[str, tuple[int, int]]) -> HeadLayout | None:
         """The most parts that a trial shows to be kept apart; None if there are not even two."""
         width = shapes[self.reader][1]
         for count in (n for n in range(width, 1, -1) if width % n == 0):
@@ -113,7 +113,7 @@ class Attention:
             if len(proven) == len(found) and all(
                 self._apart(name, sizes, count, number) for name, sizes in proven for number in range(1, count)
             ):
-                return AttentionHeads(self.name, self.reader, tuple(proven), count, width // count)
+                return HeadLayout(self.name, self.reader, tuple(proven), count, width // count)
         return None
 
     def _rows(self, name: str, rows: int, count: int, size: int) -> tuple[int, ...] | None:
@@ -139,7 +139,7 @@ class Attention:
 
     def like_gated(
         self,
-        heads: AttentionHeads,
+        heads: HeadLayout,
         fraction: float,
         config: Mapping[str, int] | None = None,
         built: nn.Module | None = None,

@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.forms.transformers_internals import copy_attention
 from eckart.model import Site, head_of_each_row
-from eckart.recovery.pruning.attention import Attention, AttentionHeads, configure, take_over
+from eckart.recovery.pruning.attention import AttentionProbe, HeadLayout, configure, take_over
 from eckart.recovery.pruning.probe import Probe, probing
 
 
 @dataclass(frozen=True)
-class FoundHeads:
+class PrunableHeads:
     """What was found in a model.
 
     Attributes:
@@ -34,7 +34,7 @@ class FoundHeads:
         left: attention -> why its heads are left.
     """
 
-    heads: tuple[AttentionHeads, ...]
+    heads: tuple[HeadLayout, ...]
     config: Mapping[str, int]
     left: Mapping[str, str]
 
@@ -45,7 +45,7 @@ def find_heads(
     inputs: Mapping[str, Tensor],
     fraction: float,
     taken: Collection[str] = (),
-) -> FoundHeads:
+) -> PrunableHeads:
     """Every attention of which a trial shows that some heads can go.
 
     Args:
@@ -57,7 +57,7 @@ def find_heads(
     """
     shapes = {site.name: site.shape for site in sites}
     names = list(shapes)
-    tried: list[tuple[Attention, AttentionHeads]] = []
+    tried: list[tuple[AttentionProbe, HeadLayout]] = []
     left: dict[str, str] = {}
     seen = set(taken)
     with probing(model):
@@ -66,7 +66,7 @@ def find_heads(
             parent, writers = _around(reader, plain.calls[:place])
             if reader in seen or not writers or seen & set(writers):
                 continue
-            attention = Attention(model, parent, reader, writers, inputs)
+            attention = AttentionProbe(model, parent, reader, writers, inputs)
             if not attention.attends():
                 continue
             seen.add(reader)
@@ -84,11 +84,11 @@ def find_heads(
                 tried.append((attention, heads))
         config = _config_of(model, tried, fraction)
         if config:
-            return FoundHeads(tuple(heads for _, heads in tried), config, left)
-        return FoundHeads(tuple(_with_numbers(tried, fraction, left)), {}, left)
+            return PrunableHeads(tuple(heads for _, heads in tried), config, left)
+        return PrunableHeads(tuple(_with_numbers(tried, fraction, left)), {}, left)
 
 
-def magnitudes(model: nn.Module, heads: AttentionHeads, weight: Any) -> Tensor:
+def magnitudes(model: nn.Module, heads: HeadLayout, weight: Any) -> Tensor:
     """A proxy of what each head matters, (count,): norm of its columns times the norm of its rows.
 
     Args:
@@ -105,13 +105,13 @@ def magnitudes(model: nn.Module, heads: AttentionHeads, weight: Any) -> Tensor:
     return columns * rows.sqrt()
 
 
-def remove_heads(model: PreTrainedModel, kept: Mapping[AttentionHeads, Tensor], config: Mapping[str, int]) -> None:
+def remove_heads(model: PreTrainedModel, kept: Mapping[HeadLayout, Tensor], config: Mapping[str, int]) -> None:
     """Take heads out of their attentions, and say so: in the model's configuration, or at each attention, in place.
 
     Args:
         model: with dense modules at all sites.
         kept: attention -> (count,) bool.
-        config: as in :class:`FoundHeads`.
+        config: as in :class:`PrunableHeads`.
     """
     for heads, mask in kept.items():
         heads.cut(mask.nonzero().flatten().tolist()).apply(model.get_submodule(heads.module))
@@ -137,9 +137,7 @@ def _around(reader: str, before: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return "", ()
 
 
-def _alone(
-    model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: Probe, heads: AttentionHeads
-) -> bool:
+def _alone(model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: Probe, heads: HeadLayout) -> bool:
     """Whether what is made for the heads reaches the model's result by their reader alone."""
     stream = torch.Generator().manual_seed(0)
 
@@ -158,7 +156,7 @@ def _alone(
 
 
 def _config_of(
-    model: PreTrainedModel, tried: Sequence[tuple[Attention, AttentionHeads]], fraction: float
+    model: PreTrainedModel, tried: Sequence[tuple[AttentionProbe, HeadLayout]], fraction: float
 ) -> dict[str, int]:
     """Keys of the configuration with which the model's class builds all these attentions; {} if there are none."""
     counts = {heads.count for _, heads in tried}
@@ -184,7 +182,7 @@ def _config_of(
     return {}
 
 
-def _elsewhere(model: nn.Module, tried: Sequence[tuple[Attention, AttentionHeads]]) -> dict[str, torch.Size]:
+def _elsewhere(model: nn.Module, tried: Sequence[tuple[AttentionProbe, HeadLayout]]) -> dict[str, torch.Size]:
     """Shapes of all tensors that are not in these attentions; those outside stay as they are."""
     inside = tuple(f"{heads.module}." for _, heads in tried)
     tensors = (*model.named_parameters(), *model.named_buffers())
@@ -203,8 +201,8 @@ def _built(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedMode
 
 
 def _with_numbers(
-    tried: Sequence[tuple[Attention, AttentionHeads]], fraction: float, left: dict[str, str]
-) -> Iterator[AttentionHeads]:
+    tried: Sequence[tuple[AttentionProbe, HeadLayout]], fraction: float, left: dict[str, str]
+) -> Iterator[HeadLayout]:
     """Attentions that run with fewer heads once some of their attributes follow; the others are put in `left`."""
     known: dict[type, tuple[str, ...] | None] = {}
     for attention, heads in tried:
@@ -223,7 +221,7 @@ def _with_numbers(
             left[heads.module] = "with fewer heads its code does not do what it does without their output"
 
 
-def _numbers(module: nn.Module, heads: AttentionHeads) -> dict[str, int]:
+def _numbers(module: nn.Module, heads: HeadLayout) -> dict[str, int]:
     """Attributes that may follow the number of heads: whole numbers of the size of something that shrinks."""
     rows = [size * heads.count for _, sizes in heads.writers for size in (*sizes, sum(sizes))]
     sizes = {heads.count, heads.count * heads.each, heads.count * heads.size, *rows}

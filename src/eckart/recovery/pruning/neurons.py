@@ -20,7 +20,7 @@ from eckart.recovery.pruning.probe import Probe, probing
 
 
 @dataclass(frozen=True)
-class Neurons:
+class NeuronLayer:
     """The neurons of one layer.
 
     Attributes:
@@ -41,7 +41,7 @@ class Neurons:
 
 def find_neurons(
     model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Tensor]
-) -> tuple[list[Neurons], dict[str, str]]:
+) -> tuple[list[NeuronLayer], dict[str, str]]:
     """Every layer of neurons that a trial proves to be one.
 
     Args:
@@ -55,7 +55,7 @@ def find_neurons(
     shapes = {site.name: site.shape for site in sites}
     with probing(model):
         plain = Probe().run(model, list(shapes), **inputs)
-        found: list[Neurons] = []
+        found: list[NeuronLayer] = []
         left: dict[str, str] = {}
         for place, reader in enumerate(plain.calls):
             width = shapes[reader][1]
@@ -68,7 +68,7 @@ def find_neurons(
                 continue
             proven = [name for name in before if _feeds(model, list(shapes), inputs, plain, name, reader, width)]
             if proven:
-                found.append(Neurons(reader, tuple(proven), width))
+                found.append(NeuronLayer(reader, tuple(proven), width))
             else:
                 left[reader] = f"no trial shows that its inputs are outputs of {' or '.join(before)} one to one"
         return found, left
@@ -124,7 +124,7 @@ def magnitudes(reader: Tensor, writers: Sequence[Tensor]) -> Tensor:
     return reader.float().norm(dim=0) * rows.norm(dim=0)
 
 
-def remove_neurons(model: PreTrainedModel, kept: Mapping[Neurons, Tensor]) -> str | None:
+def remove_neurons(model: PreTrainedModel, kept: Mapping[NeuronLayer, Tensor]) -> str | None:
     """Take neurons out of their layers, and say so in the model's configuration, in place.
 
     The configuration's number is found by trial: the key whose change makes the model's class build just these shapes,

@@ -1,8 +1,8 @@
-"""Training on transformers' Trainer, or a solution in closed form: examples, steps, what is kept, scores."""
+"""The training loop and the solution in closed form: data, steps, the state that is kept, scores."""
 
 from eckart.recovery.training.closed_form import solve
-from eckart.recovery.training.examples import Examples, load_examples
-from eckart.recovery.training.loop import train
-from eckart.recovery.training.scorer import Scorer, better
+from eckart.recovery.training.data import TrainingData, load_training_data
+from eckart.recovery.training.loop import count_steps, train
+from eckart.recovery.training.scorer import Scorer, is_better
 
-__all__ = ["Examples", "Scorer", "better", "load_examples", "solve", "train"]
+__all__ = ["Scorer", "TrainingData", "count_steps", "is_better", "load_training_data", "solve", "train"]

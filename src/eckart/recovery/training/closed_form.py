@@ -8,48 +8,50 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.config import default_samples, resolve_device
+from eckart.config import default_samples
 from eckart.data import Batch
 from eckart.data.inference import evaluating
 from eckart.data.padding import by_length
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
-from eckart.recovery.training.examples import Examples
+from eckart.recovery.device import on_device
+from eckart.recovery.training.data import TrainingData
 from eckart.storage.cache import Cache
 
 
 def solve(
-    model: PreTrainedModel, recovery: ClosedFormRecovery, context: RecoveryContext, examples: Examples
+    model: PreTrainedModel,
+    recovery: ClosedFormRecovery,
+    context: RecoveryContext,
+    data: TrainingData,
+    device: torch.device,
 ) -> dict[str, Any]:
-    """Make a model better in closed form, in place.
+    """Make a model better in closed form, in place, on a device; afterwards it is on the CPU.
 
     Args:
         model: the student.
         recovery: solves.
         context: shared with the recovery.
-        examples: the text; labels are left out. Of more rows than calibration takes by default, and no `num_samples`
+        data: the text; labels are left out. Of more rows than calibration takes by default, and no `num_samples`
             asked for, as many are drawn.
+        device: to compute on.
 
     Returns:
         `rows` and `tokens` that were read.
     """
-    recipe = context.recipe
-    device = resolve_device(recipe.device)
-    batches = _batches(examples, context, recipe)
-    for one in (model, context.teacher):
-        if one is not None:
-            one.to(device)  # type: ignore[arg-type]
-    with evaluating(model), torch.no_grad():
+    batches = _batches(data, context)
+    with on_device(device, model), evaluating(model), torch.no_grad():
         recovery.solve(model, context, batches, Cache(memory=sys.maxsize, folder=None))
     return {"rows": sum(map(len, batches)), "tokens": sum(batch.num_tokens for batch in batches)}
 
 
-def _batches(examples: Examples, context: RecoveryContext, recipe: Any) -> list[Batch]:
+def _batches(data: TrainingData, context: RecoveryContext) -> list[Batch]:
     """The rows without labels, those of about equal lengths together."""
-    rows = [{key: value for key, value in row.items() if key != "labels"} for row in examples.rows]
-    enough = default_samples(context.task)
+    recipe = context.recipe
+    rows = [{key: value for key, value in row.items() if key != "labels"} for row in data.rows]
+    enough = default_samples("causal" if context.task == "causal" else "encoder")
     if recipe.num_samples is None and len(rows) > enough:
         context.notes.append(f"{enough} of {len(rows)} rows were solved on; --num-samples gives another number")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
         rows = [rows[i] for i in order[:enough].sort().values.tolist()]
     chosen = by_length([len(row["input_ids"]) for row in rows], recipe.batch_size)
-    return [Batch(examples.collate([rows[i] for i in group]), tuple(group)) for group in chosen]
+    return [Batch(data.collate([rows[i] for i in group]), tuple(group)) for group in chosen]

@@ -24,7 +24,7 @@ EVAL_TOKENS = 65_536
 
 @dataclass(frozen=True)
 class Scores:
-    """What an exam finds.
+    """The scores of one model.
 
     Attributes:
         numbers: name -> number.
@@ -41,7 +41,7 @@ class Scorer:
     """Scores a model.
 
     Attributes:
-        score: model -> its marks.
+        score: model -> its scores.
         criterion: the number that decides which model is better.
         higher: whether more of it is better.
         protocol: in words.
@@ -55,13 +55,13 @@ class Scorer:
     against_teacher: bool = False
 
 
-def better(scorer: Scorer, after: Scores, before: Scores) -> bool:
-    """Whether the model after is to be taken in place of the one before.
+def is_better(scorer: Scorer, after: Scores, before: Scores) -> bool:
+    """Whether the trained model is to be published in place of the one before.
 
-    It is at least as good, and where answers are right or wrong it is so beyond chance: of the rows on which the two
-    differ, b that only the model after has right and c that only the one before has, `b - c >= sqrt(b + c)`, one
-    standard error of their difference (McNemar 1947). A few hundred rows would else let many a model through that is
-    worse. A number that is not finite is worse than any other.
+    It must be at least as good. Where answers are right or wrong it must be better beyond chance: of the rows on which
+    the two differ, b that only the new model has right and c that only the old one has, `b - c >= sqrt(b + c)`, one
+    standard error of their difference (McNemar 1947); else a few hundred rows would let many worse models pass. A
+    number that is not finite is worse than any other.
     """
     new, old = after.numbers[scorer.criterion], before.numbers[scorer.criterion]
     if not math.isfinite(new):

@@ -1,8 +1,11 @@
-"""Rows that are trained on, and what is held out of them."""
+"""The data of a training: tokenized rows to train on, and a scorer on what is held out."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,26 +23,27 @@ from eckart.data.windows import token_stream
 from eckart.errors import DataError
 from eckart.recovery.training.scorer import Scorer, labeled_scorer, masked_scorer, sentence_scorer, text_scorer
 
-HELD = 0.1
-"""Of the data, where no other data are given to score on."""
+HELD_OUT = 0.1
+"""Fraction of the data that is held out where no other data are given to score on."""
 
-EVERYTHING = 1_000_000
+MAX_TEXTS = 1_000_000
 """Texts that are read where no number is asked for."""
 
-SCORED_AT_ONCE = 32
+SCORING_BATCH = 32
 """Texts of a batch that is scored."""
 
 
 @dataclass
-class Examples:
-    """What a training reads.
+class TrainingData:
+    """What a training reads, and what its model is scored on.
 
     Attributes:
         rows: tokenized, each a dictionary of lists, with its label where the task has labels.
-        exam: scores a model on what is held out.
+        scorer: scores a model on what is held out.
         pad_id: fills up short rows.
         description: of the data, as JSON values.
         notes: what was not as asked.
+        digests: SHA-256 of the rows, and of what is held out: equal where the same was read, wherever it lies.
     """
 
     rows: list[dict[str, Any]]
@@ -47,6 +51,7 @@ class Examples:
     pad_id: int
     description: dict[str, Any]
     notes: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch of rows, padded on the right."""
@@ -55,6 +60,17 @@ class Examples:
         if "labels" in rows[0]:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         return batch
+
+
+def _digests(rows: Iterable[Any], held: Iterable[Any]) -> dict[str, str]:
+    """SHA-256 of what is trained on and of what is scored on; plain JSON, in order."""
+    found = {}
+    for name, entries in (("data", rows), ("eval_data", held)):
+        total = hashlib.sha256()
+        for entry in entries:
+            total.update(json.dumps(entry, sort_keys=True).encode() + b"\n")
+        found[name] = total.hexdigest()
+    return found
 
 
 def load_labeled(recipe: Any, data: Any, *, label2id: Any, task: str | None, evaluation: bool = False) -> TaskData:
@@ -73,7 +89,7 @@ def load_labeled(recipe: Any, data: Any, *, label2id: Any, task: str | None, eva
     )
 
 
-def load_examples(
+def load_training_data(
     recipe: Any,
     data: Any,
     eval_data: Any,
@@ -84,12 +100,12 @@ def load_examples(
     *,
     teacher: PreTrainedModel | None = None,
     pooling: Pooling | None = None,
-) -> Examples:
+) -> TrainingData:
     """Tokenize what a task is trained on, and hold out what it is scored on.
 
     Args:
-        recipe: the recipe.
-        data: the data, as :func:`eckart.data.load_data` takes them.
+        recipe: names columns, lengths and numbers.
+        data: as :func:`eckart.data.load_data` takes them.
         eval_data: other data to score on; None for a tenth of `data`.
         task: "classification", "regression", "masked", "causal" or "embedding".
         model: the student.
@@ -115,7 +131,7 @@ def load_examples(
 
 def _labeled(
     recipe: Any, eval_data: Any, task: str, model: PreTrainedModel, tokenizer: Any, rows: TaskData, length: int
-) -> Examples:
+) -> TrainingData:
     config: Any = model.config
     notes = []
     train, held = rows.rows, None
@@ -130,16 +146,20 @@ def _labeled(
             if not 0 <= int(row.label) < config.num_labels:
                 raise DataError(
                     f"{row.text.where}: label {row.label} is no class of the model's {config.num_labels} "
-                    "(0, 1, ...): correct it, or train a model with a new head"
+                    "(0, 1, ...): correct it, or train a model with a new output head"
                 )
     encoded: list[dict[str, Any]] = list(encode([row.text for row in train], tokenizer, length))
     for row, source in zip(encoded, train, strict=True):
         row["labels"] = int(source.label) if task == "classification" else float(source.label)
     scorer = labeled_scorer(task, tokenizer, held, length)
-    return Examples(encoded, scorer, pad_token(tokenizer, config), rows.description | {"trained_on": len(train)}, notes)
+    scored = ((row.text.text, row.text.pair, row.label) for row in held)
+    description = rows.description | {"trained_on": len(train)}
+    return TrainingData(encoded, scorer, pad_token(tokenizer, config), description, notes, _digests(encoded, scored))
 
 
-def _masked(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:
+def _masked(
+    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
+) -> TrainingData:
     if getattr(tokenizer, "mask_token_id", None) is None:
         raise DataError("tokenizer: it has no mask token, so no token can be masked: use --task causal, or its own")
 
@@ -147,10 +167,10 @@ def _masked(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, toke
     pad_id = pad_token(tokenizer, model.config)
     scorer = masked_scorer(
         tokenizer,
-        [collate(held[i : i + SCORED_AT_ONCE], pad_id) for i in range(0, len(held), SCORED_AT_ONCE)],
+        [collate(held[i : i + SCORING_BATCH], pad_id) for i in range(0, len(held), SCORING_BATCH)],
         recipe.seed,
     )
-    return Examples(rows, scorer, pad_id, description | {"trained_on": len(rows)}, notes)
+    return TrainingData(rows, scorer, pad_id, description | {"trained_on": len(rows)}, notes, _digests(rows, held))
 
 
 def _sentences(
@@ -162,13 +182,14 @@ def _sentences(
     length: int,
     teacher: PreTrainedModel,
     pooling: Pooling,
-) -> Examples:
+) -> TrainingData:
     rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
     pad_id = pad_token(tokenizer, model.config)
-    groups = by_length([len(row["input_ids"]) for row in held], SCORED_AT_ONCE)
+    groups = by_length([len(row["input_ids"]) for row in held], SCORING_BATCH)
     batches = [Batch(collate([held[i] for i in group], pad_id), tuple(group)) for group in groups]
     description |= {"trained_on": len(rows), "pooling": list(pooling.modes)}
-    return Examples(rows, sentence_scorer(teacher, batches, pooling), pad_id, description, notes)
+    scorer = sentence_scorer(teacher, batches, pooling)
+    return TrainingData(rows, scorer, pad_id, description, notes, _digests(rows, held))
 
 
 def _texts(
@@ -180,7 +201,7 @@ def _texts(
         loaded = load_data(
             source, tokenizer=tokenizer, model=model, config=recipe.data_config, split=split,
             column=recipe.data_column, target_column=recipe.data_pair_column, revision=recipe.data_revision,
-            num_samples=count or EVERYTHING, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
+            num_samples=count or MAX_TEXTS, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
         )  # fmt: skip
         found = sorted(loaded, key=lambda batch: batch.examples)
         return [{name: value[0].tolist() for name, value in b.inputs.items()} for b in found], loaded.description
@@ -193,7 +214,9 @@ def _texts(
     return rows, held, description, [f"scored on {len(held)} texts held out of the data; --eval-data gives others"]
 
 
-def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int) -> Examples:
+def _causal(
+    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
+) -> TrainingData:
     def read(source: Any, split: str) -> tuple[list[str], dict[str, Any]]:
         return load_documents(
             source, tokenizer=tokenizer, config=recipe.data_config, split=split, column=recipe.data_column,
@@ -205,7 +228,7 @@ def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, toke
     if eval_data is not None:
         held, _ = read(eval_data, "held" if eval_data == "stdlib" else recipe.eval_split)
     elif len(texts) == 1:
-        cut = int(len(texts[0]) * (1 - HELD))
+        cut = int(len(texts[0]) * (1 - HELD_OUT))
         texts, held = [texts[0][:cut]], [texts[0][cut:]]
         notes.append("scored on the last tenth of the text, held out; --eval-data gives another")
     else:
@@ -223,14 +246,15 @@ def _causal(recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, toke
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * length, "labels": row.tolist()} for row in windows]
     scorer = text_scorer(tokenizer, held, length, recipe.eval_samples)
     described = description | {"trained_on": len(rows), "tokens": windows.numel()}
-    return Examples(rows, scorer, pad_token(tokenizer, model.config), described, notes)
+    pad_id = pad_token(tokenizer, model.config)
+    return TrainingData(rows, scorer, pad_id, described, notes, _digests(rows, held))
 
 
 def _split(rows: list[Any], seed: int) -> tuple[list[Any], list[Any]]:
     """Hold a tenth out, by a seeded draw; both in the order of the data."""
     if len(rows) < 2:
         raise DataError("data: one row leaves none to score on: pass more rows, or --eval-data")
-    count = math.ceil(HELD * len(rows))
+    count = math.ceil(HELD_OUT * len(rows))
     drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     held = set(drawn)
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]

@@ -13,7 +13,7 @@ from problems import close
 from safetensors import safe_open
 from tiny import DEMO, llama, text
 from transformers import AutoTokenizer
-from tuning_problem import begun, bert, gpt2, logits, train
+from tuning_problem import prepare_model, bert, gpt2, logits, train
 
 import eckart
 from eckart.calibration.layerwise import all_blocks
@@ -259,7 +259,7 @@ def test_a_training_that_was_broken_off_goes_on(place, tmp_path):
 
 
 def test_untied_it_scores_as_it_did(place):
-    model = begun(bert(num_hidden_layers=5), Sandwich(**TASK, temperature=2.0), 4, bert(num_hidden_layers=5))
+    model = prepare_model(bert(num_hidden_layers=5), Sandwich(**TASK, temperature=2.0), 4, bert(num_hidden_layers=5))
     expected = logits(model)
     attach_config(model)
     assert torch.equal(logits(eckart.densify(model)), expected)

@@ -20,8 +20,8 @@ from eckart.errors import DataError, NumericalError, UsageError
 from eckart.recovery import Recovery, RecoveryContext, make_recovery
 from eckart.recovery.distil import TERMS
 from eckart.recovery.recipe import make_tune_recipe
-from eckart.recovery.training import Examples, better, examples, load_examples, scorer, train
-from eckart.recovery.training.examples import _split, load_labeled
+from eckart.recovery.training import TrainingData, better, examples, load_training_data, scorer, train
+from eckart.recovery.training.data import _split, load_labeled
 from eckart.recovery.training.masking import mask_tokens
 from eckart.recovery.training.scorer import Scorer, Scores
 from eckart.storage.journal import Journal
@@ -117,9 +117,9 @@ def reader():
 def causal(monkeypatch, reader, data, eval_data=None, **options):
     """The trained text, decoded, and the texts that are scored."""
     held = []
-    monkeypatch.setattr(examples, "text_exam", lambda tokenizer, texts, *_: held.extend(texts))
+    monkeypatch.setattr(examples, "text_scorer", lambda tokenizer, texts, *_: held.extend(texts))
     model = llama(num_hidden_layers=1)
-    made = load_examples(asked(**options), data, eval_data, "causal", model, reader, None)
+    made = load_training_data(asked(**options), data, eval_data, "causal", model, reader, None)
     return made, "".join(reader.decode(row["input_ids"]) for row in made.rows), held
 
 
@@ -156,7 +156,7 @@ def labeled(reader, rows, task, eval_rows=None, labels=2):
     recipe = asked(data_column="text", data_label_column="label")
     model = bert(num_labels=labels)
     loaded = load_labeled(recipe, rows, label2id=None, task=task)
-    return load_examples(recipe, rows, eval_rows, task, model, reader, loaded)
+    return load_training_data(recipe, rows, eval_rows, task, model, reader, loaded)
 
 
 def test_scores_stay_what_they_are_and_other_data_are_scored_on(reader):
@@ -174,7 +174,7 @@ def test_a_label_that_is_no_class_is_named(reader):
 
 
 def test_padding_is_marked():
-    made = Examples([], None, 9, {}).collate(
+    made = TrainingData([], None, 9, {}).collate(
         [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": 1},
          {"input_ids": [5], "attention_mask": [1], "labels": 0}]
     )  # fmt: skip
@@ -217,7 +217,7 @@ def trained(model, recovery, steps=3, *, task="classification", teacher=None, jo
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in batch(0)["input_ids"]]
     if task != "masked":
         rows = [{**row, "labels": label} for row, label in zip(rows, batch(0)["labels"].tolist(), strict=True)]
-    shown = Examples(rows[:1] * 16 if task == "masked" else rows, None, 0, {})
+    shown = TrainingData(rows[:1] * 16 if task == "masked" else rows, None, 0, {})
     return train(model, recovery, context, shown, READER, journal, stop_after=stop_after)
 
 

@@ -9,7 +9,7 @@ from architectures import BY_NAME, output
 from problems import close, normal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from tuning_problem import accuracy, begun, bert, gpt2, logits, train
+from tuning_problem import accuracy, prepare_model, bert, gpt2, logits, train
 
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_tensors
@@ -17,10 +17,10 @@ from eckart.errors import CheckpointError, UsageError
 from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
 from eckart.recovery import DSEE, Adapter, load_adapter, save_adapter
-from eckart.recovery.adapter import Adapted, adapted_modules, merge
 from eckart.recovery.pruning.heads import find_heads
 from eckart.recovery.pruning.heads import magnitudes as head_magnitudes
 from eckart.recovery.pruning.neurons import find_neurons, magnitudes, remove_neurons
+from eckart.recovery.training.adapter import AdaptedLinear, adapted_modules, merge
 
 STEPS = 20
 
@@ -36,7 +36,7 @@ def small(**options) -> DSEE:
 def test_update_is_what_it_says(conv):
     dense = Conv1D(10, 8) if conv else nn.Linear(8, 10)
     places = torch.tensor([3, 17, 18, 79])
-    module = Adapted(dense, 3, 6.0, places).double()
+    module = AdaptedLinear(dense, 3, 6.0, places).double()
     with torch.no_grad():
         for parameter, seed in ((module.down, 1), (module.up, 2), (module.values, 3)):
             parameter.copy_(normal(*parameter.shape, seed=seed))
@@ -58,7 +58,7 @@ def test_update_is_what_it_says(conv):
 def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
     model, recovery = bert(), small()
     pretrained = copy.deepcopy(model)
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     assert torch.equal(logits(model), logits(pretrained))
     found = adapted_modules(model)
     assert [name.rpartition(".")[2] for name in found] == ["query", "value"] * 2
@@ -85,7 +85,7 @@ def test_starts_at_the_pretrained_model_and_learns_on_fixed_places():
 def test_a_seed_draws_another_a_for_each_site():
     draws = []
     for seed in (0, 0, 1):
-        found = adapted_modules(begun(bert(), small(seed=seed), STEPS))
+        found = adapted_modules(prepare_model(bert(), small(seed=seed), STEPS))
         draws.append([module.down.detach() for module in found.values()])
     assert all(torch.equal(one, other) for one, other in zip(*draws[:2], strict=True))
     assert not any(torch.equal(one, other) for one, other in zip(*draws[1:], strict=True))
@@ -96,7 +96,7 @@ def test_trains_less_than_a_hundredth_of_bert_base():
     with torch.device("meta"):
         model = transformers.BertForSequenceClassification(transformers.BertConfig())
     recovery = DSEE()
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     report = recovery.report()
     adapted = 24 * (16 * 2 * 768 + 64)
     assert report["model_elements"] == 109_483_778
@@ -111,7 +111,7 @@ def test_unstructured_masks_the_frozen_weights_alone():
     model, recovery = bert(), small(prune="unstructured", fraction=0.3)
     sites = find_sites(model).chosen
     pretrained = copy.deepcopy(model)
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     zeros = []
 
     def watch(step):
@@ -133,7 +133,7 @@ def test_unstructured_masks_the_frozen_weights_alone():
 
 def _dense(model, name):
     module = model.get_submodule(name)
-    return dense_weight(module.dense if isinstance(module, Adapted) else module)
+    return dense_weight(module.dense if isinstance(module, AdaptedLinear) else module)
 
 
 @pytest.mark.parametrize("score", ["magnitude", "gates"])
@@ -143,7 +143,7 @@ def test_structured_removes_what_it_masked(make, score, tmp_path):
     targets = "" if make is gpt2 else "query,dense"
     recovery = small(prune="structured", fraction=0.25, heads=0.5, score=score, targets=targets)
     width, sizes = 64 if make is gpt2 else 32, sum(p.numel() for p in model.parameters())
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     train(model, recovery, STEPS)
     gates = {name: gate.detach().clone() for name, gate in model.named_parameters() if name.endswith("input_gate")}
     assert sorted(map(len, gates.values())) == [4, 4, width, width]
@@ -175,7 +175,7 @@ def test_structured_removes_what_it_masked(make, score, tmp_path):
 
 def test_gates_are_penalised_until_they_are_pruned():
     model, recovery = bert(), small(prune="structured", score="gates", penalty=0.5, heads=0.5)
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     task = torch.tensor(1.0)
     close(recovery.loss(None, None, {}, task), torch.tensor(1 + 0.5 * (64 + 4)), 1e-6)  # gates at 1
     train(model, recovery, STEPS)
@@ -186,7 +186,7 @@ def test_gates_are_penalised_until_they_are_pruned():
 def test_what_matters_least_goes_and_the_rest_stays_as_it_is(score):
     model = bert(num_attention_heads=4)
     recovery = small(prune="structured", fraction=0.5, heads=0.25, score=score, prune_at=0, penalty=0.5)
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     gates = [gate for name, gate in model.named_parameters() if name.endswith("input_gate")]
     with torch.no_grad():
         for number, gate in enumerate(gates):
@@ -220,7 +220,7 @@ def _heads(model):
 @pytest.mark.parametrize("prune", ["unstructured", "structured"])
 def test_what_was_pruned_stays_pruned_when_training_is_gone_on_with(prune):
     recoveries = [small(prune=prune, score="gates", heads=0.25) for _ in range(2)]
-    models = [begun(bert(num_attention_heads=4), recovery, 4) for recovery in recoveries]
+    models = [prepare_model(bert(num_attention_heads=4), recovery, 4) for recovery in recoveries]
     train(models[0], recoveries[0], 3)
     models[1].load_state_dict(models[0].state_dict())
     recoveries[1].restore({name: value.clone() for name, value in recoveries[0].state().items()})
@@ -331,7 +331,7 @@ def test_magnitude_is_the_product_of_norms():
 def test_adapter_round_trip(prune, tmp_path):
     pretrained = bert(num_attention_heads=4)
     model, recovery = bert(num_attention_heads=4), small(prune=prune, alpha=6.0)
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     train(model, recovery, STEPS)
     expected = logits(model)
     with pytest.raises(UsageError, match="finish"):
@@ -357,7 +357,7 @@ def test_adapter_refusals(tmp_path):
         save_adapter(bert(), tmp_path)
     with pytest.raises(CheckpointError, match="holds no adapter"):
         load_adapter(bert(), tmp_path)
-    save_adapter(begun(bert(), small(), STEPS), tmp_path)
+    save_adapter(prepare_model(bert(), small(), STEPS), tmp_path)
     for other in (bert(hidden_size=8), gpt2()):
         with pytest.raises(CheckpointError, match="does not fit"):
             load_adapter(other, tmp_path)

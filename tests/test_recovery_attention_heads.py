@@ -14,7 +14,7 @@ import transformers
 from architectures import BY_NAME, output
 from problems import close
 from torch import nn
-from tuning_problem import batch, begun, bert, logits, train
+from tuning_problem import batch, prepare_model, bert, logits, train
 
 import eckart
 from eckart.checkpoint.export import export_dense
@@ -279,7 +279,7 @@ def test_spec_refusals(changes, words):
 
 def test_a_damaged_description_is_named(tmp_path):
     model, recovery = bert(num_attention_heads=4), DSEE(rank=2, positions=4, rounds=2, prune="structured")
-    model = recovery.finish(begun(model, recovery, 0))
+    model = recovery.finish(prepare_model(model, recovery, 0))
     save(model, tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
@@ -292,7 +292,7 @@ def test_a_damaged_description_is_named(tmp_path):
 def test_tuned_in_one_process_loaded_in_another(tmp_path):
     model = bert(num_attention_heads=4)
     recovery = DSEE(rank=2, positions=4, rounds=4, prune="structured", score="gates", heads=0.5)
-    model = recovery.finish(train(begun(model, recovery, 6), recovery, 6))
+    model = recovery.finish(train(prepare_model(model, recovery, 6), recovery, 6))
     assert recovery.report()["removed_heads"] == 4
     save(model, tmp_path / "out")
     torch.save((batch(99), logits(model)), tmp_path / "expected.pt")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import close
 from torch.nn import functional
-from tuning_problem import accuracy, batch, begun, bert, gpt2, logits, train
+from tuning_problem import accuracy, batch, prepare_model, bert, gpt2, logits, train
 
 from eckart.checkpoint.description import attach_config
 from eckart.checkpoint.save import save
@@ -30,7 +30,7 @@ def masked(model) -> dict[str, MaskedLowRankSparse]:
 def test_split_changes_nothing_and_its_ranks_keep_to_their_share(make):
     model = make()
     sites = find_sites(model).chosen
-    split = begun(copy.deepcopy(model), LoSparse(keep=0.5), STEPS)
+    split = prepare_model(copy.deepcopy(model), LoSparse(keep=0.5), STEPS)
     close(logits(split), logits(model), 1e-5)
     found = masked(split)
     assert list(found) == [site.name for site in sites]
@@ -46,7 +46,7 @@ def test_split_changes_nothing_and_its_ranks_keep_to_their_share(make):
 def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
     model, recovery = make(), LoSparse(keep=0.4, every=4)
     sites = find_sites(model).chosen
-    begun(model, recovery, STEPS)
+    prepare_model(model, recovery, STEPS)
     counts, before = [], {name: module.alive.clone() for name, module in masked(model).items()}
 
     def watch(step):
@@ -89,7 +89,7 @@ def test_learns_prunes_to_its_budget_and_removes_what_it_pruned(make, tmp_path):
 
 def test_fresh_process_gives_the_same_logits(tmp_path):
     model, recovery = bert(), LoSparse(keep=0.4, every=4)
-    model = recovery.finish(train(begun(model, recovery, 12), recovery, 12))
+    model = recovery.finish(train(prepare_model(model, recovery, 12), recovery, 12))
     attach_config(model)
     model.save_pretrained(tmp_path)
     torch.save((batch(99), logits(model)), tmp_path / "expected.pt")
@@ -112,7 +112,7 @@ print(sorted({{module.form for module in model.modules() if hasattr(module, "for
 
 def test_importance_is_the_mean_of_its_steps():
     model, recovery = bert(), LoSparse(keep=0.4, every=2, beta=0.75, warmup=0.9, final=0.1)
-    begun(model, recovery, 100)
+    prepare_model(model, recovery, 100)
     name, module = next(iter(masked(model).items()))
     terms = []
     for step in range(4):
@@ -127,7 +127,7 @@ def test_importance_is_the_mean_of_its_steps():
 
 def test_a_step_in_parts_counts_once():
     model, recovery = bert(), LoSparse(keep=0.4, every=1, warmup=0.9, final=0.1)
-    begun(model, recovery, 100)
+    prepare_model(model, recovery, 100)
     name, module = next(iter(masked(model).items()))
     for part in range(2):
         (model(**batch(part)).loss / 2).backward()
@@ -141,7 +141,7 @@ def test_budget_is_met_without_any_step():
         bert(),
         LoSparse(keep=0.3, targets="query,intermediate.dense", ignore="layer.0.intermediate.dense"),
     )
-    begun(model, recovery, 0)
+    prepare_model(model, recovery, 0)
     model = recovery.finish(model)
     assert recovery.report()["keep"] <= 0.3
     assert len(recovery.report()["forms"]) == 3
@@ -154,7 +154,7 @@ def same(one, other) -> bool:
 
 def test_nothing_is_pruned_in_the_first_phase_and_nothing_more_in_the_last():
     model, recovery = bert(), LoSparse(keep=0.4, every=1, warmup=0.5, final=0.25)
-    begun(model, recovery, 16)
+    prepare_model(model, recovery, 16)
     counts = []
     train(model, recovery, 16, watch=lambda _: counts.append(sum(int(m.alive.sum()) for m in masked(model).values())))
     everything = sum(site.out_features for site in find_sites(bert()).chosen)
@@ -166,7 +166,7 @@ def test_nothing_is_pruned_in_the_first_phase_and_nothing_more_in_the_last():
 def test_resumed_training_prunes_the_same():
     recoveries, models = [LoSparse(keep=0.4, every=4) for _ in range(2)], [bert() for _ in range(2)]
     for recovery, model in zip(recoveries, models, strict=True):
-        begun(model, recovery, STEPS)
+        prepare_model(model, recovery, STEPS)
     train(models[0], recoveries[0], 14)
     models[1].load_state_dict(models[0].state_dict())
     recoveries[1].restore({name: value.clone() for name, value in recoveries[0].state().items()})
@@ -183,7 +183,7 @@ def test_resumed_training_prunes_the_same():
 def test_distillation_is_the_weighted_sum():
     recovery, teacher, model = LoSparseDistilled(keep=0.4, distil=0.5, layers=3.0), bert(), bert(initializer_range=0.1)
     assert recovery.needs_teacher
-    assert recovery.wants == {"hidden_states"}
+    assert recovery.needed_outputs == {"hidden_states"}
     assert not LoSparse.needs_teacher
     inputs = batch(0)
     inputs["attention_mask"][:, 6:] = 0
@@ -197,7 +197,7 @@ def test_distillation_is_the_weighted_sum():
     layers = torch.stack([(a - b)[:, :6].square().mean() for a, b in pairs]).mean()
     close(recovery.loss(mine, its, inputs, mine.loss), mine.loss + 0.5 * (divergence + 3 * layers), 1e-5)
     plain = LoSparseDistilled(keep=0.4, layers=0.0)
-    assert plain.wants == frozenset()
+    assert plain.needed_outputs == frozenset()
     close(plain.loss(mine, its, inputs, mine.loss), mine.loss + divergence, 1e-5)
 
 
@@ -206,4 +206,4 @@ def test_refusals():
         with pytest.raises(UsageError):
             LoSparse(**options)
     with pytest.raises(UsageError, match=r"keep 0\.05 is 217 numbers.*480.*the smallest keep is 0\.11"):
-        begun(bert(), LoSparse(keep=0.05), STEPS)
+        prepare_model(bert(), LoSparse(keep=0.05), STEPS)

@@ -20,17 +20,19 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms.lazy import LazyWeight
 from eckart.model import dense_weight, replace_module, set_dense_weight
+from eckart.recovery.pruning.gates import gate_input
 
 FORMAT_VERSION = 1
 TENSORS, DESCRIPTION = "adapter.safetensors", "adapter.json"
 HEAD = "head."
+"""What the names of the output head's parameters begin with in the file."""
 
 
-class Adapted(nn.Module):
+class AdaptedLinear(nn.Module):
     """`y = (W + (alpha / r) B A + S2) x + b` around a frozen Linear or Conv1D.
 
     Args:
-        dense: the module it stands around; it is frozen.
+        dense: the frozen module.
         rank: r.
         alpha: scale of the low-rank update.
         positions: (count,) int64, where S2 may differ from zero, as `row * n + column`; they stay.
@@ -87,9 +89,9 @@ class Adapted(nn.Module):
         return y.scatter_add(-1, rows.expand_as(added), added)
 
 
-def adapted_modules(model: nn.Module) -> dict[str, Adapted]:
+def adapted_modules(model: nn.Module) -> dict[str, AdaptedLinear]:
     """Name -> module of everything that has an update."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapted)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 def merge(model: nn.Module) -> None:
@@ -101,48 +103,6 @@ def merge(model: nn.Module) -> None:
         set_dense_weight(model, name, weight.to(module.down.dtype), None)
         if gate is not None:
             gate_input(model.get_submodule(name), gate)
-
-
-# -- gates on inputs ------------------------------------------------------------------------------------
-
-
-def gate_input(module: nn.Module, gate: Tensor) -> nn.Parameter:
-    """Multiply what a module reads by gates: a parameter `input_gate` of it, which is returned.
-
-    Args:
-        module: it reads (..., n).
-        gate: (c,), c a divisor of n: each gate is for a stretch of n / c numbers.
-    """
-    parameter = nn.Parameter(gate.detach().clone(), requires_grad=gate.requires_grad)
-    module.register_parameter("input_gate", parameter)
-    module.register_forward_pre_hook(_gated)
-    return parameter
-
-
-def _gated(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0] * _spread(module.input_gate, args[0].shape[-1]).to(args[0].dtype), *args[1:])
-
-
-def _spread(gate: Tensor, width: int) -> Tensor:
-    """A gate for each number, (width,)."""
-    return gate if len(gate) == width else gate.repeat_interleave(width // len(gate))
-
-
-def fold_gates(model: nn.Module) -> None:
-    """Multiply every gate into the columns of the weight that reads through it, and take it away; after `merge`."""
-    for name, module in list(model.named_modules()):
-        gate = module._parameters.get("input_gate")
-        if gate is None:
-            continue
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _gated:
-                del module._forward_pre_hooks[key]
-        del module._parameters["input_gate"]
-        weight = dense_weight(module)
-        set_dense_weight(model, name, weight * _spread(gate.detach(), weight.shape[1]), None)
-
-
-# -- alone on disk --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -242,7 +202,7 @@ class Adapter:
         own: Mapping[str, Tensor] = {key: self.tensors[f"{name}.{key}"] for key in ("down", "up", "values")}
         positions = self.tensors[f"{name}.positions"]
         old = model.get_submodule(name)
-        module = Adapted(old, len(own["down"]), self.description["alpha"], positions)
+        module = AdaptedLinear(old, len(own["down"]), self.description["alpha"], positions)
         if own["down"].shape != module.down.shape or own["up"].shape != module.up.shape:
             raise RuntimeError(f"{name} has another shape")
         with torch.no_grad():

@@ -14,7 +14,7 @@ import transformers
 from architectures import BY_NAME, output
 from problems import close
 from torch import nn
-from tuning_problem import batch, prepare_model, bert, logits, train
+from tuning_problem import batch, bert, logits, prepare_model, train
 
 import eckart
 from eckart.checkpoint.export import export_dense

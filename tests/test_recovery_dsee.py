@@ -9,7 +9,7 @@ from architectures import BY_NAME, output
 from problems import close, normal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from tuning_problem import accuracy, prepare_model, bert, gpt2, logits, train
+from tuning_problem import accuracy, bert, gpt2, logits, prepare_model, train
 
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_tensors

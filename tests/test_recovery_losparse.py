@@ -9,7 +9,7 @@ import pytest
 import torch
 from problems import close
 from torch.nn import functional
-from tuning_problem import accuracy, batch, prepare_model, bert, gpt2, logits, train
+from tuning_problem import accuracy, batch, bert, gpt2, logits, prepare_model, train
 
 from eckart.checkpoint.description import attach_config
 from eckart.checkpoint.save import save

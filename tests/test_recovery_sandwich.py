@@ -13,7 +13,7 @@ from problems import close
 from safetensors import safe_open
 from tiny import DEMO, llama, text
 from transformers import AutoTokenizer
-from tuning_problem import prepare_model, bert, gpt2, logits, train
+from tuning_problem import bert, gpt2, logits, prepare_model, train
 
 import eckart
 from eckart.calibration.layerwise import all_blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,15 +15,17 @@ from problems import close
 from tiny import DEMO, llama
 from torch.nn import functional
 from transformers import AutoTokenizer
-from tuning_problem import LENGTH, VOCABULARY, batch, bert, gpt2
+from tuning_problem import LENGTH, VOCABULARY, batch, bert, gpt2, interrupted
 
 from eckart.errors import DataError, NumericalError, UsageError
 from eckart.recovery import Recovery, RecoveryContext, make_recovery
 from eckart.recovery.distil import TERMS
 from eckart.recovery.recipe import make_tune_recipe
-from eckart.recovery.training import TrainingData, better, examples, load_training_data, scorer, train
+from eckart.recovery.training import TrainingData, is_better, load_training_data, scorer, train
+from eckart.recovery.training import data as training_data
 from eckart.recovery.training.data import _split, load_labeled
 from eckart.recovery.training.masking import mask_tokens
+from eckart.recovery.training.order import epoch_batches
 from eckart.recovery.training.scorer import Scorer, Scores
 from eckart.storage.journal import Journal
 
@@ -61,11 +64,11 @@ def test_a_short_text_has_one_token_masked():
 
 
 @pytest.mark.parametrize("higher", [True, False])
-def test_better_is_at_least_as_good(higher):
+def test_a_model_that_scores_the_same_is_better_and_one_without_a_score_is_not(higher):
     asked = Scorer(lambda model: Scores({}), "score", higher, "")
 
     def judged(after, before):
-        return better(asked, Scores({"score": after}), Scores({"score": before}))
+        return is_better(asked, Scores({"score": after}), Scores({"score": before}))
 
     assert judged(2.0, 1.0) == higher
     assert judged(1.0, 2.0) != higher
@@ -85,11 +88,11 @@ def test_more_right_answers_count_beyond_chance(gained, lost, taken):
     for agreed in (0, 300):
         before = [False] * gained + [True] * lost + [True, False] * agreed
         after = [True] * gained + [False] * lost + [True, False] * agreed
-        marks = [Scores({"accuracy": sum(right) / max(1, len(right))}, tuple(right)) for right in (after, before)]
-        assert better(Scorer(lambda model: Scores({}), "accuracy", True, ""), *marks) == taken
+        scores = [Scores({"accuracy": sum(right) / max(1, len(right))}, tuple(right)) for right in (after, before)]
+        assert is_better(Scorer(lambda model: Scores({}), "accuracy", True, ""), *scores) == taken
 
 
-def test_masked_exam_masks_each_batch_in_its_way(monkeypatch):
+def test_the_masked_scorer_masks_the_same_tokens_each_time(monkeypatch):
     seeds = []
     monkeypatch.setattr(scorer, "mask_tokens", lambda *given: seeds.append(given[-1]) or mask_tokens(*given))
     torch.manual_seed(0)
@@ -117,7 +120,7 @@ def reader():
 def causal(monkeypatch, reader, data, eval_data=None, **options):
     """The trained text, decoded, and the texts that are scored."""
     held = []
-    monkeypatch.setattr(examples, "text_scorer", lambda tokenizer, texts, *_: held.extend(texts))
+    monkeypatch.setattr(training_data, "text_scorer", lambda tokenizer, texts, *_: held.extend(texts))
     model = llama(num_hidden_layers=1)
     made = load_training_data(asked(**options), data, eval_data, "causal", model, reader, None)
     return made, "".join(reader.decode(row["input_ids"]) for row in made.rows), held
@@ -187,15 +190,15 @@ def test_padding_is_marked():
 
 
 class Watching(Recovery):
-    """A room that notes what it is told."""
+    """Notes its calls."""
 
     def __init__(self, of=None, teacher=False):
         self.of, self.seen = of or (lambda outputs, task: task), []
         self.needs_teacher, self.learning_rate = teacher, 1e-2
 
     def loss(self, outputs, teacher_outputs, batch, task_loss):
-        told = None if teacher_outputs is None else teacher_outputs.logits
-        self.seen.append(("loss", self.context.step, batch["input_ids"].clone(), told))
+        taught = None if teacher_outputs is None else teacher_outputs.logits
+        self.seen.append(("loss", self.context.step, batch["input_ids"].clone(), taught))
         return self.of(outputs, task_loss)
 
     def after_backward(self, model, step):
@@ -209,16 +212,16 @@ def drawn():
     return random.random(), float(np.random.rand()), float(torch.rand(()))
 
 
-def trained(model, recovery, steps=3, *, task="classification", teacher=None, journal=None, stop_after=None, **options):
-    given = {"learning_rate": None, "batch_size": 4, "weight_decay": 0.0, "warmup": 0.0, "save_steps": 2,
-             "device": None, "seed": 0}  # fmt: skip
+def trained(model, recovery, steps=3, *, task="classification", teacher=None, journal=None, device="cpu", **options):
+    given = {"learning_rate": None, "batch_size": 4, "weight_decay": 0.0, "warmup": 0.0, "save_steps": 2, "seed": 0,
+             "gradient_accumulation": 1, "gradient_checkpointing": False, "bf16": False}  # fmt: skip
     context = RecoveryContext(teacher, task, SimpleNamespace(**{**given, **options}), steps)
     recovery.prepare(model, context)
     rows = [{"input_ids": row.tolist(), "attention_mask": [1] * LENGTH} for row in batch(0)["input_ids"]]
     if task != "masked":
         rows = [{**row, "labels": label} for row, label in zip(rows, batch(0)["labels"].tolist(), strict=True)]
     shown = TrainingData(rows[:1] * 16 if task == "masked" else rows, None, 0, {})
-    return train(model, recovery, context, shown, READER, journal, stop_after=stop_after)
+    return train(model, recovery, context, shown, READER, torch.device(device), journal)
 
 
 def test_hooks_are_called_in_order_with_the_step():
@@ -231,7 +234,7 @@ def test_hooks_are_called_in_order_with_the_step():
     assert made["steps"] == 3
 
 
-def test_the_loss_is_the_rooms_and_its_ends_are_reported():
+def test_the_loss_is_the_recoverys_and_its_ends_are_reported():
     recovery = Watching(of=lambda outputs, task: 0 * outputs.logits.sum() + 7.0 - recovery.context.step)
     made = trained(bert(), recovery)
     assert (made["first_loss"], made["last_loss"]) == (7, 5)
@@ -245,7 +248,7 @@ def test_decay_rate_and_warmup_are_those_asked_for():
 
     for options, factor in (
         ({"weight_decay": 0.5, "learning_rate": 0.1}, 1 - 0.05),
-        ({"weight_decay": 0.5}, 1 - 0.005),  # the room's own rate
+        ({"weight_decay": 0.5}, 1 - 0.005),  # the recovery's own rate
         ({"weight_decay": 0.5, "warmup": 0.5}, 1.0),  # the rate starts at zero
         ({}, 1.0),
     ):
@@ -280,7 +283,7 @@ def test_each_step_masks_other_tokens():
     assert not torch.equal(masked[1], masked[2])
 
 
-def test_going_on_draws_and_reports_what_it_would_have(tmp_path):
+def test_a_resumed_training_draws_and_reports_as_an_uninterrupted_one(tmp_path):
     def draws(recovery):
         return [entry[3] for entry in recovery.seen if entry[0] == "step"]
 
@@ -296,7 +299,8 @@ def test_going_on_draws_and_reports_what_it_would_have(tmp_path):
         return made, model
 
     first, model = run(whole, "whole")
-    run(broken, "broken", stop_after=5)
+    with interrupted(6):
+        run(broken, "broken")
     random.seed(17)
     second, again = run(resumed, "broken")
     assert draws(resumed) == draws(whole)[4:]
@@ -305,10 +309,42 @@ def test_going_on_draws_and_reports_what_it_would_have(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_model_and_batches_lie_on_the_one_device_that_is_given():
+    found = []
+
+    class Stop(Recovery):
+        def loss(self, outputs, teacher_outputs, batch, task_loss):
+            found.extend(tensor.device.type for tensor in (outputs.logits, teacher_outputs.logits, *batch.values()))
+            raise KeyboardInterrupt
+
+    Stop.needs_teacher = True
+    with pytest.raises(KeyboardInterrupt):
+        trained(bert(), Stop(), teacher=bert(), device="meta")
+    assert set(found) == {"meta"}
+
+
+def test_rows_of_like_length_make_batches_in_random_order():
+    lengths = random.Random(0).choices(range(3, 60), k=203)
+
+    def padding(batches):
+        return sum(len(rows) * max(lengths[i] for i in rows) - sum(lengths[i] for i in rows) for rows in batches)
+
+    batches = epoch_batches(lengths, 8, 0, 0)
+    assert sorted(row for rows in batches for row in rows) == list(range(203))
+    assert [*map(len, batches)] == [8] * 25 + [3]
+    shuffled = random.Random(1).sample(range(203), 203)
+    assert padding(batches) < 0.2 * padding([shuffled[i : i + 8] for i in range(0, 203, 8)])
+    longest = [max(lengths[i] for i in rows) for rows in batches]
+    assert longest not in (sorted(longest), sorted(longest, reverse=True))
+    orders = [batches, epoch_batches(lengths, 8, 1, 0), epoch_batches(lengths, 8, 0, 1)]
+    assert epoch_batches(lengths, 8, 0, 0) == batches
+    assert all(one != other for one, other in combinations(orders, 2))
+
+
 # -- distillation ----------------------------------------------------------------------------------------
 
 
-def told(seed, layers=2):
+def made_up_outputs(seed, layers=2):
     """Made-up outputs of a model of two layers."""
     stream = torch.Generator().manual_seed(seed)
     return SimpleNamespace(
@@ -318,7 +354,7 @@ def told(seed, layers=2):
     )
 
 
-def room_of(kind="causal", name="distil", **weights):
+def recovery_of(kind="causal", name="distil", **weights):
     recovery = make_recovery(name, {**dict.fromkeys(TERMS, "0"), **weights})
     recovery.context, recovery._temperature = RecoveryContext(None, kind, None, 8), 2.0
     return recovery
@@ -332,7 +368,7 @@ def of_real(values):
 
 
 def test_each_term_of_distillation_by_its_formula_and_weight():
-    mine, its = told(1), told(2)
+    mine, its = made_up_outputs(1), made_up_outputs(2)
     squares = [of_real((a - b).square().mean(-1)) for a, b in zip(mine.hidden_states, its.hidden_states, strict=True)]
     p, q = (its.logits / 2).softmax(-1), (mine.logits / 2).softmax(-1)
     pairs = list(zip(mine.attentions, its.attentions, strict=True))
@@ -347,22 +383,34 @@ def test_each_term_of_distillation_by_its_formula_and_weight():
         "task": task,
     }
     for name, value in wanted.items():
-        recovery = room_of(**{name: "3"})
+        recovery = recovery_of(**{name: "3"})
         close(recovery.loss(mine, its, {"attention_mask": MASK}, task), 3 * value, 1e-5)
-    recovery = room_of(attention="1", attention_loss="mse")
+    recovery = recovery_of(attention="1", attention_loss="mse")
     close(recovery.loss(mine, its, {"attention_mask": MASK}, task), (mse[0] + mse[1]) / 2, 1e-5)
-    every = room_of(**dict.fromkeys(wanted, "1"))
+    every = recovery_of(**dict.fromkeys(wanted, "1"))
     close(every.loss(mine, its, {"attention_mask": MASK}, task), sum(wanted.values()), 1e-5)
+
+
+def test_layers_are_mapped_and_padding_is_left_out():
+    recovery = make_recovery("distil", {"logits": "0"})
+    deep = [torch.full((1, 3, 4), float(i)) for i in range(5)]
+    shallow = [deep[0], deep[2].clone(), deep[4].clone()]
+    for layer in shallow:
+        layer[:, 2] = 99.0
+    outputs, theirs = SimpleNamespace(hidden_states=shallow), SimpleNamespace(hidden_states=deep)
+    batch = {"attention_mask": torch.tensor([[1, 1, 0]])}
+    assert float(recovery.loss(outputs, theirs, batch, torch.zeros(()))) == 0
+    assert float(recovery.loss(outputs, theirs, {}, torch.zeros(()))) > 0
 
 
 def test_scores_are_compared_by_their_distance():
     mine, its = (SimpleNamespace(logits=torch.randn(4, 1)) for _ in range(2))
-    found = room_of("regression", logits="2").loss(mine, its, {}, torch.zeros(()))
+    found = recovery_of("regression", logits="2").loss(mine, its, {}, torch.zeros(()))
     close(found, 2 * functional.mse_loss(mine.logits, its.logits), 1e-6)
 
 
 def test_first_features_then_logits():
-    recovery = room_of(name="noach-goldberg", hidden="1", embedding="1", logits="1", task="1", first_stage="0.25")
+    recovery = recovery_of(name="noach-goldberg", hidden="1", embedding="1", logits="1", task="1", first_stage="0.25")
     stages = []
     for step in range(8):
         recovery.context.step = step
@@ -370,7 +418,7 @@ def test_first_features_then_logits():
     assert stages == [("hidden", "embedding")] * 2 + [("logits", "task")] * 6
 
 
-def test_temperature_is_the_recipes_unless_the_room_has_one():
+def test_temperature_is_the_recipes_unless_the_recovery_has_one():
     for options, wanted in (({}, 3.0), ({"temperature": "5"}, 5.0)):
         recovery = make_recovery("distil", options)
         recovery.prepare(bert(), RecoveryContext(bert(), "classification", SimpleNamespace(temperature=3.0), 1))

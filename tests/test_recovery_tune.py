@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import ClassVar
@@ -24,8 +25,7 @@ from eckart.cli.app import app
 from eckart.errors import CheckpointError, DataError, UsageError
 from eckart.model import factored_modules
 from eckart.recovery import DSEE, LoRA, Recovery, RecoveryContext, make_recovery, pipeline
-from eckart.recovery.device import resolve_device
-from eckart.recovery.recipe import TuneRecipe, make_tune_recipe, override
+from eckart.recovery.recipe import TuneRecipe, make_tune_recipe
 from eckart.recovery.training import is_better
 
 
@@ -108,8 +108,10 @@ def test_options_win_over_the_recipe(place):
         eckart.tune(place / "lowrank", data="x", recovery=LoRA(), recovery_option="rank=2")
     with pytest.raises(UsageError, match="LoRA is no object of a class on"):
         eckart.tune(place / "lowrank", data="x", recovery=LoRA)
-    same = override(TuneRecipe(recovery="lora", recovery_option="rank=3"), {"recovery": "lora"})
-    assert same["recovery_option"] == ("rank=3",)
+    run = {"recovery": "lora", "recovery_option": ["rank=3"]}
+    assert TuneRecipe.combine(run, {"recovery": "lora"}) == run
+    assert TuneRecipe.combine(run, {"recovery": "full"}) == {"recovery": "full"}
+    assert TuneRecipe.combine(run, {"recovery_option": ["rank=2"]})["recovery_option"] == ["rank=2"]
 
 
 @dataclass
@@ -161,18 +163,26 @@ def test_one_object_serves_several_tunings(place):
 # -- devices and steps ----------------------------------------------------------------------------------------
 
 
-def test_a_gpu_that_is_there_is_used_and_another_one_only_if_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert resolve_device("auto") == torch.device("cpu")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert resolve_device("auto") == torch.device("mps")
+class ReachedError(Exception):
+    """A training has come as far as a test looks."""
+
+
+@pytest.mark.parametrize(("asked", "used"), [("auto", "cuda"), ("cuda:1", "cuda:1"), ("mps", "mps")])
+def test_a_tuning_uses_the_device_that_was_asked_for(place, monkeypatch, asked, used):
+    devices = []
+
+    def stop(*given):
+        devices.append(given[5])
+        raise ReachedError
+
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert resolve_device("auto") == torch.device("cuda:0")
-    assert resolve_device("cuda:1") == torch.device("cuda:1")
-    assert resolve_device("mps") == torch.device("mps")
-    assert TuneRecipe().device == TuneRecipe(device=None).device == "auto"
+    own = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: own(*size, **more))  # it is there
+    monkeypatch.setattr(pipeline, "on_device", lambda device, *models: devices.append(device) or nullcontext())
+    monkeypatch.setattr(pipeline, "train", stop)
+    with pytest.raises(ReachedError):
+        tuned(place, "lowrank", recovery="full", device=asked)
+    assert devices == [torch.device(used)] * 2
 
 
 def test_accumulated_gradients_are_those_of_one_large_batch(place):

@@ -45,7 +45,9 @@ def output_lock(
             raise UsageError("overwrite and restart are about a published folder: pass output_dir=... too.")
         yield None
         return
-    check_output(output_dir, overwrite=overwrite, inputs=list(vars(inputs).values()))
+    read = [inputs.model, inputs.teacher, inputs.data, inputs.eval_data]
+    read += [each.config.name_or_path for each in read if isinstance(each, PreTrainedModel)]
+    check_output(output_dir, overwrite=overwrite, inputs=read)
     with OutputLock(output_dir) as lock:
         yield lock
 

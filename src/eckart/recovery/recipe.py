@@ -72,7 +72,9 @@ class TuneRecipe(RecipeBase):
     temperature: float = Field(2.0, gt=0, description="What logits are divided by before they are compared.")
     save_steps: int = Field(200, ge=1, description="Steps between the states from which a training can resume.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
-    device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1, mps; auto: a GPU where there is one.")
+    device: str = Field(
+        "auto", description="Device to compute on: cpu, cuda, cuda:1, mps; auto: a GPU where there is one."
+    )
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
 
     @model_validator(mode="before")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import transformers
 from common import interleaved
-from transformers import AutoTokenizer, Trainer  # noqa: F401  Trainer is slow to import, and is so once
+from transformers import AutoTokenizer
 
 import eckart
 from eckart.checkpoint.tokenizer import load_tokenizer
@@ -28,7 +28,6 @@ from eckart.evaluation.rounding import round_weights
 from eckart.evaluation.sizes import count_sizes
 from eckart.evaluation.tasks import score_classification
 from eckart.model import find_sites
-from eckart.recovery.pipeline import tune_checkpoint
 
 BATCH, LENGTH = 32, 64
 """Rows and tokens of a batch that is timed."""
@@ -113,7 +112,7 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
         **options,
     })  # fmt: skip
     shutil.rmtree(output, ignore_errors=True)
-    tune_checkpoint(recipe, output, restart=True, tell=lambda _: None)
+    eckart.tune(recipe.model, recipe=recipe, output_dir=output, restart=True)
 
 
 def rounded(dense: Path, output: Path) -> int:

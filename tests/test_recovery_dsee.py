@@ -1,4 +1,4 @@
-"""DSEE as a room: a small update on fixed places, neurons that are found by trial, and an adapter of its own."""
+"""DSEE: a small update on fixed places, neurons that are found by trial, and an adapter of its own."""
 
 import copy
 
@@ -218,7 +218,7 @@ def _heads(model):
 
 
 @pytest.mark.parametrize("prune", ["unstructured", "structured"])
-def test_what_was_pruned_stays_pruned_when_training_is_gone_on_with(prune):
+def test_what_was_pruned_stays_pruned_when_a_training_resumes(prune):
     recoveries = [small(prune=prune, score="gates", heads=0.25) for _ in range(2)]
     models = [prepare_model(bert(num_attention_heads=4), recovery, 4) for recovery in recoveries]
     train(models[0], recoveries[0], 3)

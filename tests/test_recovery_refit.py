@@ -24,15 +24,13 @@ from eckart.methods import METHODS
 from eckart.model import dense_weight, factored_modules, find_sites, replace_module, store_factors
 from eckart.moments.input_shift import InputShift
 from eckart.recovery import RecoveryContext, make_recovery
-from eckart.recovery.pipeline import tune_checkpoint
-from eckart.recovery.recipe import make_tune_recipe
 from eckart.storage.cache import Cache
 
 QUICK = {"batch_size": 8, "max_seq_length": 32, "num_samples": 120, "eval_samples": 16}
 
 
 def solved(student, teacher, batches: list[Batch], **options):
-    """A copy of the student, solved again, and the room that did it."""
+    """A copy of the student, solved again, and the recovery that did it."""
     recovery = make_recovery("refit", options)
     student = copy.deepcopy(student).eval()
     context = RecoveryContext(teacher, "causal", None, 0)
@@ -215,16 +213,11 @@ def test_the_command_publishes_what_it_measured(place, tmp_path):
     assert not (tmp_path / "out.partial").exists()
     recipe = yaml.safe_load((tmp_path / "out/eckart/recipe.yaml").read_text())
     assert "epochs" not in recipe  # so that the file can be given to --config again
-    again = CliRunner().invoke(app, ["tune", "--config", str(tmp_path / "out/eckart/recipe.yaml"), "--output-dir",
-                                     str(tmp_path / "again")])  # fmt: skip
-    assert again.exit_code == 0, again.output
-    one, other = (eckart.load(tmp_path / name).state_dict() for name in ("out", "again"))
-    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_the_better_one_is_kept(place, monkeypatch):
     for better, kept in ((True, "after"), (False, "before")):
-        monkeypatch.setattr("eckart.recovery.pipeline.better", lambda *_, better=better: better)
+        monkeypatch.setattr("eckart.recovery.result.is_better", lambda *_, better=better: better)
         result = refit(place)
         assert result.report["kept"] == kept
         old = weights(eckart.load(place / "llama-40"))
@@ -247,17 +240,14 @@ def test_more_rows_than_it_takes_are_drawn_from(place, monkeypatch):
     assert any(note.startswith("20 of ") and "--num-samples" in note for note in result.report["notes"])
 
 
-def test_a_run_that_was_killed_begins_again(place, tmp_path, monkeypatch):
-    asked = {"model": str(place / "llama-40"), "teacher": str(place / "llama"), "data": str(place / "text.txt")}
-    recipe = make_tune_recipe({**asked, "recovery": "refit", **QUICK})
+def test_an_interrupted_run_starts_again(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr("eckart.recovery.refit.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            tune_checkpoint(recipe, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    tune_checkpoint(recipe, tmp_path / "out")
-    assert (tmp_path / "out/model.safetensors").is_file()
-    assert not (tmp_path / "out.partial").exists()
+            refit(place, output_dir=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    assert refit(place, output_dir=tmp_path / "out").folder == tmp_path / "out"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -269,7 +259,7 @@ def test_a_run_that_was_killed_begins_again(place, tmp_path, monkeypatch):
     ({"model": "llama"}, "no factored weight that can be solved again.*eckart compress MODEL"),
     ({"model": "bare-40", "teacher": "classifier", "data": "rows.tsv", "data_column": "text",
       "data_label_column": "label"},
-     "no head for task classification.*--recovery full"),
+     "no output head for task classification.*--recovery full"),
 ])  # fmt: skip
 def test_refusals_name_the_way_out(place, options, words):
     for key in ("teacher", "data"):
@@ -286,9 +276,3 @@ def test_a_teacher_with_other_names_is_refused():
     student = eckart.compress(llama_like, method="svd", keep=0.4).model
     with pytest.raises(UsageError, match=r"the teacher has no such weight.*--teacher MODEL"):
         solved(student, bert, batches_of(BY_NAME["llama"], llama_like, 1))
-
-
-def test_it_is_listed():
-    said = CliRunner().invoke(app, ["methods"]).output
-    assert "refit" in said
-    assert "data + teacher" in said

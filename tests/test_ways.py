@@ -39,7 +39,7 @@ COMPRESS = {
     "dsee": (["--method", "dsee"], "dsee is trained: eckart tune DIR --recovery dsee"),
     "distil": (["--method", "distil"], "distil is trained: eckart tune DIR --recovery distil --teacher MODEL"),
     "lora": (["--method", "lora"], "lora is trained: eckart tune DIR --recovery lora"),
-    "refit": (["--recovery", "refit"], "eckart tune DIR --recovery refit --teacher MODEL --data FILE --output-dir OUT; "
+    "refit": (["--method", "refit"], "eckart tune DIR --recovery refit --teacher MODEL --data FILE --output-dir OUT; "
                                      "while factors are made, any method with --refit"),
     "a metric": (["--metric", "ilkd"], "ilkd is trained: eckart tune DIR --recovery ilkd --teacher MODEL"),
     "a size of one that states its own": (["--method", "kngpt2", "--keep", "0.3"],

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -139,12 +140,12 @@ def _add_gradients(
     total = 0.0
     for batch in batches:
         there = {name: value.to(device) for name, value in batch.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=context.recipe.bf16):
+        with torch.autocast(device.type, torch.bfloat16) if context.recipe.bf16 else nullcontext():
             loss = _loss(model, recovery, context, there) / len(batches)
         if not bool(torch.isfinite(loss)):
             raise NumericalError(
-                f"The loss of step {context.step + 1} is {float(loss)}. Lower --learning-rate, or check the data and "
-                "the teacher."
+                f"The loss of step {context.step + 1} is {float(loss.detach())}. Lower --learning-rate, or check the "
+                "data and the teacher."
             )
         loss.backward()
         total += float(loss.detach())

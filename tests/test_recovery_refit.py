@@ -66,7 +66,7 @@ def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_pat
     architecture = BY_NAME[name]
     model = architecture.model()
     batches = batches_of(architecture, model)
-    method = with_changes(METHODS["drone"], centered=centered)
+    method = with_changes(METHODS["drone"], name=f"drone-{centered}", centered=centered)
     asked = {"data": batches, "method": method, "form": form, "keep": 0.5}
     plan = eckart.compress(model, refit=False, **asked).plan.to_json()
     plan["sites"][list(plan["sites"])[4]] = {"form": DENSE}

@@ -309,17 +309,18 @@ def test_a_resumed_training_draws_and_reports_as_an_uninterrupted_one(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
-def test_model_and_batches_lie_on_the_one_device_that_is_given():
-    found = []
+def test_models_and_batches_lie_on_the_one_device_that_is_given():
+    student, teacher, found = bert(), bert(), []
 
-    class Stop(Recovery):
-        def loss(self, outputs, teacher_outputs, batch, task_loss):
-            found.extend(tensor.device.type for tensor in (outputs.logits, teacher_outputs.logits, *batch.values()))
-            raise KeyboardInterrupt
+    def stop(module, given, named):
+        found.extend(tensor.device.type for tensor in named.values() if isinstance(tensor, torch.Tensor))
+        raise KeyboardInterrupt
 
-    Stop.needs_teacher = True
+    student.register_forward_pre_hook(stop, with_kwargs=True)
     with pytest.raises(KeyboardInterrupt):
-        trained(bert(), Stop(), teacher=bert(), device="meta")
+        trained(student, Watching(teacher=True), teacher=teacher, device="meta")
+    found += [tensor.device.type for model in (student, teacher) for tensor in model.parameters()]
+    assert len(found) > 40
     assert set(found) == {"meta"}
 
 

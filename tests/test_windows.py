@@ -43,7 +43,7 @@ def batches(name: str) -> list[Inputs]:
 
 
 def block_by_block(folder: Path, memory: int = 0) -> Workspace:
-    return Workspace(compute=FLOAT, waiting=Cache(memory=memory, folder=folder / "waiting", durable=True))
+    return Workspace(compute=FLOAT, hidden_states=Cache(memory=memory, folder=folder / "waiting", durable=True))
 
 
 def products(model: nn.Module) -> dict[str, Tensor]:
@@ -105,8 +105,8 @@ def test_a_run_block_by_block_gives_what_a_run_in_memory_gives(name, method, tmp
     if shared:
         assert "called by several blocks, and its squared gradients come in one piece" in other["notes"].pop(0)
     assert [re.sub(r"[\d.e-]+", "", note) for note in other["notes"]] == told
-    assert place.waiting is not None
-    assert place.waiting.keys() == []
+    assert place.hidden_states is not None
+    assert place.hidden_states.keys() == []
 
 
 @pytest.mark.parametrize(("name", "some"), [("llama", 20_000), ("t5", sys.maxsize)])

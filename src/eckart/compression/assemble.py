@@ -40,14 +40,14 @@ STORED = "stored"
 
 @dataclass(frozen=True)
 class Assembly:
-    """A model and the place where a smaller copy of it is put together.
+    """Builds a smaller copy of a model, and stores its finished modules on the way.
 
     Attributes:
         model: the original.
-        sites: what may be replaced.
-        weights: of the original, brought in as they are needed.
-        workplace: where things are kept.
-        dtype: of stored numbers; None for the model's own.
+        sites: the weights that may be replaced.
+        weights: loads the weights of the original where they are needed.
+        workspace: stores the finished modules.
+        dtype: type of the stored numbers; None for that of the model.
     """
 
     model: PreTrainedModel
@@ -57,7 +57,11 @@ class Assembly:
     dtype: torch.dtype | None
 
     def put_forms(self, plan: Plan, factors: FactorStore) -> tuple[PreTrainedModel, list[str]]:
-        """A copy of the model with the planned forms in place, in the stored dtype, and notes of fallbacks."""
+        """Make a copy of the model with the planned forms in place, in the stored type.
+
+        Returns:
+            The copy, and notes of fallbacks.
+        """
         compressed = shared_clone(self.model)
         by_name = {site.name: site for site in self.sites}
         chosen = {name: (name,) for name in by_name if plan.choices[name].form != DENSE}
@@ -91,7 +95,7 @@ class Assembly:
     def _serialize(
         self, sites: Sequence[Site], plan: Plan, factors: FactorStore
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The modules of some sites, packed."""
+        """Build the modules of some sites from their factors, as one entry of the store."""
         tensors: dict[str, Tensor] = {}
         content: dict[str, Any] = {"sites": {}, "notes": [], "solved": []}
         for site in sites:
@@ -101,7 +105,7 @@ class Assembly:
             left, right = solved.factors[choice.block].truncated(choice.rank)
             bias = old.bias.detach() if site.has_bias else None
             if bias is not None and solved.mean is not None:
-                # The metric was the covariance: the mean's share of the error goes into the bias.
+                # The metric was the covariance, so the error of the mean output is corrected in the bias.
                 mean = solved.mean.to(weight.device)
                 one, other = (factor.to(weight.device).double() for factor in (left, right))
                 rest = weight.double() @ mean - form_named(choice.form).times(one, other, mean, choice.block)
@@ -119,7 +123,7 @@ class Assembly:
         return tensors, content
 
     def install(self, model: PreTrainedModel, stage: str, name: str) -> list[str]:
-        """Put an entry's modules into a model; returns its notes."""
+        """Put the modules of an entry into a model, and return the notes of the entry."""
         tensors, content = self.workspace.store.read(stage, name)
         for site, spec in content["sites"].items():
             own = {k.removeprefix(f"{site}/"): v for k, v in tensors.items() if k.startswith(f"{site}/")}
@@ -127,7 +131,7 @@ class Assembly:
         return list(content["notes"])
 
     def share_entry(self, stage: str, name: str) -> dict[str, Any]:
-        """Give every process an entry of the first one; returns its content."""
+        """Copy an entry of the first process to all others, and return its JSON values."""
         place = self.workspace
         if place.processes.size > 1:
             entry = place.store.read(stage, name) if place.processes.main else ({}, {})

@@ -1,4 +1,4 @@
-"""From solved sites and a budget to a plan: curves in units of loss, uniform ranks, or a plan that was given."""
+"""Choose form and rank of every site within a budget: by predicted loss, uniformly, as a paper or a plan file says."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def make_plan(
     solved: Mapping[str, Losses | None],
     dense: Mapping[str, str],
     budget: Budget,
-    mark: str,
+    fingerprint: str,
     bases: Bases = (),
 ) -> Plan:
-    """Which form and rank every site gets.
+    """Choose the form and rank of every site.
 
     Args:
-        sites: what was found.
+        sites: the weights that can be factored.
         settings: method, form and allocation.
         recipe: keep, plan file, rank multiple.
         solved: site -> predicted losses, or, where ranks are uniform and there are several shapes of block to choose
             from, errors in the method's own metric; None where nothing is chosen by them.
         dense: sites that stay dense -> why.
         budget: what all sites together may store.
-        mark: fingerprint of the model, written into the plan.
+        fingerprint: of the model, written into the plan.
         bases: sites that are to share a basis; those that stay dense are left out of their group.
 
     Raises:
@@ -65,10 +65,10 @@ def make_plan(
     shapes = {site.name: site.shape for site in sites.chosen}
     if recipe.plan is not None:
         plan = read_plan(Path(recipe.plan), shapes)
-        if plan.model and plan.model != mark:
+        if plan.model and plan.model != fingerprint:
             raise UsageError(
-                f"--plan {recipe.plan}: it was made for another model ({plan.model[:12]}, this one is {mark[:12]}). "
-                "Make a plan for this model, or remove the entry 'model' to use it all the same."
+                f"--plan {recipe.plan}: it was made for another model ({plan.model[:12]}, this one is "
+                f"{fingerprint[:12]}). Make a plan for this model, or remove the entry 'model' to use it all the same."
             )
         missing = [n for n, c in plan.choices.items() if c.form != DENSE and n not in solved]
         if missing:
@@ -76,13 +76,13 @@ def make_plan(
                 f"--plan {recipe.plan}: site {missing[0]} cannot be factored: "
                 f'{dense.get(missing[0], "no statistics")}. Set its form to "dense".'
             )
-        return with_changes(plan, model=mark)
+        return with_changes(plan, model=fingerprint)
     reached = {name: shape for name, shape in shapes.items() if name in solved}
     fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
     predicted: dict[str, float] = {}
     try:
         if settings.allocation == "paper":
-            choices = {name: _own(settings.method, name, shape) for name, shape in reached.items()}
+            choices = {name: _paper_size(settings.method, name, shape) for name, shape in reached.items()}
         elif settings.allocation == "uniform":
             inside = sum(rows * columns for rows, columns in reached.values())
             # What stays dense counts too, so the others keep a little less than was asked for.
@@ -97,21 +97,23 @@ def make_plan(
             choices = allocate(curves, budget.elements - fixed)
             predicted = {name: curve.losses[list(curve.choices).index(choices[name])] for name, curve in curves.items()}
     except OverBudgetError as error:
-        raise budget.refusal(error.needed + fixed, "the smallest factors of the eligible weights store more") from error
+        raise budget.make_error(
+            error.needed + fixed, "the smallest factors of the eligible weights store more"
+        ) from error
     for name in shapes:
         choices.setdefault(name, Choice(DENSE))
     choices = {name: choices[name] for name in shapes}
-    return Plan(choices, mark, predicted)
+    return Plan(choices, fingerprint, predicted)
 
 
 def _among(bases: Bases, names: Mapping[str, object]) -> Bases:
-    """Groups without the sites that are not named; no group is of one."""
+    """The groups with only these sites; a group of one site is dropped."""
     found = [tuple(name for name in group if name in names) for group in bases]
     return [group for group in found if len(group) > 1]
 
 
-def _own(method: Method, name: str, shape: tuple[int, int]) -> Choice:
-    """What the method itself makes of a site."""
+def _paper_size(method: Method, name: str, shape: tuple[int, int]) -> Choice:
+    """The size that the paper of the method states for a site."""
     assert method.paper_sizes is not None, f"{method.name} states no sizes"
     stated = method.paper_sizes(name, *shape)
     return Choice(DENSE) if stated is None else Choice(method.form, *stated)
@@ -127,7 +129,7 @@ def largest_choices(
     """For each site the largest choices that any plan may make: factors beyond them need not be kept.
 
     Args:
-        sites: what was found.
+        sites: the weights that can be factored.
         settings: form and allocation.
         recipe: plan file, rank multiple.
         keep: the largest fraction that will be asked for.
@@ -139,7 +141,7 @@ def largest_choices(
         given = read_plan(Path(recipe.plan), shapes).choices
         return {name: _or_smallest([given[name]], shape, settings.form) for name, shape in shapes.items()}
     if settings.allocation == "paper":
-        own = {name: _own(settings.method, name, shape) for name, shape in shapes.items()}
+        own = {name: _paper_size(settings.method, name, shape) for name, shape in shapes.items()}
         return {name: _or_smallest([own[name]], shape, settings.form) for name, shape in shapes.items()}
     # Sites that no data reaches stay dense, and leave the others less than this.
     share = budget.elements / sum(rows * columns for rows, columns in shapes.values())
@@ -175,7 +177,7 @@ def _or_smallest(found: list[Choice], shape: tuple[int, int], form: str) -> tupl
 
 
 def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: Losses | None) -> Curve:
-    """What the site can be, and the loss that each option is predicted to cost."""
+    """All sizes that a site can have, each with its predicted loss."""
     assert losses is not None, "ranks are allocated by curves that were not made"
     form, multiple = form_named(settings.form), recipe.rank_multiple or default_multiple(shape)
     points: dict[int, tuple[float, Choice]] = {shape[0] * shape[1]: (0.0, Choice(DENSE))}
@@ -183,14 +185,14 @@ def _curve(shape: tuple[int, int], settings: Settings, recipe: Recipe, losses: L
         for rank in rank_steps(form.max_rank(*shape, block), multiple):
             choice, loss = Choice(settings.form, rank, block), float(curve[rank])
             stored = choice.stored(*shape)
-            if stored not in points or loss < points[stored][0]:  # of one size the better shape of block
+            if stored not in points or loss < points[stored][0]:  # of two shapes of block with one size, the better
                 points[stored] = loss, choice
     ordered = sorted(points)
     return Curve([points[n][1] for n in ordered], ordered, [points[n][0] for n in ordered])
 
 
 def default_multiple(shape: tuple[int, int]) -> int:
-    """Ranks in multiples of 8 for hardware's sake, finer where a weight is small."""
+    """Ranks are multiples of 8, which matrix products like, and of less where a weight is small."""
     multiple = 8
     while multiple > 1 and min(shape) < 64 * multiple:
         multiple //= 2
@@ -198,7 +200,7 @@ def default_multiple(shape: tuple[int, int]) -> int:
 
 
 def stored_choices(compressed: nn.Module, sites: Sites, plan: Plan) -> dict[str, Choice]:
-    """The choices as they came out, where a form fell back to another one too."""
+    """The choices as they are stored, also where a form fell back to another one."""
     choices: dict[str, Choice] = {}
     for site in sites.chosen:
         module: Any = compressed.get_submodule(site.name)

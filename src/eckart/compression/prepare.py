@@ -87,7 +87,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
                 pooling=context.pooling,
                 may_fall_back=all(s.method.name == "eckart" for s in rows if "gradients" in s.needs()),
                 weights=context.weights,
-                waiting=workspace.waiting,
+                waiting=workspace.hidden_states,
                 at_once=workspace.at_once,
                 processes=workspace.processes,
             )

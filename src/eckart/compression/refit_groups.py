@@ -1,9 +1,9 @@
-"""Refit in closed form: every site is solved again on the inputs that the compressed model gives it.
+"""Solve a group of sites again, in closed form, on the inputs that the compressed model gives it.
 
 After earlier sites are compressed a site sees x~ where it saw x. Its target becomes the weight whose output on
 x~ is nearest to the original output on x (:class:`~eckart.moments.input_shift.InputShift`), and the metric of its
 inputs that of x~. Sites are visited in the order of the forward pass, so each sees all that came before it.
-A site that the plan leaves dense is moved too: its target is stored as it is.
+A site that the plan leaves dense is shift too: its target is stored as it is.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from eckart.moments.input_shift import InputShift
 
 @dataclass(frozen=True)
 class Fit:
-    """How far a site's output in the compressed model was from the original's, and is, relative to its size.
+    """Relative error of a site's output in the compressed model, before and after its refit.
 
     `E || y - y~ ||^2 / E || y ||^2`, y of the original model and y~ of the compressed one, over all tokens.
 
@@ -52,16 +52,17 @@ class Fit:
 
 @dataclass(frozen=True)
 class GroupRefit:
-    """What is needed to solve sites again.
+    """Solves groups of sites again.
 
     Attributes:
         sites: all sites, by name.
         choices: site -> form and rank; ranks stay.
         solved: the sites that have statistics.
-        moments: gives those of the original model; the gradient side is used again. Asked by the first process alone.
-        method: its metric is used on the moved inputs.
+        moments: returns the statistics of the original, of which those of the gradients are used again. Called by the
+            first process only.
+        method: its metric is applied to the shifted inputs.
         processes: share the batches.
-        fits: site -> how near it was and is, noted there by a single process; None where nobody asks.
+        fits: filled with the error of each site before and after; None if that is not wanted.
     """
 
     sites: Mapping[str, Site]
@@ -78,13 +79,13 @@ class GroupRefit:
         """Solve the sites of one step's block again, in place in the compressed model.
 
         Args:
-            before: the walk through the original model, with the step before done.
+            before: runs the original, and has finished the step before this one.
             now: the same for the compressed model.
-            step: which step.
+            step: number of the block.
             groups: leader -> members, those inside the step's block.
 
         Returns:
-            Names of the sites that were stored anew, and notes of fallbacks.
+            Names of the sites that have changed, and notes of fallbacks.
         """
         changed: list[str] = []
         notes: list[str] = []
@@ -93,16 +94,16 @@ class GroupRefit:
             if not known:
                 continue
             powers = dict.fromkeys(known, 0.0) if self.fits is not None else {}
-            moved = self._seen(before, now, step, leader, powers)
+            shift = self._pair_inputs(before, now, step, leader, powers)
             for name in known:
                 found: list[str] = []
                 failed: BaseException | None = None
                 if self.processes.main:
                     try:
                         old = _linear(now.model.get_submodule(name)) if powers else None
-                        found = self._solve(before.model, now.model, name, self.moments(name), moved)
+                        found = self._solve(before.model, now.model, name, self.moments(name), shift)
                         if old is not None:
-                            self._note_fit(before.model, now.model, name, moved, old, powers[name])
+                            self._note_fit(before.model, now.model, name, shift, old, powers[name])
                     except Exception as error:
                         failed = error
                 self.processes.raise_if_any_failed(failed)
@@ -110,14 +111,15 @@ class GroupRefit:
             changed += known
         return changed, notes
 
-    def _seen(
+    def _pair_inputs(
         self, before: LayerwiseRunner, now: LayerwiseRunner, step: int, leader: str, powers: dict[str, float]
     ) -> InputShift:
-        """Pairs of what a group was given and is given now; over all processes, on the first one.
+        """Accumulate pairs of the inputs that a group reads in the original and in the compressed model.
 
-        To each of the `powers` the sum of what its site puts out in the original, squared, is added.
+        The sums of all processes end up at the first one. Each of the `powers` grows by the squared outputs of its site
+        in the original.
         """
-        moved = InputShift.empty(self.sites[leader].in_features, now.device)
+        shift = InputShift.empty(self.sites[leader].in_features, now.device)
         with self.processes.failing_together(), before.at(step), now.at(step):
             for batch in now.batches:
                 x, y = before.look(step, batch, leader), now.look(step, batch, leader)
@@ -126,13 +128,13 @@ class GroupRefit:
                         f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
                     )
                 x, y = real_tokens(x, batch), real_tokens(y, batch)
-                moved.update(x, y, f"input of {leader} in the compressed model")
+                shift.update(x, y, f"input of {leader} in the compressed model")
                 for name in powers:
                     output = functional.linear(x.float(), *_linear(before.model.get_submodule(name)))
                     powers[name] += float(output.square().sum())
         if self.processes.size == 1:
-            return moved
-        state = moved.state()
+            return shift
+        state = shift.state()
         self.processes.reduce(state, 0)
         return InputShift.from_state(state)
 
@@ -141,7 +143,7 @@ class GroupRefit:
         original: nn.Module,
         compressed: nn.Module,
         name: str,
-        moved: InputShift,
+        shift: InputShift,
         old: tuple[Tensor, Tensor | None],
         power: float,
     ) -> None:
@@ -149,13 +151,13 @@ class GroupRefit:
         assert self.fits is not None
         truth = _linear(original.get_submodule(name))
         near = [
-            max(0.0, power + moved.count * moved.output_error(*truth, *linear)) / power if power else 0.0
+            max(0.0, power + shift.count * shift.output_error(*truth, *linear)) / power if power else 0.0
             for linear in (old, _linear(compressed.get_submodule(name)))
         ]
         self.fits[name] = Fit(*near)
 
     def _to_all(self, model: nn.Module, name: str, notes: list[str]) -> list[str]:
-        """Give every process what the first one has stored; returns its notes."""
+        """Copy a module of the first process to all others, and return its notes."""
         if self.processes.size == 1:
             return notes
         tensors, spec = serialize_module(model.get_submodule(name)) if self.processes.main else ({}, {})
@@ -165,27 +167,27 @@ class GroupRefit:
         return list(content["notes"])
 
     def _solve(
-        self, original: nn.Module, compressed: nn.Module, name: str, moments: Moments, moved: InputShift
+        self, original: nn.Module, compressed: nn.Module, name: str, moments: Moments, shift: InputShift
     ) -> list[str]:
-        """Solve one site on its moved inputs and store it; returns notes."""
+        """Solve one site on its shifted inputs, put the module in place, and return notes."""
         site, choice = self.sites[name], self.choices[name]
         old: Any = original.get_submodule(name)
         current: Any = compressed.get_submodule(name)
-        device = moved.gram.device
+        device = shift.gram.device
         weight = dense_weight(old).to(device).float()
-        target = moved.target(weight, centered=moments.centered)
+        target = shift.target(weight, centered=moments.centered)
         bias = old.bias.detach().to(device) if site.has_bias else None
         notes: list[str] = []
         if choice.form == DENSE:
             stored = target
         else:
-            now = moments.with_statistics({**moments.own, **moved.statistics()})
+            now = moments.with_statistics({**moments.own, **shift.statistics()})
             solved = factorize(self.method.metric(target, now), name)
             notes.extend(solved.notes)
             left, right = solved.truncated(choice.rank)
             stored = left @ right
         if bias is not None and moments.centered:
-            mean, shifted = moved.means()
+            mean, shifted = shift.means()
             bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
         if choice.form == DENSE:
             set_dense_weight(compressed, name, stored, bias)
@@ -197,7 +199,7 @@ class GroupRefit:
 
 
 def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
-    """Weight (out, in) and bias that a module stands for, whatever form it is stored in."""
+    """The dense weight (out, in) and bias of a module, in whatever form it is stored."""
     if isinstance(module, FactoredLinear):
         weight, bias = module.to_dense().detach(), module.dense_bias()
     else:
@@ -208,7 +210,7 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
 def refittable(
     groups: Mapping[str, Sequence[str]], walk: LayerwiseRunner, leave: Collection[str]
 ) -> tuple[dict[int, Groups], list[str]]:
-    """Which groups are solved again at which step.
+    """Assign each group to the step of the block that reads its input.
 
     Args:
         groups: leader -> members, in order of the forward pass.

@@ -1,4 +1,4 @@
-"""What a run made, and how it is published."""
+"""The result of a compression, and its publication."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ AUTO_CLASSES = {
 
 @dataclass
 class Result:
-    """What a run made. `print(result)` shows the tables.
+    """The result of a compression. `print(result)` shows its tables.
 
     Attributes:
         model: the compressed model; the one that was passed in is as it was.
@@ -108,7 +108,7 @@ class Result:
 
 
 def load_lines(result: Result, folder: Path) -> str:
-    """The three lines of Python that load what was published."""
+    """Return the three lines of Python that load a published folder."""
     if result.source_folder is not None and (result.source_folder / "modules.json").exists():
         library, name, call = "sentence_transformers", "SentenceTransformer", f"SentenceTransformer({str(folder)!r})"
     else:
@@ -118,7 +118,7 @@ def load_lines(result: Result, folder: Path) -> str:
 
 
 def origin_of(folder: Path | None) -> dict[str, Any]:
-    """Licence, language and task of the original, as its own model card states them."""
+    """Read licence, language and task of the original from its model card."""
     file = folder / "README.md" if folder is not None else None
     if file is None or not file.is_file():
         return {}
@@ -130,5 +130,5 @@ def origin_of(folder: Path | None) -> dict[str, Any]:
 
 
 def auto_class_of(name: str) -> str:
-    """The Auto class that loads a class of that name."""
+    """Return the name of the Auto class that loads a model class."""
     return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModel")

@@ -1,4 +1,4 @@
-"""What a run does: the recipe's choices, and the method's own where the recipe says nothing."""
+"""The settings of a run: what the recipe says, and the settings of the method where the recipe says nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eckart.moments import statistics_named
 
 @dataclass(frozen=True)
 class Settings:
-    """A recipe's choices with the method's own filled in.
+    """The choices of a recipe, completed with those of the method.
 
     Attributes:
         method: with the metric that is used.
@@ -33,7 +33,7 @@ class Settings:
 
     @classmethod
     def of(cls, method: Method, recipe: Recipe) -> Settings:
-        """What the recipe says, and the method where it says nothing.
+        """Complete a recipe with the settings of a method.
 
         Raises:
             UsageError: if a refit is asked of a metric that knows no input Gram or of a form that has none, another
@@ -92,7 +92,7 @@ class Settings:
         return cls(method, form, allocation, refit, notes)
 
     def needs(self, *, planned: bool = False) -> frozenset[str]:
-        """Statistics to gather; `planned`: ranks are given, so no curve in units of loss is needed."""
+        """Names of the statistics to gather. If ranks are `planned`, none are needed for curves of predicted loss."""
         needs = self.method.needs
         if self.allocation == "loss" and not planned:
             needs = needs | METHODS["kfac"].needs

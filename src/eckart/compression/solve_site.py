@@ -1,4 +1,4 @@
-"""From a site's statistics to its factors: what a run keeps of a site when its statistics are gone."""
+"""Factor one site, or a group that shares a basis, from its statistics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from eckart.moments import Moments
 
 @dataclass(frozen=True)
 class SiteFactors:
-    """Factors of a site for every rank that it may get, and what later steps ask of it.
+    """The factors of a site up to its largest possible rank, and what later steps need of its statistics.
 
     Attributes:
         factors: for each shape of block (None alone, for a form without) up to the largest rank that may be asked for.
@@ -38,16 +38,16 @@ class SiteFactors:
 
     @property
     def effective_rank(self) -> float:
-        """Of the first factorization."""
+        """The effective rank under the metric, of the first factorization."""
         return next(iter(self.factors.values())).effective_rank
 
     @property
     def notes(self) -> list[str]:
-        """Fallbacks taken; of several factorizations, those of the chosen one are told when it is stored."""
+        """Fallbacks; where there are several factorizations, only those of the chosen one are reported, later."""
         return [note for found in self.factors.values() for note in found.notes] if len(self.factors) == 1 else []
 
     def serialize(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named tensors and JSON values."""
+        """Return named tensors and JSON values, as a store keeps them."""
         tensors: dict[str, Tensor] = {}
         for place, (block, found) in enumerate(self.factors.items()):
             left, right = found.seen_factors
@@ -66,7 +66,7 @@ class SiteFactors:
 
     @classmethod
     def deserialize(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> SiteFactors:
-        """What :meth:`serialize` made."""
+        """Rebuild the factors from what :meth:`serialize` returned."""
         state = {k.removeprefix("moments."): v for k, v in tensors.items() if k.startswith("moments.")}
         blocks: list[Block | None] = [None if b is None else (b[0], b[1]) for b in content["blocks"]]
         factors = {
@@ -139,7 +139,7 @@ def solve_group(
 
 
 def _summed(moments: Sequence[Moments]) -> Moments | None:
-    """Statistics of all inputs as if they were one site's; those that are given are left as they are."""
+    """Sum the input statistics of several sites; the given ones are not changed."""
     if not moments:
         return None
     total = Moments.empty(moments[0].shared)

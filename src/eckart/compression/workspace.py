@@ -1,4 +1,4 @@
-"""Where a run computes, where it keeps what it has made, and with whom it shares the work."""
+"""Where a compression computes, where it keeps intermediate results, and which processes share the work."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from eckart.storage.store import EntryStore, MemoryStore
 
 @dataclass
 class Workspace:
-    """Everything in memory and in one process, unless told otherwise: small models need no more.
+    """Where to compute and to keep intermediate results; by default all in memory and in one process.
 
     Attributes:
-        compute: device and type that weights are brought to while they compute; None: they are there.
-        store: keeps factors and modules.
-        waiting: keeps hidden states between blocks. Given one, the model is walked block by block.
+        compute: device and type that weights are copied to while they compute; None: they stay where they are.
+        store: keeps factors and finished modules.
+        hidden_states: keeps hidden states between blocks. If it is set, the model is worked on block by block.
         processes: share the text and the sites.
-        at_once: blocks that make a window of statistics where a model cannot be walked.
-        scratch: a folder for numbers that have no file and are too many for memory.
+        at_once: number of blocks in a window of statistics, of a model that cannot be run block by block.
+        scratch: a folder for weights that have no file and are too large for memory.
     """
 
     compute: ComputePlacement | None = None
     store: EntryStore = field(default_factory=MemoryStore)
-    waiting: Cache | None = None
+    hidden_states: Cache | None = None
     processes: Processes = field(default_factory=Processes)
     at_once: int = 1
     scratch: Path | None = None
 
     @property
     def compute_stored(self) -> ComputePlacement | None:
-        """Where a compressed model computes: on the same device, in the type that it is stored in."""
+        """The same for the compressed model, which computes in the type that it is stored in."""
         return None if self.compute is None else ComputePlacement(self.compute.device, None)
 
     def hidden_state_cache(self) -> Cache:
-        """Where hidden states wait; in memory, if there is no other place."""
-        return self.waiting if self.waiting is not None else Cache(memory=sys.maxsize, folder=None)
+        """The cache of hidden states between blocks; in memory where no other is set."""
+        return self.hidden_states if self.hidden_states is not None else Cache(memory=sys.maxsize, folder=None)
 
     @property
     def streaming(self) -> bool:
-        """Whether the model is larger than what may be held at a time."""
-        return self.waiting is not None
+        """Whether the model is worked on block by block."""
+        return self.hidden_states is not None

@@ -2,8 +2,8 @@
 
 Every site has a curve of (stored numbers, predicted loss), dense included. The Lagrangian optimum over
 such curves lies on their lower convex hulls: taking the steepest next hull segment of all sites, again
-and again, gives it for every budget that falls on a vertex; what is left of the budget is then filled
-with the best single steps between vertices.
+and again, gives it for every budget that falls on a vertex; the rest of the budget is then spent
+on the best single steps between vertices.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from eckart.allocation.ranks import OverBudgetError, smallest_keep
 
 @dataclass(frozen=True)
 class Curve:
-    """What a site can be, from smallest to largest.
+    """The options of one site, from the smallest to the largest, usually dense.
 
     Attributes:
         choices: the options.
-        stored: elements each stores, strictly increasing.
-        losses: predicted loss of each, in the same unit for every site.
+        stored: elements that each option stores, strictly increasing.
+        losses: predicted change of the loss of each option, in the same unit for every site.
     """
 
     choices: Sequence[Choice]
@@ -92,7 +92,7 @@ def allocate(curves: Mapping[str, Curve], budget: int) -> dict[str, Choice]:
 
 
 def _fill(curves: Mapping[str, Curve], position: dict[str, int], left: int) -> None:
-    """Spend what is left on the best single steps, hull or not, until none fits."""
+    """Spend the rest of the budget on the best single steps, on the hull or not, until none fits."""
     while left > 0:
         best: tuple[float, str, int] | None = None
         for name, curve in curves.items():

@@ -131,7 +131,7 @@ class FactoredLinear(Factored):
         self.has_bias = bias
         self.source = source
 
-    # -- what a form must say ------------------------------------------------------------------------
+    # -- what a form defines -------------------------------------------------------------------------
 
     @classmethod
     def size(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> StoredSize:
@@ -211,14 +211,14 @@ class FactoredLinear(Factored):
         """The factors of several weights that share a part.
 
         Args:
-            problem: its target, (sum of heights, in), holds the weights one upon another.
+            problem: its target, (sum of heights, in), holds the weights stacked.
             heights: outputs of each weight.
             limit: the largest rank that will be asked for.
             what: the group's name in errors and notes.
         """
         raise NotImplementedError
 
-    # -- what is the same for all --------------------------------------------------------------------
+    # -- the same for all forms ----------------------------------------------------------------------
 
     @classmethod
     def block_arguments(cls, block: Block | None) -> dict[str, Any]:

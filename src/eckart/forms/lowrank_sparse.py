@@ -1,4 +1,4 @@
-"""Low-rank + sparse: `W' = B A + S`, S with whole rows left out."""
+"""Low-rank + sparse: `W' = B A + S`, where most rows of S are zero and not stored."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class SafeEmbedding(LowRankEmbedding):
     has been trained to follow the original (`eckart tune`). Codes are brought to unit root mean square before the
     attention, without parameters.
 
-    What may be attended to is told by the ids alone, whatever the model: with `causal` no later token, and never a
+    Which tokens are visible follows from the ids alone, in every model: with `causal` no later token, and never a
     token whose id is `padding_idx`; a token always sees itself. A causal model's embedding must be given the whole
     sequence at each step: generate without a key-value cache.
 

@@ -43,9 +43,9 @@ class SharedBasis(LowRank):
         return shared_basis(problem, heights, min(limit, *problem.target.shape), what)
 
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
-        """Fill the factors. What each row of A is divided by depends on A alone, so that all layers store one A.
+        """Fill the factors. The scale of each row of A depends on A alone, so that all layers store the same A.
 
-        That is the root of the row's norm: as the B_i one upon another are orthonormal, it splits each term's norm
+        It is the square root of the row's norm: as the stacked B_i are orthonormal, it splits each term's norm
         evenly between A and them.
         """
         left, right = left.double(), right.double()

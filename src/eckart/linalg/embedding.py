@@ -1,4 +1,4 @@
-"""Factors of an embedding matrix: one that is looked up, and one that an output layer reads as well.
+"""Factors of an embedding matrix, for look-ups alone or for a tied output layer as well.
 
 Looking a row up is a product with a one-hot input, so that the metric of the look-ups is diagonal over the vocabulary,
 with the tokens' frequencies on it, and
@@ -11,7 +11,7 @@ the last hidden states h, and its error `|| (E - E') H^(1/2) ||_F^2`, H = E[h h^
     f(E') = || D^(1/2) (E - E') ||_F^2 + lambda || P^(1/2) (E - E') H^(1/2) ||_F^2                               (2)
 
 which is no two-sided product: no decomposition gives its minimum. Given one factor the other one is solved exactly,
-so the two are solved in turn and f never rises; what comes out is approximate.
+so the two are solved in turn and f never rises. The result is approximate.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROUNDS = 30
 SMALLEST_FALL = 1e-4
 """Relative to f: the alternation ends when a round gains less."""
 
-# Of the eigenvalues of the small systems: what is below is a direction that the factors do not have.
+# Of the eigenvalues of the small systems, relative: smaller ones belong to directions that the factors do not have.
 FLOOR = 1e-12
 
 
@@ -55,7 +55,7 @@ class TableFactors:
 
 
 def smoothed(counts: Tensor) -> Tensor:
-    """Token frequencies with one added to every count (Laplace), so that no token weighs nothing.
+    """Token frequencies with one added to every count (Laplace), so that no token has weight zero.
 
     Args:
         counts: (v,) how often each token was seen.
@@ -100,7 +100,7 @@ def tied_factors(
 
     Both steps are exact. With A fixed, row i solves `b_i A M_i A^T = e_i M_i A^T`, `M_i = D_i I + lambda P_i H`, and
     one basis makes `A A^T` the identity and `A H A^T` diagonal for all rows at once. With B fixed,
-    `B^T D B A + lambda B^T P B A H = B^T D E + lambda B^T P E H` falls apart in the eigenvectors of H and a basis that
+    `B^T D B A + lambda B^T P B A H = B^T D E + lambda B^T P E H` separates in the eigenvectors of H and a basis that
     diagonalizes both Grams of B.
 
     Args:
@@ -163,7 +163,7 @@ def tied_factors(
 def in_blocks(
     table: Tensor, lookups: Tensor, inputs: Tensor | None, blocks: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Lay each row out in blocks: a Kronecker product of one row becomes a matrix of rank one.
+    """Cut each row into blocks: a Kronecker product of one row becomes a matrix of rank one.
 
     `A (x) b` with A (v, c) and b (1, f) is, its rows cut into c blocks of f numbers, the outer product of the numbers
     of A and b (Van Loan & Pitsianis 1993). A block's look-ups are its row's. The head's metric couples the blocks;

@@ -30,10 +30,10 @@ Block = tuple[int, int]
 """(m2, n2), the shape of the second factor."""
 
 SWEEPS = 6
-"""Of alternating least squares: so often is each side solved."""
+"""How many times alternating least squares solves each side, at most."""
 
 STEPS = 8
-"""Of conjugate gradients in each half sweep; the next sweep goes on where they stop."""
+"""Of conjugate gradients in each half sweep; the next sweep starts from their result."""
 
 ENOUGH = 1e-4
 """A sweep that lowers the objective by a smaller part of it is the last."""
@@ -55,7 +55,7 @@ def rearranged(weight: Tensor, block: Block) -> Tensor:
 
 
 def rearranged_back(rows: Tensor, shape: tuple[int, int], block: Block) -> Tensor:
-    """What :func:`rearranged` took apart: (m1 n1, m2 n2) -> (m, n)."""
+    """The inverse of :func:`rearranged`: (m1 n1, m2 n2) -> (m, n)."""
     (m, n), (m2, n2) = shape, block
     return rows.reshape(m // m2, n // n2, m2, n2).transpose(1, 2).reshape(m, n)
 
@@ -92,7 +92,7 @@ def kronecker_factorize(problem: Problem, block: Block, limit: int, what: str = 
 
 
 def _separated(problem: Problem, block: Block) -> tuple[Tensor, Tensor] | None:
-    """Roots of the weights of the rearranged rows (m1 n1) and columns (m2 n2); None if they do not come apart."""
+    """Roots of the weights of the rearranged rows (m1 n1) and columns (m2 n2); None if they are no Kronecker product."""
     (m, n), (m2, n2) = problem.target.shape, block
     outputs, inputs = _split(problem.left, m, m2), _split(problem.right, n, n2)
     if outputs is None or inputs is None:
@@ -123,13 +123,13 @@ def _alternating(problem: Problem, block: Block, limit: int, what: str) -> Facto
     start = factorize(Problem(rows), what)
     rank = min(limit, len(start.squared))
     left, right, history = alternating(problem, block, start.truncated(rank))
-    # The terms of a sum may be mixed; in the order of their size they can be cut off.
+    # Terms of a sum can be mixed without changing it; sorted by size they can be truncated.
     u, s, v, notes = checked_svd(torch.linalg.qr(left, mode="r").R.double() @ right.double(), what)
     basis = torch.linalg.qr(left.double()).Q @ u
     left, right = (basis * s).to(left.dtype), v.to(left.dtype)
     found = Factorization((left, right), left.new_zeros(rank, dtype=torch.float64))
     curve = kronecker_curve_under(found, problem, block, shape)
-    # A sum cut short need not be the better for a further term: no rank is predicted to be worse than a smaller one.
+    # A truncated sum may get worse with one more term; no rank is predicted to be worse than a smaller one.
     curve = torch.cummin(curve, 0).values
     squared = torch.cat([-curve.diff(), curve[-1:]])
     listed = ", ".join(f"{value:.6g}" for value in history)
@@ -140,10 +140,10 @@ def _alternating(problem: Problem, block: Block, limit: int, what: str) -> Facto
 
 
 def alternating(problem: Problem, block: Block, start: Factors) -> tuple[Tensor, Tensor, list[float]]:
-    """Lower `|| L (T - sum A_i (x) B_i) R ||_F^2` by turns in all A_i and in all B_i.
+    """Lower `|| L (T - sum A_i (x) B_i) R ||_F^2` in turn over all A_i and over all B_i.
 
     Each half is a linear least squares problem, solved by conjugate gradients from where the half before it ended;
-    they never raise its objective, nor does a sweep that is not taken.
+    it never raises the objective, and a sweep that would is discarded.
 
     Args:
         problem: target (m, n) and metrics.
@@ -199,7 +199,7 @@ def _least_squares(normal: Callable[[Tensor], Tensor], wanted: Tensor, start: Te
     for _ in range(STEPS):
         image = normal(direction)
         curvature = (direction * image).sum()
-        if not float(curvature) > 0:  # solved, or blind in this direction
+        if not float(curvature) > 0:  # solved, or the metric does not see this direction
             break
         step = size / curvature
         x += step * direction

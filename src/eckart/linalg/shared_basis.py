@@ -1,4 +1,4 @@
-"""One basis for a group of weights that stand in several layers (Basis Sharing, arXiv 2410.03765)."""
+"""One basis for a group of weights from several layers (Basis Sharing, arXiv 2410.03765)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def shared_basis(
     """`min sum_i || (W_i - B_i A) C ||_F^2` over one A for all: `C C^T` is the sum of the group's input Grams.
 
     The paper takes the SVD of `[C^T W_1^T | C^T W_2^T | ...]`, whose leading left singular vectors, taken back through
-    `C^-T`, are the basis. That is the rank-k problem of the weights laid one upon the other, which
+    `C^-T`, are the basis. This is the rank-k problem of the weights stacked into one matrix, which
     :func:`~eckart.linalg.factorize` solves without an inverse, for a singular Gram too.
 
     At rank k are stored `k n + sum_i k m_i` numbers.
 
     Args:
-        problem: its target (sum m_i, n) holds the W_i one upon the other; its right metric is the group's.
+        problem: its target (sum m_i, n) holds the W_i stacked; its right metric is the group's.
         heights: m_i.
         limit: the largest rank that will be asked for; None for all, min(sum m_i, n).
         what: the group's name in errors and notes.
@@ -38,7 +38,7 @@ def shared_basis(
     if sum(heights) != rows or min(heights, default=0) < 1 or not problem.left.is_identity:
         raise UsageError(
             f"{what}: weights of {list(heights)} outputs cannot share a basis as a {rows} x {columns} matrix, or not "
-            "under a metric of their outputs; lay the weights one upon the other, and weigh inputs alone: --metric "
+            "under a metric of their outputs; stack the weights, and weigh their inputs only: --metric "
             "drone, asvd or svd."
         )
     solved = factorize(problem, what)

@@ -1,4 +1,4 @@
-"""Low-rank + sparse: splitting a weight, and what prunes the sparse part while it trains.
+"""Low-rank + sparse: splitting a weight, and pruning the sparse part while it trains.
 
 The split is the bilateral one of GreBsmo (Zhou & Tao 2013), which DSEE uses (Chen et al. 2021, arXiv 2111.00160); the
 schedule, the importance and the threshold are LoSparse's (Li et al. 2023, arXiv 2306.11222).
@@ -144,7 +144,7 @@ def averaged_importance(previous: Tensor | None, terms: Tensor, beta: float = 0.
 
 
 def rows_above(scores: Sequence[Tensor], alive: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[Tensor]:
-    """Which rows of several matrices stay, by one threshold over all of them.
+    """Choose the rows of several matrices that stay, by one threshold over all of them.
 
     Rows are taken from the best score down until the first that the budget cannot hold. A row that is gone does not
     come back. Equal scores: the earlier matrix, then the earlier row.

@@ -30,6 +30,9 @@ def _register() -> None:
     try:
         importlib.import_module("eckart.checkpoint.plugin").register()
     except Exception as error:  # whatever a version of transformers may raise must not break `import transformers`
+        if isinstance(error, ImportError) and _being_imported():
+            sys.meta_path.insert(0, _AfterImport())
+            return
         warnings.warn(
             f"eckart cannot register its checkpoint format with transformers ({type(error).__name__}: {error}), so "
             "from_pretrained does not load factored checkpoints. Install versions that work together: "
@@ -37,6 +40,23 @@ def _register() -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _being_imported() -> bool:
+    """Whether a module of eckart is only partly executed: it imported transformers, and the format needs it whole."""
+    specs = [
+        getattr(module, "__spec__", None) for name, module in list(sys.modules.items()) if name.startswith("eckart.")
+    ]
+    return any(getattr(spec, "_initializing", False) for spec in specs)
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds nothing; registers the format at the first import after eckart's own modules are executed."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
+        if self in sys.meta_path and not _being_imported():
+            sys.meta_path.remove(self)
+            _register()
 
 
 class _Finder(MetaPathFinder):

@@ -92,7 +92,7 @@ def kronecker_factorize(problem: Problem, block: Block, limit: int, what: str = 
 
 
 def _separated(problem: Problem, block: Block) -> tuple[Tensor, Tensor] | None:
-    """Roots of the weights of the rearranged rows (m1 n1) and columns (m2 n2); None if they are no Kronecker product."""
+    """Roots of the weights of the rearranged rows (m1 n1) and columns (m2 n2); None if there are none."""
     (m, n), (m2, n2) = problem.target.shape, block
     outputs, inputs = _split(problem.left, m, m2), _split(problem.right, n, n2)
     if outputs is None or inputs is None:

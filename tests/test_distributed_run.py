@@ -144,9 +144,9 @@ def test_text_and_sites_are_shared(case, worlds):
     assert min(first["solve"], second["solve"]) >= 8  # the costs of the sites differ
     if "streamed" in case:
         trial = 4
-        calls = [one["LayerwiseRunner.backward"] - trial for one in (first, second)]
+        calls = [one["LayerwiseRunner.run_block_backward"] - trial for one in (first, second)]
         assert sorted(calls) == [4, 8]  # a batch and two, four blocks each
-        assert alone["LayerwiseRunner.backward"] - trial == sum(calls)
+        assert alone["LayerwiseRunner.run_block_backward"] - trial == sum(calls)
 
 
 # -- an end for all ----------------------------------------------------------------------------------
@@ -191,9 +191,9 @@ def moment(done: Done, name: str, part: float) -> int:
 
 
 TROUBLE = [
-    ("drone streamed", "full", 0, ">LayerwiseRunner.forward", 0.8, "is full"),
-    ("drone streamed", "denied", 1, ">LayerwiseRunner.forward", 0.8, "Permission denied"),
-    ("kfac streamed", "full", 1, ">LayerwiseRunner.backward", 0.5, "is full"),
+    ("drone streamed", "full", 0, ">LayerwiseRunner.run_block", 0.8, "is full"),
+    ("drone streamed", "denied", 1, ">LayerwiseRunner.run_block", 0.8, "Permission denied"),
+    ("kfac streamed", "full", 1, ">LayerwiseRunner.run_block_backward", 0.5, "is full"),
     ("eckart streamed", "full", 0, ">factorize", 0.5, "is full"),
 ]
 
@@ -211,7 +211,7 @@ def test_trouble_of_one_ends_all_and_they_go_on(case, what, rank, name, part, wo
 def test_interrupt_ends_all(worlds, tmp_path):
     """As a terminal does it: all are interrupted. Here one is, and the other loses touch."""
     case = "kfac streamed"
-    at = moment(worlds.undisturbed(case)[1][0], ">LayerwiseRunner.backward", 0.7)
+    at = moment(worlds.undisturbed(case)[1][0], ">LayerwiseRunner.run_block_backward", 0.7)
     done = worlds.run(worlds.words(tmp_path, case), at=at, what="interrupt")
     assert done[0].code == 130
     assert done[1].code == 1
@@ -222,8 +222,8 @@ def test_interrupt_ends_all(worlds, tmp_path):
 KILLS = [
     ("drone streamed", 0, "<Journal.write", 0.4),
     ("drone streamed", 1, ">solve_site", 0.6),
-    ("kfac streamed", 0, ">LayerwiseRunner.backward", 0.5),
-    ("kfac streamed", 1, "<LayerwiseRunner.forward", 0.9),
+    ("kfac streamed", 0, ">LayerwiseRunner.run_block_backward", 0.5),
+    ("kfac streamed", 1, "<LayerwiseRunner.run_block", 0.9),
     ("eckart streamed", 0, "<Journal.write", 0.8),
     ("eckart streamed", 1, "<Journal.write", 0.9),
     ("eckart streamed", 0, ">factorize", 0.9),
@@ -323,7 +323,7 @@ def test_torchrun_that_is_refused(worlds, tmp_path):
 def test_torchrun_whose_first_process_is_killed(worlds, tmp_path):
     case, home = "kfac streamed", tmp_path / "home"
     home.mkdir()
-    at = moment(worlds.undisturbed(case)[1][0], ">LayerwiseRunner.backward", 0.7)
+    at = moment(worlds.undisturbed(case)[1][0], ">LayerwiseRunner.run_block_backward", 0.7)
     job = {"words": worlds.words(home, case), "at": at, "what": "kill", "rank": 0, "log": str(tmp_path / "log")}
     done = launched(tiny.__file__, json.dumps(job))
     assert done.returncode != 0

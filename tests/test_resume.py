@@ -150,7 +150,7 @@ CRITICAL = [
     ("drone", "<Journal.write", 0.4),
     ("drone", ">Cache.drop", 0.3),
     ("kfac", "<Cache.put", 0.6),
-    ("kfac", "<LayerwiseRunner.backward", 0.5),
+    ("kfac", "<LayerwiseRunner.run_block_backward", 0.5),
     ("kfac", "<Journal.write", 0.3),
     ("eckart", "<Journal.write", 0.7),
     ("eckart", ">factorize", 0.8),
@@ -203,7 +203,7 @@ def solved(home: Path) -> int:
 @pytest.mark.parametrize("method", METHODS)
 def test_solved_sites_and_walked_blocks_are_not_done_again(method, runs, tmp_path):
     whole = runs.undisturbed(method)[0]
-    step = "LayerwiseRunner.forward" if method == "drone" else "LayerwiseRunner.backward"
+    step = "LayerwiseRunner.run_block" if method == "drone" else "LayerwiseRunner.run_block_backward"
     at = whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1
     runs.unfinished(method, at, tmp_path)
     first = solved(tmp_path)
@@ -218,11 +218,11 @@ def test_solved_sites_and_walked_blocks_are_not_done_again(method, runs, tmp_pat
 
 def test_forwards_that_wait_are_not_run_again(runs, tmp_path):
     whole = runs.undisturbed("kfac")[0]
-    runs.unfinished("kfac", runs.moment("kfac", "<LayerwiseRunner.forward"), tmp_path)
+    runs.unfinished("kfac", runs.moment("kfac", "<LayerwiseRunner.run_block"), tmp_path)
     done = runs.finish("kfac", tmp_path)
     assert done["solve"] == whole["solve"]
     # What is tried on one example, and the one call whose kill came before it was kept.
-    assert done["LayerwiseRunner.forward"] <= 4 + 4 + 3 < whole["LayerwiseRunner.forward"]
+    assert done["LayerwiseRunner.run_block"] <= 4 + 4 + 3 < whole["LayerwiseRunner.run_block"]
 
 
 def test_refitted_blocks_are_not_refitted_again(runs, tmp_path):
@@ -234,17 +234,17 @@ def test_refitted_blocks_are_not_refitted_again(runs, tmp_path):
     done = runs.finish("eckart", tmp_path)
     assert done["solve"] == 0
     assert 0 < done["factorize"] < whole["factorize"] / 2
-    assert done["LayerwiseRunner.look"] == whole["LayerwiseRunner.look"] / 4
-    assert done["LayerwiseRunner.forward"] < whole["LayerwiseRunner.forward"] / 2
+    assert done["LayerwiseRunner.capture_input"] == whole["LayerwiseRunner.capture_input"] / 4
+    assert done["LayerwiseRunner.run_block"] < whole["LayerwiseRunner.run_block"] / 2
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_computed_again_before_publishing(method, runs, tmp_path):
     runs.unfinished(method, runs.moment(method, ">_sync"), tmp_path)
     done = runs.finish(method, tmp_path)
-    assert done["solve"] == done["factorize"] == done["LayerwiseRunner.look"] == done["Journal.write"] == 0
+    assert done["solve"] == done["factorize"] == done["LayerwiseRunner.capture_input"] == done["Journal.write"] == 0
     tried = {"drone": 4, "kfac": 4 + 4, "eckart": 4 + 4 + 2 * 4}  # one example through each block
-    assert done["LayerwiseRunner.forward"] == tried[method]
+    assert done["LayerwiseRunner.run_block"] == tried[method]
 
 
 # -- damage ------------------------------------------------------------------------------------------
@@ -313,8 +313,8 @@ def test_damaged_record_starts_afresh(runs, tmp_path):
 @pytest.mark.parametrize(
     ("method", "name", "part", "harm"),
     [
-        ("drone", ">LayerwiseRunner.forward", 0.7, Path.unlink),
-        ("kfac", ">LayerwiseRunner.backward", 0.8, cut),
+        ("drone", ">LayerwiseRunner.run_block", 0.7, Path.unlink),
+        ("kfac", ">LayerwiseRunner.run_block_backward", 0.8, cut),
         ("eckart", ">factorize", 0.7, Path.unlink),
         ("eckart", ">factorize", 0.7, lambda path: path.write_bytes(b"")),
     ],
@@ -332,7 +332,7 @@ def test_hidden_states_that_are_lost_are_made_again(method, name, part, harm, ru
 
 @pytest.mark.parametrize("which", [0, -1])
 def test_one_lost_hidden_state_is_enough(which, runs, tmp_path):
-    runs.unfinished("kfac", runs.moment("kfac", ">LayerwiseRunner.backward", 0.8), tmp_path)
+    runs.unfinished("kfac", runs.moment("kfac", ">LayerwiseRunner.run_block_backward", 0.8), tmp_path)
     sorted((tmp_path / "out.partial/files/waiting").iterdir())[which].unlink()
     runs.finish("kfac", tmp_path)
 
@@ -392,7 +392,7 @@ def test_other_text_is_refused(runs, begun, tmp_path_factory):
 
 def test_other_text_before_anything_is_solved_is_refused_too(runs, tmp_path, tmp_path_factory):
     """The forward pass may have taken hours."""
-    runs.unfinished("kfac", runs.moment("kfac", ">LayerwiseRunner.forward"), tmp_path)
+    runs.unfinished("kfac", runs.moment("kfac", ">LayerwiseRunner.run_block"), tmp_path)
     other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
     other.text.write_text("Something else.\n" + other.text.read_text())
     runs.refused(tmp_path, "other text", words=other.words(tmp_path / "out", *STREAM, *METHODS["kfac"]))
@@ -482,7 +482,7 @@ def test_second_run_on_the_same_output_names_the_first(runs, tmp_path):
 @pytest.mark.parametrize(
     ("method", "name", "part"),
     [("drone", "<load_data", 0.0), ("drone", ">solve_site", 0.5), ("drone", ">Path.replace", 0.5),
-     ("kfac", ">LayerwiseRunner.backward", 0.9), ("eckart", ">factorize", 0.5), ("drone", ">_verify", 0.0),
+     ("kfac", ">LayerwiseRunner.run_block_backward", 0.9), ("eckart", ">factorize", 0.5), ("drone", ">_verify", 0.0),
      ("drone", ">_sync", 0.0)],
 )  # fmt: skip
 def test_interrupted(method, name, part, runs, tmp_path):
@@ -505,11 +505,11 @@ TROUBLE = {
 @pytest.mark.parametrize(
     ("what", "method", "name", "part"),
     [
-        ("full", "drone", ">LayerwiseRunner.forward", 0.7),
+        ("full", "drone", ">LayerwiseRunner.run_block", 0.7),
         ("denied", "drone", ">solve_site", 0.6),
-        ("full", "kfac", ">LayerwiseRunner.forward", 1.0),
-        ("full", "kfac", ">LayerwiseRunner.backward", 0.4),
-        ("denied", "kfac", ">LayerwiseRunner.backward", 0.9),
+        ("full", "kfac", ">LayerwiseRunner.run_block", 1.0),
+        ("full", "kfac", ">LayerwiseRunner.run_block_backward", 0.4),
+        ("denied", "kfac", ">LayerwiseRunner.run_block_backward", 0.9),
         ("full", "eckart", ">factorize", 0.5),
     ],
 )

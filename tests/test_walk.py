@@ -1,4 +1,4 @@
-"""Block by block: what a walk sees, gathers, keeps and leaves behind, against whole passes of the same model."""
+"""Block by block: what a runner sees, gathers, keeps and leaves behind, against whole passes of the same model."""
 
 from __future__ import annotations
 
@@ -71,16 +71,17 @@ class Case:
         with evaluating(self.model):
             return gather(self.model, self.groups, self.batches, self.run, needs=needs, common=self.common)
 
-    def walk(self, store: Any, *, backward: bool = True, run: Callable[[Batch], Any] | None = None) -> LayerwiseRunner:
+    def runner(
+        self, store: Any, *, backward: bool = True, run: Callable[[Batch], Any] | None = None
+    ) -> LayerwiseRunner:
         """Before its first step, the model in evaluation mode."""
         first = self.batches[0].rows(0, 1)
-        order, structures = trace_blocks(self.model, self.names, self.run, first, store, backward=backward)
-        walk = LayerwiseRunner(self.model, order, run or self.run, self.batches, store)
-        walk.structures = structures
-        return walk
+        chain = trace_blocks(self.model, self.names, self.run, first, store, backward=backward)
+        chain.run = run or self.run
+        return LayerwiseRunner(chain, self.batches, store, name="runner")
 
-    def windows(self, walk: LayerwiseRunner, needs: frozenset[str], **more: Any) -> Iterator[StatisticsWindow]:
-        return gather_layerwise(walk, self.groups, needs=needs, common=self.common, **more)
+    def windows(self, runner: LayerwiseRunner, needs: frozenset[str], **more: Any) -> Iterator[StatisticsWindow]:
+        return gather_layerwise(runner, self.groups, needs=needs, common=self.common, **more)
 
 
 def loss_of(made: Any) -> Tensor:
@@ -164,27 +165,27 @@ def together(windows: Iterator[StatisticsWindow]) -> dict[str, Moments]:
     return found
 
 
-# -- what a walk gives ---------------------------------------------------------------------------------------
+# -- what a runner gives ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_walk_ends_in_the_models_own_output(name):
     it, store = case(name), waiting()
     with evaluating(it.model):
-        walk = it.walk(store)
-        assert walk.order.tail >= 3
-        for step in range(walk.order.tail):
-            with walk.at(step):
-                walk.each(lambda batch, _, step=step: walk.forward(step, batch))
-            walk.forget(step - 1)
+        runner = it.runner(store)
+        assert runner.schedule.tail >= 3
+        for step in range(runner.schedule.tail):
+            with runner.resident(step):
+                runner.for_each_batch(lambda batch, _, step=step: runner.run_block(step, batch))
+            runner.drop_stream(step - 1)
         compared = 0
         for batch in it.batches:
-            plain, walked = (pytree.tree_leaves(made) for made in (it.run(batch), walk.finish(batch)))
+            plain, walked = (pytree.tree_leaves(made) for made in (it.run(batch), runner.run_tail(batch)))
             for one, other in zip(plain, walked, strict=True):
                 if isinstance(one, Tensor):
                     torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
                     compared += 1
-        walk.forget_all()
+        runner.drop_all()
     assert compared >= len(it.batches)
     assert store.keys() == []
 
@@ -193,7 +194,7 @@ def test_a_walk_ends_in_the_models_own_output(name):
 def test_statistics_forwards_are_those_of_whole_passes(name):
     it, store = case(name), waiting()
     with evaluating(it.model):
-        windows = list(it.windows(it.walk(store, backward=False), FORWARDS))
+        windows = list(it.windows(it.runner(store, backward=False), FORWARDS))
     agree(together(iter(windows)), expected(name, FORWARDS))
     numbers = [int(window.name.rpartition("-")[2]) for window in windows]
     assert numbers == sorted(set(numbers))
@@ -206,7 +207,7 @@ def test_statistics_backwards_are_those_of_whole_passes(name):
     it, store = case(name), waiting()
     needs = estimate_memory(name, BACKWARDS)
     with evaluating(it.model):
-        windows = list(it.windows(it.walk(store), needs))
+        windows = list(it.windows(it.runner(store), needs))
     agree(together(iter(windows)), expected(name, needs))
     numbers = [int(window.name.rpartition("-")[2]) for window in windows]
     assert numbers == sorted(set(numbers), reverse=True)
@@ -219,44 +220,46 @@ def test_no_more_waits_than_the_steps_ahead_will_read(name):
     with evaluating(it.model):
         for needs in (FORWARDS, BACKWARDS):
             store = waiting()
-            walk = it.walk(store, backward=needs != FORWARDS)
-            for window in it.windows(walk, needs):
+            runner = it.runner(store, backward=needs != FORWARDS)
+            for window in it.windows(runner, needs):
                 here = int(window.name.rpartition("-")[2])
-                kept: dict[str, set[int]] = {"out": set(), "kept": set(), "up": set()}
-                for key in store.keys("walk/"):
+                kept: dict[str, set[int]] = {"outputs": set(), "rest": set(), "gradients": set()}
+                for key in store.keys("runner/"):
                     kept[key.split("/")[1]].add(int(key.split("/")[2]))
                 if needs == FORWARDS:  # all that is read later, of earlier steps, is what each put out for several
-                    last = {step for step in range(here) if walk.order.ends_run(step)}
-                    assert kept["out"] == last | ({here - 1, here} & set(range(walk.order.tail)))
-                    several = {step for step in range(here - 1) if len(walk.structures[step].made) > 1}
-                    assert kept["kept"] == several - last
-                    assert not kept["up"]
+                    last = {step for step in range(here) if runner.schedule.ends_run(step)}
+                    assert kept["outputs"] == last | ({here - 1, here} & set(range(runner.schedule.tail)))
+                    several = {step for step in range(here - 1) if len(runner.chain.structures[step].made) > 1}
+                    assert kept["rest"] == several - last
+                    assert not kept["gradients"]
                     continue
-                assert kept["out"] == set(range(min(here + 1, walk.order.tail)))
-                assert kept["up"] == {here, here + 1} & set(range(walk.order.tail + 1))
-                assert not kept["kept"]
+                assert kept["outputs"] == set(range(min(here + 1, runner.schedule.tail)))
+                assert kept["gradients"] == {here, here + 1} & set(range(runner.schedule.tail + 1))
+                assert not kept["rest"]
 
 
 def test_squared_gradients_of_a_shared_block_come_in_one_piece():
     it = case("albert")
     with evaluating(it.model), pytest.raises(LayerwiseError, match=r"albert_layers\.0\..* called by several blocks"):
-        it.windows(it.walk(waiting()), BACKWARDS)
+        it.windows(it.runner(waiting()), BACKWARDS)
 
 
 def test_the_zoo_holds_what_makes_walking_hard():
     """Shared tensors that blocks pass on, several of their own, masks, shared blocks, groups over many blocks."""
     with evaluating(*(case(name).model for name in NAMES)):
-        walks = {name: case(name).walk(waiting(), backward=False) for name in ("t5", "bloom", "albert", "bart", "opt")}
-    kinds = {type(leaf).__name__ for s in walks["t5"].structures.values() for leaf in s.leaves}
+        runners = {
+            name: case(name).runner(waiting(), backward=False) for name in ("t5", "bloom", "albert", "bart", "opt")
+        }
+    kinds = {type(leaf).__name__ for s in runners["t5"].chain.structures.values() for leaf in s.leaves}
     assert kinds == {"Made", "Passed", "Constant"}
-    assert len(walks["t5"].structures[3].made) == 3  # the stream, and two position biases for all that follow
-    assert walks["bart"].order.ends_run(2)
-    assert not walks["bart"].order.ends_run(3)
-    assert len(set(walks["albert"].order.steps)) == 1
-    assert walks["opt"].order.between
+    assert len(runners["t5"].chain.structures[3].made) == 3  # the stream, and two position biases for all that follow
+    assert runners["bart"].schedule.ends_run(2)
+    assert not runners["bart"].schedule.ends_run(3)
+    assert len(set(runners["albert"].schedule.steps)) == 1
+    assert runners["opt"].schedule.between
     groups = case("t5").groups
     assert max(map(len, groups.values())) == 6  # keys and values of three layers read the encoder's output
-    assert max(map(len, split_by_segment(groups, walks["t5"].order).values())) == 3
+    assert max(map(len, split_by_segment(groups, runners["t5"].schedule).values())) == 3
     assert case("deberta").common
 
 
@@ -266,13 +269,13 @@ RESUMED = ("llama", "t5", "bloom", "opt", "albert", "deberta")
 
 
 @contextmanager
-def counted(it: Case, walk: LayerwiseRunner) -> Iterator[Counter[int]]:
+def counted(it: Case, runner: LayerwiseRunner) -> Iterator[Counter[int]]:
     """How often each step's own block ran, watched at a site inside it; a shared one counts at its first step."""
     calls: Counter[int] = Counter()
-    inside = {block: next(n for n in it.names if n.startswith(f"{block}.")) for block in walk.order.steps}
+    inside = {block: next(n for n in it.names if n.startswith(f"{block}.")) for block in runner.schedule.steps}
     handles = []
     for block, name in inside.items():
-        step = walk.order.steps.index(block)
+        step = runner.schedule.steps.index(block)
 
         def count(*_: Any, step: int = step) -> None:
             calls[step] += 1
@@ -292,17 +295,17 @@ def test_a_walk_that_was_broken_off_goes_on_behind_its_last_window(name, needs, 
     needs, backward = estimate_memory(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
-        every = [window.name for window in it.windows(it.walk(waiting(), backward=backward), needs)]
+        every = [window.name for window in it.windows(it.runner(waiting(), backward=backward), needs)]
         for stop in sorted({1, len(every) // 2, len(every) - 1, len(every)} - {0}):
             folder = tmp_path / str(stop)
-            first = it.windows(it.walk(Cache(0, folder, durable=True), backward=backward), needs)
+            first = it.windows(it.runner(Cache(0, folder, durable=True), backward=backward), needs)
             done = list(itertools.islice(first, stop))
             first.close()
 
             store = Cache(0, folder, durable=True)
-            walk = it.walk(store, backward=backward)
-            with counted(it, walk) as calls:
-                rest = list(it.windows(walk, needs, done=[window.name for window in done]))
+            runner = it.runner(store, backward=backward)
+            with counted(it, runner) as calls:
+                rest = list(it.windows(runner, needs, done=[window.name for window in done]))
             assert [window.name for window in (*done, *rest)] == every
             agree(together(iter([*done, *rest])), known)
             if name == "albert":  # a single block
@@ -310,7 +313,7 @@ def test_a_walk_that_was_broken_off_goes_on_behind_its_last_window(name, needs, 
             each = len(it.batches) * (2 if name == "deberta" else 1)  # its site is called twice a pass
             number = int(done[-1].name.rpartition("-")[2])
             last = int(every[-1].rpartition("-")[2])
-            todo = range(last, number) if backward else range(number + 1, min(last + 1, walk.order.tail))
+            todo = range(last, number) if backward else range(number + 1, min(last + 1, runner.schedule.tail))
             assert calls == dict.fromkeys(todo, each)
             if rest:
                 assert store.keys() == []
@@ -323,12 +326,12 @@ def test_with_nothing_at_hand_it_begins_anew(name, needs):
     needs, backward = estimate_memory(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
-        every = list(it.windows(it.walk(waiting(), backward=backward), needs))
+        every = list(it.windows(it.runner(waiting(), backward=backward), needs))
         for stop in {1, len(every) - 1} & set(range(1, len(every))):
             store = waiting()
-            walk = it.walk(store, backward=backward)
-            with counted(it, walk) as calls:
-                rest = list(it.windows(walk, needs, done=[window.name for window in every[:stop]]))
+            runner = it.runner(store, backward=backward)
+            with counted(it, runner) as calls:
+                rest = list(it.windows(runner, needs, done=[window.name for window in every[:stop]]))
             assert [window.name for window in rest] == [window.name for window in every[stop:]]
             agree(together(iter([*every[:stop], *rest])), known)
             assert calls[0] >= len(it.batches)
@@ -339,9 +342,9 @@ def test_windows_may_be_done_in_any_order():
     it = case("llama")
     for needs in (FORWARDS, BACKWARDS):
         with evaluating(it.model):
-            every = [window.name for window in it.windows(it.walk(waiting()), needs)]
+            every = [window.name for window in it.windows(it.runner(waiting()), needs)]
             for done in ([every[1]], [every[0], every[2]], every):
-                found = list(it.windows(it.walk(waiting()), needs, done=done))
+                found = list(it.windows(it.runner(waiting()), needs, done=done))
                 assert [window.name for window in found] == [name for name in every if name not in done]
                 known = expected("llama", needs)
                 agree(together(iter(found)), {n: known[n] for w in found for n in w.moments})
@@ -370,20 +373,20 @@ def test_broken_off_in_the_middle_of_a_step(name, needs, tmp_path):
             folder = tmp_path / str(after)
             done: list[StatisticsWindow] = []
             try:
-                for window in it.windows(it.walk(Cache(0, folder, durable=True), backward=backward, run=run), needs):
+                for window in it.windows(it.runner(Cache(0, folder, durable=True), backward=backward, run=run), needs):
                     done.append(window)
                 break
             except Stop:
                 pass
             store = Cache(0, folder, durable=True)
-            walk = it.walk(store, backward=backward)
-            rest = list(it.windows(walk, needs, done=[window.name for window in done]))
+            runner = it.runner(store, backward=backward)
+            rest = list(it.windows(runner, needs, done=[window.name for window in done]))
             agree(together(iter([*done, *rest])), known)
             assert store.keys() == []
     assert after >= 9
 
 
-# -- memory that runs out in the middle of a walk ------------------------------------------------------------
+# -- memory that runs out in the middle of a runner ------------------------------------------------------------
 
 
 class Full:
@@ -421,10 +424,10 @@ class Full:
 
 
 @contextmanager
-def full(it: Case, walk: LayerwiseRunner, place: str, after: int) -> Iterator[Full]:
+def full(it: Case, runner: LayerwiseRunner, place: str, after: int) -> Iterator[Full]:
     failing = Full(it, place, after)
-    walk.run = failing.run
-    site = next(name for name in it.names if name.startswith(f"{walk.order.steps[1]}."))
+    runner.chain.run = failing.run
+    site = next(name for name in it.names if name.startswith(f"{runner.schedule.steps[1]}."))
     handles = [
         it.model.get_submodule(site).register_forward_hook(failing.step),
         it.model.register_forward_hook(failing.finish),
@@ -448,12 +451,12 @@ def test_a_batch_that_is_cut_on_the_way_changes_nothing(name):
     with evaluating(it.model):
         for place, needs, after in (("step", FORWARDS, 2), *places):
             store = waiting()
-            walk = it.walk(store, backward=needs != FORWARDS)
-            with full(it, walk, place, after) as failing:
-                found = together(it.windows(walk, needs))
+            runner = it.runner(store, backward=needs != FORWARDS)
+            with full(it, runner, place, after) as failing:
+                found = together(it.windows(runner, needs))
             assert failing.left <= 0
-            assert max(len(batch) for batch in walk.batches) == 2  # from then on no more is run at once
-            assert [e for batch in walk.batches for e in batch.examples] == list(range(14))
+            assert max(len(batch) for batch in runner.batches) == 2  # from then on no more is run at once
+            assert [e for batch in runner.batches for e in batch.examples] == list(range(14))
             agree(found, expected(name, needs, rows=5))
             assert store.keys() == []
 
@@ -462,28 +465,28 @@ def test_what_all_examples_share_is_cut_for_none_of_them():
     """Of an outer loss's gradients at it each piece has a part: the first one all of it."""
     it, store = case("t5", rows=5), waiting()
     with evaluating(it.model):
-        walk = it.walk(store)
-        batch = walk.batches[0]
+        runner = it.runner(store)
+        batch = runner.batches[0]
         for step in (0, 1):
-            walk.forward(step, batch)
-        stream, bias = (walk.waiting(0, batch)[str(leaf)] for leaf in walk.structures[0].made)
+            runner.run_block(step, batch)
+        stream, bias = (runner.hidden_states.outputs(0, batch)[str(leaf)] for leaf in runner.chain.structures[0].made)
         assert (len(stream), len(bias)) == (5, 1)
-        store.put("walk/up/1/0-4", {"0.0": stream, "0.1": bias})
-        whole = walk.waiting(1, batch)["0"]
-        walk.cut(batch.rows(2, 3))
-        assert [piece.examples for piece in walk.batches[:4]] == [(0, 1), (2,), (3, 4), (5, 6, 7, 8, 9)]
-        pieces = walk.batches[:3]
+        store.put("runner/gradients/1/0-4", {"0.0": stream, "0.1": bias})
+        whole = runner.hidden_states.outputs(1, batch)["0"]
+        runner.split_batch(batch.rows(2, 3))
+        assert [piece.examples for piece in runner.batches[:4]] == [(0, 1), (2,), (3, 4), (5, 6, 7, 8, 9)]
+        pieces = runner.batches[:3]
         for number, piece in enumerate(pieces):
-            assert torch.equal(walk.waiting(0, piece)["1"], bias)
-            gradient = store.get(f"walk/up/1/{piece.examples[0]}-{piece.examples[-1]}")["0.1"]
+            assert torch.equal(runner.hidden_states.outputs(0, piece)["1"], bias)
+            gradient = store.get(f"runner/gradients/1/{piece.examples[0]}-{piece.examples[-1]}")["0.1"]
             assert torch.equal(gradient, bias if number == 0 else torch.zeros_like(bias))
-        assert torch.equal(torch.cat([walk.waiting(0, piece)["0"] for piece in pieces]), stream)
-        assert torch.equal(torch.cat([walk.waiting(1, piece)["0"] for piece in pieces]), whole)
-        assert not store.has("walk/up/1/0-4")
-        before = list(walk.batches)
-        walk.cut(before[1])  # is there
-        assert walk.batches == before
-        walk.forget_all()
+        assert torch.equal(torch.cat([runner.hidden_states.outputs(0, piece)["0"] for piece in pieces]), stream)
+        assert torch.equal(torch.cat([runner.hidden_states.outputs(1, piece)["0"] for piece in pieces]), whole)
+        assert not store.has("runner/gradients/1/0-4")
+        before = list(runner.batches)
+        runner.split_batch(before[1])  # is there
+        assert runner.batches == before
+        runner.drop_all()
     assert store.keys() == []
 
 
@@ -637,8 +640,8 @@ class Changes(Small):
 
 
 TRIED = {
-    Skips: r"walked, other numbers of its output are finite",
-    SkipsOne: r"walked, other numbers of its output are finite",
+    Skips: r"block by block, other numbers of its output are finite",
+    SkipsOne: r"block by block, other numbers of its output are finite",
     Refuses: r"with stand-ins for its blocks it fails: ValueError: these are no numbers",
     Listless: r"it has no list of blocks",
     Inside: r"blocks\.2 is called inside blocks\.1",
@@ -649,7 +652,7 @@ TRIED = {
 LATER = {
     Wanders: r"blocks\.[12] is called out of order",
     Exits: r"blocks\.3 is not called",
-    Changes: r"blocks\.0 puts out something else for each batch",
+    Changes: r"blocks\.0 puts out another structure for each batch",
 }
 """Found out on the way, on text that is not like the first."""
 
@@ -677,14 +680,14 @@ def test_what_cannot_be_walked_is_run_whole_and_says_why(kind, needs):
     # Four blocks, and all that is outside; without a list of blocks every group is one of its own.
     for at_once, parts in ((1, 5), (2, 3), (5, 1)) if kind is not Listless else ((1, groups), (2, groups // 2)):
         store = waiting()
-        found = calibrated(kind(), needs, waiting=store, at_once=at_once)
+        found = calibrated(kind(), needs, hidden_states=store, blocks_at_once=at_once)
         if kind in TRIED:
             assert found.how == f"in whole passes, {at_once} blocks at a time"
         windows = list(found.windows())
         agree(together(iter(windows)), known)
         assert found.how == f"in whole passes, {at_once} blocks at a time"
         assert len(found.notes) == 1
-        why = rf"{kind.__name__} cannot be walked block by block \(.*{UNWALKABLE[kind]}.*\): whole passes instead"
+        why = rf"{kind.__name__} cannot be run block by block \(.*{UNWALKABLE[kind]}.*\): whole passes instead"
         assert re.fullmatch(why, found.notes[0])
         if kind in TRIED or needs != FORWARDS:
             assert len(windows) == parts
@@ -694,16 +697,18 @@ def test_what_cannot_be_walked_is_run_whole_and_says_why(kind, needs):
 
 def test_a_weight_that_every_block_reads_is_walked_forwards_alone():
     for at_once in (1, 2):
-        found = calibrated(Everywhere(), FORWARDS, waiting=waiting(), at_once=at_once)
+        found = calibrated(Everywhere(), FORWARDS, hidden_states=waiting(), blocks_at_once=at_once)
         assert found.how == "block by block, 4 blocks"
         assert found.notes == []
         windows = list(found.windows())
         assert len(windows) == 5  # the weight comes with the first block
         agree(together(iter(windows)), together(calibrated(Everywhere(), FORWARDS).windows()))
 
-        found = calibrated(Everywhere(), BACKWARDS, waiting=waiting(), at_once=at_once)
+        found = calibrated(Everywhere(), BACKWARDS, hidden_states=waiting(), blocks_at_once=at_once)
         assert found.how == f"in whole passes, {at_once} blocks at a time"
-        assert "Everywhere cannot be walked block by block (walked, other numbers of its output are" in found.notes[0]
+        assert (
+            "Everywhere cannot be run block by block (block by block, other numbers of its output are" in found.notes[0]
+        )
         windows = list(found.windows())
         assert len(windows) == (5 if at_once == 1 else 3)
         agree(together(iter(windows)), together(calibrated(Everywhere(), BACKWARDS).windows()))
@@ -722,7 +727,7 @@ class Spoils(Small):
 
 @every_need
 def test_blocks_may_change_what_they_are_given(needs):
-    found = calibrated(Spoils(), needs, waiting=waiting())
+    found = calibrated(Spoils(), needs, hidden_states=waiting())
     assert (found.how, found.notes) == ("block by block, 4 blocks", [])
     agree(together(found.windows()), together(calibrated(Spoils(), needs).windows()))
 
@@ -737,8 +742,11 @@ class Counts(Small):
 
 def test_a_model_whose_passes_differ_is_not_walked():
     it = made_case(Counts(), texts().batches)
-    with evaluating(it.model), pytest.raises(LayerwiseError, match=r"walked, its output differs by 0\.\d+ of \d"):
-        it.walk(waiting())
+    with (
+        evaluating(it.model),
+        pytest.raises(LayerwiseError, match=r"block by block, its output differs by 0\.\d+ of \d"),
+    ):
+        it.runner(waiting())
 
 
 class Again(Small):
@@ -751,18 +759,18 @@ class Again(Small):
 
 def test_each_call_of_a_weight_between_the_blocks_counts_once():
     for needs in (FORWARDS, BACKWARDS - {"fisher"}):
-        found = calibrated(Again(), needs, waiting=waiting())
+        found = calibrated(Again(), needs, hidden_states=waiting())
         assert found.how == "block by block, 4 blocks"
         agree(together(found.windows()), together(calibrated(Again(), needs).windows()))
-    found = calibrated(Again(), BACKWARDS, waiting=waiting())
-    assert "side is called by several blocks, and its squared gradients come in one piece" in found.notes[0]
+    found = calibrated(Again(), BACKWARDS, hidden_states=waiting())
+    assert "side is called by several blocks, and fisher needs all its calls together" in found.notes[0]
     agree(together(found.windows()), together(calibrated(Again(), BACKWARDS).windows()))
 
 
 @every_need
 def test_a_chain_is_walked(needs):
     """The model that the others differ from."""
-    found = calibrated(Small(), needs, waiting=waiting())
+    found = calibrated(Small(), needs, hidden_states=waiting())
     windows = list(found.windows())
     assert (found.how, found.notes, len(windows)) == ("block by block, 4 blocks", [], 5)
     agree(together(iter(windows)), together(calibrated(Small(), needs).windows()))
@@ -772,13 +780,13 @@ def test_a_chain_is_walked(needs):
 @pytest.mark.parametrize("kind", [Skips, Wanders, Exits], ids=lambda kind: kind.__name__)
 def test_windows_of_whole_passes_that_are_done_are_not_made_again(kind, needs, tmp_path):
     known = together(calibrated(kind(), needs).windows())
-    every = [window.name for window in calibrated(kind(), needs, waiting=waiting()).windows()]
+    every = [window.name for window in calibrated(kind(), needs, hidden_states=waiting()).windows()]
     for stop in range(1, len(every) + 1):
         folder = tmp_path / str(stop)
-        windows = calibrated(kind(), needs, waiting=Cache(0, folder, durable=True)).windows()
+        windows = calibrated(kind(), needs, hidden_states=Cache(0, folder, durable=True)).windows()
         done = list(itertools.islice(windows, stop))
         windows.close()
-        again = calibrated(kind(), needs, waiting=Cache(0, folder, durable=True))
+        again = calibrated(kind(), needs, hidden_states=Cache(0, folder, durable=True))
         rest = list(again.windows([window.name for window in done]))
         assert [window.name for window in (*done, *rest)] == every
         agree(together(iter([*done, *rest])), known)
@@ -787,8 +795,12 @@ def test_windows_of_whole_passes_that_are_done_are_not_made_again(kind, needs, t
 @pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.__name__)
 def test_what_turns_out_not_to_be_a_chain_ends_work_that_is_shared(kind):
     """The other processes go on walking, and would wait for windows that never come."""
-    found = calibrated(kind(), BACKWARDS, waiting=waiting(), processes=Processes(1, 2))  # its share: the second batch
-    with pytest.raises(ModelError, match=rf"{kind.__name__} cannot be walked .*{LATER[kind]}.* in a single process"):
+    found = calibrated(
+        kind(), BACKWARDS, hidden_states=waiting(), processes=Processes(1, 2)
+    )  # its share: the second batch
+    with pytest.raises(
+        ModelError, match=rf"{kind.__name__} cannot be run block by block .*{LATER[kind]}.* in a single process"
+    ):
         list(found.windows())
 
 
@@ -798,7 +810,7 @@ def test_no_refit_where_the_text_shows_that_the_blocks_are_no_chain():
         result = eckart.compress(kind(), data=batches, keep=0.7, method="drone", refit=True)
         left_out = [note for note in result.report["notes"] if "refit was left out" in note]
         assert len(left_out) == 1
-        assert re.search(rf"{kind.__name__} cannot be walked block by block \({reason}\)", left_out[0])
+        assert re.search(rf"{kind.__name__} cannot be run block by block \({reason}\)", left_out[0])
 
 
 class Flat(Small):
@@ -821,13 +833,13 @@ def test_what_cannot_be_cut_on_the_way_is_run_whole(needs):
             raise MemoryError
 
     known = together(calibrated(Flat(), needs).windows())
-    found = calibrated(model, needs, waiting=store)
+    found = calibrated(model, needs, hidden_states=store)
     assert found.how == "block by block, 4 blocks"
     handle = model.blocks[1].down.register_forward_hook(full)
     windows = list(found.windows())
     handle.remove()
     assert next(failing, None) is None
-    assert "what blocks.0 puts out cannot be cut between its examples" in found.notes[0]
+    assert "what blocks.0 puts out cannot be split between its examples" in found.notes[0]
     agree(together(iter(windows)), known)
     assert store.keys() == []
 
@@ -836,7 +848,7 @@ def test_what_cannot_be_cut_on_the_way_is_run_whole(needs):
 
 
 def state_of(model: nn.Module) -> tuple[Any, ...]:
-    """All that a walk touches: modes, flags, gradients, hooks, `forward` attributes."""
+    """All that a runner touches: modes, flags, gradients, hooks, `forward` attributes."""
     modules = {
         name: (
             module.training,
@@ -867,7 +879,7 @@ class BrokenError(RuntimeError):
 @every_need
 @pytest.mark.parametrize("where", ["embed", "blocks.2", "head"])
 def test_a_models_own_errors_are_raised_and_nothing_is_left_behind(where, needs):
-    """At any pass, on trial or on the walk. Only while it walks on trial is one a reason to run it whole instead."""
+    """At any pass, on trial or on the runner. Only while it runners on trial is one a reason to run it whole instead."""
     raised = 0
     for after in itertools.count():
         model = mixed(Small())
@@ -881,7 +893,7 @@ def test_a_models_own_errors_are_raised_and_nothing_is_left_behind(where, needs)
 
         handle = model.get_submodule(where).register_forward_hook(fail)
         try:
-            found = calibrated(model, needs, waiting=waiting())
+            found = calibrated(model, needs, hidden_states=waiting())
             list(found.windows())
         except (BrokenError, ModelError) as error:
             seen = error
@@ -897,7 +909,7 @@ def test_a_models_own_errors_are_raised_and_nothing_is_left_behind(where, needs)
             continue
         raised += 1
         assert "the block's own" in str(seen)
-        assert isinstance(seen, BrokenError) or found is None  # before the walk a backward pass is tried as well
+        assert isinstance(seen, BrokenError) or found is None  # before the runner a backward pass is tried as well
     assert raised >= 5
 
 
@@ -907,7 +919,7 @@ def test_a_walk_that_is_given_up_leaves_nothing_behind(needs):
     for stop in range(every + 1):
         model = mixed(Small())
         before = state_of(model)
-        windows = calibrated(model, needs, waiting=waiting()).windows()
+        windows = calibrated(model, needs, hidden_states=waiting()).windows()
         assert len(list(itertools.islice(windows, stop))) == stop
         windows.close()
         assert state_of(model) == before
@@ -920,5 +932,5 @@ def test_a_trial_that_fails_leaves_nothing_behind(kind):
         for i, module in enumerate(model.modules()):
             module.training = i % 2 == 0
         before = state_of(model)
-        list(calibrated(model, needs, waiting=waiting()).windows())
+        list(calibrated(model, needs, hidden_states=waiting()).windows())
         assert state_of(model) == before

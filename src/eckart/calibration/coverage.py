@@ -20,8 +20,8 @@ def why_useless(entry: Moments) -> str | None:
     return None
 
 
-def too_few(seen: Mapping[str, tuple[int, int]]) -> list[str]:
-    """A note where sites saw fewer tokens than they have features: their Grams are singular.
+def note_few_tokens(seen: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Note and warn of sites that saw fewer tokens than they have features: their Grams are singular.
 
     Args:
         seen: for each site, tokens and features.

@@ -10,23 +10,21 @@ from torch import nn
 from eckart.data.inference import evaluating
 from eckart.model import WeightLoader
 
-Holder = Callable[[str | None], AbstractContextManager[None]]
+ForwardContext = Callable[[str | None], AbstractContextManager[None]]
+"""Entered around passes through a model; given a block, its weights stay in place for all passes inside."""
 
 
-def ready(model: nn.Module, weights: WeightLoader, blocks: Sequence[str]) -> Holder:
-    """What is to be entered around passes through a model.
+def forward_context(model: nn.Module, weights: WeightLoader, blocks: Sequence[str]) -> ForwardContext:
+    """The context in which a model runs.
 
     Args:
         model: the model.
         weights: its weights.
         blocks: what is brought in as a whole, while it runs.
-
-    Returns:
-        A context, given the block that stays at hand for all passes inside, or None.
     """
 
     @contextmanager
-    def holding(block: str | None = None) -> Iterator[None]:
+    def context(block: str | None = None) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(evaluating(model))
             stack.enter_context(weights.streaming(blocks))
@@ -34,4 +32,4 @@ def ready(model: nn.Module, weights: WeightLoader, blocks: Sequence[str]) -> Hol
                 stack.enter_context(weights.held(block))
             yield
 
-    return holding
+    return context

@@ -1,15 +1,55 @@
-"""What is run on a batch: a forward pass, and the loss whose gradients are wanted."""
+"""What runs on a batch: a forward pass, and the loss whose gradients are wanted."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.data import Batch, Pooling, model_kind
+from eckart.data import Batch, CalibrationData, Pooling, model_kind
 from eckart.data.inference import device_of, forward
 from eckart.errors import NumericalError
-from eckart.moments import Step, labeled_loss, sampled_loss
+from eckart.moments import Step, labeled_loss, needs_backward, sampled_loss
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A step to run on every batch.
+
+    Attributes:
+        name: "none" for a plain forward, "sampled" or "labels".
+        step: runs the model on a batch and returns the loss, if there is one.
+    """
+
+    name: str
+    step: Step
+
+
+def choose_loss(
+    model: PreTrainedModel,
+    data: CalibrationData,
+    needs: frozenset[str],
+    curvature: str,
+    seed: int,
+    pooling: Pooling | None,
+) -> Loss:
+    """The loss that the statistics need.
+
+    Args:
+        model: the model.
+        data: batches.
+        needs: names of statistics.
+        curvature: "auto" (own labels where the data has them, else draws), "sampled" or "labels".
+        seed: of the draws.
+        pooling: how sentence embeddings are made, for embedding models.
+    """
+    if not needs_backward(needs):
+        return Loss("none", plain_step(model))
+    if curvature == "labels" or (curvature == "auto" and data.has_labels):
+        return Loss("labels", labeled_step(model))
+    return Loss("sampled", sampled_step(model, seed, pooling))
 
 
 def plain_step(model: PreTrainedModel) -> Step:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from dataclasses import replace as with_changes
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import Bases, read_plan
 from eckart.calibration import Calibration
-from eckart.calibration.forward_context import ready
+from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.compression.basis_groups import adjacent, reading_a_norm
 from eckart.compression.recipe import Recipe
@@ -25,7 +24,6 @@ from eckart.data import CalibrationData, Pooling
 from eckart.data.inference import forward
 from eckart.errors import UsageError
 from eckart.forms import form_named
-from eckart.methods import METHODS
 from eckart.model import Sites, WeightLoader
 
 
@@ -105,11 +103,7 @@ class CompressionContext:
 
     def without_backward(self, settings: Settings) -> Settings:
         """The settings; of the default, what is left where no backward pass runs through the model."""
-        if self.calibration.backward_failed is None or "gradients" not in settings.needs():
-            return settings
-        drone = METHODS["drone"]
-        method = with_changes(settings.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
-        return with_changes(settings, method=method, allocation="uniform")
+        return settings if self.calibration.backward_failed is None else settings.without_gradients()
 
     def bases(self, settings: Settings, recipe: Recipe) -> Bases:
         """Groups of sites that share a basis: as a plan says, or of adjacent layers that read a normalized input.
@@ -132,7 +126,7 @@ class CompressionContext:
         model = self.model
         inputs = self.data.batches[0].rows(0, 1).inputs if self.data is not None else None
         try:
-            with ready(model, self.weights, all_blocks(model))(None):
+            with forward_context(model, self.weights, all_blocks(model))(None):
                 return reading_a_norm(
                     self.sites.chosen, model, lambda: forward(model, inputs or dict(model.dummy_inputs))
                 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.calibration.forward_context import ready
+from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import all_blocks
 from eckart.data import Batch, CalibrationData, model_kind
 from eckart.data.batch import SIDES
@@ -80,7 +80,7 @@ def head_inputs(
     def step(batch: Batch) -> None:
         forward(model, batch.inputs)
 
-    with ready(model, weights, all_blocks(model))(None):
+    with forward_context(model, weights, all_blocks(model))(None):
         batches = progress(data.batches, what="inputs of tied heads", total=len(data))
         found = gather(model, heads, batches, step, needs=frozenset({"gram"}))
     grams: dict[str, Tensor] = {}

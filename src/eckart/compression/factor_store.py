@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eckart.calibration import too_few
+from eckart.calibration import note_few_tokens
 from eckart.compression.plan_builder import Losses
 from eckart.compression.solve_site import SiteFactors
 from eckart.distributed import Processes
@@ -45,7 +45,11 @@ class FactorSummary:
 
     def all_notes(self, dense: Mapping[str, str]) -> list[str]:
         """Notes for the report: sites that saw few tokens, sites that stay dense, fallbacks."""
-        return [*too_few(self.seen), *(f"{name}: left dense, {why}" for name, why in dense.items()), *self.notes]
+        return [
+            *note_few_tokens(self.seen),
+            *(f"{name}: left dense, {why}" for name, why in dense.items()),
+            *self.notes,
+        ]
 
 
 class FactorStore:

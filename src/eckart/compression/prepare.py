@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.calibration import calibrate, hold_out, without_data
+from eckart.calibration import calibrate, calibrate_without_data, hold_out
 from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.compression.basis_groups import adjacent
@@ -25,6 +25,7 @@ from eckart.errors import CheckpointError
 from eckart.forms import form_named
 from eckart.linalg import require_finite
 from eckart.model import WeightLoader, find_sites, has_output_head, saved_embedding_parameters, with_separate_experts
+from eckart.moments import needs_backward
 
 TEXT = "text"
 """The stage of a run under which the digest of the calibration text is stored."""
@@ -55,7 +56,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         sites=sites,
         data=None,
         held=None,
-        calibration=without_data(model, names),
+        calibration=calibrate_without_data(model, names),
         pooling=Pooling.from_folder(folder) if folder is not None and not has_output_head(model) else None,
         source_folder=folder,
         fingerprint=fingerprint(model),
@@ -67,8 +68,8 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
     for settings in rows:
         for keep in keeps:
             _check_budget(context, settings, recipe.model_copy(update={"keep": keep}))
-    planned = recipe.plan is not None
-    needs = frozenset().union(*(settings.needs(planned=planned) for settings in rows))
+    needs = _all_needs(rows, recipe)
+    fallback = _all_needs([settings.without_gradients() for settings in rows], recipe)
     data = data if data is not None else recipe.data
     if not needs and data is None:
         return context
@@ -85,13 +86,18 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
                 curvature=recipe.curvature,
                 seed=recipe.seed,
                 pooling=context.pooling,
-                may_fall_back=all(s.method.name == "eckart" for s in rows if "gradients" in s.needs()),
+                fallback_needs=None if needs_backward(fallback) else fallback,
                 weights=context.weights,
-                waiting=workspace.hidden_states,
-                at_once=workspace.at_once,
+                hidden_states=workspace.hidden_states,
+                blocks_at_once=workspace.at_once,
                 processes=workspace.processes,
             )
     return context
+
+
+def _all_needs(rows: Sequence[Settings], recipe: Recipe) -> frozenset[str]:
+    """The statistics that all methods of a run need together."""
+    return frozenset().union(*(settings.needs(planned=recipe.plan is not None) for settings in rows))
 
 
 def _check_budget(context: CompressionContext, settings: Settings, recipe: Recipe) -> None:

@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import DENSE, Plan
 from eckart.calibration import show_steps
-from eckart.calibration.forward_context import ready
-from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks
-from eckart.calibration.layerwise.paired import advance, start_runner
+from eckart.calibration.forward_context import forward_context
+from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks, start_runner
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorStore
@@ -130,14 +129,15 @@ def refit_blocks(
                 if processes.main or (str(step) not in store.entries(STAGE)):
                     store.write(STAGE, str(step), *_serialize(fitted, changed, found))
                 notes += assembly.install(fitted, STAGE, str(step))
-            advance((before, now), step)
+            for runner in (before, now):
+                runner.advance(step)
     except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
         why = f"{type(fitted).__name__} cannot be run block by block ({error})"
         if processes.size > 1:  # the others go on running blocks
             raise ModelError(f"{why}. Leave the refit out with --no-refit.") from error
         fitted, notes = compressed, [f"the refit was left out: {why}"]
-    before.forget_all()
-    now.forget_all()
+    before.drop_all()
+    now.drop_all()
     return fitted, notes
 
 
@@ -151,9 +151,9 @@ def _start_runners(
     mine = workspace.processes.own_part(batches)
 
     def start(name: str, model: PreTrainedModel, weights: WeightLoader) -> LayerwiseRunner:
-        held = ready(model, weights, all_blocks(model))
+        context = forward_context(model, weights, all_blocks(model))
         first = batches[0].rows(0, 1)
-        return start_runner(model, names, mine, first, hidden_states, held=held, device=weights.device, name=name)
+        return start_runner(model, names, mine, first, hidden_states, context=context, device=weights.device, name=name)
 
     return (
         start("before", context.model, context.weights),
@@ -163,7 +163,7 @@ def _start_runners(
 
 def _resume_step(first: int, before: LayerwiseRunner, now: LayerwiseRunner, processes: Processes) -> int:
     """The last step up to `first` whose hidden states are kept for both models in all processes."""
-    kept = [float(before.waits_at(step) and now.waits_at(step)) for step in range(first)]
+    kept = [float(before.can_resume_after(step) and now.can_resume_after(step)) for step in range(first)]
     found = {"kept": torch.tensor(kept)}
     processes.all_reduce(found)
     return next((step for step in range(first, 0, -1) if int(found["kept"][step - 1]) == processes.size), 0)

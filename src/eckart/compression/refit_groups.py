@@ -120,9 +120,9 @@ class GroupRefit:
         in the original.
         """
         shift = InputShift.empty(self.sites[leader].in_features, now.device)
-        with self.processes.failing_together(), before.at(step), now.at(step):
+        with self.processes.failing_together(), before.resident(step), now.resident(step):
             for batch in now.batches:
-                x, y = before.look(step, batch, leader), now.look(step, batch, leader)
+                x, y = before.capture_input(step, batch, leader), now.capture_input(step, batch, leader)
                 if x.shape != y.shape:
                     raise NumericalError(
                         f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
@@ -208,35 +208,35 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def refittable(
-    groups: Mapping[str, Sequence[str]], walk: LayerwiseRunner, leave: Collection[str]
+    groups: Mapping[str, Sequence[str]], runner: LayerwiseRunner, leave: Collection[str]
 ) -> tuple[dict[int, Groups], list[str]]:
     """Assign each group to the step of the block that reads its input.
 
     Args:
         groups: leader -> members, in order of the forward pass.
-        walk: through the original model.
+        runner: of the original model.
         leave: sites whose input is not one tensor a pass.
 
     Returns:
         Step -> groups, and notes of what is left as it is.
     """
-    order = walk.order
+    schedule = runner.schedule
     steps: dict[int, Groups] = {}
     notes = [f"{name}: not refitted, it reads more than one input" for name in leave]
     outside: list[str] = []
     several: list[str] = []
     routed: list[str] = []
-    for leader, members in split_by_segment(groups, order).items():
+    for leader, members in split_by_segment(groups, schedule).items():
         if set(members) & set(leave):
             continue
-        if leader in order.between:
+        if leader in schedule.between:
             outside.append(leader)
-        elif len(order.segments[leader]) > 1:
+        elif len(schedule.segments[leader]) > 1:
             several.append(leader)
         elif any("expert" in part for part in leader.split(".")):
             routed.append(leader)  # the compressed model sends it other tokens, so that they come in no pairs
         else:
-            steps.setdefault(order.segments[leader][0], {})[leader] = members
+            steps.setdefault(schedule.segments[leader][0], {})[leader] = members
     if several:
         notes.append(f"not refitted, called by several layers: {', '.join(several[:5])}")
     if routed:

@@ -91,6 +91,14 @@ class Settings:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
         return cls(method, form, allocation, refit, notes)
 
+    def without_gradients(self) -> Settings:
+        """Of the default, the drone metric and uniform ranks; of other methods, what they are."""
+        default, drone = METHODS["eckart"], METHODS["drone"]
+        if self.method.name != default.name or self.method.metric is not default.metric:
+            return self
+        method = with_changes(self.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
+        return with_changes(self, method=method, allocation="uniform")
+
     def needs(self, *, planned: bool = False) -> frozenset[str]:
         """Names of the statistics to gather. If ranks are `planned`, none are needed for curves of predicted loss."""
         needs = self.method.needs

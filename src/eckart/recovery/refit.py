@@ -18,8 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from eckart.allocation import DENSE, Choice
-from eckart.calibration.layerwise import HiddenStateStore, LayerwiseError, LayerwiseRunner
-from eckart.calibration.layerwise.paired import advance, start_runner
+from eckart.calibration.layerwise import HiddenStateStore, LayerwiseError, LayerwiseRunner, start_runner
 from eckart.compression.refit_groups import Fit, GroupRefit, refittable
 from eckart.data import Batch
 from eckart.data.inference import device_of, evaluating, forward, progress
@@ -61,7 +60,7 @@ class Refit(ClosedFormRecovery):
 
         Raises:
             UsageError: the teacher is factored itself, or no weight of the student is one of its weights in a form.
-            ModelError: one of the models cannot be walked block by block.
+            ModelError: one of the models cannot be run block by block.
             NumericalError: naming a site whose inputs are not finite.
         """
         teacher = context.teacher
@@ -76,8 +75,8 @@ class Refit(ClosedFormRecovery):
             groups = shared_inputs(teacher, names, lambda: forward(teacher, first.inputs))
             common = _common(teacher, names, first)
         try:
-            before = _walk(teacher, names, batches, store, "before")
-            now = _walk(model, names, batches, store, "now")
+            before = _start_runner(teacher, names, batches, store, "before")
+            now = _start_runner(model, names, batches, store, "now")
             steps, notes = refittable(groups, before, sorted(common))
             work = GroupRefit(sites, choices, frozenset(names), self._moments(sites), METHODS["drone"], fits=self.fits)
             last = max(steps, default=-1)
@@ -85,10 +84,11 @@ class Refit(ClosedFormRecovery):
                 if step in steps:
                     notes += work.step(before, now, step, steps[step])[1]
                 if step < last:
-                    advance((before, now), step)
+                    for runner in (before, now):
+                        runner.advance(step)
         except LayerwiseError as error:
             raise ModelError(
-                f"recovery refit: {type(model).__name__} cannot be walked block by block ({error}). Train it instead: "
+                f"recovery refit: {type(model).__name__} cannot be run block by block ({error}). Train it instead: "
                 "--recovery distil"
             ) from error
         notes = [*_told(self.left), *notes]
@@ -148,14 +148,14 @@ class Refit(ClosedFormRecovery):
         return moments
 
 
-def _walk(
+def _start_runner(
     model: PreTrainedModel, names: Sequence[str], batches: Sequence[Batch], store: HiddenStateStore, name: str
 ) -> LayerwiseRunner:
-    def held(_: str | None) -> AbstractContextManager[None]:
+    def context(_: str | None) -> AbstractContextManager[None]:
         return evaluating(model)
 
     first, device = batches[0].rows(0, 1), device_of(model)
-    return start_runner(model, names, batches, first, store, held=held, device=device, name=name)
+    return start_runner(model, names, batches, first, store, context=context, device=device, name=name)
 
 
 def _choice(module: Any) -> Choice:

@@ -1,4 +1,4 @@
-"""Walking a model block by block: its own forward with stand-ins for the blocks that are done."""
+"""Run a model block by block: its own forward, with stand-ins for the blocks that are done."""
 
 from eckart.calibration.layerwise.blocks import (
     BlockSchedule,
@@ -9,8 +9,16 @@ from eckart.calibration.layerwise.blocks import (
     schedule_of,
     split_by_block,
 )
-from eckart.calibration.layerwise.gather import Groups, StatisticsWindow, gather_layerwise, not_done, split_by_segment
-from eckart.calibration.layerwise.runner import HiddenStateStore, LayerwiseRunner
+from eckart.calibration.layerwise.gather import (
+    Groups,
+    StatisticsWindow,
+    gather_layerwise,
+    groups_to_gather,
+    split_by_segment,
+)
+from eckart.calibration.layerwise.hidden_states import HiddenStateStore
+from eckart.calibration.layerwise.runner import LayerwiseRunner
+from eckart.calibration.layerwise.start import start_runner
 from eckart.calibration.layerwise.trace import trace_blocks
 
 __all__ = [
@@ -24,9 +32,10 @@ __all__ = [
     "block_of",
     "blocks_of",
     "gather_layerwise",
-    "not_done",
+    "groups_to_gather",
     "schedule_of",
     "split_by_block",
     "split_by_segment",
+    "start_runner",
     "trace_blocks",
 ]

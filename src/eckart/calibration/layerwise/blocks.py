@@ -11,7 +11,7 @@ from torch import nn
 
 
 class LayerwiseError(Exception):
-    """A model's blocks cannot be walked one at a time; the text says why. Never reaches the user as an error."""
+    """A model cannot be run block by block; the text says why. It is caught: whole passes take its place."""
 
 
 def block_of(name: str, model: nn.Module) -> str | None:
@@ -74,7 +74,7 @@ def schedule_of(model: nn.Module, names: Sequence[str], run: Callable[[], Any]) 
         Which blocks are called one after the other, and where the named modules are.
 
     Raises:
-        UnwalkableError: there are no blocks, or one is called inside another.
+        LayerwiseError: there are no blocks, or one is called inside another.
     """
     blocks = blocks_of(names, model)
     steps: list[str] = []

@@ -79,7 +79,7 @@ def structure_of(output: Any, known: Mapping[int, Key], where: str) -> Structure
         where: the block's name.
 
     Raises:
-        UnwalkableError: it makes no floating-point tensor.
+        LayerwiseError: it makes no floating-point tensor.
     """
     flat, spec = pytree.tree_flatten(output)
     leaves: list[Made | Passed | Constant] = []

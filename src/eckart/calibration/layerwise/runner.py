@@ -1,274 +1,217 @@
-"""Walk through a model block by block, forwards and backwards, with one block at work at a time.
+"""Run a model block by block, forwards and backwards.
 
 The parent model runs its own forward for every step, so that masks, rotary tables and whatever else an
-architecture computes between its blocks are its own. Blocks before the step are stand-ins: the last of them gives
-back what it put out when its own step was walked, the others a tensor of NaN, so that a model that reads
-them all the same is found out. After the step the forward is stopped.
+architecture computes between its blocks are its own. Blocks before the step are replaced by stand-ins: the last of
+them returns what it put out at its own step, the others a tensor of NaN, so that a model that reads them all the same
+is found out. After the step the forward is stopped.
 
-Backwards, what the stand-ins give back are leaves: the gradient that reaches them is kept for the step that made
-them. Each block runs once more, with gradients, from its cached input: the statistics are those of one whole
+Backwards, what the stand-ins return are leaves: the gradient that reaches them is kept for the step that made
+them. Each block runs once more, with gradients, from its kept input: the statistics are those of one whole
 backward pass.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from eckart.calibration.layerwise.block_forward import Armed, BatchLike, BlockForward, Reached
-from eckart.calibration.layerwise.blocks import BlockSchedule, LayerwiseError
-from eckart.calibration.layerwise.output import Structure, flatten, structure_of
-
-
-class HiddenStateStore(Protocol):
-    """Where tensors wait between two steps; what it gives back may be changed in place."""
-
-    def put(self, key: str, tensors: dict[str, Tensor]) -> None:
-        """Keep tensors under a key."""
-        ...
-
-    def get(self, key: str) -> dict[str, Tensor]:
-        """What was kept under a key."""
-        ...
-
-    def has(self, key: str) -> bool:
-        """Whether something was."""
-        ...
-
-    def drop(self, key: str) -> None:
-        """Forget it."""
-        ...
+from eckart.calibration.forward_context import ForwardContext
+from eckart.calibration.layerwise.block_forward import BlockChain, BlockForward, ReachedError
+from eckart.calibration.layerwise.blocks import LayerwiseError
+from eckart.calibration.layerwise.hidden_states import HiddenStates, HiddenStateStore
+from eckart.calibration.layerwise.output import flatten, structure_of
+from eckart.moments import BatchLike, Gatherer
 
 
 class LayerwiseRunner:
-    """A model on its way through its blocks, with all batches side by side.
+    """Runs all batches through a model, step by step.
 
     Args:
-        model: in evaluation mode; modules inside its blocks may be replaced between two steps.
-        order: its steps, see :func:`eckart.calibration.layerwise.schedule_of`.
-        run: runs the model on a batch, and returns what :meth:`finish` is to get: its output, or a loss.
+        chain: the model.
         batches: the data.
-        store: where tensors wait.
-        held: entered while a step is walked, given its block, or None for the tail: makes ready to run.
-        device: where they compute; None for the CPU.
-        name: keeps walks apart that share a store.
+        store: keeps hidden states between two steps.
+        context: entered while a step runs, given its block, or None for the tail: makes the model ready to run.
+        name: keeps runners apart that share a store.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        order: BlockSchedule,
-        run: Callable[[Any], Any],
+        chain: BlockChain,
         batches: Sequence[Any],
         store: HiddenStateStore,
         *,
-        held: Callable[[str | None], Any] = lambda _: nullcontext(),
-        device: torch.device | None = None,
-        name: str = "walk",
+        context: ForwardContext = lambda _: nullcontext(),
+        name: str = "layerwise",
     ) -> None:
-        self.model = model
-        self.order = order
-        self.run = run
+        self.chain = chain
+        self.model = chain.model
+        self.schedule = chain.schedule
+        self.device = chain.device
         self.batches = list(batches)
-        self.store = store
-        self.held = held
-        self.device = device or torch.device("cpu")
-        self.name = name
-        self.structures: dict[int, Structure] = {}
-        self.segment = 0  # that the pass at work is for
+        self.hidden_states = HiddenStates(store, name)
+        self.context = context
 
     # -- one step, one batch -------------------------------------------------------------------------------------
 
-    def forward(self, step: int, batch: BatchLike, watch: Armed | None = None) -> None:
+    def run_block(self, step: int, batch: BatchLike, gatherer: Gatherer | None = None) -> None:
         """Run one step's block on a batch and keep what it puts out.
 
         Raises:
-            UnwalkableError: the blocks do not form a chain.
+            LayerwiseError: the blocks do not form a chain.
         """
         with torch.no_grad():
-            going = BlockForward(self, step, batch, watch)
-            output = going.to_block()
-            flat = self._looked_at(step, output, going)
-            made = {str(i): flat[i] for i in self.structures[step].made}
-            self.store.put(self._out(step, batch), made)
+            forward = BlockForward(self.chain, self.hidden_states, step, batch, gatherer)
+            flat = self._checked(step, forward.to_block(), forward)
+            made = {str(i): flat[i] for i in self.chain.structures[step].made}
+            self.hidden_states.put("outputs", step, batch, made)
 
-    def look(self, step: int, batch: BatchLike, module: str) -> Tensor:
+    def capture_input(self, step: int, batch: BatchLike, module: str) -> Tensor:
         """What a module inside a step's block is given on a batch; the block runs only as far as that."""
-        got: list[Tensor] = []
+        captured: list[Tensor] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            got.append(args[0] if args else next(iter(kwargs.values())))
-            raise Reached
+            captured.append(args[0] if args else next(iter(kwargs.values())))
+            raise ReachedError
 
         handle = self.model.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
         try:
             with torch.no_grad():
-                BlockForward(self, step, batch, None).to_block()
+                BlockForward(self.chain, self.hidden_states, step, batch, None).to_block()
         finally:
             handle.remove()
-        if not got:
-            raise LayerwiseError(f"{module} is not called in {self.order.steps[step]}")
-        return got[0]
+        if not captured:
+            raise LayerwiseError(f"{module} is not called in {self.schedule.steps[step]}")
+        return captured[0]
 
-    def finish(self, batch: BatchLike, watch: Armed | None = None, *, backward: bool = False) -> Any:
-        """Run what comes after the last block; backwards, `run` gives a loss, whose gradients are kept.
+    def run_tail(self, batch: BatchLike, gatherer: Gatherer | None = None, *, backward: bool = False) -> Any:
+        """Run what comes after the last block; backwards, the model returns a loss, whose gradients are kept.
 
         Returns:
-            What `run` returned.
+            What the model returned.
         """
-        tail = self.order.tail
+        tail = self.schedule.tail
         with torch.set_grad_enabled(backward):
-            going = BlockForward(self, tail, batch, watch, gradients=backward)
-            result = going.to_end()
+            forward = BlockForward(self.chain, self.hidden_states, tail, batch, gatherer, gradients=backward)
+            result = forward.to_end()
             if backward:
                 result.backward()
-                self.store.put(self._up(tail, batch), going.gradients())
+                self.hidden_states.put("gradients", tail, batch, forward.gradients())
         return result
 
-    def backward(self, step: int, batch: BatchLike, watch: Armed | None = None) -> None:
+    def run_block_backward(self, step: int, batch: BatchLike, gatherer: Gatherer | None = None) -> None:
         """Run one step's block again, with gradients, and pass them on to the steps before."""
-        above = self.store.get(self._up(step + 1, batch))
+        above = self.hidden_states.get("gradients", step + 1, batch)
         with torch.enable_grad():
-            going = BlockForward(self, step, batch, watch, gradients=True)
-            flat = flatten(going.to_block())
-            made = [(flat[i], above.pop(f"{step}.{i}", None)) for i in self.structures[step].made]
+            forward = BlockForward(self.chain, self.hidden_states, step, batch, gatherer, gradients=True)
+            flat = flatten(forward.to_block())
+            made = [(flat[i], above.pop(f"{step}.{i}", None)) for i in self.chain.structures[step].made]
             pairs = [(tensor, grad) for tensor, grad in made if grad is not None and tensor.requires_grad]
             if pairs:
                 torch.autograd.backward([tensor for tensor, _ in pairs], [grad.to(t.device) for t, grad in pairs])
-        for key, grad in going.gradients().items():
+        for key, grad in forward.gradients().items():
             above[key] = above[key].to(grad.device) + grad if key in above else grad
-        self.store.put(self._up(step, batch), above)
+        self.hidden_states.put("gradients", step, batch, above)
 
     # -- all batches ---------------------------------------------------------------------------------------------
 
     @contextmanager
-    def at(self, step: int) -> Iterator[None]:
-        """Have the step's block at hand while all batches run through it; the tail has none."""
-        with self.held(self.order.steps[step] if step < self.order.tail else None):
+    def resident(self, step: int) -> Iterator[None]:
+        """Keep the weights of the step's block in place while all batches run through it; the tail has no block."""
+        with self.context(self.schedule.steps[step] if step < self.schedule.tail else None):
             yield
 
-    def each(self, what: Callable[[Any, int], None]) -> None:
-        """Call `what(batch, number)` for every batch; it may cut batches by :meth:`cut` on the way."""
-        for number, batch in enumerate(list(self.batches)):
-            what(batch, number)
+    def advance(self, step: int) -> None:
+        """Run a step on all batches, and drop what no later step reads."""
+        with self.resident(step):
+            for batch in self.batches:
+                self.run_block(step, batch)
+        self.drop_stream(step - 1)
 
-    def cut(self, part: Any) -> None:
-        """Take notice that a batch turned out too large, and `part` is some of its rows: cut what waits for it.
+    def for_each_batch(self, call: Callable[[Any, int], None]) -> None:
+        """`call(batch, number)` for every batch; it may split batches by :meth:`split_batch` meanwhile."""
+        for number, batch in enumerate(list(self.batches)):
+            call(batch, number)
+
+    def split_batch(self, part: Any) -> None:
+        """Split the batch that `part` is some rows of, and its hidden states; nothing if `part` is a whole batch.
 
         Raises:
-            UnwalkableError: a block puts out its examples in a way that cannot be told apart.
+            LayerwiseError: a block puts out its examples in a way that cannot be told apart.
         """
         if any(batch.examples == part.examples for batch in self.batches):
             return
-        whole = next(batch for batch in self.batches if set(part.examples) <= set(batch.examples))
+        place = next(i for i, batch in enumerate(self.batches) if set(part.examples) <= set(batch.examples))
+        whole = self.batches[place]
         start = whole.examples.index(part.examples[0])
-        stop = start + len(part.examples)
-        spans = [(a, b) for a, b in ((0, start), (start, stop), (stop, len(whole.examples))) if a < b]
-        pieces = [whole.rows(a, b) for a, b in spans]
-        for kind in ("out", "kept", "up"):
-            for step in range(self.order.tail + 1):
-                key = f"{self.name}/{kind}/{step}/{_label(whole)}"
-                if not self.store.has(key):
-                    continue
-                tensors = self.store.get(key)
-                axes = {name: self._axis(name, step, tensor, len(whole.examples)) for name, tensor in tensors.items()}
-                for piece, (a, b) in zip(pieces, spans, strict=True):
-                    self.store.put(
-                        f"{self.name}/{kind}/{step}/{_label(piece)}",
-                        {name: _rows(t, a, b, axes[name], kind) for name, t in tensors.items()},
-                    )
-                self.store.drop(key)
-        place = next(i for i, batch in enumerate(self.batches) if batch is whole)
+        cuts = sorted({0, start, start + len(part.examples), len(whole.examples)})
+        pieces = [whole.rows(a, b) for a, b in itertools.pairwise(cuts)]
+        self.hidden_states.split(whole, pieces, range(self.schedule.tail + 1), self._examples_axis)
         self.batches[place : place + 1] = pieces
 
-    def forget(self, step: int) -> None:
-        """Drop the stream that a step put out, once no step will read it; what else it put out stays."""
-        if step < 0 or self.order.ends_run(step):
+    def drop_stream(self, step: int) -> None:
+        """Drop the stream that a step put out, once no step will read it; the rest of its outputs stays."""
+        if step < 0 or self.schedule.ends_run(step):
             return
         for batch in self.batches:
-            if not self.store.has(self._out(step, batch)):
+            if not self.hidden_states.has("outputs", step, batch):
                 continue
-            kept = self.store.get(self._out(step, batch))
-            kept.pop(str(self.structures[step].stream), None)
-            if kept:
-                self.store.put(self._kept(step, batch), kept)
-            self.store.drop(self._out(step, batch))
+            rest = self.hidden_states.get("outputs", step, batch)
+            rest.pop(str(self.chain.structures[step].stream), None)
+            if rest:
+                self.hidden_states.put("rest", step, batch, rest)
+            self.hidden_states.drop("outputs", step, batch)
 
-    def forget_gradients(self, step: int) -> None:
-        """Drop the gradients that waited for the steps before `step`, once the step below has passed them on."""
+    def drop_gradients(self, step: int) -> None:
+        """Drop the gradients for the steps before `step`, once the step below has passed them on."""
         for batch in self.batches:
-            self.store.drop(self._up(step, batch))
+            self.hidden_states.drop("gradients", step, batch)
 
-    def forget_step(self, step: int) -> None:
+    def drop_outputs(self, step: int) -> None:
         """Drop all that a step put out, once the gradients have been passed on to the steps before it."""
         for batch in self.batches:
-            self.store.drop(self._out(step, batch))
-            self.store.drop(self._kept(step, batch))
+            self.hidden_states.drop("outputs", step, batch)
+            self.hidden_states.drop("rest", step, batch)
 
-    def forget_all(self) -> None:
-        """Drop everything that waits."""
-        for batch in self.batches:
-            for step in range(self.order.tail + 1):
-                for key in (self._out(step, batch), self._kept(step, batch), self._up(step, batch)):
-                    self.store.drop(key)
+    def drop_all(self) -> None:
+        """Drop all hidden states."""
+        for step in range(self.schedule.tail + 1):
+            self.drop_outputs(step)
+            self.drop_gradients(step)
 
-    def waits_at(self, step: int) -> bool:
-        """Whether all that the next step needs of the steps before is at hand, as after a run that was broken off."""
-        streams = [s for s in range(step) if self.order.ends_run(s)]
-        others = [s for s in range(step) if not self.order.ends_run(s) and len(self.structures[s].made) > 1]
+    def can_resume_after(self, step: int) -> bool:
+        """Whether all that the next step reads of the steps before was kept, as by a run that was interrupted."""
+        states = self.hidden_states
+        streams = [s for s in range(step) if self.schedule.ends_run(s)]
+        others = [s for s in range(step) if not self.schedule.ends_run(s) and len(self.chain.structures[s].made) > 1]
         return all(
-            all(self.store.has(self._out(s, batch)) for s in (*streams, step))
-            and all(self.store.has(self._out(s, batch)) or self.store.has(self._kept(s, batch)) for s in others)
+            all(states.has("outputs", s, batch) for s in (*streams, step))
+            and all(states.has("outputs", s, batch) or states.has("rest", s, batch) for s in others)
             for batch in self.batches
         )
 
-    def gradients_wait_at(self, step: int) -> bool:
-        """Whether the gradients for the steps before `step` are at hand for every batch."""
-        return all(self.store.has(self._up(step, batch)) for batch in self.batches)
-
-    def waiting(self, step: int, batch: BatchLike) -> dict[str, Tensor]:
-        """What a step put out on a batch, as far as it has not been dropped: leaf -> tensor."""
-        whole, rest = self._out(step, batch), self._kept(step, batch)
-        return self.store.get(whole if self.store.has(whole) else rest)
+    def has_gradients(self, step: int) -> bool:
+        """Whether the gradients for the steps before `step` were kept for every batch."""
+        return all(self.hidden_states.has("gradients", step, batch) for batch in self.batches)
 
     # -- inside --------------------------------------------------------------------------------------------------
 
-    def _out(self, step: int, batch: BatchLike) -> str:
-        return f"{self.name}/out/{step}/{_label(batch)}"
-
-    def _kept(self, step: int, batch: BatchLike) -> str:
-        return f"{self.name}/kept/{step}/{_label(batch)}"
-
-    def _up(self, step: int, batch: BatchLike) -> str:
-        return f"{self.name}/up/{step}/{_label(batch)}"
-
-    def _axis(self, name: str, step: int, tensor: Tensor, examples: int) -> int | None:
-        """The axis of examples of what waits: a leaf of a step's output, or the gradient of any step's leaf."""
-        made, _, leaf = name.rpartition(".")
-        source = int(made) if made else step
-        axis = self.structures[source].examples_axis(int(leaf), tensor, examples)
-        if axis is None and int(leaf) == self.structures[source].stream:
-            raise LayerwiseError(f"what {self.order.steps[source]} puts out cannot be cut between its examples")
+    def _examples_axis(self, name: str, step: int, tensor: Tensor, examples: int) -> int | None:
+        """The axis of examples of a leaf of a step's output, or of the gradient of any step's leaf."""
+        maker, _, leaf = name.rpartition(".")
+        source = int(maker) if maker else step
+        axis = self.chain.structures[source].examples_axis(int(leaf), tensor, examples)
+        if axis is None and int(leaf) == self.chain.structures[source].stream:
+            raise LayerwiseError(f"what {self.schedule.steps[source]} puts out cannot be split between its examples")
         return axis
 
-    def _looked_at(self, step: int, output: Any, going: BlockForward) -> list[Any]:
+    def _checked(self, step: int, output: Any, forward: BlockForward) -> list[Any]:
         """The leaves of a block's output, whose structure must be what it was on the batch before."""
-        found = structure_of(output, going.known, self.order.steps[step])
-        if not self.structures.setdefault(step, found).matches(found):
-            raise LayerwiseError(f"{self.order.steps[step]} puts out something else for each batch")
+        found = structure_of(output, forward.known, self.schedule.steps[step])
+        if not self.chain.structures.setdefault(step, found).matches(found):
+            raise LayerwiseError(f"{self.schedule.steps[step]} puts out another structure for each batch")
         return flatten(output)
-
-
-def _label(batch: BatchLike) -> str:
-    return f"{batch.examples[0]}-{batch.examples[-1]}"
-
-
-def _rows(tensor: Tensor, start: int, stop: int, axis: int | None, kind: str) -> Tensor:
-    """The rows of a tensor that has one for each example; what all share stays whole, its gradient with the first."""
-    if axis is not None:
-        return tensor.narrow(axis, start, stop - start)
-    return tensor if kind != "up" or start == 0 else torch.zeros_like(tensor)

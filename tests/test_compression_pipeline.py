@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import eckart
 from eckart.compression.open_run import open_in_memory
 from eckart.data.stdlib import documents
-from eckart.errors import CheckpointError, DataError, ModelError, NumericalError, UsageError
+from eckart.errors import CheckpointError, DataError, NumericalError, UsageError
 from eckart.evaluation.quality import distance_to_original
 from eckart.linalg import Metric, Problem
 from eckart.methods import METHODS
@@ -219,27 +219,6 @@ def test_without_data_the_error_names_the_ways_out(model):
     with pytest.raises(DataError, match=r"self") as caught:
         eckart.compress(model, tokenizer, keep=0.5)
     assert "--data FILE" in str(caught.value)
-
-
-class NoBackward(torch.autograd.Function):
-    """Stands for a kernel without a backward pass."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise NotImplementedError("this kernel has no backward pass")
-
-
-def test_default_falls_back_where_no_backward_pass_runs(model, batches):
-    model.model.norm.register_forward_hook(lambda module, args, output: NoBackward.apply(output))
-    result = eckart.compress(model, data=batches, keep=0.5)
-    assert result.report["allocation"] == "uniform"
-    assert any("no backward pass" in note and "drone" in note for note in result.report["notes"])
-    with pytest.raises(ModelError, match=r"no backward pass .* --method drone"):
-        eckart.compress(model, data=batches, keep=0.5, method="kfac")
 
 
 def test_refit_that_makes_it_worse_is_left_out(model, batches, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the refit is given on its walk through two models, what it leaves alone, and what it solves."""
+"""What the refit is given on its runner through two models, what it leaves alone, and what it solves."""
 
 from __future__ import annotations
 
@@ -29,15 +29,13 @@ def names_of(model: PreTrainedModel) -> list[str]:
     return [site.name for site in find_sites(model).chosen]
 
 
-def start_runner(model: PreTrainedModel, batches: list[Batch], name: str = "walk") -> LayerwiseRunner:
+def start_runner(model: PreTrainedModel, batches: list[Batch], name: str = "runner") -> LayerwiseRunner:
     def run(batch: Batch) -> Any:
         return forward(model, batch.inputs)
 
     store = Cache(sys.maxsize, None)
-    order, structures = trace_blocks(model, names_of(model), run, batches[0].rows(0, 1), store)
-    walk = LayerwiseRunner(model, order, run, batches, store, name=name)
-    walk.structures = structures
-    return walk
+    chain = trace_blocks(model, names_of(model), run, batches[0].rows(0, 1), store)
+    return LayerwiseRunner(chain, batches, store, name=name)
 
 
 def plain_inputs(model: PreTrainedModel, batches: list[Batch], names: list[str]) -> dict[str, list[list[Tensor]]]:
@@ -62,65 +60,64 @@ def plain_inputs(model: PreTrainedModel, batches: list[Batch], names: list[str])
     return seen
 
 
-def advance(walk: LayerwiseRunner, step: int) -> None:
-    with walk.at(step):
-        for batch in walk.batches:
-            walk.forward(step, batch)
-    walk.forget(step - 1)
-
-
 @pytest.mark.parametrize("architecture", ZOO, ids=lambda a: a.name)
-def test_a_look_shows_what_a_plain_forward_gives(architecture):
+def test_captured_inputs_are_those_of_a_plain_forward(architecture):
     """Every site of a block, those in its middle included, at every step that calls it."""
     model = architecture.model()
     batches = load_data(architecture.batches(count=2), model=model).batches
     with evaluating(model):
         seen = plain_inputs(model, batches, names_of(model))
-        walk = start_runner(model, batches)
-        inside = {n: walk.order.segments[n] for n, calls in seen.items() if all(calls) and n not in walk.order.between}
-        looked = 0
-        for step in range(walk.order.tail):
+        runner = start_runner(model, batches)
+        inside = {
+            n: runner.schedule.segments[n]
+            for n, calls in seen.items()
+            if all(calls) and n not in runner.schedule.between
+        }
+        captured = 0
+        for step in range(runner.schedule.tail):
             for name, segments in inside.items():
                 if step not in segments:
                     continue
                 for batch, calls in zip(batches, seen[name], strict=True):
                     first = len(calls) // len(segments) * segments.index(step)  # of the calls in this step
-                    torch.testing.assert_close(walk.look(step, batch, name), calls[first], rtol=1e-5, atol=1e-5)
-                    looked += 1
-            advance(walk, step)
+                    torch.testing.assert_close(
+                        runner.capture_input(step, batch, name), calls[first], rtol=1e-5, atol=1e-5
+                    )
+                    captured += 1
+            runner.advance(step)
         for module in model.modules():
             assert not module._forward_pre_hooks
             assert "forward" not in vars(module)
-    assert looked == len(batches) * sum(len(segments) for segments in inside.values())
+    assert captured == len(batches) * sum(len(segments) for segments in inside.values())
     assert len(inside) >= 0.75 * len(seen)
 
 
-def test_a_look_sees_what_was_replaced_before_it_in_the_same_block():
+def test_captured_input_depends_on_what_was_replaced_before_it_in_the_block():
     """And nothing behind the module runs."""
     architecture = BY_NAME["llama"]
     model = architecture.model()
     batches = load_data(architecture.batches(count=1), model=model).batches
     layer = model.model.layers[1]
     with evaluating(model):
-        walk = start_runner(model, batches)
-        advance(walk, 0)
-        before = walk.look(1, batches[0], "model.layers.1.mlp.down_proj")
+        runner = start_runner(model, batches)
+        runner.advance(0)
+        before = runner.capture_input(1, batches[0], "model.layers.1.mlp.down_proj")
         layer.self_attn.o_proj.weight.data = -layer.self_attn.o_proj.weight.data
         expected = plain_inputs(model, batches, names_of(model))["model.layers.1.mlp.down_proj"][0][0]
         layer.mlp.down_proj.forward = None
-        found = walk.look(1, batches[0], "model.layers.1.mlp.down_proj")
+        found = runner.capture_input(1, batches[0], "model.layers.1.mlp.down_proj")
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         assert (found - before).abs().max() > 0.1 * before.abs().max()
 
 
-def test_a_look_for_what_a_step_does_not_call_says_so():
+def test_capture_input_refuses_a_module_that_the_step_does_not_call():
     architecture = BY_NAME["llama"]
     model = architecture.model()
     batches = load_data(architecture.batches(count=1), model=model).batches
     with evaluating(model):
-        walk = start_runner(model, batches)
+        runner = start_runner(model, batches)
         with pytest.raises(LayerwiseError, match=r"layers\.1\.mlp\.up_proj is not called in model\.layers\.0"):
-            walk.look(0, batches[0], "model.layers.1.mlp.up_proj")
+            runner.capture_input(0, batches[0], "model.layers.1.mlp.up_proj")
         assert not model.model.layers[1].mlp.up_proj._forward_pre_hooks
 
 
@@ -209,8 +206,8 @@ def test_every_site_gets_the_least_squares_answer_on_what_it_is_given_now(name, 
         assert notes == []
         choices = {n: Choice(DENSE) if i % 2 else Choice("lowrank", 9) for i, n in enumerate(sites)}
         work = GroupRefit(sites, choices, frozenset(sites), moments.__getitem__, drone)
-        advance(before, 0)
-        advance(now, 0)
+        before.advance(0)
+        now.advance(0)
         solved = [name for members in steps[1].values() for name in members]
         old = plain_inputs(model, batches, list(sites))
         assert work.step(before, now, 1, steps[1]) == (solved, [])
@@ -270,8 +267,8 @@ def test_numbers_that_overflow_in_the_compressed_model_are_named():
     sites = {site.name: site for site in find_sites(model).chosen}
     with evaluating(model, changed):
         before, now = start_runner(model, batches), start_runner(model, batches)
-        now.model = changed
-        now.run = lambda batch: forward(changed, batch.inputs)
+        now.model = now.chain.model = changed
+        now.chain.run = lambda batch: forward(changed, batch.inputs)
         groups = {"model.layers.0.mlp.down_proj": ("model.layers.0.mlp.down_proj",)}
         work = GroupRefit(sites, dict.fromkeys(sites, Choice(DENSE)), set(sites), {}.__getitem__, METHODS["drone"])
         with pytest.raises(NumericalError, match=r"input of model\.layers\.0\.mlp\.down_proj in the compressed model"):

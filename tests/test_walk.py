@@ -148,8 +148,6 @@ def agree(found: dict[str, Moments], known: dict[str, Moments], tolerance: float
                 continue
             assert torch.isfinite(tensor).all()
             scale = tensor.abs().max()
-            if key == "gradients.total":  # a key's gradients all but cancel: |sum g| <= sqrt(count sum g^2)
-                scale = (state["gradients.count"] * state["gradients.gram"].diagonal().max()).sqrt()
             off = (other[key] - tensor).abs().max()
             assert off <= tolerance * scale, f"{name}, {key}: {float(off):.2g} of {float(scale):.2g}"
 
@@ -879,7 +877,7 @@ class BrokenError(RuntimeError):
 @every_need
 @pytest.mark.parametrize("where", ["embed", "blocks.2", "head"])
 def test_a_models_own_errors_are_raised_and_nothing_is_left_behind(where, needs):
-    """At any pass, on trial or on the runner. Only while it runners on trial is one a reason to run it whole instead."""
+    """At any pass. Only an error while the blocks are traced is a reason to run the model whole instead."""
     raised = 0
     for after in itertools.count():
         model = mixed(Small())

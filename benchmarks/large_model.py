@@ -24,7 +24,7 @@ from common import COMPRESS, markdown, watched
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, LlamaConfig
 
-from eckart.demo.show import MODEL as TOKENIZER
+from eckart.demo.steps import MODEL as TOKENIZER
 
 ALLOWED = 1.1
 """Peak memory of the deeper model over that of the other."""

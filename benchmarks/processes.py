@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import eckart
-from eckart.demo.show import MODEL
+from eckart.demo.steps import MODEL
 from eckart.forms import FactoredLinear
 from eckart.model import dense_weight
 

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from common import COMPRESS, Ran, markdown, watched
 
-from eckart.demo.show import MODEL
+from eckart.demo.steps import MODEL
 
 FLIPPED = 5
 """Every so many kills a byte is flipped."""

@@ -25,3 +25,5 @@ def test_code_of_the_page_runs_and_does_what_it_says(clean_registries):
         exec(compile(code, f"docs/architecture.md, block {number}", "exec"), names)
     assert names["result"].report["form"] == "scaled"
     assert FORMS["scaled"] is names["Scaled"]
+    assert {"input-scale", "peaks"} <= set(METHODS)
+    assert 0 < names["tuned"].report["recovered_by"]["trained_fraction"] < 0.01

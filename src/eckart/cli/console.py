@@ -42,6 +42,13 @@ def say(message: str, style: str = "") -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message, style=style))
 
 
+def say_device(name: str) -> None:
+    """Print which device `--device` means."""
+    from eckart.config import resolve_device
+
+    say(f"computing on {resolve_device(name)}", "dim")
+
+
 def guarded(function: F) -> F:
     """Turn an exception into a message and an exit code without a traceback: 1, 2, or 130 after Ctrl-C."""
 

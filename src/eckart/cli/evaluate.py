@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import check_json, guarded, show, write_json
+from eckart.cli.console import check_json, guarded, say_device, show, write_json
 from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
 from eckart.evaluation.recipe import EvaluationRecipe
 
@@ -36,6 +36,7 @@ def evaluate_folder(
     from eckart.evaluation.pipeline import evaluate
     from eckart.report.scores import render_scores
 
+    say_device(recipe.device)
     found = evaluate(folder, against, recipe=recipe)
     show(render_scores(found))
     write_json(json, found, inputs)

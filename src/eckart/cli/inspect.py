@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import check_json, guarded, show, write_json
+from eckart.cli.console import check_json, guarded, say_device, show, write_json
 from eckart.cli.options import JsonOption, recipe_from_cli, recipe_options
 from eckart.compression.recipe import Recipe
 
@@ -33,6 +33,7 @@ def inspect(
     from eckart.evaluation.inspection import inspect as inspect_model
     from eckart.report.inspection import render_inspection
 
+    say_device(recipe.device)
     chosen = {name: getattr(recipe, name) for name in FIELDS}
     found = inspect_model(model, **chosen)
     show(render_inspection(found))

@@ -24,7 +24,7 @@ PANELS = {
              "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
     "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
                  "gradient_accumulation", "gradient_checkpointing", "bf16"),
-    "Model and machine": ("revision", "device", "stream", "cache_memory", "trust_remote_code"),
+    "Model and machine": ("revision", "teacher_revision", "device", "stream", "cache_memory", "trust_remote_code"),
 }  # fmt: skip
 """Headings of `--help`, in order -> fields; all other fields stand under the first."""
 

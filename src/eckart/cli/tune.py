@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import guarded, show
+from eckart.cli.console import guarded, say_device, show
 from eckart.cli.options import (
     ConfigOption,
     OutputOption,
@@ -55,5 +55,6 @@ def tune(
     from eckart.report.training import render_tuning
 
     check_output(folder, overwrite=replace, inputs=[config])
+    say_device(recipe.device)
     result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart)
     show(render_tuning(result.report), "", f"published in {result.folder}")

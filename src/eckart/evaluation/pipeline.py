@@ -75,6 +75,7 @@ def evaluate(
         "task": task,
         "protocol": scorer.protocol,
         "data": dict(scorer.data),
+        "device": str(context.model.model.device),
         "scores": scores,
         "sizes": sizes,
         "notes": [*scorer.notes, *_list_notes(context, scorer)],

@@ -26,7 +26,8 @@ from eckart.storage.publish import check_output
 
 logger = logging.getLogger(__name__)
 
-FREE_OPTIONS = ("model", "teacher", "data", "eval_data", "save_steps", "device", "trust_remote_code")
+FREE_OPTIONS = ("model", "revision", "teacher", "teacher_revision", "data", "eval_data", "save_steps", "device",
+                "trust_remote_code")  # fmt: skip
 """Options that may differ when a training resumes: models and data count by what they hold, wherever they lie."""
 
 

@@ -32,7 +32,9 @@ class TuneRecipe(RecipeBase):
     renamed: ClassVar[Mapping[str, str]] = {"method": "recovery"}
 
     model: str | None = Field(None, description="Folder or hub name of the model to train, factored or dense.")
+    revision: str | None = Field(None, description="Revision of the model on the hub.")
     teacher: str | None = Field(None, description="Folder or hub name of the model to learn from.")
+    teacher_revision: str | None = Field(None, description="Revision of the teacher on the hub.")
     recovery: str = Field("distil", description="How quality is recovered; `eckart methods` lists the names.")
     recovery_option: tuple[str, ...] = Field((), description="A setting of the recovery: name=value, such as rank=8.")
     task: Literal["auto", "classification", "regression", "masked", "causal", "embedding"] = Field(
@@ -51,8 +53,8 @@ class TuneRecipe(RecipeBase):
         None, description="What the model is scored on before and after; default: a tenth of the data, held out."
     )
     eval_split: str = Field("validation", description="Split of the hub data set that --eval-data names.")
-    eval_samples: int | None = Field(None, ge=1, description="Score only so many rows or windows.")
-    num_samples: int | None = Field(None, ge=1, description="Train on only so many rows or windows.")
+    eval_samples: int | None = Field(None, ge=1, description="Score only this many rows or windows.")
+    num_samples: int | None = Field(None, ge=1, description="Train on only this many rows or windows.")
     epochs: float = Field(3.0, gt=0, description="How often the data are read.")
     max_steps: int | None = Field(None, ge=1, description="Steps of the optimizer, in place of epochs.")
     learning_rate: float | None = Field(None, gt=0, description="Highest learning rate. Default: the recovery's.")

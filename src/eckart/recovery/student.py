@@ -90,7 +90,7 @@ def open_student(recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: An
     new_head: list[str] = []
     trust: dict[str, Any] = {"trust_remote_code": recipe.trust_remote_code}
     if isinstance(given, str):
-        folder = resolve(given, None, **trust)
+        folder = resolve(given, recipe.revision, **trust)
         dtype = stored_dtype(stored_tensors(folder)) or torch.float32
         tokenizer = tokenizer or load_tokenizer(folder, **trust)
         model = load(folder, dtype=torch.float32, **trust)
@@ -228,7 +228,7 @@ def find_pooling(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
     """
     folders = [student.folder]
     if not isinstance(teacher, PreTrainedModel):
-        folders.append(resolve(str(teacher), None, trust_remote_code=recipe.trust_remote_code))
+        folders.append(resolve(str(teacher), recipe.teacher_revision, trust_remote_code=recipe.trust_remote_code))
     found = (Pooling.from_folder(folder) for folder in folders if folder is not None)
     return next((pooling for pooling in found if pooling is not None), Pooling())
 
@@ -247,7 +247,7 @@ def open_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrain
         cast(model, torch.float32)
     else:
         name = str(teacher)
-        folder = resolve(name, None, trust_remote_code=recipe.trust_remote_code)
+        folder = resolve(name, recipe.teacher_revision, trust_remote_code=recipe.trust_remote_code)
         model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
     if student.task == "embedding":
         bare: Any = model.base_model

@@ -122,3 +122,25 @@ def test_a_form_of_ones_own_is_compressed_saved_loaded_and_made_dense(tmp_path):
     dense = eckart.densify(again)
     assert not factored_modules(dense)
     assert float((output(dense, batches[0]) - expected).abs().max()) < 1e-4
+
+
+class OwnEmbedding(LowRankEmbedding):
+    """Codes of four numbers at most."""
+
+    form = "short-embedding"
+
+    @classmethod
+    def largest(cls, rows, width, keep):
+        return min(4, super().largest(rows, width, keep))
+
+
+def test_an_embedding_of_ones_own_is_compressed_saved_and_loaded(tmp_path):
+    architecture = BY_NAME["gpt2"]
+    model, batches = architecture.model(), architecture.batches(count=2)
+    result = eckart.compress(model, method="svd", embeddings=OwnEmbedding, keep=0.8)
+    found = [m for m in factored_modules(result.model).values() if isinstance(m, OwnEmbedding)]
+    assert [module.rank for module in found] == [4]
+    assert result.recipe.embeddings == "short"
+    result.save_pretrained(tmp_path / "small")
+    again = eckart.load(tmp_path / "small")
+    assert torch.equal(output(again, batches[0]), output(result.model, batches[0]))

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from eckart.evaluation.pipeline import evaluate
     from eckart.evaluation.recipe import EvaluationRecipe
     from eckart.forms import register_form
-    from eckart.forms.base import Factored, FactoredLinear
+    from eckart.forms.base import Factored
+    from eckart.forms.linear import FactoredLinear
     from eckart.linalg.metric import Metric
     from eckart.linalg.solve import Problem
     from eckart.methods.base import Method
@@ -63,7 +64,7 @@ _PLACES = {
     "Metric": "linalg:Metric",
     "Problem": "linalg:Problem",
     "Factored": "forms.base:Factored",
-    "FactoredLinear": "forms.base:FactoredLinear",
+    "FactoredLinear": "forms.linear:FactoredLinear",
     "Recovery": "recovery.base:Recovery",
     "ClosedFormRecovery": "recovery.base:ClosedFormRecovery",
     "register_method": "registry:register_method",

@@ -10,10 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.forms.base import Block, Factored, FactoredLinear, StoredSize
+from eckart.forms.base import Factored, StoredSize
 from eckart.forms.embedding import FactoredEmbedding
 from eckart.forms.kronecker import Kronecker
 from eckart.forms.kronecker_embedding import KroneckerEmbedding
+from eckart.forms.linear import Block, FactoredLinear
 from eckart.forms.lowrank import LowRank
 from eckart.forms.lowrank_embedding import LowRankEmbedding
 from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse

@@ -6,7 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
+from eckart.forms.base import StoredSize, compute_dtype, copy_into
+from eckart.forms.linear import Block, FactoredLinear
 
 
 class LowRank(FactoredLinear):

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import UsageError
-from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
+from eckart.forms.base import StoredSize, compute_dtype, copy_into
+from eckart.forms.linear import Block, FactoredLinear
 from eckart.forms.lowrank import LowRank
 
 

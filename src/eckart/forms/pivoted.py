@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eckart.forms.base import Block, FactoredLinear, StoredSize, compute_dtype, copy_into
+from eckart.forms.base import StoredSize, compute_dtype, copy_into
+from eckart.forms.linear import Block, FactoredLinear
 from eckart.linalg import pivoted_factors
 
 # The largest |C| that is accepted: each of C's products amplifies the rounding of a pivot output by at

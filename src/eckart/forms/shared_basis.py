@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from eckart.forms.base import Block, copy_into
+from eckart.forms.base import copy_into
+from eckart.forms.linear import Block
 from eckart.forms.lowrank import LowRank
 from eckart.linalg import Factorization, Problem, shared_basis
 

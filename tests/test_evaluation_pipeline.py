@@ -69,6 +69,8 @@ def test_model_in_memory_is_scored_like_its_folder(folder, compressed, tokenizer
     sizes = both["sizes"]
     assert sizes["elements"]["eckart"] < sizes["elements"]["original"] == sizes["elements"]["int4"]
     assert sizes["bytes"]["int4"] < sizes["bytes"]["int8"] < sizes["bytes"]["original"]
+    half = eckart.evaluate(llama().bfloat16(), None, tokenizer, **options)
+    assert half["scores"] == eckart.evaluate(llama().bfloat16().float(), None, tokenizer, **options)["scores"]
     itself = eckart.evaluate(compressed, compressed, tokenizer, data=TEXT, max_seq_length=16)
     assert itself["scores"]["KL to the original (nats)"]["eckart"] == 0
     assert any("factored itself" in note for note in itself["notes"])
@@ -157,3 +159,13 @@ def test_own_code_of_a_model_runs_only_when_trusted(tmp_path):
     assert eckart.inspect(tmp_path, trust_remote_code=True)["model"] == "OwnModel"
     trusted = eckart.evaluate(tmp_path, tmp_path, **options, trust_remote_code=True, baselines=False)
     assert trusted["scores"]["1 - cosine to the original"]["model"] == pytest.approx(0, abs=1e-6)
+
+
+def test_text_that_the_model_was_calibrated_on_is_noted(folder, tmp_path):
+    eckart.compress(
+        str(folder), method="drone", data="stdlib", num_samples=2, max_seq_length=16, output_dir=tmp_path / "out"
+    )
+    options = {"data": "stdlib", "max_tokens": 64, "max_seq_length": 16}
+    assert not eckart.evaluate(tmp_path / "out", **options)["notes"]
+    notes = eckart.evaluate(tmp_path / "out", data_split="train", **options)["notes"]
+    assert [note for note in notes if "calibrated on stdlib" in note]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from eckart.config import DEFAULT_BATCH_SIZE
 from eckart.data.inference import evaluating, forward, progress
 from eckart.data.model_kind import UNLIMITED, max_positions
 from eckart.data.windows import adds_bos
@@ -37,7 +38,7 @@ def measure_perplexity(
     *,
     window: int | None = None,
     stride: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = DEFAULT_BATCH_SIZE,
     max_tokens: int | None = None,
     disable: bool | None = None,
 ) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def measure_perplexity(
         stride: Tokens from one window to the next; None for windows that do not overlap.
         batch_size: Windows at once. Windows of one batch have equal lengths, so there is no padding.
         max_tokens: Only the first so many tokens of the text are used; None for all.
-        disable: No progress bar.
+        disable: True for no progress bar; None for none where the output is no terminal.
 
     Returns:
         `perplexity`; `nll_per_token` in nats; `bits_per_byte` (UTF-8 bytes of the scored text, to within one

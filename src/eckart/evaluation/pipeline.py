@@ -48,8 +48,8 @@ def evaluate(
 
     Returns:
         `task`, `protocol`, `data`; `scores`: name -> {column: number}; `sizes`: elements, bytes and multiply-adds a
-        token -> {column: number}; `notes`. The columns are "original", "eckart" ("model" for one that is not
-        factored), "int8" and "int4". All plain JSON values.
+        token -> {column: number}; `device`: where it was computed; `notes`. The columns are "original", "eckart"
+        ("model" for one that is not factored), "int8" and "int4". All plain JSON values.
 
     Raises:
         EckartError: naming what cannot be read or does not fit.

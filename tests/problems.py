@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eckart.forms import FORMS, FactoredLinear
+from eckart.forms import FORMS
 from eckart.linalg import Problem, factorize, weighted_error
-from eckart.methods import METHODS, Method, method_named
+from eckart.methods import Method, method_named
 from eckart.moments import Moments
 from eckart.moments.absolute import Absolute
 from eckart.moments.fisher import Fisher
@@ -147,15 +147,6 @@ LAYERS: dict[str, Layer] = {
 # Enough tokens and a full spectrum: the optimum is unique.
 REGULAR = ("tall", "wide", "square")
 
-# A method, and whether the means go into the bias where there is one.
-VARIANTS = {
-    method.name + ("-centered" if centered else ""): (method, centered)
-    for method in METHODS.values()
-    for centered in sorted({False, method.centered})
-}
-
-every_method = pytest.mark.parametrize(("method", "centered"), VARIANTS.values(), ids=VARIANTS)
-every_layer = pytest.mark.parametrize("found", LAYERS.values(), ids=LAYERS)
 every_regular_layer = pytest.mark.parametrize("found", [LAYERS[name] for name in REGULAR], ids=REGULAR)
 # Forms that hold any matrix of a rank; those that cut a weight into blocks have tests of their own.
 RANK_FORMS = [name for name, form in FORMS.items() if form.blocks(8, 8) == (None,)]
@@ -186,15 +177,6 @@ def answer_of(problem: Problem, rank: int) -> Tensor:
     """The solver's W' of that rank."""
     left, right = factorize(problem).truncated(rank)
     return left @ right
-
-
-def stored(
-    form: str, left: Tensor, right: Tensor, bias: Tensor | None = None, source: str = "linear"
-) -> FactoredLinear:
-    """A module of that form, in the factors' dtype, that holds `left @ right`."""
-    module = FORMS[form](right.shape[1], left.shape[0], left.shape[1], bias is not None, source).to(left.dtype)
-    assert module.store(left, right, bias) is None
-    return module.eval()
 
 
 @contextmanager

@@ -30,7 +30,7 @@ def written(tmp_path: Path, content: object) -> Path:
     return path
 
 
-def test_plan_round_trip(tmp_path):
+def test_plan_is_read_as_it_was_written(tmp_path):
     content = PLAN.to_json()
     assert content["sites"]["a"] == {"form": "pivoted", "rank": 12, "predicted_loss": 0.25}
     assert content["sites"]["c"] == {"form": "dense"}
@@ -38,7 +38,7 @@ def test_plan_round_trip(tmp_path):
     assert (again.choices, again.model) == (PLAN.choices, PLAN.model)
 
 
-def test_edited_plan(tmp_path):
+def test_edited_plan_is_read_and_missing_sites_stay_dense(tmp_path):
     content = PLAN.to_json()
     content["sites"]["a"] = {"form": "lowrank", "rank": 5}
     content["sites"]["b"] = {"form": "dense"}
@@ -86,7 +86,7 @@ def test_bad_plan_is_refused_by_file_site_and_field(content, named, tmp_path):
         read_plan(path, SHAPES)
 
 
-def test_plan_that_cannot_be_read(tmp_path):
+def test_plan_that_cannot_be_read_names_the_file(tmp_path):
     with pytest.raises(UsageError, match=r"nowhere\.json: cannot be read"):
         read_plan(tmp_path / "nowhere.json", SHAPES)
     with pytest.raises(UsageError, match="cannot be read"):
@@ -107,7 +107,7 @@ BLOCK_PLAN = Plan({"a": Choice("kronecker", 3, (4, 6)), "b": Choice("lowrank", 8
 BLOCK_SHAPES = {"a": (24, 18), "b": (48, 64), "c": (40, 40)}
 
 
-def test_plan_with_blocks_round_trip():
+def test_plan_with_blocks_is_read_as_it_was_written():
     content = json.loads(json.dumps(BLOCK_PLAN.to_json()))
     assert content["sites"]["a"] == {"form": "kronecker", "rank": 3, "block": [4, 6]}
     assert content["sites"]["b"] == {"form": "lowrank", "rank": 8}

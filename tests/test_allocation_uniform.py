@@ -58,7 +58,7 @@ def test_a_vector_cannot_be_made_smaller(form):
         uniform({"score": (1, 30)}, 0.9, form)
 
 
-def test_rank_steps():
+def test_rank_steps_are_multiples_or_every_rank_of_a_small_weight():
     assert list(rank_steps(30, 8)) == [8, 16, 24]
     assert list(rank_steps(5, 8)) == [1, 2, 3, 4, 5]
     assert list(rank_steps(0, 8)) == []

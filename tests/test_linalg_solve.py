@@ -68,7 +68,7 @@ def test_not_finite_is_refused_by_the_solver_on_either_side():
             factorize(problem, "proj")
 
 
-def test_large_but_finite_values_pass():
+def test_a_sum_that_overflows_is_no_refusal():
     require_finite(torch.full((4,), 3e38), "sum overflows, entries do not")
 
 
@@ -124,7 +124,7 @@ def test_svd_falls_back_and_says_so(monkeypatch, failures):
     close(left * values @ right, matrix, 1e-12)
 
 
-def test_nothing_converges(monkeypatch):
+def test_a_matrix_that_no_solver_decomposes_is_refused(monkeypatch):
     for name in ("eigh", "svd"):
         monkeypatch.setattr(torch.linalg, name, failing(99, None))
     for decompose in (checked_eigh, checked_svd):
@@ -156,7 +156,7 @@ def test_fallback_reaches_the_notes_of_a_factorization(monkeypatch):
         (Metric(full=torch.zeros(3, 3)), "general"),
     ],
 )
-def test_root(metric, kind):
+def test_root_times_its_transpose_is_the_metric(metric, kind):
     root = root_of(metric)
     assert (root.kind, root.invertible) == (kind, kind != "general")
     identity = torch.eye(3, dtype=torch.float64)
@@ -381,14 +381,14 @@ def test_kept_factors_are_the_first_of_all(name, solved_in):
             kept.mirrored.truncated(size + 6)
 
 
-def test_effective_rank():
+def test_effective_rank_is_the_exponential_of_the_entropy():
     assert factorize(Problem(torch.eye(5, dtype=torch.float64))).effective_rank == pytest.approx(5)
     one = with_spectrum(6, 5, torch.tensor([3.0, 0, 0], dtype=torch.float64))
     assert factorize(Problem(one)).effective_rank == pytest.approx(1)
     assert factorize(Problem(torch.zeros(4, 3))).effective_rank == pytest.approx(1)
 
 
-def test_mirrored_problem_has_the_mirrored_answer():
+def test_the_transposed_problem_has_the_transposed_answer():
     problem = LAYERS["tall"].problem_of("kfac")
     close(answer_of(problem.mirrored, 4).mT, answer_of(problem, 4), 1e-9)
     mirrored = factorize(problem).mirrored

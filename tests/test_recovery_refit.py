@@ -205,7 +205,7 @@ def test_the_command_publishes_what_it_measured(place, tmp_path):
              tmp_path / "out"]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
-    assert "14 of 14 weights solved again on 3.20 k tokens" in done.output
+    assert "14 of 14 weights solved again on 3.20 k tokens, on cpu" in done.output
     report = json.loads((tmp_path / "out/eckart/report.json").read_text())
     assert report["recovered_by"]["output_error"]["after"] < report["recovered_by"]["output_error"]["before"]
     assert report["solving"] == {"rows": 100, "tokens": 3200}

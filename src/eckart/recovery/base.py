@@ -77,7 +77,7 @@ class Recovery:
     remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
 
     def refusal(self, task: str) -> str | None:
-        """Why a task cannot be learnt in this way, or None."""
+        """Why this recovery cannot learn a task, or None where it can."""
         return "it learns from the task's own loss, and there is none" if task == "embedding" else None
 
     def check_range(self, interval: str, *keys: str) -> None:

@@ -1,4 +1,4 @@
-"""Distillation: the student learns what its teacher puts out, at the end and on the way.
+"""Distillation: the student learns the teacher's outputs, and its features in between.
 
 Hinton, Vinyals and Dean 2015, arXiv 1503.02531, for logits; the recoveries below it are presets of the same sum.
 """
@@ -24,11 +24,11 @@ TERMS = ("logits", "sentence", "hidden", "attention", "embedding", "task")
 class Distil(Recovery):
     """`loss = logits T^2 KL(p_t || p_s) + hidden MSE(H) + attention KL(A) + embedding MSE(E) + task CE`.
 
-    A model without a head, task "embedding", has no logits and no loss of its own: in their place stands
+    A model without an output head, task "embedding", has no logits and no loss of its own: the first term is then
     `sentence (1 - cos(s_t, s_s))`, s the sentence embeddings, pooled as the folder says.
 
     Each name is a weight; a term of weight 0 is not computed. Every term is a mean over real tokens, padding left out.
-    A student of fewer layers is held against every `L_t / L_s`-th layer of its teacher.
+    A student of fewer layers is compared with every `L_t / L_s`-th layer of its teacher.
 
     Attributes:
         temperature: T, that both logits are divided by; None for the recipe's.
@@ -213,7 +213,7 @@ class InterLayer(Distil):
 
 
 def _layers(compare: Any, mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:
-    """Mean over the student's layers; layer i of L_s is held against layer `i L_t / L_s` (counted from 1)."""
+    """Mean over the student's layers; layer i of L_s is compared with layer `i L_t / L_s` (counted from 1)."""
     few, many = len(mine), len(theirs)
     values = [compare(mine[i], theirs[(i + 1) * many // few - 1], mask) for i in range(few)]
     return torch.stack(values).mean()
@@ -226,7 +226,7 @@ def _mse(mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
 
 def _attention_kl(mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
     """Mean over real queries of KL(teacher || student); maps (B, heads, T, T)."""
-    tiny = 1e-9  # masked keys, and those that dropout took
+    tiny = 1e-9  # log of 0: masked keys, and keys that dropout has set to 0
     return _mean(_kl(mine.float().clamp_min(tiny).log(), theirs.float().clamp_min(tiny).log()).mean(1), mask)
 
 

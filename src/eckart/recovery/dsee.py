@@ -1,7 +1,7 @@
-"""DSEE (Chen et al. 2021, arXiv 2111.00160): tune a frozen model by a small update, and prune it on the way.
+"""DSEE (Chen et al. 2021, arXiv 2111.00160): tune a frozen model by a small update, and prune it during training.
 
 The update `dW = (alpha / r) B A + S2` has S2 on fixed positions: where the split of the pretrained weight into low-rank
-+ sparse has its sparse part. Halfway W itself may be pruned, `W . S1`, and the update goes on training around the gaps.
++ sparse has its sparse part. Halfway W itself may be pruned, `W . S1`, and the training of the update continues.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SCORES = ("magnitude", "gates")
 
 @dataclass
 class DSEE(Recovery):
-    """Tunes an update of a frozen model, which takes about half a hundredth of the numbers of BERT-base.
+    """Trains an update of a frozen model; of BERT-base it has about 0.5% of the parameters.
 
     Attributes:
         rank: r.
@@ -50,11 +50,12 @@ class DSEE(Recovery):
             values by their usual names, every site where a model has none of them. `targets=* rank=5` trains about as
             many numbers as these at rank 16, and was better where both were measured.
         ignore: sites that get none.
-        prune: "none"; "unstructured": W's numbers of smallest magnitude, one threshold over all sites;
+        prune: "none"; "unstructured": W's entries of smallest magnitude, one threshold over all sites;
             "structured": attention heads and hidden neurons of feed-forward layers, as many in each layer, which are
             removed.
-        fraction: of W's numbers, or of each layer's neurons, that goes.
-        heads: fraction of each layer's heads that goes; heads that read the same keys and values go together.
+        fraction: of W's entries, or of each layer's neurons, that is pruned.
+        heads: fraction of each layer's attention heads that is pruned; heads that read the same keys and values are
+            pruned together.
         score: of heads and neurons: "gates", trained with an l1 penalty until they are pruned, or "magnitude", the
             product of the norms of their rows and columns, a proxy.
         penalty: of the gates.
@@ -65,7 +66,7 @@ class DSEE(Recovery):
     """
 
     name: ClassVar[str] = "dsee"
-    title: ClassVar[str] = "a low-rank + sparse update of a frozen model, which may be pruned on the way"
+    title: ClassVar[str] = "a low-rank + sparse update of a frozen model, which may be pruned during training"
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2111.00160"
     needs_dense_model: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 5e-4
@@ -198,7 +199,9 @@ class DSEE(Recovery):
             UsageError: before `finish`.
         """
         if self.adapter is None:
-            raise UsageError("dsee: the update is taken by finish(); call that first, or save_adapter(model, folder).")
+            raise UsageError(
+                "dsee: finish() has not been called yet, which keeps the update. Call it first, or save_adapter(model, folder)."
+            )
         return self.adapter.save(folder)
 
     def report(self) -> dict[str, Any]:
@@ -235,11 +238,11 @@ class DSEE(Recovery):
                 notes.append("no attention heads were found")
             for reason in dict.fromkeys(found.left.values()):
                 names = [name for name, why in found.left.items() if why == reason]
-                notes.append(f"heads of {len(names)} attentions left, {reason}: {_listed(names)}")
+                notes.append(f"heads of {len(names)} attentions are not pruned, {reason}: {_listed(names)}")
             left = {name: why for name, why in left.items() if name not in {layer.reader for layer in found.heads}}
         if left:
             notes.append(
-                f"{len(left)} linear layers left: no trial shows that their inputs are the outputs of another one, "
+                f"{len(left)} linear layers are not pruned: no probe shows that their inputs are the outputs of another one, "
                 f"one to one and token by token: {_listed(list(left))}"
             )
         if not neurons:
@@ -268,7 +271,7 @@ class DSEE(Recovery):
         usual = tuple(site for site in sites if site.name.rpartition(".")[2] in ADAPTED)
         if not usual:
             self.context.notes.append(
-                "no projection of queries or values is known by its name: every site gets an update"
+                "no projection of queries or values has one of the usual names: every site gets an update"
             )
         return usual or sites
 

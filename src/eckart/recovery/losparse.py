@@ -1,8 +1,8 @@
 """LoSparse (Li et al. 2023, arXiv 2306.11222): a dense model becomes low-rank + sparse while it learns a task.
 
-Every chosen weight is split, `W = U V + S`, U V its best rank-k approximation and S what is left. All of it trains; on
-the way whole rows of S are pruned, those whose numbers matter least by `|p grad|`, until the budget is met. In the end
-the pruned rows are removed, not masked.
+Every chosen weight is split, `W = U V + S`, U V its best rank-k approximation and S what is left. All of it is trained;
+meanwhile whole rows of S are pruned, the least important by `|p grad|` first, until the budget is met. At the end the
+pruned rows are removed, not masked.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from eckart.recovery.settings import split_patterns
 class LoSparse(Recovery):
     """Splits, trains and prunes; the defaults of `keep` and `low_rank` are the published ones of MNLI.
 
-    What is stored in the end, indices included, is at most `keep` of the numbers of the chosen matrices. A row of S
-    goes by one threshold over all matrices, and does not come back.
+    What is stored at the end, indices included, is at most `keep` of the parameters of the chosen matrices. Rows of S
+    are pruned by one threshold over all matrices, and stay pruned.
 
     Attributes:
         keep: fraction of the chosen matrices' numbers that is stored in the end.

@@ -91,13 +91,13 @@ class Refit(ClosedFormRecovery):
                 f"recovery refit: {type(model).__name__} cannot be run block by block ({error}). Train it instead: "
                 "--recovery distil"
             ) from error
-        notes = [*_told(self.left), *notes]
+        notes = [*_notes_of(self.left), *notes]
         if not self.fits:
             raise ModelError(
                 f"recovery refit: no weight of {type(model).__name__} can be solved again ({'; '.join(notes)}). Train "
                 "it instead: --recovery distil"
             )
-        # `refittable` has told why, of some of them by name.
+        # The notes of `refittable` give the reason, for some of them by name.
         self.left |= dict.fromkeys([name for name in names if name not in self.fits], "its place in the model")
         context.notes += notes
 
@@ -193,7 +193,7 @@ def _common(model: PreTrainedModel, names: Sequence[str], first: Batch) -> list[
     return list(common_calls(model, names, lambda: forward(model, first.inputs), lambda: forward(model, twice)))
 
 
-def _told(left: dict[str, str]) -> list[str]:
+def _notes_of(left: dict[str, str]) -> list[str]:
     """A note for each reason."""
     reasons: dict[str, list[str]] = {}
     for name, why in left.items():

@@ -69,7 +69,7 @@ class Student:
         return tuple(sorted(names))
 
     def copy_for_training(self) -> PreTrainedModel:
-        """A model with numbers of its own, every weight trained."""
+        """A copy that shares no memory with the student, with every weight trained."""
         model = shared_clone(self.model)
         unshare_storage(model, self.model)
         for parameter in model.parameters():
@@ -200,7 +200,7 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
 
 
 def _check_pooled(model: PreTrainedModel) -> None:
-    """Refuse a model that puts out something else than the embeddings of one text's tokens.
+    """Refuse a model whose output is not the embeddings of one text's tokens.
 
     Raises:
         UsageError: naming its own task, or what can be done.

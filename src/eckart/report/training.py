@@ -32,8 +32,10 @@ def render_tuning(report: Mapping[str, Any]) -> Group:
 
 def _trained(report: Mapping[str, Any]) -> str:
     steps, recovery = report["training"], report["recovered_by"]
+    resumed = f" (resumed after step {steps['resumed_from']})" if steps["resumed_from"] else ""
     return (
-        f"{steps['steps']} steps, loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
+        f"{steps['steps']} steps{resumed} on {report['device']}, "
+        f"loss {steps['first_loss']:.4g} -> {steps['last_loss']:.4g}; "
         f"{format_count(recovery['trained'])} of {format_count(recovery['of'])} parameters trained"
     )
 
@@ -43,7 +45,7 @@ def _solved(report: Mapping[str, Any]) -> str:
     error = recovery["output_error"]
     tokens = format_count(recovery["tokens"])
     return (
-        f"{recovery['refitted']} of {recovery['of']} weights solved again on {tokens} tokens; "
+        f"{recovery['refitted']} of {recovery['of']} weights solved again on {tokens} tokens, on {report['device']}; "
         f"mean relative error of outputs {format_number(error['before'])} -> {format_number(error['after'])}"
     )
 

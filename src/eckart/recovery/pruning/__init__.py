@@ -1,1 +1,1 @@
-"""Attention heads and hidden neurons: found by trying the model, and removed."""
+"""Attention heads and hidden neurons: found by probing the model, and removed."""

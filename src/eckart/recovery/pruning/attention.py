@@ -1,4 +1,4 @@
-"""One attention of a model, tried apart from it: which rows belong to which head, and whether it runs with fewer."""
+"""Probing one attention of a model: which rows belong to which head, and whether its code runs with fewer heads."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class AttentionProbe:
         return moved is not None and bool(moved[..., 1:, :].any())
 
     def heads(self, shapes: Mapping[str, tuple[int, int]]) -> HeadLayout | None:
-        """The most parts that a trial shows to be kept apart; None if there are not even two."""
+        """The largest number of heads that probes show to be independent; None if there are not even two."""
         width = shapes[self.reader][1]
         for count in (n for n in range(width, 1, -1) if width % n == 0):
             found = [(name, self._rows(name, shapes[name][0], count, width // count)) for name in self.writers]
@@ -144,11 +144,11 @@ class AttentionProbe:
         config: Mapping[str, int] | None = None,
         built: nn.Module | None = None,
     ) -> bool:
-        """Whether the module without some heads puts out what it does with their output at zero.
+        """Whether the module without some heads gives the same output as with these heads set to zero.
 
         Args:
             heads: its heads.
-            fraction: that goes.
+            fraction: of the heads, to be removed.
             config: what is set in its configuration.
             built: the module as its class builds it with that configuration.
         """
@@ -173,7 +173,7 @@ class AttentionProbe:
 
 
 def take_over(module: nn.Module, built: nn.Module) -> None:
-    """Give an attention the numbers of one that its class built, so that it need not say anything itself.
+    """Give an attention the whole-number attributes of one that its class has built from the configuration.
 
     Raises:
         ValueError: if its matrices are of other shapes.

@@ -1,9 +1,9 @@
-"""Attention heads, found by asking the model, and their physical removal.
+"""Attention heads: found by probing the model, and removed.
 
 A head is a stretch of what a linear layer reads, and the rows of the layers that make queries, keys and values for it:
 changing those rows changes this stretch and no other, at other tokens too. Where several heads read the same keys and
-values, they go together. Which rows belong to which head is tried on a batch, not read off names; so is whether the
-model's own code runs with fewer, and puts out what it does when the others' output is zero.
+values, they go together. Which rows belong to which head is probed on a batch, not read off names; so is whether the
+model's own code runs with fewer heads, and gives the output that it gives when the others are zero.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def find_heads(
     fraction: float,
     taken: Collection[str] = (),
 ) -> PrunableHeads:
-    """Every attention of which a trial shows that some heads can go.
+    """Every attention of which probes show that some heads can be removed.
 
     Args:
         model: in any mode; it is left as it was.
         sites: the linear layers that may take part.
         inputs: a small batch without labels.
         fraction: of each attention's heads that is to go, rounded down.
-        taken: layers that are known to read something else than heads.
+        taken: layers that are known to read something other than heads.
     """
     shapes = {site.name: site.shape for site in sites}
     names = list(shapes)
@@ -75,7 +75,7 @@ def find_heads(
                 continue
             heads = attention.heads(shapes)
             if heads is None:
-                left[parent] = "a trial shows no parts of its width that are kept apart"
+                left[parent] = "probes show no parts of its width that are independent"
             elif not _alone(model, names, inputs, plain, heads):
                 left[parent] = "what its parts are made of is read elsewhere too"
             elif not int(fraction * heads.count):

@@ -1,4 +1,4 @@
-"""Hidden neurons of feed-forward layers, found by asking the model, and their physical removal.
+"""Hidden neurons of feed-forward layers: found by probing the model, and removed.
 
 A neuron is an output of one linear layer (or of two, where one gates the other) that reaches the model's result only
 as the same-numbered input of another linear layer. Whether that is so is tried on a batch, bit by bit, not read off
@@ -42,7 +42,7 @@ class NeuronLayer:
 def find_neurons(
     model: PreTrainedModel, sites: Sequence[Site], inputs: Mapping[str, Tensor]
 ) -> tuple[list[NeuronLayer], dict[str, str]]:
-    """Every layer of neurons that a trial proves to be one.
+    """Every layer of hidden neurons, each proven by probes.
 
     Args:
         model: in any mode; it is left as it was.

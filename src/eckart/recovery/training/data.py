@@ -27,7 +27,7 @@ HELD_OUT = 0.1
 """Fraction of the data that is held out where no other data are given to score on."""
 
 MAX_TEXTS = 1_000_000
-"""Texts that are read where no number is asked for."""
+"""Texts that are read where no number is given."""
 
 SCORING_BATCH = 32
 """Texts of a batch that is scored."""
@@ -111,7 +111,7 @@ def load_training_data(
         model: the student.
         tokenizer: its tokenizer.
         rows: labeled rows, where they have been read already.
-        teacher: whose sentence embeddings those of task "embedding" are held against.
+        teacher: whose sentence embeddings are compared with the student's, in task "embedding".
         pooling: how they are made.
 
     Raises:

@@ -19,7 +19,7 @@ from eckart.evaluation.tasks import score_classification, score_regression
 from eckart.recovery.training.masking import mask_tokens
 
 EVAL_TOKENS = 65_536
-"""Of running text, so many tokens are scored where no number is asked for."""
+"""Tokens of running text that are scored where no number is given."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def sentence_scorer(teacher: PreTrainedModel, batches: Sequence[Batch], pooling:
         return Scores({"1 - cosine": found["cosine_distance"], "worst 1 - cosine": found["worst"]})
 
     texts, how = sum(map(len, batches)), " and ".join(pooling.modes)
-    protocol = f"{texts} texts, each embedding (pooled by {how}) held against the teacher's"
+    protocol = f"{texts} texts, each embedding (pooled by {how}) compared with the teacher's"
     return Scorer(score, "1 - cosine", False, protocol, against_teacher=True)
 
 

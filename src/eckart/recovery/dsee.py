@@ -200,7 +200,7 @@ class DSEE(Recovery):
         """
         if self.adapter is None:
             raise UsageError(
-                "dsee: finish() has not been called yet, which keeps the update. Call it first, or save_adapter(model, folder)."
+                "dsee: the update is kept by finish(). Call that first, or use save_adapter(model, folder)."
             )
         return self.adapter.save(folder)
 
@@ -242,8 +242,8 @@ class DSEE(Recovery):
             left = {name: why for name, why in left.items() if name not in {layer.reader for layer in found.heads}}
         if left:
             notes.append(
-                f"{len(left)} linear layers are not pruned: no probe shows that their inputs are the outputs of another one, "
-                f"one to one and token by token: {_listed(list(left))}"
+                f"{len(left)} linear layers are not pruned: no probe shows that their inputs are the outputs of another "
+                f"one, one to one and token by token: {_listed(list(left))}"
             )
         if not neurons:
             notes.append("no layer of neurons was found; none is pruned")

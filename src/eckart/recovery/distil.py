@@ -72,7 +72,7 @@ class Distil(Recovery):
                 f"--recovery-option {names[0]}=1"
             )
 
-    def _of_task(self) -> tuple[str, ...]:
+    def _terms_of_task(self) -> tuple[str, ...]:
         """The terms that the task knows."""
         context = getattr(self, "context", None)
         pooled = context is not None and context.task == "embedding"
@@ -98,7 +98,7 @@ class Distil(Recovery):
         """
         super().prepare(model, context)
         assert context.teacher is not None
-        self._check_weights(self._of_task())
+        self._check_weights(self._terms_of_task())
         self._temperature = self.temperature or context.recipe.temperature
         mine, theirs = model.config.get_text_config(), context.teacher.config.get_text_config()
         checks = (
@@ -121,7 +121,7 @@ class Distil(Recovery):
 
     def active(self) -> tuple[str, ...]:
         """The terms of this step."""
-        return tuple(name for name in self._of_task() if getattr(self, name))
+        return tuple(name for name in self._terms_of_task() if getattr(self, name))
 
     def loss(self, outputs: Any, teacher_outputs: Any, batch: Mapping[str, Tensor], task_loss: Tensor) -> Tensor:
         """The weighted sum."""
@@ -162,7 +162,7 @@ class Distil(Recovery):
     def report(self) -> dict[str, Any]:
         """The weights, the temperature, and each term's mean over the training."""
         means = {name: self._sums[name] / self._counts[name] for name in self._sums}
-        weights = {name: getattr(self, name) for name in self._of_task()}
+        weights = {name: getattr(self, name) for name in self._terms_of_task()}
         return super().report() | {"weights": weights, "temperature": self._temperature, "mean_terms": means}
 
 

@@ -242,8 +242,8 @@ class DSEE(Recovery):
             left = {name: why for name, why in left.items() if name not in {layer.reader for layer in found.heads}}
         if left:
             notes.append(
-                f"{len(left)} linear layers are not pruned: no probe shows that their inputs are the outputs of another "
-                f"one, one to one and token by token: {_listed(list(left))}"
+                f"{len(left)} linear layers not pruned: no probe shows that their inputs are another one's outputs, "
+                f"one to one and token by token: {_listed(list(left))}"
             )
         if not neurons:
             notes.append("no layer of neurons was found; none is pruned")

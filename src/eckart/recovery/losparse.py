@@ -76,7 +76,7 @@ class LoSparse(Recovery):
         return True
 
     @property
-    def _share(self) -> float:
+    def _low_rank_fraction(self) -> float:
         return self.low_rank or self.keep / 4
 
     def prepare(self, model: PreTrainedModel, context: RecoveryContext) -> None:
@@ -87,7 +87,7 @@ class LoSparse(Recovery):
             ModelError: if the model has no site left, or is factored already.
         """
         sites = find_sites(model, split_patterns(self.targets), split_patterns(self.ignore)).chosen
-        ranks = {site.name: _rank(site, self._share) for site in sites}
+        ranks = {site.name: _rank(site, self._low_rank_fraction) for site in sites}
         total = sum(site.elements for site in sites)
         factors = sum(_factors(site, ranks[site.name]) for site in sites)
         self._budget = int(self.keep * total) - factors
@@ -161,7 +161,7 @@ class LoSparse(Recovery):
     def report(self) -> dict[str, Any]:
         """What was asked for, and what is stored."""
         asked = {key: getattr(self, key) for key in ("warmup", "final", "every", "beta")}
-        return super().report() | {"asked_keep": self.keep, "low_rank": self._share} | asked | self._report
+        return super().report() | {"asked_keep": self.keep, "low_rank": self._low_rank_fraction} | asked | self._report
 
     def state(self) -> dict[str, Tensor]:
         """Rows that are left, importances, and what adds up to the next ones."""

@@ -66,14 +66,14 @@ class Refit(ClosedFormRecovery):
         teacher = context.teacher
         assert teacher is not None
         sites, self.left = self._sites(model, teacher)
-        choices = {name: _choice(model.get_submodule(name)) for name in sites}
+        choices = {name: _current_choice(model.get_submodule(name)) for name in sites}
         self.fits: dict[str, Fit] = {}
         self.tokens = sum(batch.num_tokens for batch in batches)
         first = batches[0].rows(0, 1)
         names = list(sites)
         with evaluating(teacher):
             groups = shared_inputs(teacher, names, lambda: forward(teacher, first.inputs))
-            common = _common(teacher, names, first)
+            common = _find_common_calls(teacher, names, first)
         try:
             before = _start_runner(teacher, names, batches, store, "before")
             now = _start_runner(model, names, batches, store, "now")
@@ -124,7 +124,7 @@ class Refit(ClosedFormRecovery):
             )
         known = {site.name: site for site in find_sites(teacher).chosen}
         factored = factored_modules(model)
-        left = {name: why for name, module in factored.items() if (why := _why_not(name, module, known)) is not None}
+        left = {name: why for name, module in factored.items() if (why := _refusal(name, module, known)) is not None}
         there = [name for name in factored if name not in left]
         if not there:
             listed = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:LISTED])
@@ -135,7 +135,7 @@ class Refit(ClosedFormRecovery):
             )
         if self.dense:
             modules = dict(model.named_modules())
-            there += [n for n, site in known.items() if n not in factored and _is_like(modules.get(n), site)]
+            there += [n for n, site in known.items() if n not in factored and _has_dense_weight(modules.get(n), site)]
         return {name: known[name] for name in known if name in set(there)}, left
 
     def _moments(self, sites: dict[str, Site]) -> Callable[[str], Moments]:
@@ -158,12 +158,12 @@ def _start_runner(
     return start_runner(model, names, batches, first, store, context=context, device=device, name=name)
 
 
-def _choice(module: Any) -> Choice:
+def _current_choice(module: Any) -> Choice:
     """Form and size as they are."""
     return Choice(module.form, module.rank, module.block) if isinstance(module, FactoredLinear) else Choice(DENSE)
 
 
-def _why_not(name: str, module: Factored, known: dict[str, Site]) -> str | None:
+def _refusal(name: str, module: Factored, known: dict[str, Site]) -> str | None:
     """Why a factored module cannot be solved again; None if it can."""
     if not isinstance(module, FactoredLinear):
         return f"form {module.form} is no weight of a layer"
@@ -180,14 +180,14 @@ def _why_not(name: str, module: Factored, known: dict[str, Site]) -> str | None:
     return None
 
 
-def _is_like(module: Any, site: Site) -> bool:
+def _has_dense_weight(module: Any, site: Site) -> bool:
     """Whether the student has a dense weight of the teacher's shape there."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
     return tuple(dense_weight(module).shape) == site.shape and (module.bias is not None) == site.has_bias
 
 
-def _common(model: PreTrainedModel, names: Sequence[str], first: Batch) -> list[str]:
+def _find_common_calls(model: PreTrainedModel, names: Sequence[str], first: Batch) -> list[str]:
     """Sites that are also called on what all examples of a batch have in common."""
     twice = {key: torch.cat([value, value]) for key, value in first.inputs.items()}
     return list(common_calls(model, names, lambda: forward(model, first.inputs), lambda: forward(model, twice)))

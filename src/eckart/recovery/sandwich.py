@@ -23,7 +23,7 @@ from eckart.model import factored_modules, parameter_owner, share_parameters
 from eckart.recovery.base import RecoveryContext
 from eckart.recovery.distil import Distil
 
-LEAST = 4
+MIN_BLOCKS = 4
 """Blocks of which two are central; of three nothing would be shared."""
 
 STARTS = ("mean", "middle")
@@ -65,12 +65,12 @@ class Sandwich(Distil):
         """
         before = sum(parameter.numel() for parameter in model.parameters())
         self._shared: dict[str, list[str]] = {}
-        for blocks in _lists(model):
-            reason = _why_not(model, blocks)
+        for blocks in _block_lists(model):
+            reason = _refusal(model, blocks)
             parent = blocks[0].rpartition(".")[0]
             if reason is None:
                 central = blocks[1:-1]
-                _begin(model, central, self.start)
+                _start_shared_block(model, central, self.start)
                 names = [name for name, _ in model.get_submodule(central[0]).named_parameters()]
                 share_parameters(model, {f"{other}.{n}": f"{central[0]}.{n}" for other in central[1:] for n in names})
                 self._shared[parent] = central
@@ -91,7 +91,7 @@ class Sandwich(Distil):
         return super().report() | {"start": self.start, "shared": self._shared} | sizes
 
 
-def _lists(model: nn.Module) -> list[list[str]]:
+def _block_lists(model: nn.Module) -> list[list[str]]:
     """The model's lists of blocks, the one of most numbers first."""
     lists: dict[str, list[str]] = {}
     for block in all_blocks(model):
@@ -103,17 +103,17 @@ def _lists(model: nn.Module) -> list[list[str]]:
     return sorted(lists.values(), key=numbers, reverse=True)
 
 
-def _why_not(model: nn.Module, blocks: Sequence[str]) -> str | None:
+def _refusal(model: nn.Module, blocks: Sequence[str]) -> str | None:
     """Why the central ones of these blocks cannot be one, and what to do; None if they can."""
-    if len(blocks) < LEAST:
+    if len(blocks) < MIN_BLOCKS:
         return (
             f"{blocks[0].rpartition('.')[0]} has {len(blocks)} blocks, and all but the first and the last would share; "
-            f"it takes {LEAST} at least. Use --recovery distil."
+            f"it takes {MIN_BLOCKS} at least. Use --recovery distil."
         )
     first, *others = (model.get_submodule(block) for block in blocks[1:-1])
-    looks = _look(first)
+    looks = _structure(first)
     for name, other in zip(blocks[2:-1], others, strict=True):
-        theirs = _look(other)
+        theirs = _structure(other)
         for key in dict.fromkeys((*looks, *theirs)):
             if looks.get(key) != theirs.get(key):
                 remedy = (
@@ -128,14 +128,14 @@ def _why_not(model: nn.Module, blocks: Sequence[str]) -> str | None:
     return None
 
 
-def _look(block: nn.Module) -> dict[str, Any]:
+def _structure(block: nn.Module) -> dict[str, Any]:
     """What must be equal of two blocks: the forms of their modules, and the shapes of their numbers."""
     found: dict[str, Any] = {name: module.spec() for name, module in factored_modules(block).items()}
     found |= {name: tuple(parameter.shape) for name, parameter in block.named_parameters()}
     return found | {name: tuple(buffer.shape) for name, buffer in block.named_buffers()}
 
 
-def _begin(model: nn.Module, central: Sequence[str], start: str) -> None:
+def _start_shared_block(model: nn.Module, central: Sequence[str], start: str) -> None:
     """Give the first central block the numbers that all will have, as parameters of its own, and all its buffers."""
     blocks = [model.get_submodule(block) for block in central]
     pattern = copy.deepcopy(blocks[len(blocks) // 2])

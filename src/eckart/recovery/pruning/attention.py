@@ -85,7 +85,7 @@ class AttentionProbe:
         drawn = torch.randn(output.shape, generator=self.stream).to(output)
         return (1 + 3 * output.std()) * drawn
 
-    def _moved(self, change: Mapping[str, Any]) -> Tensor | None:
+    def _changed_inputs(self, change: Mapping[str, Any]) -> Tensor | None:
         """Which numbers the reader reads otherwise when outputs of writers are changed, (..., width) bool."""
         inner = self._inner(self.reader)
         before, after = self.plain.read.get(inner), self._run(**change).read.get(inner)
@@ -101,7 +101,7 @@ class AttentionProbe:
             changed[..., 0, :] += self._noise(output)[..., 0, :]
             return changed
 
-        moved = self._moved(dict.fromkeys(self.writers, first))
+        moved = self._changed_inputs(dict.fromkeys(self.writers, first))
         return moved is not None and bool(moved[..., 1:, :].any())
 
     def heads(self, shapes: Mapping[str, tuple[int, int]]) -> HeadLayout | None:
@@ -111,7 +111,7 @@ class AttentionProbe:
             found = [(name, self._rows(name, shapes[name][0], count, width // count)) for name in self.writers]
             proven = [(name, sizes) for name, sizes in found if sizes is not None]
             if len(proven) == len(found) and all(
-                self._apart(name, sizes, count, number) for name, sizes in proven for number in range(1, count)
+                self._is_independent(name, sizes, count, number) for name, sizes in proven for number in range(1, count)
             ):
                 return HeadLayout(self.name, self.reader, tuple(proven), count, width // count)
         return None
@@ -124,12 +124,12 @@ class AttentionProbe:
         ways = [(of_one,), *(((of_one // n,) * n) for n in (2, 3) if of_one % n == 0)]
         if of_one > size and (of_one - size) % 2 == 0:
             ways.append((size, (of_one - size) // 2, (of_one - size) // 2))  # more queries than keys
-        return next((sizes for sizes in dict.fromkeys(ways) if self._apart(name, sizes, count, 0)), None)
+        return next((sizes for sizes in dict.fromkeys(ways) if self._is_independent(name, sizes, count, 0)), None)
 
-    def _apart(self, name: str, sizes: tuple[int, ...], count: int, number: int) -> bool:
+    def _is_independent(self, name: str, sizes: tuple[int, ...], count: int, number: int) -> bool:
         """Whether changing one head's rows of a layer changes what is read of this head alone."""
         rows = head_of_each_row(sizes, count) == number
-        moved = self._moved({name: lambda output: output + self._noise(output) * rows.to(output)})
+        moved = self._changed_inputs({name: lambda output: output + self._noise(output) * rows.to(output)})
         if moved is None:
             return False
         heads = moved.flatten(0, -2).any(0).unflatten(0, (count, -1)).any(1)  # (count,)
@@ -137,7 +137,7 @@ class AttentionProbe:
 
     # -- whether it runs with fewer ------------------------------------------------------------------
 
-    def like_gated(
+    def equals_gated(
         self,
         heads: HeadLayout,
         fraction: float,

@@ -18,15 +18,15 @@ def gate_input(module: nn.Module, gate: Tensor) -> nn.Parameter:
     """
     parameter = nn.Parameter(gate.detach().clone(), requires_grad=gate.requires_grad)
     module.register_parameter("input_gate", parameter)
-    module.register_forward_pre_hook(_gated)
+    module.register_forward_pre_hook(_apply_gate)
     return parameter
 
 
-def _gated(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0] * _spread(module.input_gate, args[0].shape[-1]).to(args[0].dtype), *args[1:])
+def _apply_gate(module: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (args[0] * _expand_gate(module.input_gate, args[0].shape[-1]).to(args[0].dtype), *args[1:])
 
 
-def _spread(gate: Tensor, width: int) -> Tensor:
+def _expand_gate(gate: Tensor, width: int) -> Tensor:
     """A gate for each number, (width,)."""
     return gate if len(gate) == width else gate.repeat_interleave(width // len(gate))
 
@@ -38,8 +38,8 @@ def fold_gates(model: nn.Module) -> None:
         if gate is None:
             continue
         for key, hook in list(module._forward_pre_hooks.items()):
-            if hook is _gated:
+            if hook is _apply_gate:
                 del module._forward_pre_hooks[key]
         del module._parameters["input_gate"]
         weight = dense_weight(module)
-        set_dense_weight(model, name, weight * _spread(gate.detach(), weight.shape[1]), None)
+        set_dense_weight(model, name, weight * _expand_gate(gate.detach(), weight.shape[1]), None)

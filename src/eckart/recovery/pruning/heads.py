@@ -63,7 +63,7 @@ def find_heads(
     with probing(model):
         plain = Probe().run(model, names, **inputs)
         for place, reader in enumerate(plain.calls):
-            parent, writers = _around(reader, plain.calls[:place])
+            parent, writers = _find_attention(reader, plain.calls[:place])
             if reader in seen or not writers or seen & set(writers):
                 continue
             attention = AttentionProbe(model, parent, reader, writers, inputs)
@@ -76,16 +76,16 @@ def find_heads(
             heads = attention.heads(shapes)
             if heads is None:
                 left[parent] = "probes show no parts of its width that are independent"
-            elif not _alone(model, names, inputs, plain, heads):
+            elif not _is_read_by_reader_alone(model, names, inputs, plain, heads):
                 left[parent] = "what its parts are made of is read elsewhere too"
             elif not int(fraction * heads.count):
                 left[parent] = f"{fraction:g} of {heads.count} (heads that share keys and values count once) is none"
             else:
                 tried.append((attention, heads))
-        config = _config_of(model, tried, fraction)
+        config = _find_config_keys(model, tried, fraction)
         if config:
             return PrunableHeads(tuple(heads for _, heads in tried), config, left)
-        return PrunableHeads(tuple(_with_numbers(tried, fraction, left)), {}, left)
+        return PrunableHeads(tuple(_follow_attributes(tried, fraction, left)), {}, left)
 
 
 def magnitudes(model: nn.Module, heads: HeadLayout, weight: Any) -> Tensor:
@@ -117,7 +117,7 @@ def remove_heads(model: PreTrainedModel, kept: Mapping[HeadLayout, Tensor], conf
         heads.cut(mask.nonzero().flatten().tolist()).apply(model.get_submodule(heads.module))
     if not config:
         return
-    built = _built(model, config)
+    built = _build_on_meta(model, config)
     assert built is not None
     for heads in kept:
         take_over(model.get_submodule(heads.module), built.get_submodule(heads.module))
@@ -127,7 +127,7 @@ def remove_heads(model: PreTrainedModel, kept: Mapping[HeadLayout, Tensor], conf
 # -- which rows belong to which head ----------------------------------------------------------------------
 
 
-def _around(reader: str, before: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+def _find_attention(reader: str, before: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     """The smallest module around a layer in which others are called before it, and those."""
     parent = reader
     while parent := parent.rpartition(".")[0]:
@@ -137,7 +137,9 @@ def _around(reader: str, before: Sequence[str]) -> tuple[str, tuple[str, ...]]:
     return "", ()
 
 
-def _alone(model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: Probe, heads: HeadLayout) -> bool:
+def _is_read_by_reader_alone(
+    model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: Probe, heads: HeadLayout
+) -> bool:
     """Whether what is made for the heads reaches the model's result by their reader alone."""
     stream = torch.Generator().manual_seed(0)
 
@@ -155,7 +157,7 @@ def _alone(model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], pla
 # -- how it is said that there are fewer --------------------------------------------------------------------
 
 
-def _config_of(
+def _find_config_keys(
     model: PreTrainedModel, tried: Sequence[tuple[AttentionProbe, HeadLayout]], fraction: float
 ) -> dict[str, int]:
     """Keys of the configuration with which the model's class builds all these attentions; {} if there are none."""
@@ -169,12 +171,12 @@ def _config_of(
     keys = [key for key, value in content.items() if "head" in key and type(value) is int and value in sizes]
     for some in filter(None, _subsets(keys)):
         config = {key: content[key] * left // count for key in some}
-        built = _built(model, config)
+        built = _build_on_meta(model, config)
         if (
             built is not None
-            and _elsewhere(built, tried) == _elsewhere(model, tried)
+            and _shapes_outside(built, tried) == _shapes_outside(model, tried)
             and all(
-                attention.like_gated(heads, fraction, config, built.get_submodule(heads.module))
+                attention.equals_gated(heads, fraction, config, built.get_submodule(heads.module))
                 for attention, heads in tried
             )
         ):
@@ -182,14 +184,14 @@ def _config_of(
     return {}
 
 
-def _elsewhere(model: nn.Module, tried: Sequence[tuple[AttentionProbe, HeadLayout]]) -> dict[str, torch.Size]:
+def _shapes_outside(model: nn.Module, tried: Sequence[tuple[AttentionProbe, HeadLayout]]) -> dict[str, torch.Size]:
     """Shapes of all tensors that are not in these attentions; those outside stay as they are."""
     inside = tuple(f"{heads.module}." for _, heads in tried)
     tensors = (*model.named_parameters(), *model.named_buffers())
     return {name: tensor.shape for name, tensor in tensors if not name.startswith(inside)}
 
 
-def _built(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedModel | None:
+def _build_on_meta(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedModel | None:
     """The model's class without numbers, from a configuration that was written and read."""
     try:
         config = type(model.config).from_dict({**model.config.to_dict(), **changes})
@@ -200,19 +202,19 @@ def _built(model: PreTrainedModel, changes: Mapping[str, int]) -> PreTrainedMode
         return None
 
 
-def _with_numbers(
+def _follow_attributes(
     tried: Sequence[tuple[AttentionProbe, HeadLayout]], fraction: float, left: dict[str, str]
 ) -> Iterator[HeadLayout]:
     """Attentions that run with fewer heads once some of their attributes follow; the others are put in `left`."""
     known: dict[type, tuple[str, ...] | None] = {}
     for attention, heads in tried:
         kind = type(attention.module)
-        numbers = _numbers(attention.module, heads)
-        for names in [known[kind]] if kind in known else _orders(list(numbers)):
+        numbers = _candidate_attributes(attention.module, heads)
+        for names in [known[kind]] if kind in known else _attribute_choices(list(numbers)):
             if names is None:
                 continue
             followed = replace(heads, numbers=tuple((name, numbers[name]) for name in names))
-            if attention.like_gated(followed, fraction):
+            if attention.equals_gated(followed, fraction):
                 known[kind] = names
                 yield followed
                 break
@@ -221,7 +223,7 @@ def _with_numbers(
             left[heads.module] = "with fewer heads its code does not do what it does without their output"
 
 
-def _numbers(module: nn.Module, heads: HeadLayout) -> dict[str, int]:
+def _candidate_attributes(module: nn.Module, heads: HeadLayout) -> dict[str, int]:
     """Attributes that may follow the number of heads: whole numbers of the size of something that shrinks."""
     rows = [size * heads.count for _, sizes in heads.writers for size in (*sizes, sum(sizes))]
     sizes = {heads.count, heads.count * heads.each, heads.count * heads.size, *rows}
@@ -234,7 +236,7 @@ def _numbers(module: nn.Module, heads: HeadLayout) -> dict[str, int]:
     }
 
 
-def _orders(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _attribute_choices(names: Sequence[str]) -> Iterator[tuple[str, ...]]:
     """Which attributes to try: all that are named after heads before fewer of them, and as few others as will do."""
     named = [name for name in names if "head" in name.rpartition(".")[2]]
     others = [name for name in names if name not in named]

@@ -66,7 +66,7 @@ def find_neurons(
             if plain.calls.count(reader) > 1 or reader not in plain.read:
                 left[reader] = "it is called more than once a pass, or not with one tensor"
                 continue
-            proven = [name for name in before if _feeds(model, list(shapes), inputs, plain, name, reader, width)]
+            proven = [name for name in before if _feeds_only(model, list(shapes), inputs, plain, name, reader, width)]
             if proven:
                 found.append(NeuronLayer(reader, tuple(proven), width))
             else:
@@ -74,7 +74,7 @@ def find_neurons(
         return found, left
 
 
-def _feeds(
+def _feeds_only(
     model: nn.Module, names: list[str], inputs: Mapping[str, Tensor], plain: Probe, writer: str, reader: str, width: int
 ) -> bool:
     """Whether the writer's outputs reach the result only as the reader's inputs, one to one and token by token."""
@@ -144,7 +144,7 @@ def remove_neurons(model: PreTrainedModel, kept: Mapping[NeuronLayer, Tensor]) -
         for name in layer.writers:
             replace_module(model, name, select_features(old[name], places, rows=True))
         replace_module(model, layer.reader, select_features(model.get_submodule(layer.reader), places, rows=False))
-    config = _config_of(model, widths)
+    config = _find_config_keys(model, widths)
     if config is None:
         for name, module in old.items():
             replace_module(model, name, module)
@@ -154,7 +154,7 @@ def remove_neurons(model: PreTrainedModel, kept: Mapping[NeuronLayer, Tensor]) -
     return None
 
 
-def _config_of(model: PreTrainedModel, widths: Mapping[int, int]) -> dict[str, int] | None:
+def _find_config_keys(model: PreTrainedModel, widths: Mapping[int, int]) -> dict[str, int] | None:
     """Keys of the configuration that give the model's shapes when changed; None if there are none."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     if len(widths) != 1:

@@ -1,6 +1,7 @@
-"""Several processes: each scenario runs in worlds of two and three, that are started once."""
+"""Sums, messages and errors between processes: three processes, started once, run every scenario together."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
 import eckart
 from eckart.distributed import OtherProcessError, Processes, is_main, silence_other_processes, start_processes
@@ -17,7 +19,7 @@ from eckart.distributed.group import SMALL
 from eckart.distributed.wire import PIECE
 from eckart.errors import EckartError, NumericalError, UsageError
 
-SIZES = (2, 3)
+SIZE = 3
 SCENARIOS: dict[str, Callable[[Processes], None]] = {}
 
 
@@ -26,17 +28,17 @@ def scenario(function: Callable[[Processes], None]) -> Callable[[Processes], Non
     return function
 
 
-# -- scenarios: each runs in every process of a world ------------------------------------------------
+# -- scenarios: each runs in all three processes -----------------------------------------------------
 
 
 @scenario
-def start_again_gives_the_same(here):
+def second_start_returns_the_same_processes(here):
     assert start_processes("cpu") == here
     assert here.main == is_main() == (here.rank == 0)
 
 
 @scenario
-def share_splits_all_items(here):
+def own_parts_cover_all_items_once(here):
     counts = {"seen": torch.tensor(here.own_part(range(100, 110))).sum()}
     here.all_reduce(counts)
     assert int(counts["seen"]) == sum(range(100, 110))
@@ -55,7 +57,7 @@ def sums(here: Processes) -> dict[str, torch.Tensor]:
 
 
 @scenario
-def reduce_sums_to_the_owner_under_different_keys(here):
+def reduce_sums_different_keys_at_the_owner(here):
     for owner in range(here.size):
         tensors = sums(here)
         given = dict(tensors)
@@ -66,7 +68,7 @@ def reduce_sums_to_the_owner_under_different_keys(here):
 
 
 @scenario
-def all_reduce_sums_for_all(here):
+def all_reduce_sums_different_keys_everywhere(here):
     tensors = sums(here)
     here.all_reduce(tensors)
     check_sums(here, tensors)
@@ -85,7 +87,7 @@ def check_sums(here: Processes, tensors: dict[str, torch.Tensor]) -> None:
 
 
 @scenario
-def large_sums_travel_in_pieces(here):
+def large_tensors_are_summed_in_pieces(here):
     length = PIECE // 4 * 2 + 7
     tensors = {} if here.rank == 1 else {"gram": torch.ones(length)}
     if here.rank == 0:
@@ -99,7 +101,7 @@ def large_sums_travel_in_pieces(here):
 
 
 @scenario
-def what_is_not_contiguous_is_summed_in_place(here):
+def tensors_that_are_not_contiguous_are_summed_in_place(here):
     for width in (6, SMALL):  # summed with others, and on its own
         whole = torch.zeros(4, width)
         whole[:, ::2] = here.rank + 1
@@ -115,18 +117,18 @@ def different_shapes_are_refused_by_all(here):
 
 
 @scenario
-def send_gives_a_tree_to_one(here):
-    value = tree() if here.rank == 1 else None
+def send_hands_a_nested_value_to_one_process(here):
+    value = nested_value() if here.rank == 1 else None
     for to in range(here.size):
         got = here.send(value, 1, to)
         if here.rank == to:
-            check_tree(got)
+            check_nested_value(got)
         else:
             assert got is None
 
 
 @scenario
-def owners_send_to_the_first(here):
+def every_process_can_send_to_the_first(here):
     for rank in range(here.size):
         got = here.send({"from": here.rank, "rank": torch.tensor([here.rank])}, rank)
         if here.main:
@@ -134,13 +136,13 @@ def owners_send_to_the_first(here):
 
 
 @scenario
-def broadcast_gives_a_tree_to_all(here):
+def broadcast_hands_a_nested_value_to_all(here):
     source = here.size - 1
-    check_tree(here.broadcast(tree() if here.rank == source else None, source))
+    check_nested_value(here.broadcast(nested_value() if here.rank == source else None, source))
     assert here.broadcast("word" if here.main else None) == "word"
 
 
-def tree() -> dict:
+def nested_value() -> dict:
     big = torch.arange(PIECE // 4 + 3, dtype=torch.int32)
     tensors = [torch.ones(2, 3, dtype=torch.bfloat16), torch.tensor([True, False]), torch.tensor(7), torch.zeros(0, 4)]
     return {
@@ -152,8 +154,8 @@ def tree() -> dict:
     }
 
 
-def check_tree(got: dict) -> None:
-    wanted = tree()
+def check_nested_value(got: dict) -> None:
+    wanted = nested_value()
     assert list(got) == list(wanted)
     assert isinstance(got["factors"], tuple)
     assert torch.equal(got["factors"][0], wanted["factors"][0])
@@ -167,7 +169,7 @@ def check_tree(got: dict) -> None:
 
 
 @scenario
-def agree_is_silent_when_all_went_well(here):
+def nothing_is_raised_if_none_failed(here):
     here.raise_if_any_failed(None)
     with here.failing_together():
         pass
@@ -175,7 +177,7 @@ def agree_is_silent_when_all_went_well(here):
 
 
 @scenario
-def agree_raises_in_all_when_one_failed(here):
+def error_of_one_process_is_raised_in_all(here):
     failed = NumericalError("layer 3: eigh failed. Use --method svd.") if here.rank == 1 else None
     with pytest.raises(EckartError) as caught:
         here.raise_if_any_failed(failed)
@@ -187,13 +189,13 @@ def agree_raises_in_all_when_one_failed(here):
 
 
 @scenario
-def work_together_fails_together(here):
+def work_that_fails_in_one_process_stops_all(here):
     with pytest.raises(ZeroDivisionError if here.main else OtherProcessError, match="by zero"), here.failing_together():
         assert 1 / here.rank
 
 
 @scenario
-def who_fails_stops_those_who_went_on(here):
+def error_stops_processes_at_their_next_exchange(here):
     for go_on in (lambda: here.reduce({"a": torch.zeros(2)}, 0), lambda: here.broadcast(1), here.barrier):
         if here.rank == 1:
             with pytest.raises(MemoryError):
@@ -204,7 +206,7 @@ def who_fails_stops_those_who_went_on(here):
 
 
 @scenario
-def out_of_step_is_noticed(here):
+def different_operations_are_refused(here):
     with pytest.raises(EckartError, match="out of step"):
         here.barrier() if here.main else here.all_reduce({})
     with pytest.raises(EckartError, match=r"out of step .*sum at 0; sum at 1"):
@@ -212,8 +214,18 @@ def out_of_step_is_noticed(here):
 
 
 @scenario
-def who_ends_early_is_missed(here):
-    """The last one: nothing can be said after it."""
+def only_the_main_process_shows_progress(here):
+    if here.rank == 1:  # one is enough: it imports transformers
+        silence_other_processes(here)
+        assert logging.getLogger("eckart").level == logging.ERROR
+        assert are_progress_bars_disabled()
+        assert os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] == "1"
+        assert "datasets" not in sys.modules
+
+
+@scenario
+def process_that_ends_early_is_reported(here):
+    """The last one: the connection is lost."""
     if here.rank == 1:
         return
     with pytest.raises(OtherProcessError, match="ended early"):
@@ -223,7 +235,7 @@ def who_ends_early_is_missed(here):
 # -- running them ------------------------------------------------------------------------------------
 
 
-# Five processes that import transformers take half a minute: they get the package without what its front imports.
+# The processes get the package without what its __init__ imports.
 WITHOUT_MODELS = f"""
 import runpy, sys, types
 sys.modules["eckart"] = types.ModuleType("eckart")
@@ -233,21 +245,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def world_of(size: int, folder: Path) -> list[subprocess.Popen]:
-    processes = []
-    for rank in range(size):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", WITHOUT_MODELS, __file__, str(folder)]
-        with (folder / f"{size}-{rank}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT))
-    return processes
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[int, list[dict[str, str]]]:
-    """Size -> rank -> scenario -> "passed", or where it failed."""
-    folder = tmp_path_factory.mktemp("worlds")
-    processes = [process for size in SIZES for process in world_of(size, folder)]
+def outcomes(tmp_path_factory) -> list[dict[str, str]]:
+    """For each process: scenario -> "passed", or where it failed."""
+    folder = tmp_path_factory.mktemp("processes")
+    processes = []
+    for rank in range(SIZE):
+        place = {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", WITHOUT_MODELS, __file__, str(folder)]
+        with (folder / f"{rank}.log").open("w") as log:
+            processes.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT))
     try:
         for process in processes:
             process.wait(timeout=180)
@@ -257,19 +264,17 @@ def outcomes(tmp_path_factory) -> dict[int, list[dict[str, str]]]:
         for process in processes:
             process.kill()
             process.wait()
-    found: dict[int, list[dict[str, str]]] = {size: [] for size in SIZES}
-    for size in SIZES:
-        for rank in range(size):
-            log, passed = (folder / f"{size}-{rank}.{suffix}" for suffix in ("log", "jsonl"))
-            lines = passed.read_text().splitlines() if passed.exists() else []
-            found[size].append({"log": log.read_text(), **dict(map(json.loads, lines))})
+    found = []
+    for rank in range(SIZE):
+        log, passed = (folder / f"{rank}.{suffix}" for suffix in ("log", "jsonl"))
+        lines = passed.read_text().splitlines() if passed.exists() else []
+        found.append({"log": log.read_text(), **dict(map(json.loads, lines))})
     return found
 
 
 def run(folder: Path) -> None:
-    here = start_processes("cpu", rendezvous=f"file://{folder}/{os.environ['WORLD_SIZE']}.rendezvous")
-    assert start_processes("cpu") == here
-    with (folder / f"{here.size}-{here.rank}.jsonl").open("w", buffering=1) as stream:
+    here = start_processes("cpu", rendezvous=f"file://{folder}/rendezvous")
+    with (folder / f"{here.rank}.jsonl").open("w", buffering=1) as stream:
         for name, function in SCENARIOS.items():
             try:
                 function(here)
@@ -280,10 +285,9 @@ def run(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-@pytest.mark.parametrize("size", SIZES)
-def test_scenario(name, size, outcomes):
-    for rank, found in enumerate(outcomes[size]):
-        assert found.get(name, f"hung\n{found['log']}") == "passed", f"process {rank} of {size}"
+def test_three_processes(name, outcomes):
+    for rank, found in enumerate(outcomes):
+        assert found.get(name, f"hung\n{found['log']}") == "passed", f"process {rank} of {SIZE}"
 
 
 # -- one process, and what needs no other ------------------------------------------------------------
@@ -302,7 +306,7 @@ def place(monkeypatch):
 
 
 @pytest.mark.parametrize("variables", [{}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {"WORLD_SIZE": ""}])
-def test_one_process_is_left_alone(variables, place):
+def test_single_process_communicates_with_none(variables, place):
     place(**variables)
     here = start_processes()
     assert here == Processes()
@@ -333,7 +337,7 @@ def test_one_process_is_left_alone(variables, place):
         {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"},
     ],
 )
-def test_a_stray_variable_is_refused(variables, place):
+def test_incomplete_launcher_variables_are_refused(variables, place):
     place(**variables)
     assert is_main()  # so that the refusal is read
     with pytest.raises(UsageError, match=r"WORLD_SIZE=.*torchrun"):
@@ -344,7 +348,7 @@ def test_a_stray_variable_is_refused(variables, place):
     ("device", "why"),
     [("cuda:1", "a GPU of its own"), ("mps", "cpu or cuda"), ("cuda", "finds no GPU of its own among 2")],
 )
-def test_no_device_for_every_process(device, why, place, monkeypatch):
+def test_device_that_not_every_process_can_have_is_refused(device, why, place, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     place(WORLD_SIZE="3", RANK="2", LOCAL_RANK="2")
     with pytest.raises(UsageError, match=f"--device {device}: .*{why}"):
@@ -352,7 +356,7 @@ def test_no_device_for_every_process(device, why, place, monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_owners_share_the_work_evenly():
+def test_owners_get_equal_work():
     costs = {"b": 3.0, "a": 3.0, "dear": 6.0, "c": 1.0, "d": 1.0, "e": 4.0}
     owners = [Processes(rank, 3).assign_owners(costs) for rank in range(3)]
     assert owners[0] == owners[1] == owners[2]
@@ -365,20 +369,9 @@ def test_owners_share_the_work_evenly():
 
 
 @pytest.mark.parametrize("value", [{1: 2}, {"a": [object()]}, {"a": {1, 2}}])
-def test_what_cannot_travel_is_refused_before_a_word_is_sent(value):
+def test_value_that_cannot_be_sent_is_refused(value):
     with pytest.raises(TypeError, match=r"strings|cannot be sent"):
         Processes(0, 2).send(value, 0, 1)
-
-
-def test_quiet_others():
-    code = (
-        "import logging; from eckart.distributed import Processes, silence_other_processes;"
-        "silence_other_processes(Processes(1, 2));"
-        "from eckart.data.inference import progress; assert progress([1], what='x', disable=False).disable;"
-        "assert logging.getLogger('eckart').level == logging.ERROR"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
 
 
 if __name__ == "__main__":

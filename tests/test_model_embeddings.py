@@ -1,4 +1,4 @@
-"""Token embeddings in factored forms, with what is tied to them: solved, stored, loaded, and made dense again."""
+"""Factored token embeddings and the output heads tied to them: solved, stored, loaded, and made dense again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from eckart.forms import EMBEDDINGS, SafeEmbedding, TiedHead, build
 from eckart.linalg import in_blocks, smoothed, table_factors, tied_factors
 from eckart.model import find_embedding_tables
 
-MODELS = ("llama", "llama-tied", "gpt2", "bert-mlm", "t5", "gemma3")
+CASES = [
+    ("llama", "safe"),
+    ("llama-tied", "lowrank"),
+    ("gpt2", "safe"),
+    ("bert-mlm", "kronecker"),
+    ("t5", "kronecker"),
+    ("gemma3", "lowrank"),
+]
 TIED = {"llama-tied", "gpt2", "bert-mlm", "t5", "gemma3"}
 FORMS = tuple(EMBEDDINGS)
 AUTO = {"bert-mlm": "AutoModelForMaskedLM", "t5": "AutoModelForSeq2SeqLM"}
@@ -58,7 +65,7 @@ def objective(table: Tensor, lookups: Tensor, inputs: Tensor, made: Tensor) -> f
 # -- the solver ----------------------------------------------------------------------------------------
 
 
-def test_frequencies_weigh_the_rows_and_the_optimum_is_exact():
+def test_table_weighted_by_frequencies_is_solved_exactly():
     table, lookups, _ = problem()
     made = table_factors(table, lookups, 5)
     root = lookups.sqrt()[:, None]
@@ -73,7 +80,7 @@ def test_smoothing_adds_one():
     assert torch.equal(smoothed(torch.tensor([0, 3])), torch.tensor([0.2, 0.8], dtype=torch.float64))
 
 
-def test_objective_of_a_tied_table_falls_and_is_what_it_says():
+def test_objective_of_a_tied_table_falls_and_is_reported_right():
     table, lookups, inputs = problem()
     made = tied_factors(table, lookups, inputs, 5)
     history = made.history
@@ -86,7 +93,7 @@ def test_objective_of_a_tied_table_falls_and_is_what_it_says():
     assert history[-1] < 0.95 * history[0]
 
 
-def test_tied_solution_is_where_no_gradient_is_left():
+def test_gradient_vanishes_at_the_tied_solution():
     """A fixed point of both exact steps: the gradient of (2) with respect to either factor vanishes."""
     table, lookups, inputs = problem(30, 8)
     made = tied_factors(table, lookups, inputs, 3)
@@ -104,7 +111,7 @@ def test_tied_solution_is_where_no_gradient_is_left():
     assert min(better) > float(first + second)
 
 
-def test_rows_that_weigh_alike_in_both_terms_have_an_exact_optimum():
+def test_equal_row_weights_in_both_terms_give_the_exact_optimum():
     table, lookups, inputs = problem()
     made = tied_factors(table, lookups, inputs, 5, outputs=lookups)
     weight = ((lookups[:, None] * table.square()).sum() / (lookups[:, None] * (table @ inputs) * table).sum()).item()
@@ -115,12 +122,12 @@ def test_rows_that_weigh_alike_in_both_terms_have_an_exact_optimum():
 
 
 @pytest.mark.parametrize("table", [torch.zeros(12, 4), drawn(12, 1) @ drawn(1, 4)])
-def test_tables_of_no_and_little_rank(table):
+def test_tables_of_rank_0_and_1_are_reproduced(table):
     made = tied_factors(table, torch.full((12,), 1 / 12), torch.eye(4, dtype=torch.float64), 3)
     assert torch.allclose(made.left @ made.right, table.to(made.left), atol=1e-6)
 
 
-def test_a_kronecker_table_is_found_again():
+def test_kronecker_table_is_reproduced():
     codes, pattern = drawn(20, 6), drawn(1, 4, seed=1)
     table = torch.kron(codes, pattern)
     blocks, weights, mean = in_blocks(table, torch.full((20,), 0.05), torch.eye(24), 6)
@@ -137,7 +144,7 @@ def test_a_kronecker_table_is_found_again():
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("scale", [1.0, 3.5])
-def test_lookups_are_rows_of_the_table_times_the_scale(form, scale):
+def test_lookup_returns_scaled_rows_of_the_table(form, scale):
     module = EMBEDDINGS[form](30, 8, 4 if form != "kronecker" else 2, padding_idx=1, scale=scale)
     blocks = module.blocks
     module.store(drawn(30 * blocks, module.rank), drawn(module.rank, 8 // blocks))
@@ -159,7 +166,7 @@ def test_lookups_are_rows_of_the_table_times_the_scale(form, scale):
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-def test_a_head_multiplies_with_the_table(blocks):
+def test_tied_head_multiplies_with_the_table(blocks):
     head = TiedHead(8, 30, 3, blocks, bias=True)
     for parameter in head.parameters():
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
@@ -169,7 +176,7 @@ def test_a_head_multiplies_with_the_table(blocks):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_of_safe_sees_what_it_may(causal):
+def test_attention_of_safe_masks_later_tokens_and_padding(causal):
     module = SafeEmbedding(30, 8, 4, padding_idx=1, causal=causal)
     module.store(drawn(30, 4), drawn(4, 8))
     nn.init.normal_(module.out.weight, generator=torch.Generator().manual_seed(3))  # as if trained
@@ -191,14 +198,14 @@ def test_attention_of_safe_sees_what_it_may(causal):
 
 RELOAD = """
 import sys, torch, transformers, eckart
-folder, auto = sys.argv[1:]
-batch = torch.load(folder + "/batch.pt")
-for name in (auto, "AutoModel"):
-    model = getattr(transformers, name).from_pretrained(folder).eval()
-    with torch.no_grad():
-        found = model(**batch)
-    found = found.logits if name == auto else found.last_hidden_state
-    torch.save(found, folder + "/" + name + ".pt")
+for folder, auto in zip(sys.argv[1::2], sys.argv[2::2]):
+    batch = torch.load(folder + "/batch.pt")
+    for name in (auto, "AutoModel"):
+        model = getattr(transformers, name).from_pretrained(folder).eval()
+        with torch.no_grad():
+            found = model(**batch)
+        found = found.logits if name == auto else found.last_hidden_state
+        torch.save(found, folder + "/" + name + ".pt")
 """
 
 
@@ -222,9 +229,8 @@ def made():
     return of
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", MODELS)
-def test_saved_and_loaded(made, name, form, tmp_path):
+@pytest.mark.parametrize(("name", "form"), CASES)
+def test_loaded_model_computes_the_same_and_stores_ties_once(made, name, form, tmp_path):
     _, result = made(name, form)
     batch = BY_NAME[name].batches()[0]
     logits = output(result.model, batch)
@@ -248,29 +254,47 @@ def test_saved_and_loaded(made, name, form, tmp_path):
     head, table = again.get_output_embeddings(), again.get_input_embeddings()
     assert (name in TIED) == (getattr(head, "codes", None) is not None and head.codes.weight is table.codes.weight)
     again.save_pretrained(tmp_path / "twice")
-    assert torch.allclose(output(eckart.load(tmp_path / "twice"), batch), logits, rtol=1e-5, atol=1e-5)
+    again = eckart.load(tmp_path / "twice")
+    assert torch.allclose(output(again, batch), logits, rtol=1e-5, atol=1e-5)
+    if form != "safe":
+        check_dense(name, again, batch, logits, tmp_path / "dense")
 
 
-@pytest.mark.parametrize(("name", "form"), [("t5", "kronecker"), ("gemma3", "lowrank"), ("bert-mlm", "safe")])
-def test_fresh_process(made, name, form, tmp_path):
-    _, result = made(name, form)
-    batch = BY_NAME[name].batches()[0]
-    result.save_pretrained(tmp_path / "m")
-    torch.save(batch, tmp_path / "m" / "batch.pt")
-    auto = AUTO.get(name, "AutoModelForCausalLM")
+def check_dense(name, model, batch, logits, folder):
+    dense = eckart.densify(model)
+    assert torch.allclose(output(dense, batch), logits, rtol=1e-4, atol=1e-4)
+    head = dense.get_output_embeddings()
+    assert (head.weight is dense.get_input_embeddings().weight) == (name in TIED)
+    dense.save_pretrained(folder)
+    plain = getattr(transformers, type(dense).__name__).from_pretrained(folder).eval()
+    assert torch.allclose(output(plain, batch), logits, rtol=1e-4, atol=1e-4)
+    assert not any("codes" in key for key in plain.state_dict())
+
+
+def test_fresh_process_loads_the_model_and_its_body(made, tmp_path):
+    chosen = [("t5", "kronecker"), ("gemma3", "lowrank"), ("gpt2", "safe")]
+    words = []
+    for name, form in chosen:
+        _, result = made(name, form)
+        result.save_pretrained(tmp_path / name)
+        torch.save(BY_NAME[name].batches()[0], tmp_path / name / "batch.pt")
+        words += [str(tmp_path / name), AUTO.get(name, "AutoModelForCausalLM")]
     environment = {**os.environ, "PYTHONPATH": str(Path(eckart.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, tmp_path / "m", auto], check=True, env=environment)
-    logits, hidden = (torch.load(tmp_path / "m" / f"{kind}.pt") for kind in (auto, "AutoModel"))
-    assert torch.allclose(logits, output(result.model, batch), rtol=1e-5, atol=1e-5)
-    with torch.no_grad():
-        whole = result.model(**batch, output_hidden_states=True)
-    # What the last layer puts out, which is all that a model without its head does.
-    states = whole.decoder_hidden_states if name == "t5" else whole.hidden_states
-    assert torch.allclose(hidden, states[-1], rtol=1e-5, atol=1e-5)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *words], check=True, env=environment)
+    for (name, form), auto in zip(chosen, words[1::2], strict=True):
+        _, result = made(name, form)
+        batch = BY_NAME[name].batches()[0]
+        logits, hidden = (torch.load(tmp_path / name / f"{kind}.pt") for kind in (auto, "AutoModel"))
+        assert torch.allclose(logits, output(result.model, batch), rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            whole = result.model(**batch, output_hidden_states=True)
+        # The outputs of the last layer are all that a model without its head returns.
+        states = whole.decoder_hidden_states if name == "t5" else whole.hidden_states
+        assert torch.allclose(hidden, states[-1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_full_size_changes_nothing(name):
+@pytest.mark.parametrize("name", ["bert-mlm", "gemma3"])
+def test_full_rank_changes_nothing(name):
     """At the rank of the table both readers of it are what they were, scale and bias included."""
     architecture = BY_NAME[name]
     model = architecture.model()
@@ -285,23 +309,6 @@ def test_full_size_changes_nothing(name):
     batch = architecture.batches()[0]
     assert torch.allclose(output(result.model, batch), output(model, batch), rtol=1e-3, atol=1e-3)
     assert result.report["embeddings"][0]["rank"] >= 8
-
-
-@pytest.mark.parametrize("form", ["lowrank", "kronecker"])
-@pytest.mark.parametrize("name", MODELS)
-def test_dense_again(made, name, form, tmp_path):
-    _, result = made(name, form)
-    batch = BY_NAME[name].batches()[0]
-    logits = output(result.model, batch)
-    result.save_pretrained(tmp_path / "m")
-    dense = eckart.densify(eckart.load(tmp_path / "m"))
-    assert torch.allclose(output(dense, batch), logits, rtol=1e-4, atol=1e-4)
-    head = dense.get_output_embeddings()
-    assert (head.weight is dense.get_input_embeddings().weight) == (name in TIED)
-    dense.save_pretrained(tmp_path / "dense")
-    plain = getattr(transformers, type(dense).__name__).from_pretrained(tmp_path / "dense").eval()
-    assert torch.allclose(output(plain, batch), logits, rtol=1e-4, atol=1e-4)
-    assert not any("codes" in key for key in plain.state_dict())
 
 
 def test_safe_is_low_rank_until_it_is_trained_and_is_not_made_dense(made):
@@ -320,7 +327,7 @@ def test_safe_is_low_rank_until_it_is_trained_and_is_not_made_dense(made):
     assert any("eckart tune" in note for note in safe.report["notes"])
 
 
-def test_the_factors_learn_and_the_head_with_them(made):
+def test_embedding_and_tied_head_get_one_gradient(made):
     model, result = made("llama-tied", "lowrank")
     ids = BY_NAME["llama-tied"].batches()[0]["input_ids"]
     before = model.model.embed_tokens.weight.clone()
@@ -335,7 +342,7 @@ def test_the_factors_learn_and_the_head_with_them(made):
 # -- what is found, counted and refused ----------------------------------------------------------------
 
 
-def test_positions_and_types_stay_and_ties_are_found():
+def test_tables_include_tied_heads_and_exclude_positions_and_types():
     found = find_embedding_tables(BY_NAME["bert-mlm"].model())
     assert [(t.embeddings, t.output_heads) for t in found.chosen] == [
         (("bert.embeddings.word_embeddings",), ("cls.predictions.decoder",))
@@ -357,7 +364,7 @@ class Shifted(nn.Embedding):
         return super().forward(input) + 1
 
 
-def test_an_embedding_that_does_more_is_named_and_left(tmp_path):
+def test_embedding_that_is_no_table_is_skipped_with_a_reason(tmp_path):
     model = BY_NAME["llama"].model()
     old = model.model.embed_tokens
     model.model.embed_tokens = Shifted(*old.weight.shape, padding_idx=old.padding_idx)
@@ -367,7 +374,7 @@ def test_an_embedding_that_does_more_is_named_and_left(tmp_path):
     assert any("no token embedding to factor" in note for note in result.report["notes"])
 
 
-def test_counts_are_of_real_tokens_on_the_sides_that_look_up():
+def test_token_counts_leave_out_padding_and_include_both_sides():
     architecture = BY_NAME["t5"]
     model, batches = architecture.model(), architecture.batches(count=2)
     (table,) = find_embedding_tables(model).chosen
@@ -385,7 +392,7 @@ def test_counts_are_of_real_tokens_on_the_sides_that_look_up():
     assert counts[PAD] == 0
 
 
-def test_without_data_all_tokens_count_the_same():
+def test_without_data_all_tokens_have_equal_weight():
     model = BY_NAME["llama-tied"].model()
     result = eckart.compress(model, method="svd", keep=0.8, embeddings="lowrank")
     assert any("every token counts the same" in note for note in result.report["notes"])
@@ -395,7 +402,7 @@ def test_without_data_all_tokens_count_the_same():
     assert row["lookup_error"] == pytest.approx(float(values[row["rank"] :].sum() / values.sum()), rel=1e-5)
 
 
-def test_whole_model_budget_counts_the_smaller_embedding():
+def test_budget_of_the_whole_model_counts_the_factored_embedding():
     architecture = BY_NAME["gpt2"]
     model, options = architecture.model(), {"keep": 0.75, "keep_of": "model", "method": "drone", "refit": False}
     plain = eckart.compress(model, data=architecture.batches(count=3), **options)
@@ -405,7 +412,7 @@ def test_whole_model_budget_counts_the_smaller_embedding():
     assert small.report["kept"]["of_sites"] > plain.report["kept"]["of_sites"] + 0.02
 
 
-def test_refusals():
+def test_sizes_and_specs_that_cannot_be_are_refused():
     model = BY_NAME["llama-tied"].model()
     with pytest.raises(UsageError, match=r"--embeddings-keep 0\.001: model\.embed_tokens is 96 x 32, .* 0\.0417"):
         eckart.compress(model, method="svd", embeddings="lowrank", embeddings_keep=0.001)

@@ -167,6 +167,21 @@ def test_root_times_its_transpose_is_the_metric(metric, kind):
         close(root.solve_right(half), identity, 1e-9)
 
 
+def test_root_of_a_wide_singular_metric_is_taken_in_its_own_precision(monkeypatch):
+    monkeypatch.setattr("eckart.linalg.metric.WIDE", 16)
+    full = gram(20, 30)
+    full[3], full[:, 3] = 0, 0
+    root = root_of(Metric(full=full), inverted=False)
+    assert (root.kind, root.values.dtype) == ("general", torch.float32)
+    close(root.values.double() @ root.values.double().mT, full, 1e-5)
+
+
+def test_a_metric_that_is_singular_but_for_rounding_is_not_inverted():
+    full = torch.diag(torch.tensor([1.0, 1.0, 1e-14], dtype=torch.float64))
+    assert root_of(Metric(full=full)).kind == "general"
+    assert root_of(Metric(full=full), inverted=False).kind == "triangular"
+
+
 def test_shrinkage_is_the_published_one_and_leaves_the_metric_alone():
     full = gram(4, 2)
     with unchanged(full):

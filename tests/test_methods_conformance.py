@@ -30,7 +30,7 @@ from problems import (
 import eckart
 from eckart.errors import NumericalError
 from eckart.forms import FORMS, Block, FactoredLinear, form_named
-from eckart.linalg import Factorization, Metric, Problem, curve_under, factorize
+from eckart.linalg import Factorization, Metric, Problem
 from eckart.methods import METHODS, Method, method_named
 from eckart.moments import Moments
 from eckart.registry import STATISTICS
@@ -231,8 +231,18 @@ def test_wrong_answers_are_told_apart(case):
         broken["left metric dropped"] = case.answer(Problem(problem.target, right=problem.right), rank)
     for name, answer in broken.items():
         assert error_of(problem, answer) > best + 1e-6 * scale, name
-    if case.block(problem) is None:
-        assert curve_under(factorize(problem), problem)[rank] == pytest.approx(best, rel=1e-6)
+
+
+@every_case
+def test_errors_in_another_metric_are_measured_for_every_rank(case):
+    found = LAYERS["tall"]
+    problem, other = case.problem(found), found.problem_of("kfac")
+    solved = case.solve(problem)
+    block, limit = case.block(problem), len(solved.squared) - 1
+    errors = case.form.errors_under(solved, other, block, limit)
+    for rank in range(limit + 1):
+        answer = case.dense(problem, *solved.truncated(rank)) if rank else torch.zeros_like(problem.target)
+        assert float(errors[rank]) == pytest.approx(error_of(other, answer), rel=1e-6, abs=1e-12)
 
 
 # -- symmetries --------------------------------------------------------------------------------------

@@ -320,7 +320,11 @@ def test_compress_and_eval_a_sentence_transformers_folder(cli, folder, tmp_path)
 
 @pytest.mark.parametrize(
     "moment",
-    ["eckart.compression.prepare.load_data", "eckart.compression.factor_store.solve", "eckart.checkpoint.save._verify"],
+    [
+        "eckart.compression.prepare.load_data",
+        "eckart.compression.factorize.solve_site",
+        "eckart.checkpoint.save._verify",
+    ],
 )
 def test_interrupt_publishes_nothing(moment, cli, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(moment, lambda *_, **__: signal.raise_signal(signal.SIGINT))

@@ -35,21 +35,20 @@ STAGES = ("text", "solved", "stored", "refitted")
 
 
 def entries(partial: Path) -> dict[str, list[Path]]:
-    """What a journal holds: stage -> JSON files of its entries, in the order written."""
-    return {stage: sorted((partial / "entries" / stage).glob("*.json")) for stage in STAGES}
+    """What a journal holds: stage -> files of its entries, in the order written."""
+    return {stage: sorted((partial / "entries" / stage).glob("*.safetensors")) for stage in STAGES}
 
 
 def flip(partial: Path, chance: random.Random) -> str | None:
-    """Flip a byte in one of the two files of the journal's last entry; returns the file's name, None if it has none."""
+    """Flip a byte in the file of the journal's last entry; returns the file's name, None if it has none."""
     written = [path for paths in entries(partial).values() for path in paths]
     if not written:
         return None
-    last = max(written, key=lambda path: path.stat().st_mtime_ns)
-    path = chance.choice([last, last.with_suffix(".safetensors")])
+    path = max(written, key=lambda path: path.stat().st_mtime_ns)
     content = bytearray(path.read_bytes())
     content[chance.randrange(len(content))] ^= 0xFF
     path.write_bytes(content)
-    return f"{last.parent.name}/{path.name}"
+    return f"{path.parent.name}/{path.name}"
 
 
 def contents(folder: Path) -> dict[str, Any]:
@@ -61,7 +60,7 @@ def contents(folder: Path) -> dict[str, Any]:
             found[name] = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k != "seconds"}
         elif path.suffix in (".md", ".html"):
             found[name] = re.sub(r"[\d.,]+ s(econds)?\b", "", path.read_text(encoding="utf-8"))
-        else:
+        elif name != "eckart/files.json":  # sizes: the report's changes with the digits of its seconds
             found[name] = path.read_bytes()
     return found
 

@@ -30,7 +30,7 @@ from eckart.model import (
     shared_clone,
     store_factors,
 )
-from eckart.storage.cache import SUFFIX
+from eckart.storage.tensor_file import SUFFIX
 
 logger = logging.getLogger(__name__)
 

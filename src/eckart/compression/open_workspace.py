@@ -24,7 +24,7 @@ from eckart.model import ComputePlacement
 from eckart.storage.cache import Cache
 from eckart.storage.journal import Journal
 from eckart.storage.lock import output_path
-from eckart.storage.record import RECORD
+from eckart.storage.run_key import KEY_FILE
 
 FREE_TO_CHANGE = (
     "model", "revision", "data", "data_config", "data_split", "data_revision", "stream", "cache_memory", "device",
@@ -103,7 +103,7 @@ def _open_journal(folder: Path, target: Path, recipe: Recipe, processes: Process
 def _remove_others(target: Path) -> None:
     """Remove journals of the other processes of an earlier run, which may have had more of them."""
     for folder in target.parent.glob(f"{target.name}.rank*.partial"):
-        if (folder / RECORD).is_file():
+        if (folder / KEY_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -5,29 +5,25 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 import sys
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
 
 TEMPORARY = ".tmp"
 
 
-class Written(NamedTuple):
-    """Size in bytes and CRC-32 of a file's content."""
-
-    size: int
-    checksum: int
-
-
-def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, sync: bool = False) -> Written:
-    """Write a file under a temporary name, then rename it into place: it is complete or not there.
+def write_file(
+    path: Path, pieces: Iterable[bytes | memoryview], *, sync: bool = False, checksum_at: int | None = None
+) -> int:
+    """Write a file under a temporary name, then rename it into place; returns its size in bytes.
 
     Args:
-        path: the file; an existing one is replaced.
+        path: the file; it is complete afterwards, or as it was before.
         pieces: its content, one piece after the other.
         sync: bring the content to the disk before the rename, so that it survives a power cut as well.
+        checksum_at: where to write the CRC-32 of the pieces, in 8 hexadecimal digits; None for no checksum.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     size = checksum = 0
@@ -35,8 +31,11 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, sync: bool =
         with temporary.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
-                checksum = zlib.crc32(piece, checksum)
+                checksum = zlib.crc32(piece, checksum) if checksum_at is not None else 0
                 size += len(piece)
+            if checksum_at is not None:
+                file.seek(checksum_at)
+                file.write(f"{checksum:08x}".encode())
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
@@ -44,7 +43,7 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview], *, sync: bool =
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    return Written(size, checksum)
+    return size
 
 
 def sync_folder(folder: Path) -> None:
@@ -79,3 +78,20 @@ def disk_full(error: BaseException) -> bool:
     return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
         type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
     )
+
+
+def describe_failed_write(error: OSError, folder: Path, what: str, needed: int, then: str) -> str:
+    """The message for a file of an unfinished run that cannot be written.
+
+    Args:
+        error: of the system.
+        folder: that the file belongs to.
+        what: what is in the file.
+        needed: its bytes.
+        then: what to do once there is space or permission to write, or instead.
+    """
+    if not disk_full(error):
+        return f"{what} cannot be written to {folder} ({error.strerror}). Change the permissions and {then}"
+    home = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(home).free
+    return f"The disk of {folder} is full: {what} needs {needed:,} bytes, {free:,} are free. Free some space and {then}"

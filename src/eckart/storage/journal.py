@@ -1,8 +1,7 @@
-"""What an unfinished run has done so far, in ``OUTPUT.partial/``, so that a killed run goes on from there.
+"""What an unfinished run has done so far, in ``OUTPUT.partial/``: a killed run resumes from it.
 
-The folder holds ``journal.json`` (what the run depends on), ``entries/STAGE/`` (two files an entry: its tensors, and
-its other content with the size and checksum of the tensors) and ``files/`` (whatever else the run keeps there). An
-entry is there once its JSON file is: that is renamed into place last.
+The folder holds ``journal.json`` (what the run depends on), ``entries/STAGE/`` (one file an entry: its tensors, its
+other content and a checksum, renamed into place when it is complete) and ``files/`` (other files of the run).
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import json
 import logging
 import re
 import shutil
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,21 +18,15 @@ from typing import Any
 from torch import Tensor
 
 from eckart.errors import CheckpointError, NumericalError
-from eckart.storage.cache import (
-    PIECE,
-    SUFFIX,
-    read_tensors,
-    tensor_bytes,
-    write_failed,
-    write_tensors,
-)
-from eckart.storage.files import TEMPORARY, sync_folder, write_file
+from eckart.storage.files import TEMPORARY, describe_failed_write, sync_folder
 from eckart.storage.layout import unsafe
 from eckart.storage.lock import output_path
-from eckart.storage.record import RECORD, begin, continues, discard
-from eckart.storage.sealed import not_finite, sealed, unsealed
+from eckart.storage.run_key import KEY_FILE, begin, discard, is_continued
+from eckart.storage.tensor_file import SUFFIX, find_damage, read_metadata, read_tensors, tensor_bytes, write_tensors
 
 logger = logging.getLogger(__name__)
+
+ENTRY = "entry"  # under which the metadata of a file holds what the entry is
 
 
 class Journal:
@@ -51,22 +43,19 @@ class Journal:
 
     def __init__(self, folder: Path, entries: dict[str, dict[str, Path]]) -> None:
         self.folder = folder
-        self._entries = entries  # stage -> name -> JSON file, in the order written
+        self._entries = entries  # stage -> name -> file, in the order written
 
     @classmethod
     def open(cls, output_dir: str | Path, key: Mapping[str, Any], *, restart: bool = False) -> Journal:
-        """Go on with the unfinished run of an output folder, or begin one.
+        """Resume the unfinished run of an output folder, or begin one.
 
-        Entries are checked in the order they were written. From the first that is damaged on, those of its stage are
-        dropped with a warning, for the later ones may have been made from it.
+        Every entry is checked. From the first damaged one on, those of its stage are dropped with a warning, for the
+        later ones may have been computed from it.
 
         Args:
             output_dir: the output folder, which need not exist.
             key: what the run depends on: plain JSON, at most one level nested.
-            restart: throw an unfinished run away, whatever it was.
-
-        Returns:
-            The journal.
+            restart: discard an unfinished run, whatever its key.
 
         Raises:
             CheckpointError: the folder belongs to a run with another key, to a newer version or to somebody else, or
@@ -81,25 +70,20 @@ class Journal:
                     f"{folder} is a symbolic link. Remove it, or choose another --output-dir: eckart keeps "
                     "unfinished runs there."
                 )
-            if not folder.is_dir() or not continues(folder, plain, restart):
+            if not folder.is_dir() or not is_continued(folder, plain, restart):
                 begin(folder, plain)
-            (folder / (RECORD + TEMPORARY)).unlink(missing_ok=True)
-            return cls(folder, {path.name: _verified(path) for path in _stages(folder)})
+            (folder / (KEY_FILE + TEMPORARY)).unlink(missing_ok=True)
+            home = folder / "entries"
+            stages = sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+            return cls(folder, {path.name: _check_stage(path) for path in stages})
         except OSError as error:
             raise CheckpointError(
                 f"{folder}, which keeps the unfinished run, cannot be used ({error.filename or folder}: "
-                f"{error.strerror}). Check its permissions and the room on its disk, or choose another --output-dir."
+                f"{error.strerror}). Check its permissions and the space on its disk, or choose another --output-dir."
             ) from error
 
     def entries(self, stage: str) -> list[str]:
-        """The names of a stage's entries, in the order they were written.
-
-        Args:
-            stage: name of the stage; one without entries will do.
-
-        Returns:
-            The names.
-        """
+        """The names of a stage's entries, in the order they were written."""
         return list(self._entries.get(stage, {}))
 
     def write(
@@ -111,75 +95,66 @@ class Journal:
         *,
         supersedes: bool = False,
     ) -> None:
-        """Add an entry: once this returns it outlives a kill and a power cut; before, it was never there.
+        """Add an entry: once this returns it survives a kill and a power cut; until then it is not there.
 
         Args:
             stage: lower-case letters, digits and ``._-``.
             name: any text, once a stage.
             tensors: dense tensors by name, on any device.
             content: plain JSON that reads back equal: lists, not tuples; text as keys.
-            supersedes: it needs none of its stage's entries before it. All but the last of these are removed; that one
-                is there in case this one is damaged.
+            supersedes: it depends on no entry of its stage. All of them but the last are removed; that one is kept in
+                case this one is damaged.
 
         Raises:
             CheckpointError: the disk is full or cannot be written; the entries before are kept.
             NumericalError: the content holds a number that is not finite (tensors may hold any).
             TypeError: the content would not read back equal.
-            ValueError: the stage's name is not of that form, or the entry is there already.
+            ValueError: the stage's name is not of that form, or the entry exists already.
         """
         if not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", stage):
             raise ValueError(f"stage {stage!r}: lower-case letters, digits and ._- only")
         if name in self._entries.get(stage, {}):
             raise ValueError(f"entry {name!r} of stage {stage!r} is written already")
-        for place in not_finite(dict(content), "content"):
+        before = list(self._entries.get(stage, {}).items())
+        sequence = _sequence(before[-1][1]) + 1 if before else 0
+        entry = {
+            "stage": stage, "name": name, "sequence": sequence, "supersedes": supersedes, "content": dict(content)
+        }  # fmt: skip
+        try:
+            text = json.dumps(entry, allow_nan=False)
+        except ValueError as error:
             raise NumericalError(
-                f"{place} of {name!r} ({stage}) is not finite, so {self.folder} does not keep it. Check the model's "
-                "weights and the calibration data for NaN and infinite values."
-            )
-        before = list(self._entries.get(stage, {}).values())
-        sequence = _sequence(before[-1]) + 1 if before else 0
-        body = {"stage": stage, "name": name, "sequence": sequence, "content": dict(content)}
-        if supersedes:
-            body["supersedes"] = True
-        if json.loads(json.dumps(body)) != body:
+                f"The content of {name!r} ({stage}) holds a number that is not finite, so {self.folder} does not keep "
+                "it. Check the model's weights and the calibration data for NaN and infinite values."
+            ) from error
+        if json.loads(text) != entry:
             raise TypeError(f"content of {name!r} ({stage}) would not read back equal: plain JSON only")
         folder = self.folder / "entries" / stage
-        # The sequence alone makes the file's name unique; the rest is for people. The true name is in the JSON.
-        stem = f"{sequence:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:100]}"
-        path = folder / f"{stem}.json"
+        # The sequence alone makes the file's name unique; the rest is for people. The true name is in the file.
+        path = folder / f"{sequence:06d}-{re.sub(r'[^A-Za-z0-9._-]+', '-', name)[:100]}{SUFFIX}"
         try:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 sync_folder(folder.parent)
                 sync_folder(self.folder)
-            size, checksum = write_tensors(_tensors(path), tensors, sync=True)
-            write_file(path, [sealed({**body, "bytes": size, "crc32": checksum})], sync=True)
+            write_tensors(path, tensors, {ENTRY: text}, sync=True)
             sync_folder(folder)
-            self._entries.setdefault(stage, {})[name] = path
         except BaseException as error:
-            self._entries.get(stage, {}).pop(name, None)
             with suppress(OSError):
-                _remove(path)
+                path.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 what, needed = f"{name!r} ({stage})", tensor_bytes(tensors)
-                then = "run the same command again: it goes on from what is done so far."
-                raise CheckpointError(write_failed(error, self.folder, what, needed, then)) from error
+                then = "run the same command again: it resumes from what is done so far."
+                raise CheckpointError(describe_failed_write(error, self.folder, what, needed, then)) from error
             raise
-        if supersedes:
-            self._forget(stage, before[:-1])
-
-    def _forget(self, stage: str, paths: Sequence[Path]) -> None:
-        """Remove entries; what cannot be removed is in nobody's way."""
-        for name in [name for name, path in self._entries[stage].items() if path in paths]:
-            with suppress(OSError):
-                _remove(self._entries[stage].pop(name))
+        self._entries.setdefault(stage, {})[name] = path
+        for old, file in before[:-1] if supersedes else ():
+            del self._entries[stage][old]
+            with suppress(OSError):  # a file that cannot be removed does no harm
+                file.unlink()
 
     def read(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """An entry's tensors and content.
-
-        Args:
-            stage: its stage.
-            name: its name.
 
         Returns:
             The tensors on the CPU, mapped and not loaded (changing one leaves the file as it is), and the content.
@@ -190,24 +165,15 @@ class Journal:
         """
         path = self._entries[stage][name]
         try:
-            body = unsealed(path.read_bytes())
-            if body is None:
-                raise CheckpointError(f"{path} is garbled.")
-            return read_tensors(_tensors(path)), body["content"]
-        except (CheckpointError, OSError) as error:
+            return read_tensors(path), json.loads(read_metadata(path)[ENTRY])["content"]
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{path} or its tensors were damaged while the run went on ({str(error).split('. ')[0]}). Check the "
-                "disk, and run the same command again: it goes on from the entry before."
+                f"{path} was damaged during the run ({str(error).split('. ')[0]}). Check the disk, and run the same "
+                "command again: it resumes from the entry before."
             ) from error
 
     def path(self, *parts: str) -> Path:
-        """A place in the journal's folder for files of the run's own; it goes with the journal.
-
-        Args:
-            parts: names of folders and a file, none of which need exist.
-
-        Returns:
-            The path.
+        """A place in the journal's folder for other files of the run; it is removed with the journal.
 
         Raises:
             ValueError: it would lie outside.
@@ -217,14 +183,10 @@ class Journal:
         return self.folder.joinpath("files", *parts)
 
     def check_space(self, needed_bytes: int, what: str) -> None:
-        """Refuse work whose files would not fit on the disk, before it begins.
-
-        Args:
-            needed_bytes: what will still be written.
-            what: the work, to begin a sentence with.
+        """Refuse work whose files would not fit on the disk, before it begins; `what` begins the message.
 
         Raises:
-            CheckpointError: there is less room than that.
+            CheckpointError: there is less space than that.
         """
         free = shutil.disk_usage(self.folder).free
         if needed_bytes > free:
@@ -234,106 +196,71 @@ class Journal:
             )
 
     def remove(self) -> None:
-        """Remove the whole folder: the run is finished. Its tensors must not be looked at any more."""
+        """Remove the whole folder: the run is finished. Tensors that were read must not be used any more."""
         try:
             discard(self.folder)
-            (self.folder / RECORD).unlink()
+            (self.folder / KEY_FILE).unlink()
             self.folder.rmdir()
         except OSError as error:
             logger.warning("%s, no longer needed, cannot be removed (%s).", self.folder, error)
         self._entries.clear()
 
 
-def _stages(folder: Path) -> list[Path]:
-    home = folder / "entries"
-    return sorted(path for path in home.iterdir() if path.is_dir()) if home.is_dir() else []
+def _check_stage(folder: Path) -> dict[str, Path]:
+    """The entries of a stage in the order written, up to the first damaged one; all others are removed.
 
-
-def _verified(folder: Path) -> dict[str, Path]:
-    """The sound entries of a stage in the order written; all after the first that is not are removed.
-
-    Unless one of these is sound and needs none before it: then it is gone on from there.
+    A damaged entry that was superseded by an intact one is the only one to be removed.
     """
-    written = sorted(folder.glob("*.json"), key=lambda path: (_sequence(path), path.name))
-    sound: dict[str, Path] = {}
-    gone: list[Path] = []
-    while written:
-        path = written.pop(0)
-        body, problem = _check(path, folder.name, len(sound))
-        if not problem and body["name"] not in sound:
-            sound[body["name"]] = path
-            continue
-        problem = problem or "it is there twice"
-        later = next((i for i, other in enumerate(written) if _supersedes(other, folder.name)), None)
-        if later is not None:
-            logger.warning("%s: %s. It is dropped; what was written after it needs it not.", path, problem)
-            gone += [path, *sound.values(), *written[:later]]
-            sound, written = {}, written[later:]
-            continue
-        last = list(sound)[-1:]
-        logger.warning(
-            "%s: %s. It and the %d entries of %s after it are dropped; the run goes on %s.",
-            path,
-            problem,
-            len(written),
-            folder.name,
-            f"after {last[0]!r}" if last else f"from the beginning of {folder.name}",
-        )
-        gone += [path, *written]
-        break
-    for path in reversed(gone):
-        _remove(path)
-    stems = {path.stem for path in sound.values()}
-    for path in folder.iterdir():  # of a killed writer, which had not come to the JSON file
-        if path.name.endswith((TEMPORARY, SUFFIX)) and path.name.removesuffix(SUFFIX) not in stems:
+    for path in folder.glob(f"*{TEMPORARY}"):  # of a killed writer
+        path.unlink()
+    files = sorted(folder.glob(f"*{SUFFIX}"), key=_sequence)
+    kept: dict[str, Path] = {}
+    for index, path in enumerate(files):
+        entry, problem = _check_entry(path, folder.name, _sequence(list(kept.values())[-1]) + 1 if kept else 0)
+        if problem is None:
+            kept[entry["name"]] = path
+        elif any(_check_entry(other, folder.name, None)[1] is None for other in files[index + 1 :]):
+            logger.warning("%s: %s. It is removed; later entries do not depend on it.", path, problem)
             path.unlink()
-    sync_folder(folder)  # or entries yet to be written could find these behind them after a power cut
-    return sound
+        else:
+            logger.warning(
+                "%s: %s. It and the %d entries of %s after it are removed; the run resumes %s.",
+                path,
+                problem,
+                len(files) - index - 1,
+                folder.name,
+                f"after {list(kept)[-1]!r}" if kept else f"from the beginning of {folder.name}",
+            )
+            for other in reversed(files[index:]):
+                other.unlink()
+            break
+    sync_folder(folder)  # or entries yet to be written could find the removed ones beside them after a power cut
+    return kept
 
 
-def _supersedes(path: Path, stage: str) -> bool:
-    """Whether an entry is sound, and needs none before it."""
-    body, problem = _check(path, stage, -1)
-    return not problem and body.get("supersedes") is True
+def _check_entry(path: Path, stage: str, expected: int | None) -> tuple[dict[str, Any], str | None]:
+    """What an entry is, and what is wrong with it.
 
-
-def _check(path: Path, stage: str, sequence: int) -> tuple[dict[str, Any], str]:
-    """What an entry's JSON file says, and what is wrong with the entry; nothing if that is empty."""
-    file, size, checksum = path, 0, 0
+    Args:
+        path: its file.
+        stage: its stage.
+        expected: its number, unless it supersedes those before it; None: it must supersede them.
+    """
+    if (damage := find_damage(path)) is not None:
+        return {}, damage.replace(str(path), "it", 1)
     try:
-        body = unsealed(file.read_bytes())
-        if body is None or not isinstance(body.get("name"), str) or not isinstance(body.get("content"), dict):
-            return {}, "it is damaged"
-        expected = _sequence(path) if body.get("supersedes") is True else sequence
-        if (body.get("stage"), body.get("sequence")) != (stage, expected):
-            return body, f"entry {sequence} is missing before it"
-        file = _tensors(path)
-        with file.open("rb") as stream:
-            while piece := stream.read(PIECE):
-                size += len(piece)
-                checksum = zlib.crc32(piece, checksum)
-    except PermissionError:  # not the entry's fault
-        raise
-    except OSError as error:
-        return {}, f"{file.name} cannot be read ({error.strerror})"
-    if size != body.get("bytes"):
-        return body, f"{file.name} has {size} bytes, not {body.get('bytes')}"
-    if checksum != body.get("crc32"):
-        return body, f"{file.name} is damaged, its checksum differs"
-    return body, ""
+        entry = json.loads(read_metadata(path)[ENTRY])
+        sequence = entry["sequence"]
+    except (CheckpointError, ValueError, KeyError, TypeError):
+        return {}, "it is no entry of a journal"
+    if entry["stage"] != stage or sequence != _sequence(path):
+        return entry, f"it is entry {sequence} of {entry['stage']}, under another name"
+    if not entry["supersedes"] and sequence != expected:
+        return entry, f"the entry before it, {sequence - 1}, is missing"
+    return entry, None
 
 
 def _sequence(path: Path) -> int:
     """An entry's number in its stage, which its file's name begins with."""
     number = path.name.partition("-")[0]
     return int(number) if number.isdecimal() else -1
-
-
-def _tensors(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".json") + SUFFIX)
-
-
-def _remove(path: Path) -> None:
-    # The JSON file first: without it the tensors count for nothing.
-    path.unlink(missing_ok=True)
-    _tensors(path).unlink(missing_ok=True)

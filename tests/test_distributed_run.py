@@ -247,7 +247,7 @@ def test_processes_that_have_stored_different_entries_resume(worlds, tmp_path):
     for name in names:
         shutil.copytree(tmp_path / name, tmp_path.with_name("kept") / name)
     for stage in ("refitted", "stored"):
-        for path in sorted((tmp_path / "out.partial" / "entries" / stage).iterdir())[-2:]:
+        for path in sorted((tmp_path / "out.partial" / "entries" / stage).iterdir())[-1:]:
             path.unlink()
     done = worlds.finish(case, tmp_path)
     assert done[0]["Journal.write"] == 2

@@ -224,7 +224,9 @@ def test_nothing_is_computed_again_before_publishing(runs, tmp_path):
     method = "eckart"
     runs.unfinished(method, runs.moment(method, ">_sync"), tmp_path)
     done = runs.finish(method, tmp_path)
-    assert done["solve_site"] == done["factorize"] == done["LayerwiseRunner.capture_input"] == done["Journal.write"] == 0
+    assert (
+        done["solve_site"] == done["factorize"] == done["LayerwiseRunner.capture_input"] == done["Journal.write"] == 0
+    )
     assert done["LayerwiseRunner.run_block"] == 4 + 4 + 2 * 4  # one example through each block
 
 

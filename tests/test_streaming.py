@@ -206,7 +206,7 @@ def test_auto_goes_on_with_what_was_begun(server, room, tmp_path):
     done = server(words)  # there is memory enough now
     assert done.said.startswith("block by block")
     assert "windows done already: 1" in done.said
-    assert 0 < done["solve"] < whole["solve"]
+    assert 0 < done["solve_site"] < whole["solve_site"]
     assert published(tmp_path / "out") == expected
 
 
@@ -407,4 +407,4 @@ def test_unwalkable_model_goes_on_with_other_memory(then, now, server, room, den
         del content["README.md"], content["eckart/report.json"]["calibrated"]
     assert found["eckart/report.json"] == expected["eckart/report.json"]
     assert found == expected
-    assert done["solve"] == 10 - 2 * then or now != then
+    assert done["solve_site"] == 10 - 2 * then or now != then

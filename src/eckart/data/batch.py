@@ -1,4 +1,4 @@
-"""One batch of model-ready data, and a list of them with a note of where they came from."""
+"""A batch of model-ready data, and a list of batches with a description."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs that a model takes as they are, on the CPU.
+    """Inputs of a model, on the CPU.
 
     Attributes:
-        inputs: Keyword arguments of the model's forward. `labels` is among them only where the task has labels of
-            its own.
-        examples: For each row, its place in the data: random draws are keyed by (seed, example), so that cutting
-            a batch in two changes nothing.
+        inputs: Keyword arguments of the model's forward; `labels` only if the task has labels of its own.
+        examples: For each row, its place in the data. Random draws are keyed by (seed, example), so that splitting a
+            batch changes nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -30,8 +29,8 @@ class Batch:
     def masks(self) -> dict[int, Tensor]:
         """Return the masks of real tokens by sequence length.
 
-        A layer tells by the length of what it is given on which side of an encoder-decoder it stands: `load` sees
-        to it that the two sides of a batch never have equal lengths.
+        A layer of an encoder-decoder knows its side by the length of its input: `load_data` makes the two sides of a
+        batch of different lengths.
 
         Returns:
             Sequence length T -> bool (B, T), or (B C, T) for C choices a row; True for a real token. Empty for inputs
@@ -50,14 +49,9 @@ class Batch:
         return sum(int(mask.sum()) for mask in self.masks().values())
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Return the rows from `start` up to `stop` as a batch of their own: what halving needs.
+        """Return the rows from `start` up to, not including, `stop` as a batch.
 
-        Args:
-            start: First row.
-            stop: Row after the last.
-
-        Returns:
-            The part, with its rows' examples; tensors without a row per example are shared whole.
+        Tensors without a row for each example are shared whole.
         """
         size = len(self)
         parts = {k: v[start:stop] if v.dim() and v.shape[0] == size else v for k, v in self.inputs.items()}
@@ -74,17 +68,17 @@ def _real_tokens(inputs: dict[str, Tensor], ids: str, mask: str) -> Tensor | Non
         given = torch.ones_like(inputs[ids])
     if given is None or given.dim() not in (2, 3):
         return None
-    return given.bool().reshape(-1, given.shape[-1])  # (B, T), or (B C, T) where C choices are read one by one
+    return given.bool().reshape(-1, given.shape[-1])  # (B, T), or (B C, T) for C choices in a row
 
 
 @dataclass
 class CalibrationData:
-    """Batches that can be gone through again and again, and what they were made from.
+    """Batches, and a description of the data.
 
     Attributes:
         batches: The batches, in order.
-        description: Plain JSON for reports and resume keys: source, revision, column, samples, tokens, seed and
-            the SHA-256 of the text used.
+        description: JSON for reports and resume keys: source, revision, column, samples, tokens, seed and the SHA-256
+            of the text that was read.
     """
 
     batches: list[Batch]
@@ -108,5 +102,5 @@ class CalibrationData:
 
     @property
     def has_labels(self) -> bool:
-        """Whether every batch brings labels of its own."""
+        """Whether every batch has labels."""
         return bool(self.batches) and all("labels" in batch.inputs for batch in self.batches)

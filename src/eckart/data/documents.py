@@ -1,4 +1,4 @@
-"""Whole texts, for measures that read running text."""
+"""Whole texts, for scores on running text."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def load_documents(
         max_characters: reading stops after so many.
 
     Returns:
-        The documents (the rows of a running text joined into one), and what they are, as JSON values.
+        The documents (the rows of a running text joined into one), and a description as JSON.
 
     Raises:
-        DataError: if they cannot be had or read, or hold no text.
+        DataError: if they cannot be found or read, or hold no text.
     """
     split = split or ("held" if data == "stdlib" else "test")
     asked = (column,) if column is not None else ()

@@ -1,4 +1,4 @@
-"""How models are run when nothing is learnt: evaluation mode, their own device, a progress bar."""
+"""Run models without training: evaluation mode, inputs on their device, a progress bar."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ T = TypeVar("T")
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode without gradients, and every module back as it was.
-
-    Args:
-        models: The models.
+    """Evaluation mode without gradients; the mode of every module is restored, after errors too.
 
     Yields:
-        Nothing; the modes are restored on leaving, errors included.
+        Nothing.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
@@ -42,8 +39,8 @@ def device_of(model: nn.Module) -> torch.device:
         model: The model.
 
     Returns:
-        The device of its first parameter that is anywhere; the CPU where there is none. While the weights of a model
-        are brought in as they are needed, that is an empty parameter which tells where it computes: see
+        The device of its first parameter that is not on the meta device; the CPU if there is none. While weights are
+        loaded block by block, that is an empty parameter on the device that computes: see
         :meth:`eckart.model.WeightLoader.streaming`.
     """
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
@@ -68,7 +65,7 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
         for name, value in inputs.items()
         if name != "labels"
     }
-    for name in ("use_cache", "use_mems"):  # XLNet remembers hidden states by another name
+    for name in ("use_cache", "use_mems"):  # XLNet has another name for it
         if name in inspect.signature(model.forward).parameters:
             more.setdefault(name, False)
     return model(**moved, **more)
@@ -78,11 +75,11 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, disable
     """Show a bar over a loop.
 
     Args:
-        items: What the loop goes through.
+        items: The items of the loop.
         what: The bar's caption.
-        total: Number of items, where `items` has no length.
-        disable: True for no bar, None for none where nobody looks (no terminal). The switch of
-            `huggingface_hub.utils.disable_progress_bars` is honored in any case.
+        total: Number of items, if `items` has no length.
+        disable: True for no bar, None for a bar on a terminal only.
+            `huggingface_hub.utils.disable_progress_bars` disables it in any case.
 
     Returns:
         The items.

@@ -1,4 +1,4 @@
-"""What a model reads: a running text, separate texts, or a source and a target."""
+"""Whether a model reads running text, separate texts, or a source and a target; and how long they may be."""
 
 from __future__ import annotations
 
@@ -22,23 +22,20 @@ HEADS_ON_SEPARATE_TEXTS = (
     "ForQuestionAnswering",
     "ForMultipleChoice",
 )
-"""Class name endings of models that read one text (or pair) a row, whatever their backbone."""
+"""Ends of class names of models that read separate texts (or pairs), whatever their body is."""
 
 UNLIMITED = 1_000_000
-"""Tokenizers that know no limit say 1e30: anything above this is no limit."""
+"""A larger `model_max_length` is no limit: tokenizers without one have 1e30."""
 
 logger = logging.getLogger(__name__)
 
 
 def model_kind(config: PretrainedConfig, model: nn.Module | None = None) -> ModelKind:
-    """Tell what a model reads.
+    """Return what a model reads.
 
     Args:
         config: The model's configuration.
-        model: The model itself, where there is one: its class settles the cases that a configuration leaves open.
-
-    Returns:
-        The kind of data it is calibrated on.
+        model: The model, if it is loaded: its class decides what a configuration leaves open.
     """
     names = [type(model).__name__] if model is not None else list(config.architectures or [])
     if any(name.endswith(HEADS_ON_SEPARATE_TEXTS) for name in names):
@@ -49,23 +46,22 @@ def model_kind(config: PretrainedConfig, model: nn.Module | None = None) -> Mode
     if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) or getattr(text, "is_decoder", False):
         return "causal"
     reads_on = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    fills_in = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # bert and its kin are in both
+    fills_in = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT and others are in both
     return "causal" if reads_on and not fills_in else "encoder"
 
 
 def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
     """Return how many tokens a model has positions for.
 
-    RoBERTa and its kin number their positions from `padding_idx + 1`, so that a table of 514 serves 512 tokens.
-    They are recognized by a position table that has a padding row; without a model at hand the class is built on
-    the meta device to look.
+    RoBERTa and similar models number positions from `padding_idx + 1`, so that a table of 514 serves 512 tokens. Their
+    position table has a padding row; without a model, its class is built on the meta device to see that.
 
     Args:
         config: The model's configuration.
-        model: The model itself, where there is one.
+        model: The model, if it is loaded.
 
     Returns:
-        The largest length, or None where there is none (relative positions, state-space models).
+        The largest length, or None if there is no limit (relative positions, state-space models).
     """
     table = getattr(config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(table, int) or table < 1:
@@ -88,17 +84,17 @@ def sequence_length(
     config: PretrainedConfig | None,
     model: nn.Module | None = None,
 ) -> int:
-    """Settle the length that texts are cut to.
+    """Return the number of tokens that texts are cut to.
 
     Args:
-        asked: The length asked for, in tokens; None for the default.
-        default: What None means, lowered to what the tokenizer and the model name as their limits.
+        asked: The length that the user named, in tokens; None for the default.
+        default: Used for None, unless the tokenizer or the model has a lower limit.
         tokenizer: The tokenizer; only its `model_max_length` is read.
         config: The model's configuration, if known.
-        model: The model, if there is one.
+        model: The model, if it is loaded.
 
     Returns:
-        A length that the model has positions for; one asked for above that is lowered with a warning.
+        A length that the model has positions for; a larger one is lowered with a warning.
     """
     limit = max_positions(config, model) if config is not None else None
     if asked is None:
@@ -112,14 +108,14 @@ def sequence_length(
 
 
 def pad_token(tokenizer: Any, config: PretrainedConfig | None) -> int:
-    """Return the id that fills up short rows: the model's own before the tokenizer's.
+    """Return the id of the padding token: the model's, or else the tokenizer's.
 
     Args:
         tokenizer: The tokenizer, or None.
         config: The model's configuration, or None.
 
     Returns:
-        A token id; 0 where neither names one (padding is always masked).
+        A token id; 0 if neither has one (padding is always masked).
     """
     text = config.get_text_config() if config is not None else None
     for holder, name in ((text, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
@@ -130,7 +126,7 @@ def pad_token(tokenizer: Any, config: PretrainedConfig | None) -> int:
 
 
 def _skeleton(config: PretrainedConfig) -> nn.Module | None:
-    """Build the model's class without its numbers, or return None where transformers cannot."""
+    """Build the model on the meta device, or return None if transformers cannot."""
     try:
         with torch.device("meta"):
             return AutoModel.from_config(config)

@@ -13,7 +13,7 @@ from eckart.data.examples import TextExample
 from eckart.errors import UsageError
 
 IGNORED = -100
-"""The label that PyTorch's cross-entropy leaves out."""
+"""The label that PyTorch's cross-entropy ignores."""
 
 Shift = Callable[[Tensor], Tensor]
 """Labels (B, T) -> decoder inputs (B, T)."""
@@ -28,7 +28,7 @@ def encode(texts: Sequence[TextExample], tokenizer: Any, max_length: int) -> lis
         max_length: Tokens a text, special tokens included.
 
     Returns:
-        For each text the tokenizer's lists: input_ids, attention_mask and what else the model takes.
+        For each text the tokenizer's lists: input_ids, attention_mask and other inputs of the model.
     """
     encoded: list[dict[str, list[int]]] = []
     for start in range(0, len(texts), 256):
@@ -47,12 +47,12 @@ def encode(texts: Sequence[TextExample], tokenizer: Any, max_length: int) -> lis
 
 
 def pad(rows: Sequence[Sequence[int]], fill: int, length: int | None = None) -> Tensor:
-    """Fill rows up on the right.
+    """Pad rows on the right.
 
     Args:
         rows: Lists of ids.
-        fill: What is put after them.
-        length: The length to fill to; None for the longest row.
+        fill: The value to pad with.
+        length: The length to pad to; None for the longest row.
 
     Returns:
         The ids (B, T).
@@ -65,8 +65,8 @@ def collate(encoded: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, T
     """Pad tokenized texts to the longest of them.
 
     Args:
-        encoded: What `encode` gave.
-        pad_id: Fills input_ids; all else is filled with 0.
+        encoded: As :func:`encode` returned them.
+        pad_id: Pads input_ids; all other inputs are padded with 0.
 
     Returns:
         Model-ready inputs (B, T).
@@ -91,7 +91,7 @@ def encoder_batches(
         max_length: Tokens a text.
         batch_size: Texts a batch.
         pad_id: The padding token.
-        labels: The label of each text, where the task has some.
+        labels: The label of each text, if the task has labels.
 
     Yields:
         Batches padded on the right; `examples` keeps the texts' places in the data.
@@ -115,8 +115,8 @@ def seq2seq_batches(
 ) -> Iterator[Batch]:
     """Put sources and targets into batches.
 
-    The pair of a text is its target, and its labels come along. A text without one is cut in two at the space
-    nearest its middle: the first half is the source, the second what the decoder reads, without labels.
+    The pair of a text is its target, and gives the labels. A text without a pair is cut at the space nearest its
+    middle: the first half is the source, the second the decoder's input, without labels.
 
     Args:
         texts: The sources, with targets as their pairs.
@@ -124,15 +124,15 @@ def seq2seq_batches(
         max_length: Tokens on either side.
         batch_size: Texts a batch.
         pad_id: The padding token.
-        shift: The model's way from labels to decoder inputs.
+        shift: Makes decoder inputs from labels.
 
     Yields:
-        Batches whose two sides have different lengths, so that a layer can tell them apart.
+        Batches whose two sides have different lengths, so that a layer knows its side.
     """
     own_targets = texts[0].pair is not None
     halves = [(text.text, text.pair) if text.pair is not None else _halves(text.text) for text in texts]
     sources = tokenizer([first for first, _ in halves], truncation=True, max_length=max_length, padding=False)
-    # One token less than the source may have: there is room for the column that tells the sides apart.
+    # One token less than the source may have: room for the column that makes the lengths differ.
     targets = tokenizer(
         text_target=[second for _, second in halves],
         truncation=True,
@@ -153,10 +153,10 @@ def decoder_inputs(labels: Tensor, shift: Shift, pad_id: int, source_length: int
     """Make the decoder's side of a batch from its labels.
 
     Args:
-        labels: Target ids (B, T), -100 where there is none.
-        shift: The model's way from labels to decoder inputs.
+        labels: Target ids (B, T), -100 for none.
+        shift: Makes decoder inputs from labels.
         pad_id: The padding token.
-        source_length: Length of the encoder's side; where T equals it, one masked column is added.
+        source_length: Length of the encoder's side; if T equals it, one masked column is added.
 
     Returns:
         decoder_input_ids, decoder_attention_mask and labels, (B, T) or (B, T + 1).
@@ -174,18 +174,18 @@ def decoder_inputs(labels: Tensor, shift: Shift, pad_id: int, source_length: int
 
 
 def shift_of(model: Any, config: Any) -> Shift:
-    """Return a model's way from labels to decoder inputs.
+    """Return the function that makes a model's decoder inputs from labels.
 
     Args:
         model: The model, or None.
         config: Its configuration.
 
     Returns:
-        `prepare_decoder_input_ids_from_labels` where the model has it; else a shift right by
+        The model's `prepare_decoder_input_ids_from_labels` if it has one; else a shift to the right that starts with
         `decoder_start_token_id`.
 
     Raises:
-        UsageError: If neither is there.
+        UsageError: If the model has neither.
     """
     own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
@@ -212,14 +212,14 @@ def by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         batch_size: Rows a group.
 
     Returns:
-        Row numbers, longest rows first: a batch that does not fit in memory is met at once.
+        Row numbers, longest rows first: a batch that does not fit in memory fails at once.
     """
     order = sorted(range(len(lengths)), key=lambda row: (-lengths[row], row))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 def _halves(text: str) -> tuple[str, str]:
-    """Cut a text in two at the space nearest its middle; one word is its own target."""
+    """Cut a text at the space nearest its middle; a single word is its own target."""
     middle = len(text) // 2
     spaces = [place for place in (text.rfind(" ", 0, middle), text.find(" ", middle)) if place > 0]
     if not spaces:

@@ -1,4 +1,4 @@
-"""Sentence embeddings out of token embeddings, the way a sentence-transformers folder says."""
+"""Sentence embeddings from token embeddings, as the configuration of a sentence-transformers folder says."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ OLD_NAMES = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""Switches of `1_Pooling/config.json` before sentence-transformers 6, and the modes they stand for."""
+"""Switches of `1_Pooling/config.json` before sentence-transformers 6 -> modes."""
 
 MODES = ("mean", "cls", "lasttoken", "max")
-"""The modes that are known here."""
+"""The modes that are supported."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the embeddings of a text's tokens become one.
+    """How a sentence embedding is computed from token embeddings.
 
     Attributes:
-        modes: One or several of mean, cls (first real token), lasttoken and max; several are put side by side.
+        modes: One or several of mean, cls (first real token), lasttoken and max; several are concatenated.
         normalize: Whether the result is scaled to length 1.
     """
 
@@ -43,16 +43,16 @@ class Pooling:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Pooling | None:
-        """Read how a sentence-transformers folder pools.
+        """Read the pooling of a sentence-transformers folder.
 
         Args:
             folder: A model folder; `modules.json` names the parts, or `1_Pooling/config.json` is there.
 
         Returns:
-            The pooling, or None where the folder says nothing about it.
+            The pooling, or None if the folder has no configuration of it.
 
         Raises:
-            DataError: If the folder's files are broken or name a mode that is not known here.
+            DataError: If a file cannot be read or names a mode that is not supported.
         """
         folder = Path(folder)
         modules = _read_json(folder / "modules.json") or []
@@ -76,7 +76,7 @@ class Pooling:
 
         Args:
             output: A model's output, or token embeddings (B, T, d).
-            attention_mask: (B, T), 1 for real tokens; None where all are.
+            attention_mask: (B, T), 1 for real tokens; None if all are.
 
         Returns:
             Sentence embeddings (B, d), or (B, k d) for k modes; float32 at least. Gradients pass through.
@@ -92,7 +92,7 @@ class Pooling:
 
 
 def last_hidden_state(output: Any) -> Tensor:
-    """Return the token embeddings that a model put out.
+    """Return the token embeddings of a model's output.
 
     Args:
         output: A model's output (the encoder's side of an encoder-decoder), or the embeddings themselves.
@@ -124,13 +124,13 @@ def last_hidden_state(output: Any) -> Tensor:
 def _pool(mode: str, hidden: Tensor, real: Tensor) -> Tensor:
     rows = torch.arange(len(hidden), device=hidden.device)
     if mode == "cls":
-        return hidden[rows, real.int().argmax(1)]  # the first real token, wherever the padding is
+        return hidden[rows, real.int().argmax(1)]  # the first real token, on whichever side the padding is
     if mode == "lasttoken":
         return hidden[rows, hidden.shape[1] - 1 - real.int().flip(1).argmax(1)]
     if mode == "max":
         return hidden.masked_fill(~real[..., None], -torch.inf).amax(1)
     weights = real[..., None].to(hidden.dtype)
-    # Padding is left out before the sum: a non-finite embedding there is nobody's concern.
+    # Padding is masked before the sum: an embedding that is not finite there does no harm.
     return hidden.masked_fill(~real[..., None], 0).sum(1) / weights.sum(1).clamp(min=1e-9)
 
 
@@ -140,4 +140,4 @@ def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{file}: not readable as JSON ({error}): mend the file or download it again") from error
+        raise DataError(f"{file}: not readable as JSON ({error}): correct the file or download it again") from error

@@ -22,8 +22,8 @@ ROWS_AT_ONCE = 32
 class _Draw(LogitsProcessor):
     """Draws the next token of each row at temperature 1 by inverting the cumulative distribution.
 
-    `generate` then takes the maximum of what is handed back, which is the token drawn. The random numbers come from
-    a table, so that the global random state is not touched.
+    `generate` then takes the maximum, which is the token drawn. The random numbers come from a table, so that the
+    global random state does not change.
     """
 
     def __init__(self, uniform: Tensor, end: int | None, start: int | None) -> None:
@@ -40,7 +40,7 @@ class _Draw(LogitsProcessor):
         level = self.uniform[:, input_ids.shape[1] - 1, None].to(scores.device) * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, level, right=True).clamp(max=scores.shape[-1] - 1)  # (B, 1)
         if self.end is not None and self.start is not None and self.end != self.start:
-            # A model that starts from a BOS of its own saw it after every EOS.
+            # A model that starts texts with BOS saw it after every EOS.
             drawn = torch.where(input_ids[:, -1:] == self.end, self.start, drawn)
         return torch.full_like(scores, -torch.inf).scatter_(-1, drawn, 0.0)
 
@@ -56,9 +56,8 @@ def sample_windows(
 ) -> Tensor:
     """Sample windows of text from a causal model, with a key-value cache, at temperature 1.
 
-    A window starts with BOS. Where neither the tokenizer nor the model names one, the model goes on from a token
-    drawn uniformly, which is left out afterwards: the window then starts with a token as frequent as the model
-    takes it to be.
+    A window starts with BOS. If neither the tokenizer nor the model has one, the model continues a token that is drawn
+    uniformly and then dropped: the window starts with a token drawn from the model's own distribution.
 
     Args:
         model: A causal model with its language modeling head.
@@ -90,7 +89,7 @@ def sample_windows(
     own_config = model.generation_config
     windows = []
     with evaluating(model):
-        # Repetition penalties, forced tokens and the like are settings for answering, not the model's distribution.
+        # Repetition penalties, forced tokens and the like would change the model's distribution.
         model.generation_config = GenerationConfig()
         try:
             groups = [range(at, min(at + ROWS_AT_ONCE, num_samples)) for at in range(0, num_samples, ROWS_AT_ONCE)]

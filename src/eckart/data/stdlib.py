@@ -13,13 +13,13 @@ from pathlib import Path
 from eckart.errors import DataError
 
 HELD_PERCENT = 12
-"""About this share of the modules is held out."""
+"""About this percentage of the modules is held out."""
 
 SALT = "eckart-1"
-"""Hashed with every name: the first salt that held out about as much of the text as of the modules."""
+"""Hashed with every name: the first salt that holds out the same part of the text as of the modules."""
 
 MAX_BYTES = 400_000
-"""Longer files are tables written by a program, not prose or code."""
+"""Longer files are generated tables."""
 
 SKIPPED_FOLDERS = frozenset(
     {
@@ -34,48 +34,28 @@ SKIPPED_FOLDERS = frozenset(
         "pydoc_data",
     }
 )
-"""Third-party code, tests, and tables that would drown the hand-written modules."""
+"""Third-party code, tests, and tables larger than all other modules."""
 
 
 def family(module: str) -> str:
-    """Return the name that decides on which side of the split a module falls.
+    """Return the name that decides to which part a module belongs.
 
-    It is the first component, less the marks of a private or pure-Python twin, so that a package
-    stays whole and `_pydecimal` goes where `decimal` goes.
-
-    Args:
-        module: A dotted module name.
-
-    Returns:
-        The name the split is made by.
+    It is the first component without the prefix of a private or pure-Python version, so that a package is in one part,
+    and `_pydecimal` in that of `decimal`.
     """
     first = module.partition(".")[0]
     return first.removeprefix("_py").strip("_") or first
 
 
 def is_held(module: str) -> bool:
-    """Tell whether a module belongs to the held-out part.
-
-    Args:
-        module: A dotted module name.
-
-    Returns:
-        True for a held-out module, False for a training one.
-    """
+    """Whether a module belongs to the held-out part."""
     # hashlib rather than hash(): the latter changes from process to process.
     digest = hashlib.sha256(f"{SALT}:{family(module)}".encode()).digest()
     return int.from_bytes(digest[:8], "big") % 100 < HELD_PERCENT
 
 
 def read_text(path: Path) -> str | None:
-    """Read one source file.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its text, or None where it is blank, too long or not UTF-8.
-    """
+    """Return the text of a file, or None if it is blank, too long or not UTF-8."""
     if path.stat().st_size > MAX_BYTES:
         return None
     try:
@@ -87,7 +67,7 @@ def read_text(path: Path) -> str | None:
 
 
 def _module_name(relative: Path) -> str | None:
-    """Return the dotted name of a file in the library folder, or None for a file to leave out."""
+    """Return the dotted name of a file in the library folder, or None if it is no module."""
     parts = relative.with_suffix("").parts
     if not SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
         return None

@@ -16,23 +16,16 @@ from eckart.data.examples import TextExample
 from eckart.errors import DataError
 
 POOL = 16
-"""Reading stops once there are this many times as many windows as asked for: a large file need not be read whole."""
+"""Reading stops at this many times the number of windows that are needed: a large file is not read whole."""
 
 CHARACTERS_PER_TOKEN = 12
-"""No text is this long per token: a bound on what is tokenized at once."""
+"""No text has more characters for each token: a bound on what is tokenized at once."""
 
 logger = logging.getLogger(__name__)
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Ask a tokenizer whether it puts its BOS token before a text by default.
-
-    Args:
-        tokenizer: The tokenizer.
-
-    Returns:
-        True if it does.
-    """
+    """Whether a tokenizer puts its BOS token before a text by default."""
     bos = getattr(tokenizer, "bos_token_id", None)
     if bos is None:
         return False
@@ -45,8 +38,8 @@ def token_stream(
 ) -> tuple[Tensor, str, bool]:
     """Tokenize documents into one stream.
 
-    A document starts with BOS if the tokenizer adds it by default, and is parted from the next by EOS if there is
-    one. Documents that a chat template wrote bring their own special tokens and get no second BOS.
+    A document starts with BOS if the tokenizer adds it by default, and is separated from the next by EOS if there is
+    one. Documents that a chat template wrote have special tokens already and get no second BOS.
 
     Args:
         texts: The documents.
@@ -55,7 +48,7 @@ def token_stream(
         joined: The texts are pieces of one document: neither BOS nor EOS between them.
 
     Returns:
-        The token ids (N,), the SHA-256 of the text that was read, and whether that was all of it.
+        The token ids (N,), the SHA-256 of the text that was read, and whether all of it was read.
     """
     bos = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     eos = getattr(tokenizer, "eos_token_id", None)
@@ -86,9 +79,9 @@ def choose_windows(
     Args:
         stream: Token ids (N,).
         length: Tokens a window; the tail is dropped.
-        num_samples: Windows wanted: drawn evenly without replacement by a seeded permutation.
-        seed: Of that permutation.
-        source: What the stream comes from, for the message.
+        num_samples: Windows to draw, uniformly without replacement.
+        seed: For the draw.
+        source: Name of the data, for messages.
 
     Returns:
         The windows (S, length), their places in the stream (S,), and warnings. A text too short for one window

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import close, kronecker_sum, normal
+from torch.utils.flop_counter import FlopCounterMode
 
 from eckart.errors import UsageError
 from eckart.forms import Kronecker
@@ -27,13 +28,16 @@ def test_is_the_sum_of_products_by_its_definition_in_the_cheaper_order(case):
     assert module.store(left, right, normal(rows, seed=2)) is None
     x = normal(2, 3, columns)
     close(module.to_dense(), expected, 1e-11)
-    close(module(x), x @ expected.mT + normal(rows, seed=2), 1e-11)
+    with FlopCounterMode(display=False) as counter:
+        close(module(x), x @ expected.mT + normal(rows, seed=2), 1e-11)
     outer, inner_terms = module.terms()
     close(torch.einsum("rij,rkl->ikjl", outer, inner_terms).reshape(rows, columns), expected, 1e-11)
     assert f"block={block[0]}x{block[1]}" in repr(module)
     (m2, n2), (m1, n1) = block, (rows // block[0], columns // block[1])
     ways = rank * n2 * n1 * m1 + rank * m1 * n2 * m2, rank * n1 * n2 * m2 + rank * m2 * n1 * m1
     assert module.multiply_adds() == Kronecker.size(rows, columns, rank, block).multiply_adds == min(ways)
+    flops = counter.get_total_flops() - 2 * 6 * rows * columns  # without the product that it is compared with
+    assert flops == 2 * 6 * min(ways)
 
 
 def test_blocks_that_do_not_divide_are_refused():

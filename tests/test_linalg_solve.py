@@ -168,7 +168,8 @@ def test_root_times_its_transpose_is_the_metric(metric, kind):
 
 
 def test_root_of_a_wide_singular_metric_is_taken_in_its_own_precision(monkeypatch):
-    monkeypatch.setattr("eckart.linalg.metric.WIDE", 16)
+    for module in ("metric", "decompose"):
+        monkeypatch.setattr(f"eckart.linalg.{module}.WIDE", 16)
     full = gram(20, 30)
     full[3], full[:, 3] = 0, 0
     root = root_of(Metric(full=full), inverted=False)

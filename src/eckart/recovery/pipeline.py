@@ -82,41 +82,43 @@ def tune(
         check_fits(recovery, student)
         notes = [f"newly initialized: {', '.join(student.new_head)}"] if student.new_head else []
         learns = recovery.needs_teacher
-        taught_by = open_teacher(recipe, inputs.teacher, student).to(device) if learns else None  # type: ignore[arg-type]
+        teacher_model = open_teacher(recipe, inputs.teacher, student).to(device) if learns else None  # type: ignore[arg-type]
         if inputs.teacher is not None and not learns:
             notes.append(f"--teacher was not read: recovery {recipe.recovery} learns from the task alone")
         pooling = find_pooling(recipe, student, inputs.teacher) if student.task == "embedding" else None
 
         # 3. The data: rows to train on, and a scorer on what is held out.
-        examples = load_training_data(
+        training_data = load_training_data(
             recipe, inputs.data, inputs.eval_data, student.task, student.model, student.tokenizer, student.rows,
-            teacher=taught_by, pooling=pooling,
+            teacher=teacher_model, pooling=pooling,
         )  # fmt: skip
-        notes += examples.notes
-        scorer = examples.scorer
+        notes += training_data.notes
+        scorer = training_data.scorer
 
         # 4. The score before.
         with clock("scoring"), on_device(device, student.model):
             before = scorer.score(student.model)
             scores = {"before": before.numbers}
             teacher_scores = {}
-            if taught_by is not None and not scorer.against_teacher:
-                teacher_scores = {"teacher": scorer.score(taught_by).numbers}
+            if teacher_model is not None and not scorer.against_teacher:
+                teacher_scores = {"teacher": scorer.score(teacher_model).numbers}
 
-        key = training_key(recipe, student.model, taught_by, examples) if output_dir is not None else {}
+        key = training_key(recipe, student.model, teacher_model, training_data) if output_dir is not None else {}
         with training_journal(output_dir, key, restart=restart) as journal:
             # 5. A copy is prepared, then trained, or solved in closed form.
             context = RecoveryContext(
-                taught_by, student.task, recipe, count_steps(recipe, len(examples.rows)), student.output_head(), notes,
-                pooling=pooling,
+                teacher_model, student.task, recipe, count_steps(recipe, len(training_data.rows)),
+                student.output_head(), notes, pooling=pooling,
             )  # fmt: skip
             trained = prepare_training(student, recovery, context)
             if isinstance(recovery, ClosedFormRecovery):
                 with clock("solving"):
-                    done = {"solving": solve(trained, recovery, context, examples, device)}
+                    done = {"solving": solve(trained, recovery, context, training_data, device)}
             else:
                 with clock("training"):
-                    done = {"training": train(trained, recovery, context, examples, student.tokenizer, device, journal)}
+                    done = {
+                        "training": train(trained, recovery, context, training_data, student.tokenizer, device, journal)
+                    }
 
             # 6. It is finished as it will be published, and scored again.
             trained = finish_training(trained, recovery, student)
@@ -128,7 +130,7 @@ def tune(
             kept, when = choose_better(student, trained, recovery, scorer, before, after, notes)
 
             # 8. The report, and the published folder.
-            report = make_report(recipe, recovery, student, examples, scores, device)
+            report = make_report(recipe, recovery, student, training_data, scores, device)
             report |= done | {"kept": when, "notes": notes, "seconds": clock.seconds}
             result = TuneResult(kept, report, recipe, student.tokenizer, student.folder, recovery=recovery)
             if output_dir is not None:

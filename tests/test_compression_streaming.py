@@ -1,10 +1,9 @@
-"""Block by block or as a whole: the same result, chosen by what there is of memory, which it tells beforehand."""
+"""Block by block or as a whole: the same result, chosen by what there is of memory, which is reported beforehand."""
 
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
@@ -17,7 +16,7 @@ from architectures import BY_NAME, scaled
 from safetensors.torch import load
 from tiny import Done, Room, Server, furnished, llama, place, published
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import eckart
 from eckart.compression import memory_estimate
@@ -78,14 +77,10 @@ def alike(one: Any, other: Any, place: str = "report") -> None:
 # -- the same, whichever way -------------------------------------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
-    "drone": {"method": "drone"},
-    "kfac": {"method": "kfac"},
-    "eckart": {},
+    "eckart": {},  # reads all that kfac and drone read
     "svd": {"method": "svd"},
-    "float32": {"method": "drone", "checkpoint": torch.float32},
-    "float16": {"method": "drone", "checkpoint": torch.float16},
-    "other type": {"method": "drone", "dtype": "float32"},
-    "shards": {"method": "drone", "shards": "100KB"},
+    "float16 in shards": {"method": "drone", "checkpoint": torch.float16, "shards": "100KB"},
+    "another type is stored": {"method": "drone", "dtype": "float32"},
 }
 
 
@@ -113,20 +108,7 @@ def test_streamed_and_whole_give_the_same(case, room, tmp_path):
         assert (found[name] - wanted).norm() <= tolerance * wanted.norm(), name
 
 
-FRESH = """
-import sys
-import torch
-import eckart
-from transformers import AutoModelForCausalLM
-for folder in sys.argv[1:]:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (folder, info)
-    with torch.no_grad():
-        torch.save(model(torch.arange(5, 25)[None]).logits, f"{folder}.logits")
-"""
-
-
-def test_what_was_streamed_loads_in_a_fresh_process(room, tmp_path, monkeypatch):
+def test_a_streamed_checkpoint_is_loaded_by_from_pretrained(room, tmp_path, monkeypatch):
     """Written in several files; tied and untied; experts that lie fused in memory and apart in files."""
     mixtral = BY_NAME["mixtral"].model(vocab_size=8192)
     sources = {
@@ -142,19 +124,17 @@ def test_what_was_streamed_loads_in_a_fresh_process(room, tmp_path, monkeypatch)
         with torch.no_grad():
             logits[name] = result.model(torch.arange(5, 25)[None]).logits
     assert any(name.endswith(".each.0.up") and choice.form != "dense" for name, choice in result.plan.choices.items())
-    words = [sys.executable, "-W", "ignore", "-c", FRESH, *(str(tmp_path / name) for name in sources)]
-    done = subprocess.run(
-        words, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
     for name, expected in logits.items():
-        assert torch.equal(torch.load(tmp_path / f"{name}.logits"), expected), name
+        model, info = AutoModelForCausalLM.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (name, info)
+        with torch.no_grad():
+            assert torch.equal(model(torch.arange(5, 25)[None]).logits, expected), name
 
 
 # -- which way is chosen -----------------------------------------------------------------------------
 
 
-def test_it_says_first_how_it_works_and_what_that_takes(server, room, tmp_path):
+def test_the_way_and_its_memory_are_reported_first(server, room, tmp_path):
     for stream, words in (
         ("off", r"in memory, as a whole: about [\d.]+ [GMk]?B at the peak \(.*block [\d.]+.*\), [\d.]+ GB free"),
         (
@@ -188,14 +168,14 @@ def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
     assert "free" not in told[0]
 
 
-def test_asked_for_is_done_whatever_memory_there_is(room, tmp_path, monkeypatch):
+def test_stream_on_and_off_are_followed_whatever_memory_is_free(room, tmp_path, monkeypatch):
     for stream, free, way in (("off", 1000, "in memory"), ("on", 10**15, "block by block")):
         monkeypatch.setattr(memory_estimate, "free_memory", lambda _, free=free: free)
         _, told = compressed(tmp_path / stream, recipe_of(room.model, room.text, method="svd", stream=stream))
         assert told[0].startswith(way)
 
 
-def test_auto_goes_on_with_what_was_begun(server, room, tmp_path):
+def test_auto_resumes_in_the_way_that_was_begun(server, room, tmp_path):
     words = room.words(tmp_path / "out", "--method", "drone")
     whole = server(words, free=10_000)
     assert whole.said.startswith("block by block")
@@ -294,7 +274,7 @@ def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(serv
     least = grown("on", num_hidden_layers=2)
     layers = 12 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)
     shallow = grown("on", num_hidden_layers=4, **DEEP)
-    deep = min(grown("on", num_hidden_layers=16, **DEEP) for _ in range(3))  # allocators only ever add
+    deep = min(grown("on", num_hidden_layers=16, **DEEP) for _ in range(2))  # allocators only ever add
     assert deep - shallow < layers / 4
     assert deep - least < expected(**DEEP)
     assert grown("off", num_hidden_layers=16, **DEEP) - grown("off", num_hidden_layers=4, **DEEP) > layers
@@ -302,7 +282,7 @@ def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(serv
     assert 2 * 128 * 57_344 * 4 < wide < expected(**WIDE)  # two models' predictions of 128 tokens at least
 
 
-# -- models that cannot be walked --------------------------------------------------------------------
+# -- models that cannot be run block by block --------------------------------------------------------------------
 
 DENSELY = '''
 import torch
@@ -359,7 +339,7 @@ OWN_CODE = {
 
 @pytest.fixture(scope="module")
 def densely(tmp_path_factory) -> Path:
-    """A checkpoint with code of its own, of a model that cannot be walked block by block."""
+    """A checkpoint with code of its own, of a model that cannot be run block by block."""
     folder = tmp_path_factory.mktemp("densely") / "model"
     folder.mkdir()
     code: dict[str, Any] = {}
@@ -372,19 +352,21 @@ def densely(tmp_path_factory) -> Path:
     return folder
 
 
-def unwalkable(server, room, densely, output: Path, stream: str = "on", at: int | None = None, **more: Any) -> Done:
+def compress_densely(
+    server, room, densely, output: Path, stream: str = "on", at: int | None = None, **more: Any
+) -> Done:
     words = ["compress", densely, *room.words(output)[2:], "--trust-remote-code", "--stream", stream]
     return server([*map(str, words), "--method", "kfac"], at, **more)
 
 
-def test_unwalkable_model_falls_back_and_says_so(server, room, densely, tmp_path):
+def test_a_model_that_cannot_be_run_block_by_block_is_run_whole(server, room, densely, tmp_path):
     made = {}
     for stream in ("on", "off"):
-        done = unwalkable(server, room, densely, tmp_path / stream, stream)
+        done = compress_densely(server, room, densely, tmp_path / stream, stream)
         assert done.code == 0, done.said
         made[stream] = published(tmp_path / stream)
     report = made["on"]["eckart/report.json"]
-    words = r"DenselyForCausalLM cannot be walked block by block \(walked, .*\): whole passes instead"
+    words = r"DenselyForCausalLM cannot be run block by block \(block by block, .*\): whole passes instead"
     assert [note for note in report["notes"] if re.fullmatch(words, note)]
     assert report["calibrated"].startswith("in whole passes")
     assert made["on"]["eckart/plan.json"] == made["off"]["eckart/plan.json"]
@@ -393,14 +375,14 @@ def test_unwalkable_model_falls_back_and_says_so(server, room, densely, tmp_path
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("then", "now"), [(3, 2), (2, 3), (1, 5), (5, 1), (2, 2)])
-def test_unwalkable_model_goes_on_with_other_memory(then, now, server, room, densely, tmp_path):
+@pytest.mark.parametrize(("then", "now"), [(3, 2), (1, 5), (2, 2)])
+def test_whole_passes_resume_with_other_memory(then, now, server, room, densely, tmp_path):
     """So many blocks' statistics fit then and now."""
-    whole = unwalkable(server, room, densely, tmp_path / "whole", at_once=then)
+    whole = compress_densely(server, room, densely, tmp_path / "whole", at_once=then)
     assert whole.code == 0, whole.said
     first = whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1
-    assert unwalkable(server, room, densely, tmp_path / "out", at=first, at_once=then).code < 0
-    done = unwalkable(server, room, densely, tmp_path / "out", at_once=now)
+    assert compress_densely(server, room, densely, tmp_path / "out", at=first, at_once=then).code < 0
+    done = compress_densely(server, room, densely, tmp_path / "out", at_once=now)
     assert done.code == 0, done.said
     found, expected = published(tmp_path / "out"), published(tmp_path / "whole")
     for content in (found, expected):

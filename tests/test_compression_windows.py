@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,10 @@ from eckart.model import ComputePlacement, WeightLoader, find_sites
 from eckart.moments import Moments
 from eckart.storage.cache import Cache
 
-MODELS = ("bert", "gpt2", "llama", "t5", "llama-tied", "gemma3", "albert", "mixtral")
-# The default reads all that kfac reads, and allocates by it; svd reads nothing.
-RUNS = [(name, method) for method in ("eckart", "drone") for name in MODELS]
-RUNS += [(name, "kfac") for name in ("bert", "gpt2", "llama-tied", "t5", "albert")]
-RUNS += [(name, "fwsvd") for name in ("bert", "llama", "gemma3", "albert", "mixtral")]
-RUNS += [(name, "svd") for name in ("gpt2", "albert", "mixtral")]
+MODELS = ("bert", "gpt2", "llama-tied", "t5", "albert", "mixtral")
+# The default reads all that kfac and drone read, and allocates by it; svd reads nothing.
+RUNS = [(name, "eckart") for name in MODELS]
+RUNS += [("t5", "drone"), ("gemma3", "drone"), ("albert", "fwsvd"), ("llama", "fwsvd"), ("gpt2", "svd")]
 EVERYTHING = frozenset({"gram", "absolute", "gradients", "fisher"})
 FLOAT = ComputePlacement(torch.device("cpu"), torch.float32)
 
@@ -109,8 +106,8 @@ def test_a_run_block_by_block_gives_what_a_run_in_memory_gives(name, method, tmp
     assert place.hidden_states.keys() == []
 
 
-@pytest.mark.parametrize(("name", "some"), [("llama", 20_000), ("t5", sys.maxsize)])
-def test_where_hidden_states_wait_changes_no_bit(name, some, tmp_path):
+@pytest.mark.parametrize(("name", "some"), [("llama", 20_000)])
+def test_memory_or_files_for_hidden_states_give_the_same_bits(name, some, tmp_path):
     model, data = BY_NAME[name].model(), batches(name)
     places = [block_by_block(tmp_path / str(memory), memory) for memory in (0, some)]
     first, other = (eckart.compress(model, data=data, keep=0.6, refit=True, workspace=place) for place in places)
@@ -150,8 +147,14 @@ def statistics(model: PreTrainedModel, name: str, needs: frozenset[str], **more:
     return found, calibration.how
 
 
-@pytest.mark.parametrize("needs", [frozenset({"gram"}), EVERYTHING], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [
+        ("llama", frozenset({"gram"})),
+        ("t5", frozenset({"gram"})),
+        *((name, EVERYTHING) for name in ("bert", "t5", "albert")),
+    ],
+)
 def test_statistics_are_those_of_the_model_in_single_precision(name, needs, tmp_path):
     model = halved(BY_NAME[name].model())
     needs = needs - {"fisher"} if name == "albert" else needs
@@ -177,9 +180,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-@pytest.mark.parametrize(
-    ("name", "method"), [("bert", "kfac"), ("llama-tied", "eckart"), ("t5", "drone"), ("mixtral", "svd")]
-)
+@pytest.mark.parametrize(("name", "method"), [("llama-tied", "eckart"), ("mixtral", "svd")])
 def test_a_model_in_half_precision_is_left_as_it_was(name, method, tmp_path):
     """The same objects, types and bits, ties and modes, though all of it computed in float32 meanwhile."""
     model, data = halved(BY_NAME[name].model()), batches(name)
@@ -203,7 +204,7 @@ def test_a_model_in_half_precision_is_left_as_it_was(name, method, tmp_path):
     assert all(p.dtype == torch.bfloat16 for p in result.model.parameters())
 
 
-@pytest.mark.parametrize(("name", "method"), [("llama", "kfac"), ("t5", "drone")])
+@pytest.mark.parametrize(("name", "method"), [("llama", "kfac")])
 def test_the_plan_of_a_model_in_half_precision_is_that_of_its_copy_in_single(name, method, tmp_path):
     model, data = halved(BY_NAME[name].model()), batches(name)
     whole = eckart.compress(widened(model), data=data, method=method, keep=0.6)

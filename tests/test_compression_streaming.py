@@ -147,7 +147,8 @@ def test_the_way_and_its_memory_are_reported_first(server, room, tmp_path):
         ),
         (
             "on",
-            r"on cpu, block by block: about [\d.]+ [GMk]?B at the peak \(.*statistics .*\), .* free; [\d.]+ [GMk]?B of disk",
+            r"on cpu, block by block: about [\d.]+ [GMk]?B at the peak \(.*statistics .*\), .* free; "
+            r"[\d.]+ [GMk]?B of disk",
         ),
     ):
         done = server(room.words(tmp_path / stream, "--method", "drone", "--stream", stream))

@@ -94,7 +94,7 @@ def test_the_default_method_runs_on_every_family(name):
 
 
 @pytest.mark.parametrize("method", ["drone", "fwsvd"])
-@pytest.mark.parametrize("name", ["bert", "bert-classes", "gpt2", "t5", "vit"])
+@pytest.mark.parametrize("name", ["gpt2", "t5", "vit"])
 def test_other_methods_run_on_the_main_families(name, method):
     it = made(name)
     result = eckart.compress(it.model, data=it.batches, method=method, keep=0.5)
@@ -414,17 +414,12 @@ def close(got: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
 
 GRAMS = [
     "bert-classes",
-    "roberta",
-    "distilbert",
-    "deberta-apart",
     "modernbert",
     "albert",
     "xlnet",
-    "mistral",
     "bloom",
     "gpt2",
     "opt",
-    "phi3",
     "t5",
     "bart",
     "vit",
@@ -639,8 +634,8 @@ def same(one: Moments, other: Moments, tolerance: float) -> None:
     close(one["fisher"].columns, other["fisher"].columns, tolerance)
 
 
-@pytest.mark.parametrize("name", ["bert", "bert-mlm", "bert-regression", "deberta", "albert", "gpt2", "t5", "vit"])
-def test_cutting_batches_in_two_changes_nothing(name):
+@pytest.mark.parametrize("name", ["bert-mlm", "bert-regression", "deberta", "albert", "t5"])
+def test_statistics_do_not_depend_on_the_size_of_batches(name):
     kind = BY_NAME[name]
     model, batches = kind.model(), kind.batches(rows=4, count=2)
     whole = calibrated(kind, EVERYTHING, batches, model).moments
@@ -676,7 +671,7 @@ def test_draws_follow_the_example_not_its_place_in_a_batch():
 
 
 @pytest.mark.parametrize("which", ["plain", "best"])
-@pytest.mark.parametrize("name", ["bert", "deberta", "albert", "gpt2", "llama-tied", "phi3", "t5", "vit", "mamba"])
+@pytest.mark.parametrize("name", ["deberta", "albert", "gpt2", "llama-tied", "t5", "mamba"])
 def test_densify_gives_ordinary_modules_back(name, which, tmp_path):
     it = made(name)
     factored = getattr(it, which).model

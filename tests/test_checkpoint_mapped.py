@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from architectures import BY_NAME, ZOO, output
+from architectures import BY_NAME, output
 from problems import RANK_FORMS
 from safetensors import safe_open
 from torch import nn
@@ -38,7 +38,7 @@ MEASURE = """
     from eckart.checkpoint.load import load
     from eckart.checkpoint.mapped import load_mapped
     from eckart.checkpoint.save import save
-    from eckart.model import Compute, Weights, shared_clone
+    from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
     folder = Path(sys.argv[1])
 
@@ -107,8 +107,8 @@ def larger(model):
 
 @pytest.mark.parametrize(
     ("family", "options", "dtype"),
-    [("Llama", LLAMA, "float32"), ("Llama", LLAMA, "bfloat16"), ("Mixtral", MIXTRAL, "float32")],
-    ids=["as-stored", "stored-in-another-type", "fused-experts"],
+    [("Llama", LLAMA, "bfloat16"), ("Mixtral", MIXTRAL, "float32")],
+    ids=["stored-in-another-type", "fused-experts"],
 )
 def test_memory_of_loading_copying_computing_and_saving(family, options, dtype, tmp_path):
     size = made(family, options, dtype, tmp_path / "model")
@@ -119,7 +119,7 @@ def test_memory_of_loading_copying_computing_and_saving(family, options, dtype, 
         load(folder / "tiny")  # what is imported on the way
         model, loading = growth(lambda: load_mapped(folder / "model", scratch=folder / "scratch"))
         clone, cloning = growth(lambda: shared_clone(model))
-        weights = Weights(clone, Compute(torch.device("cpu"), torch.float32))
+        weights = WeightLoader(clone, ComputePlacement(torch.device("cpu"), torch.float32))
         blocks = [f"model.layers.{i}" for i in range(len(clone.model.layers))]
         with torch.no_grad(), weights.streaming(blocks):
             _, computing = growth(lambda: clone(torch.arange(8)[None], use_cache=False))
@@ -146,8 +146,13 @@ def test_memory_of_loading_copying_computing_and_saving(family, options, dtype, 
         assert torch.equal(again[name], tensor), name
 
 
-@pytest.mark.parametrize("architecture", ZOO, ids=lambda architecture: architecture.name)
-def test_a_mapped_model_is_the_loaded_one(architecture, tmp_path, monkeypatch):
+# One of each way in which stored tensors become parameters: as they are, tied, transposed, shared by two stacks, fused.
+KINDS = ("bert-mlm", "gpt2", "llama-tied", "t5", "albert", "mixtral")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mapped_model_is_the_loaded_one(name, tmp_path, monkeypatch):
+    architecture = BY_NAME[name]
     monkeypatch.setattr(mapped, "SMALL", 0)
     before = architecture.model()
     before.save_pretrained(tmp_path / "model")

@@ -8,3 +8,17 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 torch.set_num_threads(1)
+
+import pytest
+
+from eckart import registry
+
+
+@pytest.fixture(autouse=True)
+def _registries_are_left_as_they_were():
+    """What a test registers under a name of its own is not known to the next one."""
+    tables = [table for table in vars(registry).values() if isinstance(table, registry.Registry)]
+    before = [dict(table._added) for table in tables]
+    yield
+    for table, added in zip(tables, before, strict=True):
+        table._added = added

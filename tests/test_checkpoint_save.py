@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from test_checkpoint_model import bert, factor, llama, logits, same
+from test_checkpoint_format import bert, factor, llama, logits, same
 
 from eckart.checkpoint import save as saving
 from eckart.checkpoint.load import load

@@ -14,7 +14,7 @@ import pytest
 import torch
 from architectures import BY_NAME, scaled
 from safetensors.torch import load
-from tiny import Done, Room, Server, furnished, llama, place, published
+from tiny import Done, Server, Workdir, llama, make_workdir, place, published
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -31,8 +31,8 @@ GB = 10**9
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Room:
-    return furnished(tmp_path_factory.mktemp("room"))
+def workdir(tmp_path_factory) -> Workdir:
+    return make_workdir(tmp_path_factory.mktemp("workdir"))
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +90,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_streamed_and_whole_give_the_same(case, room, tmp_path):
+def test_streamed_and_whole_give_the_same(case, workdir, tmp_path):
     options = dict(CASES[case])
     checkpoint, shards = options.pop("checkpoint", torch.bfloat16), options.pop("shards", "1GB")
     source = place(llama(), tmp_path / "source", checkpoint, max_shard_size=shards)
     assert len(list(source.glob("*.safetensors"))) == (1 if shards == "1GB" else 3)
     results = {}
     for stream in ("off", "on"):
-        results[stream], told = compressed(tmp_path / stream, recipe_of(source, room.text, stream=stream, **options))
+        results[stream], told = compressed(tmp_path / stream, recipe_of(source, workdir.text, stream=stream, **options))
         assert way_of(told[0]).startswith("in memory, as a whole" if stream == "off" else "block by block")
     whole, streamed = results["off"], results["on"]
     if case != "svd":
@@ -113,7 +113,7 @@ def test_streamed_and_whole_give_the_same(case, room, tmp_path):
         assert (found[name] - wanted).norm() <= tolerance * wanted.norm(), name
 
 
-def test_a_streamed_checkpoint_is_loaded_by_from_pretrained(room, tmp_path, monkeypatch):
+def test_a_streamed_checkpoint_is_loaded_by_from_pretrained(workdir, tmp_path, monkeypatch):
     """Written in several files; tied and untied; experts that lie fused in memory and apart in files."""
     mixtral = BY_NAME["mixtral"].model(vocab_size=8192)
     sources = {
@@ -124,7 +124,7 @@ def test_a_streamed_checkpoint_is_loaded_by_from_pretrained(room, tmp_path, monk
     monkeypatch.setattr("eckart.compression.open_run.STREAMED_SHARD", "100KB")
     logits = {}
     for name, source in sources.items():
-        result, _ = compressed(tmp_path / name, recipe_of(source, room.text, stream="on", method="drone", keep=0.6))
+        result, _ = compressed(tmp_path / name, recipe_of(source, workdir.text, stream="on", method="drone", keep=0.6))
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
         with torch.no_grad():
             logits[name] = result.model(torch.arange(5, 25)[None]).logits
@@ -139,7 +139,7 @@ def test_a_streamed_checkpoint_is_loaded_by_from_pretrained(room, tmp_path, monk
 # -- which way is chosen -----------------------------------------------------------------------------
 
 
-def test_the_way_and_its_memory_are_reported_first(server, room, tmp_path):
+def test_the_way_and_its_memory_are_reported_first(server, workdir, tmp_path):
     for stream, words in (
         (
             "off",
@@ -151,17 +151,17 @@ def test_the_way_and_its_memory_are_reported_first(server, room, tmp_path):
             r"[\d.]+ [GMk]?B of disk",
         ),
     ):
-        done = server(room.words(tmp_path / stream, "--method", "drone", "--stream", stream))
+        done = server(workdir.words(tmp_path / stream, "--method", "drone", "--stream", stream))
         assert done.code == 0, done.said
         assert re.fullmatch(words, done.said.splitlines()[0]), done.said
-    refused = server(room.words(tmp_path / "no", "--stream", "on", "--data", "gone.txt"))
+    refused = server(workdir.words(tmp_path / "no", "--stream", "on", "--data", "gone.txt"))
     assert refused.code == 1
     assert way_of(refused.said).startswith("block by block: about")  # before the text is read
 
 
 @pytest.mark.parametrize(("part", "way"), [(1.3, "in memory"), (1.2, "block by block"), (0.1, "block by block")])
-def test_auto_streams_where_memory_is_short(part, way, room, tmp_path, monkeypatch):
-    recipe = recipe_of(room.model, room.text, method="svd", stream="auto")
+def test_auto_streams_where_memory_is_short(part, way, workdir, tmp_path, monkeypatch):
+    recipe = recipe_of(workdir.model, workdir.text, method="svd", stream="auto")
     monkeypatch.setattr(memory_estimate, "rss", lambda: 0)
     total = estimated(recipe).whole.total
     monkeypatch.setattr(memory_estimate, "free_memory", lambda _: int(part * total))
@@ -170,22 +170,22 @@ def test_auto_streams_where_memory_is_short(part, way, room, tmp_path, monkeypat
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_auto_where_nobody_knows_what_is_free(room, tmp_path, monkeypatch):
+def test_auto_where_nobody_knows_what_is_free(workdir, tmp_path, monkeypatch):
     monkeypatch.setattr(memory_estimate, "free_memory", lambda _: None)
-    _, told = compressed(tmp_path / "out", recipe_of(room.model, room.text, method="svd"))
+    _, told = compressed(tmp_path / "out", recipe_of(workdir.model, workdir.text, method="svd"))
     assert way_of(told[0]).startswith("in memory")
     assert "free" not in told[0]
 
 
-def test_stream_on_and_off_are_followed_whatever_memory_is_free(room, tmp_path, monkeypatch):
+def test_stream_on_and_off_are_followed_whatever_memory_is_free(workdir, tmp_path, monkeypatch):
     for stream, free, way in (("off", 1000, "in memory"), ("on", 10**15, "block by block")):
         monkeypatch.setattr(memory_estimate, "free_memory", lambda _, free=free: free)
-        _, told = compressed(tmp_path / stream, recipe_of(room.model, room.text, method="svd", stream=stream))
+        _, told = compressed(tmp_path / stream, recipe_of(workdir.model, workdir.text, method="svd", stream=stream))
         assert way_of(told[0]).startswith(way)
 
 
-def test_auto_resumes_in_the_way_that_was_begun(server, room, tmp_path):
-    words = room.words(tmp_path / "out", "--method", "drone")
+def test_auto_resumes_in_the_way_that_was_begun(server, workdir, tmp_path):
+    words = workdir.words(tmp_path / "out", "--method", "drone")
     whole = server(words, free=10_000)
     assert way_of(whole.said).startswith("block by block")
     expected = published(tmp_path / "out")
@@ -263,7 +263,7 @@ WIDE = {"vocab_size": 65_536}
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what memory is no file's")
-def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(server, room, tmp_path):
+def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(server, workdir, tmp_path):
     def grown(stream: str, **config: Any) -> int:
         """Bytes at the peak of a run, what is imported on the way included."""
         model = tmp_path / "-".join(map(str, config.values()))
@@ -271,13 +271,15 @@ def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(serv
             place(llama(tie_word_embeddings=True, **config), model, max_shard_size="5MB")
         output = tmp_path / "out"
         shutil.rmtree(output, ignore_errors=True)
-        words = room.words(output, "--method", "drone", "--stream", stream, "--cache-memory", 0.001)
+        words = workdir.words(output, "--method", "drone", "--stream", stream, "--cache-memory", 0.001)
         done = server([words[0], str(model), *words[2:]], watch=True, shard="5MB")
         assert done.code == 0, done.said
         return done.grown
 
     def expected(**config: Any) -> int:
-        return parts(estimated(recipe_of(room.model, room.text, method="drone", cache_memory=0.001), **config).streamed)
+        return parts(
+            estimated(recipe_of(workdir.model, workdir.text, method="drone", cache_memory=0.001), **config).streamed
+        )
 
     least = grown("on", num_hidden_layers=2)
     layers = 12 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)
@@ -361,16 +363,16 @@ def densely(tmp_path_factory) -> Path:
 
 
 def compress_densely(
-    server, room, densely, output: Path, stream: str = "on", at: int | None = None, **more: Any
+    server, workdir, densely, output: Path, stream: str = "on", at: int | None = None, **more: Any
 ) -> Done:
-    words = ["compress", densely, *room.words(output)[2:], "--trust-remote-code", "--stream", stream]
+    words = ["compress", densely, *workdir.words(output)[2:], "--trust-remote-code", "--stream", stream]
     return server([*map(str, words), "--method", "kfac"], at, **more)
 
 
-def test_a_model_that_cannot_be_run_block_by_block_is_run_whole(server, room, densely, tmp_path):
+def test_a_model_that_cannot_be_run_block_by_block_is_run_whole(server, workdir, densely, tmp_path):
     made = {}
     for stream in ("on", "off"):
-        done = compress_densely(server, room, densely, tmp_path / stream, stream)
+        done = compress_densely(server, workdir, densely, tmp_path / stream, stream)
         assert done.code == 0, done.said
         made[stream] = published(tmp_path / stream)
     report = made["on"]["eckart/report.json"]
@@ -384,13 +386,13 @@ def test_a_model_that_cannot_be_run_block_by_block_is_run_whole(server, room, de
 
 
 @pytest.mark.parametrize(("then", "now"), [(3, 2), (1, 5), (2, 2)])
-def test_whole_passes_resume_with_other_memory(then, now, server, room, densely, tmp_path):
+def test_whole_passes_resume_with_other_memory(then, now, server, workdir, densely, tmp_path):
     """So many blocks' statistics fit then and now."""
-    whole = compress_densely(server, room, densely, tmp_path / "whole", at_once=then)
+    whole = compress_densely(server, workdir, densely, tmp_path / "whole", at_once=then)
     assert whole.code == 0, whole.said
     first = whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1
-    assert compress_densely(server, room, densely, tmp_path / "out", at=first, at_once=then).code < 0
-    done = compress_densely(server, room, densely, tmp_path / "out", at_once=now)
+    assert compress_densely(server, workdir, densely, tmp_path / "out", at=first, at_once=then).code < 0
+    done = compress_densely(server, workdir, densely, tmp_path / "out", at_once=now)
     assert done.code == 0, done.said
     found, expected = published(tmp_path / "out"), published(tmp_path / "whole")
     for content in (found, expected):

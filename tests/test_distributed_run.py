@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ENVIRONMENT, Done, Room, Server, furnished, published
+from tiny import ENVIRONMENT, Done, Server, Workdir, make_workdir, published
 from torch import Tensor
 
 import eckart
@@ -43,14 +43,14 @@ def products(folder: Path) -> dict[str, Tensor]:
 class Worlds:
     """Commands in worlds of several processes, and what an undisturbed one gives."""
 
-    def __init__(self, server: Server, room: Room, folder: Path) -> None:
+    def __init__(self, server: Server, workdir: Workdir, folder: Path) -> None:
         self.server = server
-        self.room = room
+        self.workdir = workdir
         self.folder = folder
         self.made: dict[tuple[str, int], tuple[Path, list[Done]]] = {}
 
     def words(self, home: Path, case: str, *more: Any) -> list[str]:
-        return self.room.words(home / "out", "--dtype", "float32", *CASES[case], *more)
+        return self.workdir.words(home / "out", "--dtype", "float32", *CASES[case], *more)
 
     def run(
         self, words: list[str], size: int = 2, *, rank: int = 0, at: int | None = None, what: str = "kill"
@@ -95,14 +95,14 @@ class Worlds:
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Room:
-    return furnished(tmp_path_factory.mktemp("room"))
+def workdir(tmp_path_factory) -> Workdir:
+    return make_workdir(tmp_path_factory.mktemp("workdir"))
 
 
 @pytest.fixture(scope="module")
-def worlds(room, tmp_path_factory) -> Iterator[Worlds]:
+def worlds(workdir, tmp_path_factory) -> Iterator[Worlds]:
     with Server(tmp_path_factory.mktemp("server")) as server:
-        yield Worlds(server, room, tmp_path_factory.mktemp("worlds"))
+        yield Worlds(server, workdir, tmp_path_factory.mktemp("worlds"))
 
 
 # -- the result of one -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from architectures import BY_NAME, output, scaled
 from problems import close, normal
 from safetensors import safe_open
-from tiny import furnished
+from tiny import make_workdir
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -381,26 +381,26 @@ def test_a_site_that_nothing_reaches_leaves_its_group():
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory):
-    return furnished(tmp_path_factory.mktemp("room"))
+def workdir(tmp_path_factory):
+    return make_workdir(tmp_path_factory.mktemp("workdir"))
 
 
-def streamed(room, output, stream):
+def streamed(workdir, output, stream):
     recipe = Recipe(
-        model=str(room.model), data=str(room.text), num_samples=12, max_seq_length=32, batch_size=4,
+        model=str(workdir.model), data=str(workdir.text), num_samples=12, max_seq_length=32, batch_size=4,
         method="basis-sharing", keep=0.5, dtype="float32", stream=stream,
     )  # fmt: skip
     return eckart.compress(recipe=recipe, output_dir=output)
 
 
 @pytest.fixture(scope="module")
-def small(room, tmp_path_factory):
+def small(workdir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("compressed") / "small"
-    return folder, streamed(room, folder, "off")
+    return folder, streamed(workdir, folder, "off")
 
 
-def test_block_by_block_it_is_the_same(room, small, tmp_path):
-    (folder, whole), part = small, streamed(room, tmp_path / "part", "on")
+def test_block_by_block_it_is_the_same(workdir, small, tmp_path):
+    (folder, whole), part = small, streamed(workdir, tmp_path / "part", "on")
     assert part.report["calibrated"].startswith("block by block")
     assert part.plan.choices == whole.plan.choices
     assert any(choice.basis for choice in part.plan.choices.values())
@@ -415,12 +415,12 @@ def test_block_by_block_it_is_the_same(room, small, tmp_path):
 
 
 @pytest.mark.parametrize("recovery", ["distil", "lora"])
-def test_training_keeps_what_is_shared(room, small, tmp_path, recovery):
+def test_training_keeps_what_is_shared(workdir, small, tmp_path, recovery):
     folder, result = small
     ties = shared_parameters(result.model)
     quick = {"max_steps": 4, "batch_size": 4, "max_seq_length": 16, "num_samples": 20, "eval_samples": 4}
     tuned = eckart.tune(
-        folder, data=str(room.text), teacher=str(room.model), recovery=recovery, learning_rate=3e-3, **quick
+        folder, data=str(workdir.text), teacher=str(workdir.model), recovery=recovery, learning_rate=3e-3, **quick
     )
     assert tuned.report["kept"] == "after"
     assert shared_parameters(tuned.model) == ties

@@ -242,7 +242,7 @@ def test_more_rows_than_it_takes_are_drawn_from(place, monkeypatch):
 
 def test_an_interrupted_run_starts_again(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr("eckart.recovery.refit.advance", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("eckart.recovery.refit.refittable", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             refit(place, output_dir=tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

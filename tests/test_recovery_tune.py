@@ -389,7 +389,7 @@ def test_what_is_published_is_what_was_scored(place, monkeypatch):
 
 def test_a_teacher_that_nobody_learns_from_is_noted(place):
     result = tuned(place, "lowrank", teacher=place / "dense", recovery="full", max_steps=1)
-    assert "--teacher was not read: recovery full learns from the task alone" in result.report["notes"]
+    assert "the teacher was not used for training: recovery full learns from the task alone" in result.report["notes"]
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 import torch
 from architectures import BY_NAME
 from safetensors.torch import load_file, save_file
-from tiny import Done, Room, Server, furnished, place, published
+from tiny import Done, Server, Workdir, make_workdir, place, published
 
 from eckart.storage.tensor_file import read_metadata
 
@@ -47,15 +47,15 @@ def described(path: Path) -> dict[str, Any]:
 class Runs:
     """Commands on the tiny model, each with its output in a folder of its own."""
 
-    def __init__(self, server: Server, room: Room, folder: Path) -> None:
+    def __init__(self, server: Server, workdir: Workdir, folder: Path) -> None:
         self.server = server
-        self.room = room
+        self.workdir = workdir
         self.folder = folder
         self.whole: dict[str, tuple[Done, dict[str, Any]]] = {}
         self.states: dict[tuple[str, int], Path] = {}
 
     def words(self, home: Path, method: str, *more: Any) -> list[str]:
-        return self.room.words(home / "out", *STREAM, *METHODS[method], *more)
+        return self.workdir.words(home / "out", *STREAM, *METHODS[method], *more)
 
     def undisturbed(self, method: str) -> tuple[Done, dict[str, Any]]:
         """A run and what it published."""
@@ -107,8 +107,8 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def room(tmp_path_factory) -> Room:
-    return furnished(tmp_path_factory.mktemp("room"))
+def workdir(tmp_path_factory) -> Workdir:
+    return make_workdir(tmp_path_factory.mktemp("workdir"))
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +118,8 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def runs(server, room, tmp_path_factory) -> Runs:
-    return Runs(server, room, tmp_path_factory.mktemp("runs"))
+def runs(server, workdir, tmp_path_factory) -> Runs:
+    return Runs(server, workdir, tmp_path_factory.mktemp("runs"))
 
 
 def same(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -332,13 +332,13 @@ def test_other_arguments_are_refused(what, runs, begun):
     assert message.count(" then, ") == 1
 
 
-def copy_of(room: Room, folder: Path) -> Room:
-    shutil.copytree(room.folder, folder)
-    return Room(folder)
+def copy_of(workdir: Workdir, folder: Path) -> Workdir:
+    shutil.copytree(workdir.folder, folder)
+    return Workdir(folder)
 
 
 def test_other_weights_are_refused(runs, begun, tmp_path_factory):
-    other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
+    other = copy_of(runs.workdir, tmp_path_factory.mktemp("other") / "workdir")
     weights = load_file(other.model / "model.safetensors")
     weights["model.norm.weight"][-1] *= 2  # one number
     save_file(weights, other.model / "model.safetensors", {"format": "pt"})
@@ -347,7 +347,7 @@ def test_other_weights_are_refused(runs, begun, tmp_path_factory):
 
 
 def test_other_text_is_refused(runs, begun, tmp_path_factory):
-    other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
+    other = copy_of(runs.workdir, tmp_path_factory.mktemp("other") / "workdir")
     other.text.write_text("Something else.\n" + other.text.read_text())
     words = other.words(begun / "out", *STREAM, *METHODS["drone"])
     runs.refused(begun, "other text", "Give the same --data", "--restart", "--output-dir", words=words)
@@ -356,7 +356,7 @@ def test_other_text_is_refused(runs, begun, tmp_path_factory):
 def test_other_text_before_anything_is_solved_is_refused_too(runs, tmp_path, tmp_path_factory):
     """The forward pass may have taken hours."""
     runs.unfinished("kfac", runs.moment("kfac", ">LayerwiseRunner.run_block"), tmp_path)
-    other = copy_of(runs.room, tmp_path_factory.mktemp("other") / "room")
+    other = copy_of(runs.workdir, tmp_path_factory.mktemp("other") / "workdir")
     other.text.write_text("Something else.\n" + other.text.read_text())
     runs.refused(tmp_path, "other text", words=other.words(tmp_path / "out", *STREAM, *METHODS["kfac"]))
 
@@ -364,7 +364,7 @@ def test_other_text_before_anything_is_solved_is_refused_too(runs, tmp_path, tmp
 def test_other_labels_of_the_same_text_are_refused(runs, tmp_path):
     model = place(BY_NAME["bert-classes"].model(vocab_size=8192), tmp_path / "classifier", torch.float32)
     file = tmp_path / "rows.csv"
-    lines = runs.room.text.read_text().splitlines()
+    lines = runs.workdir.text.read_text().splitlines()
     rows = [line.replace(",", " ").replace('"', " ") for line in lines if line.strip()][:40]
 
     def labeled(shift: int) -> None:
@@ -404,7 +404,7 @@ MOVED = ("eckart/recipe.yaml", "eckart/report.json", "README.md", "eckart/plan.j
 
 
 def test_what_changes_no_number_may_change(runs, begun, tmp_path_factory):
-    other = copy_of(runs.room, tmp_path_factory.mktemp("moved") / "room")
+    other = copy_of(runs.workdir, tmp_path_factory.mktemp("moved") / "workdir")
     other.model.rename(other.folder / "renamed")
     other.text.rename(other.folder / "renamed.txt")
     words = ["compress", other.folder / "renamed", *other.words(begun / "out", *METHODS["drone"])[2:]]
@@ -487,7 +487,7 @@ def test_disk_that_is_full_when_publishing(runs, tmp_path):
 
 
 def test_room_is_checked_before(runs, tmp_path):
-    done = runs.server(runs.words(tmp_path, "drone"), 0, "no room")
+    done = runs.server(runs.words(tmp_path, "drone"), 0, "no workdir")
     assert done.code == 1
     assert "has 1,000 free" in done.said
     assert done["load_data"] == 0

@@ -88,7 +88,7 @@ def text(folder: Path) -> Path:
 
 
 @dataclass(frozen=True)
-class Room:
+class Workdir:
     """Where a model and text lie.
 
     Attributes:
@@ -113,11 +113,11 @@ class Room:
         return list(map(str, ["compress", *words, "--output-dir", output, *more]))
 
 
-def furnished(folder: Path) -> Room:
-    """A room with a model and text."""
+def make_workdir(folder: Path) -> Workdir:
+    """A workdir with a model and text."""
     place(llama(), folder / "llama")
     text(folder)
-    return Room(folder)
+    return Workdir(folder)
 
 
 def published(folder: Path) -> dict[str, Any]:
@@ -249,7 +249,7 @@ def _denied() -> None:
 
 
 def _no_room() -> None:
-    """From now on the disk has little room, as far as anybody asks."""
+    """From now on the disk has little workdir, as far as anybody asks."""
     usage = shutil.disk_usage("/")
     shutil.disk_usage = lambda _: usage._replace(free=1000)  # type: ignore[assignment]
 
@@ -260,7 +260,7 @@ TROUBLE: dict[str, Callable[[], None]] = {
     "stop": _stop,
     "full": _full,
     "denied": _denied,
-    "no room": _no_room,
+    "no workdir": _no_room,
 }
 
 

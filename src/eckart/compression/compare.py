@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.compression.context import Timer
-from eckart.compression.open_run import open_in_memory, untouched
+from eckart.compression.open_run import keep_unchanged, open_in_memory
 from eckart.compression.options import combine_options
 from eckart.compression.pipeline import build_model, make_factors
 from eckart.compression.prepare import prepare
@@ -118,28 +118,28 @@ def compare(
         combine_options(recipe, {"keep": keep}, where="keeps")
     rows = [Settings.of(method_named(each.method), each) for each in recipes]
 
-    with untouched(model):
+    with keep_unchanged(model):
         run = open_in_memory(
             model, tokenizer, data, recipe, rows, source_folder=source_folder, report_progress=report_progress
         )
         context = prepare(run, data, rows, keeps)
 
     def results() -> Iterator[tuple[str, float, Result]]:
-        with untouched(model):
+        with keep_unchanged(model):
             windows = list(context.timer.gathering(context.calibration.windows()))
         shared = context.timer.seconds
         for row in rows:
-            settings = context.without_backward(row)
+            settings = context.adapt_settings(row)
             asked = run.recipe.model_copy(update={"method": settings.method.name})
             context.timer = Timer(shared)
             context.workspace.store = MemoryStore()
-            with untouched(model):
+            with keep_unchanged(model):
                 factors = make_factors(context, settings, asked, max(keeps), windows)
             own = context.timer.seconds
             for keep in keeps:
                 context.timer = Timer(own)
                 context.workspace.store = MemoryStore()  # the factors stay in theirs
-                with untouched(model):
+                with keep_unchanged(model):
                     result = build_model(context, settings, asked.model_copy(update={"keep": keep}), factors)
                 yield settings.method.name, keep, result
 

@@ -34,11 +34,11 @@ class Timer:
         self.seconds = dict(seconds or {})
 
     @contextmanager
-    def step(self, name: str, *, when: bool = True) -> Iterator[None]:
-        """Add the seconds that the body takes to a step; nothing is noted unless `when`."""
+    def step(self, name: str, *, noted: bool = True) -> Iterator[None]:
+        """Add the seconds that the body takes to a step; nothing is added unless `noted`."""
         start = time.perf_counter()
         yield
-        if when:
+        if noted:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
     @contextmanager
@@ -69,7 +69,7 @@ class CompressionContext:
         tokenizer: published with the model.
         sites: the weights that can be factored.
         data: batches to calibrate on; None where no method reads any.
-        held: batches kept back to measure quality on.
+        held_out: batches kept back to measure quality on.
         calibration: the way to the statistics of the sites.
         pooling: how an embedding model pools its tokens.
         source_folder: where the model came from.
@@ -84,7 +84,7 @@ class CompressionContext:
     tokenizer: Any
     sites: Sites
     data: CalibrationData | None
-    held: CalibrationData | None
+    held_out: CalibrationData | None
     calibration: Calibration
     pooling: Pooling | None
     source_folder: Path | None
@@ -101,8 +101,8 @@ class CompressionContext:
         """Names of the sites, in the order of the model."""
         return [site.name for site in self.sites.chosen]
 
-    def without_backward(self, settings: Settings) -> Settings:
-        """The settings; of the default, what is left where no backward pass runs through the model."""
+    def adapt_settings(self, settings: Settings) -> Settings:
+        """Return the settings; of the default method, those without gradients if the model has no backward pass."""
         return settings if self.calibration.backward_failed is None else settings.without_gradients()
 
     def bases(self, settings: Settings, recipe: Recipe) -> Bases:

@@ -35,7 +35,7 @@ class EmbeddingReport:
     skipped: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def join(self, report: dict[str, Any]) -> None:
+    def add_to(self, report: dict[str, Any]) -> None:
         """Write into a run's report: `embeddings`, `kept.of_embeddings`, and what is skipped."""
         report["embeddings"] = self.rows
         report["skipped"] = {**report["skipped"], **self.skipped}

@@ -14,7 +14,7 @@ from eckart.model import WeightLoader
 
 def measure_quality(context: CompressionContext, compressed: PreTrainedModel) -> dict[str, Any]:
     """Compare outputs on the held-out batches; the first process does, for all of them."""
-    assert context.held is not None
+    assert context.held_out is not None
     processes = context.workspace.processes
     measured: dict[str, Any] = {}
     failed: BaseException | None = None
@@ -23,7 +23,7 @@ def measure_quality(context: CompressionContext, compressed: PreTrainedModel) ->
         smaller = WeightLoader(compressed, context.workspace.compute_stored)
         try:
             with context.weights.streaming(blocks), smaller.streaming(blocks):
-                measured = quality.measure_quality(compressed, context.model, context.held, context.pooling)
+                measured = quality.measure_quality(compressed, context.model, context.held_out, context.pooling)
         except Exception as error:
             failed = error
     processes.raise_if_any_failed(failed)

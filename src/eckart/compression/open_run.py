@@ -138,7 +138,7 @@ def open_in_memory(
     )
 
 
-def untouched(model: Any) -> AbstractContextManager[None]:
+def keep_unchanged(model: Any) -> AbstractContextManager[None]:
     """Leave the global random state as it was, and of a model in memory all that a computation might change."""
     return preserve_state(model) if isinstance(model, PreTrainedModel) else preserve_state()
 

@@ -1,7 +1,11 @@
-"""The order of a compression. Every step is one call; what it does is told where the step lies.
+"""The order of a compression. Each step is one call, documented in the file of its name beside this one.
 
-recipe -> model -> sites -> data -> statistics -> factors -> plan -> forms in place -> embeddings -> refit -> quality
--> report -> published folder
+recipe -> model -> sites -> data -> (statistics -> factors), window by window -> plan -> forms in place -> embeddings
+-> refit -> quality -> report -> published folder
+
+A site is a weight that can be factored; a window is a group of sites whose statistics are in memory at the same time.
+What users choose by name is one file each: methods in `eckart.methods`, forms in `eckart.forms`, statistics in
+`eckart.moments`, recoveries in `eckart.recovery`; `eckart.registry` lists them.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.factorize import factorize_sites
 from eckart.compression.measure import measure_quality
-from eckart.compression.open_run import open_run, untouched
+from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options, dtype_of
 from eckart.compression.plan_builder import make_plan, stored_choices
 from eckart.compression.prepare import prepare
@@ -60,8 +64,8 @@ def compress(
 
     A model in memory stays as it is: its numbers, configuration, device, training mode, `requires_grad`, and the global
     random state. A folder is worked on as a whole or, where it is too large for memory and `output_dir` is given, block
-    by block; the same call then resumes a run that was interrupted. Under a launcher that starts several processes
-    (torchrun) these share the text and the weights, and the first one publishes.
+    by block; repeating the call then resumes an interrupted run. Under a launcher that starts several processes
+    (torchrun), the text and the sites are divided among them, and the first one publishes.
 
     Args:
         model: a transformers model in any floating-point type, or the folder or hub name of one.
@@ -69,12 +73,13 @@ def compress(
         data: to calibrate on: a file, folder, hub data set, "stdlib", "self", a list of strings, or batches.
         method: the name of a method, or a :class:`eckart.Method` of your own.
         form: the name of a stored form, or a class of your own on :class:`eckart.FactoredLinear`.
-        recipe: all other options in one object; options given here as well take the place of its own.
+        recipe: all other options in one object; keyword options override it.
         output_dir: the folder to publish. It is published whole, or not at all.
         overwrite: replace an output that is there and holds only what eckart has published.
         restart: discard an unfinished run on the same output.
-        inputs: what else was read and is never replaced, such as the file of the recipe.
-        source_folder: where a model in memory came from: its other files are published too, and its pooling is read.
+        inputs: other files that were read, such as that of the recipe; the output never replaces them.
+        source_folder: where a model in memory came from: its other files are published too, and how it pools tokens
+            into an embedding is read there.
         workspace: where to compute and to keep intermediate results; chosen by default.
         report_progress: called with a line on how the model is worked on and what that takes.
         **options: fields of :class:`eckart.Recipe`, such as `keep=0.5` or `targets=["*.mlp.*"]`.
@@ -85,16 +90,21 @@ def compress(
     Raises:
         EckartError: naming what failed, where, and what to do; nothing is published then.
     """
+    # 1. The options: what the recipe says, and the method where the recipe says nothing.
     recipe = combine_options(recipe, options, model=model, data=data, method=method, form=form)
     settings = Settings.of(method_named(recipe.method), recipe)
-    with untouched(model), open_run(
+
+    # 2. The model, with a locked output folder and the journal of an interrupted run where there is an output.
+    with keep_unchanged(model), open_run(
         model, tokenizer, data, recipe, [settings],
-        output_dir=output_dir, overwrite=overwrite, restart=restart, inputs=inputs,
-        source_folder=source_folder, workspace=workspace,
-        report_progress=report_progress,
+        output_dir=output_dir, overwrite=overwrite, restart=restart, inputs=inputs, source_folder=source_folder,
+        workspace=workspace, report_progress=report_progress,
     ) as run:  # fmt: skip
+        # 3. Its sites, the calibration data, and the way to the statistics. (`compare` passes several settings.)
         context = prepare(run, data, [settings], [recipe.keep])
-        settings = context.without_backward(settings)
+        settings = context.adapt_settings(settings)
+
+        # 4. The factors of every site; 5. to 10. the smaller model made of them; 11. the published folder.
         factors = make_factors(context, settings, run.recipe, recipe.keep)
         result = build_model(context, settings, run.recipe, factors)
         return run.publish(result)
@@ -107,14 +117,17 @@ def make_factors(
     largest_keep: float,
     windows: Sequence[StatisticsWindow] | None = None,
 ) -> FactorStore:
-    """Factor every site that the data reached, window by window, up to the rank that any plan may choose.
+    """Gather statistics and factor the sites that received tokens, one window after another.
+
+    Each site is factored up to the largest rank that a plan may choose; windows that an interrupted run has finished
+    are read from the store.
 
     Args:
         context: the model, its sites and their statistics.
         settings: method, form, allocation.
         recipe: plan file and budget.
-        largest_keep: the largest fraction that factors are made for.
-        windows: statistics that were gathered already, for several methods; else they are gathered here.
+        largest_keep: the largest `keep` that these factors will serve.
+        windows: statistics that were gathered before, for several methods; if None they are gathered here.
     """
     factors = FactorStore(context.workspace.store, context.workspace.processes, context.weights.device)
     with context.timer.factorizing():
@@ -124,47 +137,52 @@ def make_factors(
 
 
 def build_model(context: CompressionContext, settings: Settings, recipe: Recipe, factors: FactorStore) -> Result:
-    """Make a smaller model of the factors: plan, forms in place, embeddings, refit, quality, report."""
+    """Make the smaller model of the factors."""
     model, sites, timer = context.model, context.sites, context.timer
-    known = factors.summary
-    dense = describe_dense_sites(context, known)
-    notes = [*settings.notes, *context.calibration.notes, *known.all_notes(dense)]
+    summary, dtype = factors.summary, dtype_of(recipe)
+    dense = describe_dense_sites(context, summary)
+    notes = [*settings.notes, *context.calibration.notes, *summary.all_notes(dense)]
 
-    dtype = dtype_of(recipe)
+    # 5. The plan: form and rank of every site, within the budget.
     budget = Budget.of_recipe(model, sites, recipe)
     bases = context.bases(settings, recipe)
-    plan = make_plan(sites, settings, recipe, known.losses, dense, budget, context.fingerprint, bases)
+    plan = make_plan(sites, settings, recipe, summary.losses, dense, budget, context.fingerprint, bases)
 
+    # 6. Forms in place of the dense weights, in a copy of the model.
     assembly = Assembly(model, sites.chosen, context.weights, context.workspace, dtype)
     with timer.step("replacement"):
         compressed, fallbacks = assembly.put_forms(plan, factors)
     notes += fallbacks
 
-    with timer.step("embeddings", when=recipe.embeddings != "dense"):
+    # 7. Factored token embeddings, where they were asked for.
+    with timer.step("embeddings", noted=recipe.embeddings != "dense"):
         embedded = factor_embeddings(
             model, compressed, recipe, context.data, context.weights, context.workspace.processes, dtype
         )
     notes += embedded.notes
 
+    # 8. The refit, kept if held-out text says that it is better.
     measured = None
     if settings.refit and context.data is not None:
         with timer.step("refit"):
-            compressed, measured, found = refit_if_better(
+            compressed, measured, refit_notes = refit_if_better(
                 context, settings, recipe, plan, compressed, assembly, factors
             )
-        notes += found
+        notes += refit_notes
 
+    # 9. The description of what is stored, and the quality on held-out text.
     plan = replace(plan, choices=stored_choices(compressed, sites, plan))
     fuse_experts(compressed)
     if factored_modules(compressed):
         attach_config(compressed)
     with timer.step("measuring"):
-        if context.held is not None and measured is None:
+        if context.held_out is not None and measured is None:
             measured = measure_quality(context, compressed)
 
+    # 10. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)
-    report = build_report(context, settings, recipe, plan, compressed, dense, measured, notes, known)
-    embedded.join(report)
+    report = build_report(context, settings, recipe, plan, compressed, dense, measured, notes, summary)
+    embedded.add_to(report)
     if not context.workspace.streaming:
         unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

@@ -55,7 +55,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         tokenizer=run.tokenizer,
         sites=sites,
         data=None,
-        held=None,
+        held_out=None,
         calibration=calibrate_without_data(model, names),
         pooling=Pooling.from_folder(folder) if folder is not None and not has_output_head(model) else None,
         source_folder=folder,
@@ -74,7 +74,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
     if not needs and data is None:
         return context
     with context.timer.step("data"):
-        context.data, context.held = _load(model, run.tokenizer, data, recipe)
+        context.data, context.held_out = _load(model, run.tokenizer, data, recipe)
         _check_same_text(context)
     if needs:
         with context.timer.step("calibration"):
@@ -150,7 +150,7 @@ def _check_same_text(context: CompressionContext) -> None:
     """
     assert context.data is not None
     store = context.workspace.store
-    batches = [*context.data.batches, *(context.held.batches if context.held is not None else ())]
+    batches = [*context.data.batches, *(context.held_out.batches if context.held_out is not None else ())]
     now = {"sha256": digest_batches(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
     if context.workspace.streaming:
         now["weights"] = weights_checksum(context.model)

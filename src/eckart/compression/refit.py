@@ -46,7 +46,7 @@ def refit_if_better(
         The better of the two models, its measured quality where it was measured, and notes.
     """
     assert context.data is not None
-    if context.held is None and not recipe.refit:
+    if context.held_out is None and not recipe.refit:
         return compressed, None, ["the refit was left out: there is too little text to hold some out and check it by"]
     fixed = sorted(n for n, c in plan.choices.items() if c.form != DENSE and not form_named(c.form).refits)
     notes = [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in fixed]
@@ -55,7 +55,7 @@ def refit_if_better(
     try:
         fitted, found = refit_blocks(context, settings, plan, compressed, assembly, factors, names)
         set_lean(fitted, context.workspace.streaming)
-        if context.held is not None and fitted is not compressed:
+        if context.held_out is not None and fitted is not compressed:
             before = measured = measure_quality(context, compressed)
             after = measure_quality(context, fitted)
             if distance_to_original(after) > distance_to_original(before):

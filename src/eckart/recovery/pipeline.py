@@ -40,23 +40,23 @@ def tune(
 ) -> TuneResult:
     """Train a model, factored or dense, or solve its factors again: to recover quality, or to learn a task.
 
-    The better model by the score on held-out data is returned, the one before or the one after: the trained one only
-    where an accuracy has risen by more than chance would raise it. Models that are passed in stay as they are.
+    The better model by the score on held-out data is returned, the one before or the one after. Where the score is an
+    accuracy, the trained model must be better by more than chance. Models that are passed in stay as they are.
 
     With `output_dir` the result is published there. Every `save_steps` steps the state is kept in `OUTPUT.partial/`, as
     tensors and JSON; the same call resumes from there after an interruption.
 
     Args:
         model: the student: a model, or the folder or hub name of one.
-        tokenizer: that of the folder if None.
+        tokenizer: of the student; default: the one in its folder.
         data: text or labeled rows: a file, a folder, a hub data set, a `datasets.Dataset`, a list of rows.
         teacher: the model to learn from: a model, or the folder or hub name of one.
         eval_data: other data to score on; without it a tenth of `data` is held out.
         recovery: an object such as `LoRA(rank=8)`, of a class of your own too, or the name of a registered one.
-        recipe: options; what is given beside it wins.
+        recipe: all other options in one object; keyword options override it.
         output_dir: the folder to publish.
         overwrite: replace a model folder that was published there.
-        restart: drop the state of an unfinished training on the same output.
+        restart: discard an unfinished training on the same output.
         **options: fields of :class:`eckart.TuneRecipe`.
 
     Returns:
@@ -68,7 +68,7 @@ def tune(
     Example:
         >>> tune("smol-40", data="texts.txt", teacher="HuggingFaceTB/SmolLM2-135M", recovery=LoRA())  # doctest: +SKIP
     """
-    # 1. The options, and whether the output could be published.
+    # 1. The options; an output folder that cannot be written is refused.
     given = {"model": model, "teacher": teacher, "data": data, "eval_data": eval_data}
     recipe, recovery, inputs = settle_inputs(given, tokenizer, recovery, recipe, options)
     device = resolve_device(recipe.device)
@@ -81,10 +81,13 @@ def tune(
         student = open_student(recipe, inputs.model, inputs.tokenizer, inputs.data)
         check_fits(recovery, student)
         notes = [f"newly initialized: {', '.join(student.new_head)}"] if student.new_head else []
-        learns = recovery.needs_teacher
-        teacher_model = open_teacher(recipe, inputs.teacher, student).to(device) if learns else None  # type: ignore[arg-type]
-        if inputs.teacher is not None and not learns:
-            notes.append(f"--teacher was not read: recovery {recipe.recovery} learns from the task alone")
+        teacher_model = None
+        if recovery.needs_teacher:
+            teacher_model = open_teacher(recipe, inputs.teacher, student).to(device)  # type: ignore[arg-type]
+        elif inputs.teacher is not None:
+            notes.append(
+                f"the teacher was not used for training: recovery {recipe.recovery} learns from the task alone"
+            )
         pooling = find_pooling(recipe, student, inputs.teacher) if student.task == "embedding" else None
 
         # 3. The data: rows to train on, and a scorer on what is held out.
@@ -127,11 +130,11 @@ def tune(
             scores |= {"after": after.numbers} | teacher_scores
 
             # 7. The better one is kept.
-            kept, when = choose_better(student, trained, recovery, scorer, before, after, notes)
+            kept, kept_stage = choose_better(student, trained, recovery, scorer, before, after, notes)
 
             # 8. The report, and the published folder.
             report = make_report(recipe, recovery, student, training_data, scores, device)
-            report |= done | {"kept": when, "notes": notes, "seconds": clock.seconds}
+            report |= done | {"kept": kept_stage, "notes": notes, "seconds": clock.seconds}
             result = TuneResult(kept, report, recipe, student.tokenizer, student.folder, recovery=recovery)
             if output_dir is not None:
                 result.save_pretrained(output_dir, overwrite=overwrite, lock=lock)

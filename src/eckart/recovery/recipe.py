@@ -12,13 +12,11 @@ from pydantic import Field, field_validator, model_validator
 
 from eckart.config import RecipeBase, check_recipe
 from eckart.errors import UsageError
+from eckart.recovery.settings import PYTHON, make_recovery, name_of, settings_in_words
 from eckart.registry import METHODS, RECOVERIES
 
 if TYPE_CHECKING:
     from eckart.recovery.base import Recovery
-
-PYTHON = "python:"
-"""What the name of a recovery begins with that is a class of the user's own, in no registry."""
 
 
 class TuneRecipe(RecipeBase):
@@ -85,8 +83,6 @@ class TuneRecipe(RecipeBase):
         found = content.get("recovery") if isinstance(content, Mapping) else None
         if found is None or isinstance(found, str):
             return content
-        from eckart.recovery.settings import name_of, settings_in_words  # brings torch, as the object did
-
         return {**content, "recovery": name_of(found), "recovery_option": settings_in_words(found)}
 
     @field_validator("recovery")
@@ -121,8 +117,6 @@ class TuneRecipe(RecipeBase):
         Raises:
             UsageError: naming the setting at fault, or a class that no registry knows.
         """
-        from eckart.recovery.settings import make_recovery
-
         if self.recovery.startswith(PYTHON):
             place = self.recovery.removeprefix(PYTHON)
             raise UsageError(

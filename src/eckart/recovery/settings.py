@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from eckart.errors import UsageError
-from eckart.recovery.base import Recovery
-from eckart.recovery.recipe import PYTHON
 from eckart.registry import RECOVERIES
+
+if TYPE_CHECKING:
+    from eckart.recovery.base import Recovery
+
+PYTHON = "python:"
+"""The beginning of the name of a recovery whose class is not registered: `python:MODULE.CLASS`."""
 
 
 def make_recovery(name: str, options: Mapping[str, str] | None = None) -> Recovery:
@@ -43,6 +47,8 @@ def name_of(recovery: Recovery) -> str:
         UsageError: it is no recovery.
     """
     kind = type(recovery)
+    from eckart.recovery.base import Recovery  # imports torch, as the object did
+
     if not isinstance(recovery, Recovery):
         what = recovery.__name__ if isinstance(recovery, type) else repr(recovery)
         raise UsageError(

@@ -27,9 +27,9 @@ help:
 demo: $(CORE)
 	OMP_WAIT_POLICY=passive $(BIN)/eckart demo
 
-# One thread a worker: more threads than cores only slow each other down.
+# One thread a worker: more threads than cores only slow each other down. A file's tests share fixtures: one worker.
 test: lint
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 lint: $(DEV)
 	$(BIN)/ruff check .

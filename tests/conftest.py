@@ -1,6 +1,10 @@
 """One thread, no network: both are read when the libraries are first imported, so they are set before."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -13,6 +17,9 @@ import pytest
 
 from eckart import registry
 
+if TYPE_CHECKING:
+    from tiny import Server
+
 
 @pytest.fixture(autouse=True)
 def _registries_are_left_as_they_were():
@@ -22,3 +29,12 @@ def _registries_are_left_as_they_were():
     yield
     for table, added in zip(tables, before, strict=True):
         table._added = added
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """Forks for each command; it takes five seconds to start."""
+    from tiny import Server
+
+    with Server(tmp_path_factory.mktemp("server")) as server:
+        yield server

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from architectures import BY_NAME, scaled
 from safetensors.torch import load
-from tiny import Done, Server, Workdir, llama, make_workdir, place, published
+from tiny import Done, Workdir, llama, make_workdir, place, published
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -33,12 +32,6 @@ GB = 10**9
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Workdir:
     return make_workdir(tmp_path_factory.mktemp("workdir"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 def recipe_of(model: Path, text: Path, **more: Any) -> Recipe:

@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,9 +99,8 @@ def workdir(tmp_path_factory) -> Workdir:
 
 
 @pytest.fixture(scope="module")
-def worlds(workdir, tmp_path_factory) -> Iterator[Worlds]:
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield Worlds(server, workdir, tmp_path_factory.mktemp("worlds"))
+def worlds(server, workdir, tmp_path_factory) -> Worlds:
+    return Worlds(server, workdir, tmp_path_factory.mktemp("worlds"))
 
 
 # -- the result of one -------------------------------------------------------------------------------

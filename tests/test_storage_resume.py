@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +108,6 @@ class Runs:
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory) -> Workdir:
     return make_workdir(tmp_path_factory.mktemp("workdir"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory) -> Iterator[Server]:
-    with Server(tmp_path_factory.mktemp("server")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ torch.set_num_threads(1)
 import pytest
 
 from eckart import registry
+from eckart.lookup.registry import Registry
 
 if TYPE_CHECKING:
     from tiny import Server
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _registries_are_left_as_they_were():
     """What a test registers under a name of its own is not known to the next one."""
-    tables = [table for table in vars(registry).values() if isinstance(table, registry.Registry)]
+    tables = [table for table in vars(registry).values() if isinstance(table, Registry)]
     before = [dict(table._added) for table in tables]
     yield
     for table, added in zip(tables, before, strict=True):

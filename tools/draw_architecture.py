@@ -26,7 +26,7 @@ DRAWING = ROOT / "docs" / "architecture.svg"
 
 BOX, HEIGHT, GAP, STEP, MARGIN = 280, 58, 40, 96, 130  # pixels
 LETTERS = 40  # of a line in a box
-EVERYWHERE = ("errors", "registry")
+EVERYWHERE = ("errors", "lookup", "registry")
 """Imported by nearly all packages: arrows to them are left out."""
 
 STYLE = """

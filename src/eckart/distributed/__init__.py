@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from eckart.distributed.launcher import is_main
 from eckart.errors import OtherProcessError
-from eckart.registry import lazy_attributes
+from eckart.lookup.lazy import lazy_attributes
 
 if TYPE_CHECKING:
     from eckart.distributed.group import Processes

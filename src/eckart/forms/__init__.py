@@ -22,7 +22,8 @@ from eckart.forms.pivoted import Pivoted
 from eckart.forms.safe_embedding import SafeEmbedding
 from eckart.forms.shared_basis import SharedBasis
 from eckart.forms.tied_head import TiedHead
-from eckart.registry import EMBEDDINGS, FORMS, OTHER_FORMS, Registry
+from eckart.lookup.registry import Registry
+from eckart.registry import EMBEDDINGS, FORMS, OTHER_FORMS
 
 __all__ = [
     "EMBEDDINGS",

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from eckart.registry import RECOVERIES, lazy_attributes
+from eckart.lookup.lazy import lazy_attributes
+from eckart.registry import RECOVERIES
 
 if TYPE_CHECKING:
     from eckart.recovery.base import ClosedFormRecovery, Recovery, RecoveryContext

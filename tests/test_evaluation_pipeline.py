@@ -136,6 +136,10 @@ def test_rows_in_memory_are_scored_by_the_task_that_fits():
 def test_inspect_takes_a_model_or_a_folder(folder, compressed):
     stored = eckart.inspect(str(folder), ignore="*.mlp.*")
     assert stored == eckart.inspect(llama(), ignore=["*.mlp.*"], device="cpu")
+    recipe = eckart.InspectionRecipe(ignore="*.self_attn.*")
+    assert stored == eckart.inspect(llama(), recipe=recipe, ignore=["*.mlp.*"])
+    with pytest.raises(UsageError, match="'ignored' is not an option; did you mean 'ignore'"):
+        eckart.inspect(llama(), ignored="*.mlp.*")
     assert {row["kind"] for row in stored["kinds"]} == {f"model.layers.*.self_attn.{n}_proj" for n in "qkvo"}
     assert stored["groups"][0]["kinds"] == [f"model.layers.*.self_attn.{n}_proj" for n in "qkv"]
     with pytest.raises(ModelError, match="factored"):

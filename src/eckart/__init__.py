@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from eckart.compression.result import Result
     from eckart.evaluation.inspection import inspect
     from eckart.evaluation.pipeline import evaluate
-    from eckart.evaluation.recipe import EvaluationRecipe
+    from eckart.evaluation.recipe import EvaluationRecipe, InspectionRecipe
     from eckart.forms import register_form
     from eckart.forms.base import Factored
     from eckart.forms.linear import FactoredLinear
@@ -53,6 +53,7 @@ _PLACES = {
     # What goes in, and what comes out.
     "Recipe": "compression.recipe:Recipe",
     "EvaluationRecipe": "evaluation.recipe:EvaluationRecipe",
+    "InspectionRecipe": "evaluation.recipe:InspectionRecipe",
     "TuneRecipe": "recovery.recipe:TuneRecipe",
     "Comparison": "compression.compare:Comparison",
     "Result": "compression.result:Result",
@@ -81,6 +82,7 @@ __all__ = [
     "EvaluationRecipe",
     "Factored",
     "FactoredLinear",
+    "InspectionRecipe",
     "Method",
     "Metric",
     "Plan",

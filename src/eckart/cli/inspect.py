@@ -7,14 +7,12 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.console import check_json, guarded, say_device, show, write_json
-from eckart.cli.options import JsonOption, recipe_from_cli, recipe_options
-from eckart.compression.recipe import Recipe
-
-FIELDS = ("targets", "ignore", "revision", "trust_remote_code", "device")
+from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
+from eckart.evaluation.recipe import InspectionRecipe
 
 
 @guarded
-@recipe_options(Recipe, *FIELDS)
+@recipe_options(InspectionRecipe, *options_of(InspectionRecipe))
 def inspect(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the model.")],
     json: JsonOption = None,
@@ -27,14 +25,13 @@ def inspect(
 
     Example: eckart inspect bert-base-uncased --ignore "*.attention.*"
     """
-    recipe = recipe_from_cli(Recipe, model, options)
+    recipe = recipe_from_cli(InspectionRecipe, model, options)
     check_json(json, recipe.inputs)
 
     from eckart.evaluation.inspection import inspect as inspect_model
     from eckart.report.inspection import render_inspection
 
     say_device(recipe.device)
-    chosen = {name: getattr(recipe, name) for name in FIELDS}
-    found = inspect_model(model, **chosen)
+    found = inspect_model(model, recipe=recipe)
     show(render_inspection(found))
     write_json(json, found, recipe.inputs)

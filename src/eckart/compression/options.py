@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.compression.recipe import Recipe, make_recipe
-from eckart.config import resolve_device
+from eckart.compression.recipe import Recipe
+from eckart.config import merge_recipe, resolve_device
 from eckart.methods import Method
 
 
@@ -31,11 +31,10 @@ def combine_options(
     Raises:
         UsageError: naming an unknown option with the nearest spelling, or a value that cannot be.
     """
-    content: dict[str, Any] = recipe.model_dump(exclude_unset=True) if recipe is not None else {}
-    content |= options
+    content = dict(options)
     content |= {k: str(v) for k, v in (("model", model), ("data", data)) if isinstance(v, str | Path)}
     content |= {key: value for key, value in (("method", method), ("form", form)) if value is not None}
-    return make_recipe(content, where)
+    return merge_recipe(Recipe, recipe, content, where)
 
 
 def dtype_of(recipe: Recipe) -> torch.dtype | None:

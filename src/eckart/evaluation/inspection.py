@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.open import find_checkpoint, open_model
-from eckart.config import resolve_device
+from eckart.config import merge_recipe, resolve_device
 from eckart.data import model_kind
 from eckart.data.inference import evaluating, forward, progress
+from eckart.evaluation.recipe import InspectionRecipe
 from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS
 from eckart.model import Site, dense_weight, find_sites, preserve_random_state, with_separate_experts
@@ -28,13 +29,7 @@ ENERGY = 0.9
 
 
 def inspect(
-    model: PreTrainedModel | str | Path,
-    *,
-    targets: str | Sequence[str] | None = None,
-    ignore: str | Sequence[str] | None = None,
-    trust_remote_code: bool = False,
-    revision: str | None = None,
-    device: str | None = "auto",
+    model: PreTrainedModel | str | Path, *, recipe: InspectionRecipe | None = None, **options: Any
 ) -> dict[str, Any]:
     """Find the weights of a model that can be factored (the sites), their spectra, and where the parameters are.
 
@@ -42,11 +37,8 @@ def inspect(
 
     Args:
         model: in memory, a folder or a hub name; not factored.
-        targets: only these modules: names, globs or regular expressions.
-        ignore: leave these modules out.
-        trust_remote_code: allow the model's own Python code to run.
-        revision: branch, tag or commit on the hub.
-        device: where singular values are computed, one weight at a time; "auto" for a GPU that is there.
+        recipe: all options in one object; keyword options override it.
+        **options: fields of :class:`eckart.InspectionRecipe`, such as `ignore="*.attention.*"`.
 
     Returns:
         `kinds`: per kind of site its `count`, `shape`, `elements`, mean `effective_rank` (exp of the entropy of the
@@ -56,28 +48,25 @@ def inspect(
 
     Raises:
         CheckpointError: there is no such model, or it is damaged.
-        UsageError: for a pattern that matches nothing.
+        UsageError: for an unknown option, with the nearest spelling, or a pattern that matches nothing.
         ModelError: if there is nothing to factor, or the model is factored already.
     """
+    recipe = merge_recipe(InspectionRecipe, recipe, options, "eckart.inspect")
     dtype = None
     if not isinstance(model, PreTrainedModel):
-        opened = open_model(find_checkpoint(model, revision, trust_remote_code=trust_remote_code))
+        opened = open_model(find_checkpoint(model, recipe.revision, trust_remote_code=recipe.trust_remote_code))
         model, dtype = opened.model, opened.dtype
     with preserve_random_state():
         model = with_separate_experts(model)
-        sites = find_sites(model, _listed(targets), _listed(ignore))
+        sites = find_sites(model, recipe.targets, recipe.ignore)
         return {
             "model": type(model).__name__,
-            "kinds": _kinds(model, sites.chosen, resolve_device(device)),
+            "kinds": _kinds(model, sites.chosen, resolve_device(recipe.device)),
             "groups": _groups(model, [site.name for site in sites.chosen]),
             "parameters": _parameters(model, sites.chosen),
             "sizes": count_sizes(model, dtype=dtype).model.as_dict(),
             "skipped": _skipped(sites.skipped),
         }
-
-
-def _listed(patterns: str | Sequence[str] | None) -> Sequence[str] | None:
-    return (patterns,) if isinstance(patterns, str) else patterns
 
 
 def _kinds(model: PreTrainedModel, sites: Sequence[Site], device: torch.device) -> list[dict[str, Any]]:

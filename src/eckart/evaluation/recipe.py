@@ -1,11 +1,11 @@
-"""The recipe of an evaluation: on what a model is scored, and how. It is read without torch."""
+"""The recipes of an evaluation and of an inspection. They are read without torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from eckart.config import RecipeBase
 
@@ -45,3 +45,24 @@ class EvaluationRecipe(RecipeBase):
     revision: str | None = Field(None, description="Revision of the models on the hub.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+
+
+class InspectionRecipe(RecipeBase):
+    """Which weights of a model are looked at. Options that are None take a default.
+
+    The same names are the flags of `eckart inspect` and the keyword arguments of :func:`eckart.inspect`.
+    """
+
+    model: str | None = Field(None, description="Hub name or folder of the model.")
+    targets: tuple[str, ...] | None = Field(
+        None, description="Only these modules: names, globs or regular expressions."
+    )
+    ignore: tuple[str, ...] | None = Field(None, description="Leave these modules out.")
+    revision: str | None = Field(None, description="Revision of the model on the hub.")
+    trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
+    device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+
+    @field_validator("targets", "ignore", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value or None

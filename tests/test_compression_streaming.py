@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,19 +78,25 @@ def alike(one: Any, other: Any, place: str = "report") -> None:
 CASES: dict[str, dict[str, Any]] = {
     "eckart": {},  # reads all that kfac and drone read
     "svd": {"method": "svd"},
-    "float16 in shards": {"method": "drone", "checkpoint": torch.float16, "shards": "100KB"},
-    "another type is stored": {"method": "drone", "dtype": "float32"},
+    "float16 in shards, another type is stored": {
+        "method": "drone",
+        "checkpoint": torch.float16,
+        "shards": "100KB",
+        "dtype": "float32",
+    },  # fmt: skip
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_streamed_and_whole_give_the_same(case, workdir, tmp_path):
+def test_streamed_and_whole_give_the_same(case, workdir, tmp_path, monkeypatch):
+    """And what is asked for is followed, whatever memory is free."""
     options = dict(CASES[case])
     checkpoint, shards = options.pop("checkpoint", torch.bfloat16), options.pop("shards", "1GB")
     source = place(llama(), tmp_path / "source", checkpoint, max_shard_size=shards)
     assert len(list(source.glob("*.safetensors"))) == (1 if shards == "1GB" else 3)
     results = {}
-    for stream in ("off", "on"):
+    for stream, free in (("off", 1000), ("on", 10**15)):
+        monkeypatch.setattr(memory_estimate, "free_memory", lambda _, free=free: free)
         results[stream], told = compressed(tmp_path / stream, recipe_of(source, workdir.text, stream=stream, **options))
         assert way_of(told[0]).startswith("in memory, as a whole" if stream == "off" else "block by block")
     whole, streamed = results["off"], results["on"]
@@ -152,7 +159,7 @@ def test_the_way_and_its_memory_are_reported_first(server, workdir, tmp_path):
     assert way_of(refused.said).startswith("block by block: about")  # before the text is read
 
 
-@pytest.mark.parametrize(("part", "way"), [(1.3, "in memory"), (1.2, "block by block"), (0.1, "block by block")])
+@pytest.mark.parametrize(("part", "way"), [(1.3, "in memory"), (1.2, "block by block")])
 def test_auto_streams_where_memory_is_short(part, way, workdir, tmp_path, monkeypatch):
     recipe = recipe_of(workdir.model, workdir.text, method="svd", stream="auto")
     monkeypatch.setattr(memory_estimate, "rss", lambda: 0)
@@ -168,13 +175,6 @@ def test_auto_where_nobody_knows_what_is_free(workdir, tmp_path, monkeypatch):
     _, told = compressed(tmp_path / "out", recipe_of(workdir.model, workdir.text, method="svd"))
     assert way_of(told[0]).startswith("in memory")
     assert "free" not in told[0]
-
-
-def test_stream_on_and_off_are_followed_whatever_memory_is_free(workdir, tmp_path, monkeypatch):
-    for stream, free, way in (("off", 1000, "in memory"), ("on", 10**15, "block by block")):
-        monkeypatch.setattr(memory_estimate, "free_memory", lambda _, free=free: free)
-        _, told = compressed(tmp_path / stream, recipe_of(workdir.model, workdir.text, method="svd", stream=stream))
-        assert way_of(told[0]).startswith(way)
 
 
 def test_auto_resumes_in_the_way_that_was_begun(server, workdir, tmp_path):
@@ -194,13 +194,17 @@ def test_auto_resumes_in_the_way_that_was_begun(server, workdir, tmp_path):
 # -- what it will take -------------------------------------------------------------------------------
 
 
-def estimated(recipe: Recipe, room_for: int | None = None, model: Any = None, **config: Any) -> MemoryEstimate:
-    if model is None:
-        options = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-                   "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
-        with torch.device("meta"):
-            model = LlamaForCausalLM(LlamaConfig(**{**options, **config}))
-    return estimate_memory(model, recipe, Settings.of(method_named(recipe.method), recipe), room_for)
+@cache
+def meta_model(**config: int) -> LlamaForCausalLM:
+    options = {"vocab_size": 8192, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+               "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**{**options, **config}))
+
+
+def estimated(recipe: Recipe, room_for: int | None = None, **config: int) -> MemoryEstimate:
+    settings = Settings.of(method_named(recipe.method), recipe)
+    return estimate_memory(meta_model(**config), recipe, settings, room_for)
 
 
 def parts(estimate: Any) -> int:
@@ -212,10 +216,10 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads":
          "vocab_size": 32000, "max_position_embeddings": 2048}  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["svd", "drone", "kfac", "eckart"])
+@pytest.mark.parametrize("method", ["svd", "eckart"])
 def test_memory_grows_with_depth_as_a_whole_and_does_not_block_by_block(method):
-    found = [estimated(Recipe(method=method, dtype="bfloat16"), num_hidden_layers=n, **LARGE) for n in (4, 8, 16)]
-    assert [needs.blocks for needs in found] == [4, 8, 16]
+    found = [estimated(Recipe(method=method, dtype="bfloat16"), num_hidden_layers=n, **LARGE) for n in (2, 4, 8)]
+    assert [needs.blocks for needs in found] == [2, 4, 8]
     assert len({parts(needs.streamed) for needs in found}) == 1
     block = 4 * (2 * 4096 * (4096 + 1024) + 3 * 4096 * 14336)  # of its matrices, in float32
     for fewer, more in pairwise(found):
@@ -251,7 +255,7 @@ def test_blocks_at_once_follow_the_room_there_is():
     assert counts[-1] >= 8
 
 
-DEEP = {"hidden_size": 256, "intermediate_size": 1024}
+DEEP = {"hidden_size": 256, "intermediate_size": 256}
 WIDE = {"vocab_size": 65_536}
 
 
@@ -275,13 +279,13 @@ def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(serv
         )
 
     least = grown("on", num_hidden_layers=2)
-    layers = 12 * 4 * (4 * 256 * 256 + 3 * 256 * 1024)
-    shallow = grown("on", num_hidden_layers=4, **DEEP)
-    deep = min(grown("on", num_hidden_layers=16, **DEEP) for _ in range(2))  # allocators only ever add
-    assert deep - shallow < layers / 4
+    layers = 6 * 4 * 6 * 256 * 256  # those that the deep one has more, in float32; k and v are half as large
+    shallow = grown("on", num_hidden_layers=2, **DEEP)
+    deep = grown("on", num_hidden_layers=8, **DEEP)
+    assert deep - shallow < layers / 3
     assert deep - least < expected(**DEEP)
-    assert grown("off", num_hidden_layers=16, **DEEP) - grown("off", num_hidden_layers=4, **DEEP) > layers
-    wide = min(grown("on", **WIDE) for _ in range(2)) - least
+    assert grown("off", num_hidden_layers=8, **DEEP) - deep > layers
+    wide = grown("on", num_hidden_layers=2, **WIDE) - least
     assert 2 * 128 * 57_344 * 4 < wide < expected(**WIDE)  # two models' predictions of 128 tokens at least
 
 
@@ -378,18 +382,25 @@ def test_a_model_that_cannot_be_run_block_by_block_is_run_whole(server, workdir,
         torch.testing.assert_close(tensor, weights[1][name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("then", "now"), [(3, 2), (1, 5), (2, 2)])
-def test_whole_passes_resume_with_other_memory(then, now, server, workdir, densely, tmp_path):
-    """So many blocks' statistics fit then and now."""
-    whole = compress_densely(server, workdir, densely, tmp_path / "whole", at_once=then)
+def test_whole_passes_resume_with_other_memory(server, workdir, densely, tmp_path):
+    """Three blocks' statistics fit then; now fewer, so that a window is begun, or as many."""
+
+    def plain(folder: Path) -> dict[str, Any]:
+        """Without what names the number of blocks."""
+        found = published(folder)
+        del found["README.md"], found["eckart/report.json"]["calibrated"]
+        return found
+
+    whole = compress_densely(server, workdir, densely, tmp_path / "whole", at_once=3)
     assert whole.code == 0, whole.said
+    expected = plain(tmp_path / "whole")
     first = whole.ticks.index("<Journal.write", whole.ticks.index(">solve_site")) + 1
-    assert compress_densely(server, workdir, densely, tmp_path / "out", at=first, at_once=then).code < 0
-    done = compress_densely(server, workdir, densely, tmp_path / "out", at_once=now)
-    assert done.code == 0, done.said
-    found, expected = published(tmp_path / "out"), published(tmp_path / "whole")
-    for content in (found, expected):
-        del content["README.md"], content["eckart/report.json"]["calibrated"]
-    assert found["eckart/report.json"] == expected["eckart/report.json"]
-    assert found == expected
-    assert done["solve_site"] == 10 - 2 * then or now != then
+    for now in (2, 3):
+        output = tmp_path / str(now)
+        assert compress_densely(server, workdir, densely, output, at=first, at_once=3).code < 0
+        done = compress_densely(server, workdir, densely, output, at_once=now)
+        assert done.code == 0, done.said
+        found = plain(output)
+        assert found["eckart/report.json"] == expected["eckart/report.json"]
+        assert found == expected
+        assert done["solve_site"] == 4 or now != 3

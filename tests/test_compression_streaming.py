@@ -83,7 +83,7 @@ CASES: dict[str, dict[str, Any]] = {
         "checkpoint": torch.float16,
         "shards": "100KB",
         "dtype": "float32",
-    },  # fmt: skip
+    },
 }
 
 

@@ -32,8 +32,8 @@ def comments(count: int) -> str:
 
 def test_pretrained_encoder_keeps_its_embeddings(minilm: Path, tmp_path: Path) -> None:
     text = tmp_path / "sentences.txt"
-    text.write_text(comments(64), encoding="utf-8")
-    recipe = eckart.Recipe(model=str(minilm), data=str(text), keep=0.6, num_samples=48, max_seq_length=32)
+    text.write_text(comments(40), encoding="utf-8")
+    recipe = eckart.Recipe(model=str(minilm), data=str(text), keep=0.6, num_samples=24, max_seq_length=32)
     result = eckart.compress(recipe=recipe, output_dir=tmp_path / "out")
     folder = tmp_path / "out"
     report = json.loads((folder / "eckart" / "report.json").read_text())

@@ -1,11 +1,12 @@
-"""`eckart demo` at a reduced size: offline, from comparison to a fresh process."""
+"""`eckart demo` on a smaller model: offline, from comparison to a fresh process."""
 
 import math
 
 import pytest
+from tiny import llama, place
 
 from eckart.cli.app import app
-from eckart.demo import reload
+from eckart.demo import reload, steps
 from eckart.demo.reload import check_same, reload_in_fresh_process
 from eckart.demo.steps import DEFAULT, Demo, DemoRow
 from eckart.demo.tables import ranking_table
@@ -14,6 +15,8 @@ from eckart.report.words import to_plain_text
 
 
 def test_demo_compares_publishes_and_reloads(capsys, monkeypatch, tmp_path):
+    model = llama(num_hidden_layers=2, max_position_embeddings=256)
+    monkeypatch.setattr(steps, "MODEL", place(model, tmp_path / "model"))
     monkeypatch.setattr(reload, "NEW_TOKENS", 2)
     words = ["--windows", "2", "--held-tokens", "512", "--methods", "svd", "--output-dir", tmp_path / "out"]
     with pytest.raises(SystemExit) as left:

@@ -26,7 +26,7 @@ from eckart.moments.input_shift import InputShift
 from eckart.recovery import RecoveryContext, make_recovery
 from eckart.storage.cache import Cache
 
-QUICK = {"batch_size": 8, "max_seq_length": 32, "num_samples": 120, "eval_samples": 16}
+QUICK = {"batch_size": 8, "max_seq_length": 32, "num_samples": 48, "eval_samples": 8}
 
 
 def solved(student, teacher, batches: list[Batch], **options):
@@ -57,8 +57,7 @@ def batches_of(architecture, model, count: int = 6) -> list[Batch]:
 
 
 @pytest.mark.parametrize(("name", "form", "centered"), [
-    ("llama", "lowrank", False), ("llama", "pivoted", True), ("gpt2", "lowrank", True), ("bert", "pivoted", True),
-    ("bert", "lowrank", False),
+    ("llama", "pivoted", True), ("gpt2", "lowrank", True), ("bert", "lowrank", False),
 ])  # fmt: skip
 def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_path):
     """The same weights as a refit while the model is compressed, dense ones that a plan leaves included."""
@@ -85,8 +84,7 @@ def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_pat
     assert len(changed) > len(recovery.fits) // 2
 
 
-@pytest.mark.parametrize("form", ["lowrank", "pivoted"])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize(("name", "form"), [("llama", "lowrank"), ("gpt2", "pivoted"), ("bert", "pivoted")])
 def test_outputs_come_nearer_and_sizes_stay(name, form):
     architecture = BY_NAME[name]
     model = architecture.model()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -17,6 +15,7 @@ import torch
 import yaml
 from tiny import llama
 from tuning_problem import QUICK, interrupted, reader, tuning_folders
+from transformers import AutoModelForSequenceClassification
 from typer.testing import CliRunner
 
 import eckart
@@ -46,7 +45,7 @@ def logits(model):
 # -- distillation and adapters on a whole model -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recovery", ["full", "distil", "ilkd", "lora"])
+@pytest.mark.parametrize("recovery", ["full", "ilkd", "lora"])
 def test_loss_falls(place, recovery):
     result = tuned(place, "lowrank", recovery=recovery, teacher=place / "dense", max_steps=16, learning_rate=1e-2)
     training = result.report["training"]
@@ -62,7 +61,7 @@ def test_the_teacher_itself_has_nothing_to_learn(place):
         batch = {"input_ids": torch.arange(20).view(2, 10), "attention_mask": torch.ones(2, 10).long()}
         outputs = model(**batch, output_hidden_states=True, output_attentions=True)
         assert abs(float(recovery.loss(outputs, outputs, batch, outputs.logits.sum()))) < 1e-7
-        other = llama(num_hidden_layers=8)
+        other = llama(num_hidden_layers=4)
         other.set_attn_implementation("eager")
         theirs = other(**batch, output_hidden_states=True, output_attentions=True)
         assert float(recovery.loss(outputs, theirs, batch, outputs.logits.sum())) > 1e-2
@@ -167,7 +166,7 @@ class ReachedError(Exception):
     """A training has come as far as a test looks."""
 
 
-@pytest.mark.parametrize(("asked", "used"), [("auto", "cuda"), ("cuda:1", "cuda:1"), ("mps", "mps")])
+@pytest.mark.parametrize(("asked", "used"), [("auto", "cuda"), ("cuda:1", "cuda:1")])
 def test_a_tuning_uses_the_device_that_was_asked_for(place, monkeypatch, asked, used):
     devices = []
 
@@ -212,22 +211,31 @@ def test_models_that_are_passed_in_are_not_copied(place, monkeypatch):
 # -- resuming -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def inputs(place, tmp_path):
-    """Copies of a student, a teacher and data that may be changed, and how to begin and resume a training on them."""
+@pytest.fixture(scope="module")
+def unfinished(place, tmp_path_factory):
+    """A student, a teacher and data, and how to begin and resume a training on them, which was interrupted."""
+    folder = tmp_path_factory.mktemp("unfinished")
     for name in ("lowrank", "dense"):
-        shutil.copytree(place / name, tmp_path / name)
+        shutil.copytree(place / name, folder / name)
     for name in ("text.txt", "held.txt"):
-        (tmp_path / name).write_text((place / "text.txt").read_text()[: 9000 if name == "text.txt" else 3000])
+        (folder / name).write_text((place / "text.txt").read_text()[: 9000 if name == "text.txt" else 3000])
 
-    def run(folder=tmp_path, **more):
+    def run(folder, output, **more):
         named = {"teacher": folder / "dense", "data": folder / "text.txt", "eval_data": folder / "held.txt"}
-        options = {**QUICK, "recovery": "distil", "save_steps": 2, "output_dir": tmp_path / "out", **more}
+        options = {**QUICK, "recovery": "distil", "save_steps": 2, "output_dir": output, **more}
         return eckart.tune(folder / "lowrank", **named, **options)
 
     with interrupted(4):
-        run()
-    return tmp_path, run
+        run(folder, folder / "out")
+    return folder, run
+
+
+@pytest.fixture
+def inputs(unfinished, tmp_path):
+    """The same in copies that may be changed."""
+    source, run = unfinished
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    return tmp_path, lambda folder=tmp_path, **more: run(folder, tmp_path / "out", **more)
 
 
 def change_weights(folder):
@@ -245,13 +253,15 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("what", CHANGES)
-def test_a_training_does_not_resume_on_other_inputs(inputs, what):
+@pytest.mark.parametrize("changed", [("data", "teacher"), ("eval_data", "model")], ids="-".join)
+def test_a_training_does_not_resume_on_other_inputs(inputs, changed):
     folder, run = inputs
-    CHANGES[what](folder)
-    with pytest.raises(CheckpointError, match=rf"cannot be continued by this one:\n  - {what}: ") as refused:
+    for what in changed:
+        CHANGES[what](folder)
+    with pytest.raises(CheckpointError, match="cannot be continued by this one:") as refused:
         run()
-    assert str(refused.value).count("\n  - ") == 1
+    lines = [line for line in str(refused.value).splitlines() if line.startswith("  - ")]
+    assert sorted(line[4:].split(": ")[0] for line in lines) == sorted(changed)
     assert not (folder / "out").exists()
     assert (folder / "out.partial").exists()
 
@@ -289,7 +299,7 @@ def test_a_training_that_fails_before_its_first_state_leaves_nothing(place, tmp_
 # -- output heads -----------------------------------------------------------------------------------------------
 
 
-def test_a_bare_factored_encoder_gets_an_output_head_and_reloads_in_another_process(place, tmp_path):
+def test_a_bare_factored_encoder_gets_an_output_head_and_reloads(place, tmp_path):
     output = tmp_path / "classifier"
     words = ["tune", place / "bert", "--recovery", "full", "--data", place / "rows.tsv", "--data-column", "text",
              "--data-pair-column", "other", "--data-label-column", "label", "--epochs", 12, "--batch-size", 8,
@@ -303,15 +313,7 @@ def test_a_bare_factored_encoder_gets_an_output_head_and_reloads_in_another_proc
     assert report["kept"] == "after"
     model = eckart.load(output)
     assert factored_modules(model)
-    found = model(input_ids=torch.arange(20).view(2, 10)).logits.tolist()
-    program = (
-        "import sys, json, torch, eckart; from transformers import AutoModelForSequenceClassification as A;"
-        "m = A.from_pretrained(sys.argv[1]);"
-        "print(json.dumps(m(input_ids=torch.arange(20).view(2, 10)).logits.tolist()))"
-    )
-    said = subprocess.run([sys.executable, "-W", "ignore", "-c", program, output], capture_output=True, text=True,
-                          check=True)  # fmt: skip
-    assert json.loads(said.stdout.splitlines()[-1]) == found
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(output)), logits(model))
 
 
 def test_scores_make_a_regression_head(place):
@@ -358,7 +360,7 @@ def test_a_worse_model_is_not_published(place):
     ("dsee", ("prune=structured", "heads=0.5"), True),
 ])  # fmt: skip
 def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, options, smaller, tmp_path):
-    result = tuned(place, "dense", recovery=recovery, recovery_option=options, learning_rate=2.0, max_steps=3)
+    result = tuned(place, "dense", recovery=recovery, recovery_option=options, learning_rate=9.0, max_steps=3)
     assert result.report["kept"] == "after"
     assert any("smaller model that was asked for" in note for note in result.report["notes"])
     dense = eckart.load(place / "dense")

@@ -124,16 +124,17 @@ def bert_config(**more: Any) -> BertConfig:
 
 @cache
 def tuning_folders() -> Path:
-    """Once a process: `dense`, a causal model; `lowrank` and `pivoted`, the same factored; `bert` and `bert-mlm`,
-    factored encoders; `text.txt` and `rows.tsv`. Only to be read.
+    """Once a process: `dense`, a causal model; `lowrank` and `pivoted`, the same factored; `deep`, one with layers for
+    sandwiches; `bert` and `bert-mlm`, factored encoders; `text.txt` and `rows.tsv`. Only to be read.
     """
     folder = Path(tempfile.mkdtemp(prefix="eckart-tuning-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer = reader()
-    text(folder)
-    dense = llama(num_hidden_layers=4, tie_word_embeddings=True)
-    dense.to(torch.float32).save_pretrained(folder / "dense")
-    tokenizer.save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text(text(folder).read_text()[:12_000])
+    for name, layers in (("deep", 4), ("dense", 2)):
+        dense = llama(num_hidden_layers=layers, tie_word_embeddings=True).to(torch.float32)
+        dense.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
     for form in ("lowrank", "pivoted"):
         result = eckart.compress(dense, tokenizer, method="svd", keep=0.5, form=form)
         result.save_pretrained(folder / form)

@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from tiny import llama
-from tuning_problem import QUICK, interrupted, reader, tuning_folders
 from transformers import AutoModelForSequenceClassification
+from tuning_problem import QUICK, interrupted, reader, tuning_folders
 from typer.testing import CliRunner
 
 import eckart

@@ -38,7 +38,9 @@ from eckart.model import find_sites
 from eckart.moments import Moments, common_calls, gather, halving, shared_inputs
 from eckart.storage.cache import Cache
 
-NAMES = list(BY_NAME)
+# One of those that differ in a head or an option alone.
+ALIKE = {"bert", "bert-classes", "bert-regression", "roberta", "electra", "llama-tied", "mistral", "qwen3"}
+NAMES = [name for name in BY_NAME if name not in ALIKE]
 FORWARDS = frozenset({"gram"})
 BACKWARDS = frozenset({"gram", "gradients", "fisher"})
 # With two layers the last stand-in is the only one: none holds NaN before the tail.
@@ -244,10 +246,9 @@ def test_fisher_of_a_shared_block_is_refused():
 
 def test_the_architectures_hold_what_is_hard_to_run_block_by_block():
     """Shared tensors that blocks pass on, several of their own, masks, shared blocks, groups over many blocks."""
-    with evaluating(*(case(name).model for name in NAMES)):
-        runners = {
-            name: case(name).runner(waiting(), backward=False) for name in ("t5", "bloom", "albert", "bart", "opt")
-        }
+    names = ("t5", "albert", "bart", "opt")
+    with evaluating(*(case(name).model for name in names)):
+        runners = {name: case(name).runner(waiting(), backward=False) for name in names}
     kinds = {type(leaf).__name__ for s in runners["t5"].chain.structures.values() for leaf in s.leaves}
     assert kinds == {"Made", "Passed", "Constant"}
     assert len(runners["t5"].chain.structures[3].made) == 3  # the stream, and two position biases for all that follow
@@ -294,7 +295,7 @@ def test_an_interrupted_run_resumes_after_its_last_window(name, needs, tmp_path)
     known = expected(name, needs)
     with evaluating(it.model):
         every = [window.name for window in it.windows(it.runner(waiting(), backward=backward), needs)]
-        for stop in sorted({1, len(every) - 1, len(every)} - {0}):
+        for stop in sorted({1, len(every) - 1} - {0}):
             folder = tmp_path / str(stop)
             first = it.windows(it.runner(Cache(0, folder, durable=True), backward=backward), needs)
             done = list(itertools.islice(first, stop))
@@ -317,23 +318,21 @@ def test_an_interrupted_run_resumes_after_its_last_window(name, needs, tmp_path)
                 assert store.keys() == []
 
 
-@pytest.mark.parametrize("needs", [FORWARDS, BACKWARDS], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize(("name", "needs"), [("llama", FORWARDS), ("t5", BACKWARDS)])
 def test_a_resumed_run_without_hidden_states_starts_anew(name, needs):
     it = case(name)
     needs, backward = possible(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
         every = list(it.windows(it.runner(waiting(), backward=backward), needs))
-        for stop in (1,):
-            store = waiting()
-            runner = it.runner(store, backward=backward)
-            with counted(it, runner) as calls:
-                rest = list(it.windows(runner, needs, done=[window.name for window in every[:stop]]))
-            assert [window.name for window in rest] == [window.name for window in every[stop:]]
-            agree(together(iter([*every[:stop], *rest])), known)
-            assert calls[0] >= len(it.batches)
-            assert store.keys() == []
+        store = waiting()
+        runner = it.runner(store, backward=backward)
+        with counted(it, runner) as calls:
+            rest = list(it.windows(runner, needs, done=[every[0].name]))
+        assert [window.name for window in rest] == [window.name for window in every[1:]]
+        agree(together(iter([every[0], *rest])), known)
+        assert calls[0] >= len(it.batches)
+        assert store.keys() == []
 
 
 def test_windows_may_be_done_in_any_order():
@@ -359,7 +358,7 @@ def test_interrupted_in_the_middle_of_a_step(name, needs, tmp_path):
     needs, backward = possible(name, needs), needs != FORWARDS
     known = expected(name, needs)
     with evaluating(it.model):
-        for after in itertools.count(1, 4 if name == "llama" else 13):
+        for after in itertools.count(1, 4 if name == "llama" else 23):
             passes = itertools.count(1)
 
             def run(batch: Batch, passes: Iterator[int] = passes, after: int = after) -> Any:
@@ -436,7 +435,7 @@ def full(it: Case, runner: LayerwiseRunner, place: str, after: int) -> Iterator[
             handle.remove()
 
 
-SPLIT = ("albert", "xlnet", "opt", "bloom", "mixtral", "t5")
+SPLIT = ("albert", "xlnet", "opt", "bloom", "t5")
 
 
 @pytest.mark.parametrize("name", SPLIT)

@@ -153,7 +153,7 @@ def fail_in_backward(model: Twice, name: str, failing: Failing) -> None:
     model.get_submodule(name).register_forward_hook(hook)
 
 
-@pytest.mark.parametrize(("fits", "after"), [(1, 0), (2, 1), (3, 0), (6, 1)])
+@pytest.mark.parametrize(("fits", "after"), [(1, 0), (2, 1), (6, 1)])
 @pytest.mark.parametrize("name", ["gate", "twice", "head"])
 @pytest.mark.parametrize("place", [fail_in_forward, fail_in_backward])
 def test_halves_add_up_to_the_whole(place, name, after, fits):
@@ -168,7 +168,7 @@ def test_halves_add_up_to_the_whole(place, name, after, fits):
     assert {entry.sequences for entry in found.values()} == {2 * ROWS}
 
 
-@pytest.mark.parametrize("again", [None, 0, 2])
+@pytest.mark.parametrize("again", [0, 2])
 @pytest.mark.parametrize(
     ("kind", "updates"),
     [(Mean, 4), (Gram, 4), (Absolute, 4), (GradientGram, 5), (Fisher, 4)],
@@ -179,7 +179,7 @@ def test_memory_runs_out_between_the_updates_of_a_pass(monkeypatch, kind, update
     expected = gathered(Twice())
     update = kind.update
     for first in range(updates):
-        waiting = [first] if again is None else [first, again]
+        waiting = [first, again]
 
         def failing(self, *args, waiting=waiting):
             if waiting and waiting[0] == 0:

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
@@ -13,7 +12,6 @@ import pytest
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled
 
-import eckart
 from eckart.distributed import OtherProcessError, Processes, is_main, silence_other_processes, start_processes
 from eckart.distributed.group import SMALL
 from eckart.distributed.wire import PIECE
@@ -235,40 +233,25 @@ def process_that_ends_early_is_reported(here):
 # -- running them ------------------------------------------------------------------------------------
 
 
-# The processes get the package without what its __init__ imports.
-WITHOUT_MODELS = f"""
-import runpy, sys, types
-sys.modules["eckart"] = types.ModuleType("eckart")
-sys.modules["eckart"].__path__ = {list(eckart.__path__)}
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> list[dict[str, str]]:
+def outcomes(server, tmp_path_factory) -> list[dict[str, str]]:
     """For each process: scenario -> "passed", or where it failed."""
     folder = tmp_path_factory.mktemp("processes")
-    processes = []
-    for rank in range(SIZE):
-        place = {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", WITHOUT_MODELS, __file__, str(folder)]
-        with (folder / f"{rank}.log").open("w") as log:
-            processes.append(subprocess.Popen(command, env=os.environ | place, stdout=log, stderr=subprocess.STDOUT))
-    try:
-        for process in processes:
-            process.wait(timeout=180)
-    except subprocess.TimeoutExpired:
-        pass  # the scenario that hung has no outcome
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    started = [
+        server.start_code(
+            f"import runpy; runpy.run_path({__file__!r}, run_name='__main__')",
+            folder,
+            bare=True,
+            **{"RANK": str(rank), "WORLD_SIZE": str(SIZE), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(SIZE)
+    ]
+    logs = [server.wait(one, bare=True).said for one in started]
     found = []
     for rank in range(SIZE):
-        log, passed = (folder / f"{rank}.{suffix}" for suffix in ("log", "jsonl"))
+        passed = folder / f"{rank}.jsonl"
         lines = passed.read_text().splitlines() if passed.exists() else []
-        found.append({"log": log.read_text(), **dict(map(json.loads, lines))})
+        found.append({"log": logs[rank], **dict(map(json.loads, lines))})
     return found
 
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -271,7 +267,7 @@ def check_dense(name, model, batch, logits, folder):
     assert not any("codes" in key for key in plain.state_dict())
 
 
-def test_fresh_process_loads_the_model_and_its_body(made, tmp_path):
+def test_fresh_process_loads_the_model_and_its_body(made, tmp_path, server):
     chosen = [("t5", "kronecker"), ("gemma3", "lowrank"), ("gpt2", "safe")]
     words = []
     for name, form in chosen:
@@ -279,8 +275,7 @@ def test_fresh_process_loads_the_model_and_its_body(made, tmp_path):
         result.save_pretrained(tmp_path / name)
         torch.save(BY_NAME[name].batches()[0], tmp_path / name / "batch.pt")
         words += [str(tmp_path / name), AUTO.get(name, "AutoModelForCausalLM")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(eckart.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", RELOAD, *words], check=True, env=environment)
+    server.run_code(RELOAD, *words)
     for (name, form), auto in zip(chosen, words[1::2], strict=True):
         _, result = made(name, form)
         batch = BY_NAME[name].batches()[0]

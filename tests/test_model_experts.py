@@ -1,8 +1,6 @@
 """Separate experts: the same function as fused ones, statistics of routed tokens, and checkpoints that load."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 import transformers
 from problems import close
 from safetensors.torch import load_file, save_file
+from tiny import Server
 
 import eckart
 from eckart.calibration import calibrate
@@ -30,7 +29,6 @@ import json, sys
 import torch, transformers
 import eckart
 from safetensors.torch import load_file
-torch.set_num_threads(1)
 answers = {}
 for name, folder in json.loads(sys.argv[1]).items():
     model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -49,6 +47,7 @@ print(json.dumps(answers))
 STOCK = """
 import json, sys
 import transformers
+assert "eckart" not in sys.modules
 refused = {}
 for name, folder in json.loads(sys.argv[1]).items():
     try:
@@ -172,17 +171,13 @@ def published(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-def asked(code: str, folders: dict[str, Path]) -> dict:
+def asked(server: Server, code: str, folders: dict[str, Path], *, bare: bool = False) -> dict:
     words = json.dumps({name: str(folder) for name, folder in folders.items()})
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, words], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(server.run_code(code, words, bare=bare).splitlines()[-1])
 
 
-def test_fresh_process_loads_factored_experts_and_fuses_dense_ones(published):
-    for name, answer in asked(LOADER, published).items():
+def test_fresh_process_loads_factored_experts_and_fuses_dense_ones(published, server):
+    for name, answer in asked(server, LOADER, published).items():
         assert answer["info"] == {}, name
         assert answer["apart"] < 1e-6, name
         assert answer["dense"] < 1e-5, name
@@ -190,9 +185,9 @@ def test_fresh_process_loads_factored_experts_and_fuses_dense_ones(published):
         assert answer["fused"] != "SeparateExperts", name
 
 
-def test_transformers_without_eckart_refuses_factored_experts(published):
+def test_transformers_without_eckart_refuses_factored_experts(published, server):
     only = {name: folder.with_name(f"{name}-only") for name, folder in published.items()}
-    assert all(asked(STOCK, only).values())
+    assert all(asked(server, STOCK, only, bare=True).values())
 
 
 def test_sizes_count_stored_numbers_and_multiply_adds_of_routed_experts(published):

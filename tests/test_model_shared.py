@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,9 +23,8 @@ MODELS = ["gpt2", "llama-tied", "bert-mlm", "t5"]  # Conv1D with bias, no bias, 
 LOAD = """
 import sys, torch
 import transformers
-kind, package, folder, *refused = sys.argv[1:]
-if package == "eckart":
-    import eckart
+kind, folder, *refused = sys.argv[1:]
+assert ("eckart" in sys.modules) != bool(refused)
 for other in refused:
     try:
         getattr(transformers, kind).from_pretrained(other)
@@ -60,14 +56,8 @@ def tensors(folder):
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
 
-def in_fresh_process(kind, package, *folders):
-    environment = {**os.environ, "PYTHONPATH": str(Path(eckart.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-W", "ignore", "-c", LOAD, kind, package, *folders]
-    return subprocess.run(words, capture_output=True, text=True, env=environment)
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_shared_parameters_are_saved_once_and_loaded_shared(name, tmp_path):
+def test_shared_parameters_are_saved_once_and_loaded_shared(name, tmp_path, server):
     model, ties, before = made(name)
     batch = BY_NAME[name].batches()[0]
     logits = output(model, batch)
@@ -80,10 +70,9 @@ def test_shared_parameters_are_saved_once_and_loaded_shared(name, tmp_path):
     assert config == {"quant_method": "eckart", "format_version": 2, "modules": {}, "ties": ties}
     if name == "gpt2":
         torch.save(batch, tmp_path / "m" / "batch.pt")
-        done = in_fresh_process(type(model).__name__, "eckart", tmp_path / "m")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[0] == "[] []"
-        assert int(done.stdout.splitlines()[1]) == sum(p.numel() for p in model.parameters())
+        *_, keys, size = server.run_code(LOAD, type(model).__name__, tmp_path / "m").splitlines()
+        assert keys == "[] []"
+        assert int(size) == sum(p.numel() for p in model.parameters())
         assert torch.equal(torch.load(tmp_path / "m" / "logits.pt"), logits)
     for more in ({}, {"device_map": "auto"}, {"dtype": torch.bfloat16}):
         again = type(model).from_pretrained(tmp_path / "m", **more).eval()
@@ -120,7 +109,7 @@ def test_clones_and_casts_stay_shared_and_get_one_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama-tied", "t5"])
-def test_densified_model_shares_nothing_and_loads_without_eckart(name, tmp_path):
+def test_densified_model_shares_nothing_and_loads_without_eckart(name, tmp_path, server):
     model, ties, before = made(name)
     batch = BY_NAME[name].batches()[0]
     logits = output(model, batch)
@@ -137,8 +126,7 @@ def test_densified_model_shares_nothing_and_loads_without_eckart(name, tmp_path)
     if name != "gpt2":
         return
     torch.save(batch, tmp_path / "dense" / "batch.pt")
-    done = in_fresh_process(type(model).__name__, "none", tmp_path / "dense", tmp_path / "shared")
-    assert done.returncode == 0, done.stderr
+    server.run_code(LOAD, type(model).__name__, tmp_path / "dense", tmp_path / "shared", bare=True)
     assert torch.equal(torch.load(tmp_path / "dense" / "logits.pt"), logits)
 
 

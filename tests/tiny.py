@@ -40,7 +40,6 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
-LIMIT = 120  # seconds that a command may take, on a slow machine
 TICKING = (
     "eckart.storage.cache:Cache.drop",
     "eckart.storage.cache:Cache.put",
@@ -166,7 +165,7 @@ class Server:
         self.folder = folder
         self.number = 0
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", __file__],
+            [sys.executable, "-W", "ignore", str(Path(__file__).with_name("fork_server.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -190,13 +189,26 @@ class Server:
         """Start a command; for :meth:`wait`."""
         self.number += 1
         log = self.folder / str(self.number)
-        pid = self._ask({"words": words, "at": at, "what": what, "log": str(log), **more})
+        pid = self._ask({"words": words, "at": at, "what": what, "log": str(log), "bare": False, **more})
         return pid, log
 
-    def wait(self, started: tuple[int, Path]) -> Done:
-        """Wait until a command has ended, or has stopped."""
+    def start_code(self, code: str, *words: Any, bare: bool = False, **environ: str) -> tuple[int, Path]:
+        """Start Python code in a fresh process; if `bare`, nothing of eckart is imported there; for :meth:`wait`."""
+        self.number += 1
+        log = self.folder / str(self.number)
+        job = {"code": code, "words": list(map(str, words)), "log": str(log), "bare": bare, "environ": environ}
+        return self._ask(job), log
+
+    def run_code(self, code: str, *words: Any, bare: bool = False) -> str:
+        """Run Python code in a fresh process and return what it printed; it must end well."""
+        done = self.wait(self.start_code(code, *words, bare=bare), bare=bare)
+        assert done.code == 0, done.said
+        return done.said
+
+    def wait(self, started: tuple[int, Path], *, bare: bool = False) -> Done:
+        """Wait until a process has ended, or has stopped."""
         pid, log = started
-        code = self._ask({"wait": pid})
+        code = self._ask({"wait": pid, "bare": bare})
         record = log.with_suffix(".json")
         return Done(code, log.read_text(), **(json.loads(record.read_text()) if record.exists() else {"ticks": []}))
 
@@ -204,8 +216,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.communicate()
+        self.process.communicate()  # it ends with its input
 
     def _ask(self, question: dict[str, Any]) -> int:
         assert self.process.stdin is not None
@@ -296,7 +307,7 @@ class _Ticks:
             TROUBLE[self.what]()
 
 
-def _run(job: dict[str, Any]) -> int:
+def run_command(job: dict[str, Any]) -> int:
     """A command in this process, which is a fork of the server."""
     from eckart.cli.app import app
     from eckart.compression import memory_estimate as estimates
@@ -304,11 +315,6 @@ def _run(job: dict[str, Any]) -> int:
     from eckart.distributed import memory
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.alarm(LIMIT)
-    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.environ.update(job.get("environ", {}))
     if "free" in job:
         estimates.free_memory = lambda _: job["free"]
     if "at_once" in job:
@@ -334,37 +340,3 @@ def _run(job: dict[str, Any]) -> int:
     with open(record, "w") as file:
         json.dump({"ticks": ticks.names, "grown": watched.peak - watched.before}, file)
     return code
-
-
-def _serve() -> None:
-    import transformers.models.llama.modeling_llama  # noqa: F401  so that no fork has to
-
-    import eckart.cli.app
-    import eckart.compression.compare  # noqa: F401  the commands import it when they run
-
-    torch.set_num_threads(1)
-    for line in sys.stdin:
-        job = json.loads(line)
-        if "wait" in job:
-            status = os.waitpid(job["wait"], os.WUNTRACED)[1]
-            stopped = os.WIFSTOPPED(status)
-            print(-os.WSTOPSIG(status) if stopped else os.waitstatus_to_exitcode(status), flush=True)
-            continue
-        child = os.fork()
-        if not child:
-            code = 98
-            try:
-                code = _run(job)
-            finally:
-                os._exit(code)
-        print(child, flush=True)
-
-
-if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        _serve()
-    else:  # a command of a world that torchrun starts; `rank` runs into the trouble
-        torch.set_num_threads(1)
-        asked = json.loads(sys.argv[1])
-        mine = {"log": f"{asked['log']}-{os.environ['RANK']}"}
-        sys.exit(_run(asked | mine | ({"at": None} if int(os.environ["RANK"]) != asked["rank"] else {})))

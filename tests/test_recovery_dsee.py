@@ -136,8 +136,7 @@ def _dense(model, name):
     return dense_weight(module.dense if isinstance(module, AdaptedLinear) else module)
 
 
-@pytest.mark.parametrize("score", ["magnitude", "gates"])
-@pytest.mark.parametrize("make", [bert, gpt2])
+@pytest.mark.parametrize(("make", "score"), [(bert, "gates"), (gpt2, "magnitude")])
 def test_structured_removes_what_it_masked(make, score, tmp_path):
     model = make(**{"n_head" if make is gpt2 else "num_attention_heads": 4})
     targets = "" if make is gpt2 else "query,dense"

@@ -28,7 +28,7 @@ from eckart.data.stdlib import documents
 from eckart.errors import UsageError
 from eckart.recovery import RecoveryContext, make_recovery
 
-QUICK = {"batch_size": 8, "max_seq_length": 24, "num_samples": 120}
+QUICK = {"batch_size": 8, "max_seq_length": 24, "num_samples": 60}
 POOLED = {"cls": ("cls", False), "mean": ("mean", True)}
 
 
@@ -97,7 +97,7 @@ def distances(model, teacher, reader, texts, pooling) -> list[float]:
 
 @pytest.mark.parametrize("recovery", ["noach-goldberg", "refit"])
 def test_embeddings_come_nearer(place, recovery):
-    steps = {} if recovery == "refit" else {"max_steps": 40, "learning_rate": 3e-3}
+    steps = {} if recovery == "refit" else {"max_steps": 24, "learning_rate": 3e-3}
     report = tuned(place, "plain", recovery=recovery, **steps).report
     assert report["kept"] == "after"
     before, after = (report["scores"][when]["1 - cosine"] for when in ("before", "after"))
@@ -108,7 +108,7 @@ def test_the_published_folder_is_a_sentence_encoder(place, tmp_path):
     from sentence_transformers import SentenceTransformer
 
     words = ["tune", place / "mean-30", "--recovery", "distil", "--teacher", place / "mean", "--data",
-             place / "texts.txt", "--batch-size", 8, "--max-steps", 40, "--learning-rate", 0.003, "--output-dir",
+             place / "texts.txt", "--batch-size", 8, "--max-steps", 24, "--learning-rate", 0.003, "--output-dir",
              tmp_path / "out"]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
@@ -183,7 +183,7 @@ def test_a_teacher_with_a_head_teaches_with_its_body(place):
 
 
 def test_a_causal_body_reads_separate_texts(place):
-    result = tuned(place, "causal", max_steps=30, learning_rate=3e-3)
+    result = tuned(place, "causal", max_steps=16, learning_rate=3e-3)
     assert result.report["task"] == "embedding"
     assert result.report["data"]["kind"] == "encoder"
     scores = result.report["scores"]

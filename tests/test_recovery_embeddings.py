@@ -95,11 +95,10 @@ def distances(model, teacher, reader, texts, pooling) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("recovery", ["noach-goldberg", "refit"])
-def test_embeddings_come_nearer(place, recovery):
-    steps = {} if recovery == "refit" else {"max_steps": 24, "learning_rate": 3e-3}
-    report = tuned(place, "plain", recovery=recovery, **steps).report
+def test_embeddings_come_nearer_by_a_refit(place):
+    report = tuned(place, "plain", recovery="refit").report
     assert report["kept"] == "after"
+    assert not any("made it worse" in note for note in report["notes"])
     before, after = (report["scores"][when]["1 - cosine"] for when in ("before", "after"))
     assert after < 0.9 * before
 
@@ -107,13 +106,14 @@ def test_embeddings_come_nearer(place, recovery):
 def test_the_published_folder_is_a_sentence_encoder(place, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    words = ["tune", place / "mean-30", "--recovery", "distil", "--teacher", place / "mean", "--data",
+    words = ["tune", place / "mean-30", "--recovery", "noach-goldberg", "--teacher", place / "mean", "--data",
              place / "texts.txt", "--batch-size", 8, "--max-steps", 24, "--learning-rate", 0.003, "--output-dir",
              tmp_path / "out"]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output
     report = json.loads((tmp_path / "out/eckart/report.json").read_text())
     assert report["task"] == "embedding"
+    assert report["kept"] == "after"
     before, after = (report["scores"][when]["1 - cosine"] for when in ("before", "after"))
     assert after < 0.9 * before
     assert "teacher" not in report["scores"]

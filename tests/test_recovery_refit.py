@@ -84,7 +84,7 @@ def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_pat
     assert len(changed) > len(recovery.fits) // 2
 
 
-@pytest.mark.parametrize(("name", "form"), [("llama", "lowrank"), ("gpt2", "pivoted"), ("bert", "pivoted")])
+@pytest.mark.parametrize(("name", "form"), [("llama", "lowrank"), ("gpt2", "pivoted")])
 def test_outputs_come_nearer_and_sizes_stay(name, form):
     architecture = BY_NAME[name]
     model = architecture.model()
@@ -122,14 +122,16 @@ def test_what_is_dense_stays_unless_it_is_asked_for():
         assert (untouched in recovery.fits) == dense
 
 
-@pytest.mark.parametrize("centered", ["true", "false"])
-def test_means_go_into_the_bias_where_they_are_asked_to(centered):
+def test_means_go_into_the_bias_where_they_are_asked_to():
     architecture = BY_NAME["bert"]
     model = architecture.model()
     student = eckart.compress(model, method="svd", keep=0.4).model
-    found, recovery, _ = solved(student, model, batches_of(architecture, model), centered=centered)
-    moved = [n for n in recovery.fits if not torch.allclose(weights(found)[n][1], weights(model)[n][1], atol=1e-5)]
-    assert len(moved) == (len(recovery.fits) if centered == "true" else 0)
+    batches, given = batches_of(architecture, model), weights(model)
+    for centered in ("true", "false"):
+        found, recovery, _ = solved(student, model, batches, centered=centered)
+        here = weights(found)
+        moved = [n for n in recovery.fits if not torch.allclose(here[n][1], given[n][1], atol=1e-5)]
+        assert len(moved) == (len(recovery.fits) if centered == "true" else 0)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -213,14 +215,13 @@ def test_the_command_publishes_what_it_measured(place, tmp_path):
     assert "epochs" not in recipe  # so that the file can be given to --config again
 
 
-def test_the_better_one_is_kept(place, monkeypatch):
-    for better, kept in ((True, "after"), (False, "before")):
-        monkeypatch.setattr("eckart.recovery.result.is_better", lambda *_, better=better: better)
-        result = refit(place)
-        assert result.report["kept"] == kept
-        old = weights(eckart.load(place / "llama-40"))
-        assert all(torch.equal(w, old[n][0]) for n, (w, _) in weights(result.model).items()) == (not better)
-        assert any("--num-samples" in note and "made it worse" in note for note in result.report["notes"]) != better
+def test_a_worse_one_is_not_kept(place, monkeypatch):
+    monkeypatch.setattr("eckart.recovery.result.is_better", lambda *_: False)
+    result = refit(place)
+    assert result.report["kept"] == "before"
+    old = weights(eckart.load(place / "llama-40"))
+    assert all(torch.equal(w, old[n][0]) for n, (w, _) in weights(result.model).items())
+    assert any("--num-samples" in note and "made it worse" in note for note in result.report["notes"])
 
 
 def test_a_classifier_is_fitted_on_its_tasks_text(place):

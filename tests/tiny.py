@@ -172,12 +172,12 @@ class Server:
             env={**os.environ, **ENVIRONMENT, "HF_MODULES_CACHE": str(folder / "modules")},
         )
 
-    def __call__(self, words: list[str], at: int | None = None, what: str = "kill", **more: Any) -> Done:
+    def __call__(self, words: list[str], at: int | str | None = None, what: str = "kill", **more: Any) -> Done:
         """Run a command to its end.
 
         Args:
             words: of the command line, without `eckart`.
-            at: the tick at which something happens; None for never.
+            at: the tick at which something happens, or its name, which means the first one so named; None for never.
             what: a name of :data:`TROUBLE`.
             **more: `free`: bytes of memory that it believes to be free; `at_once`: blocks whose statistics it believes
                 to fit; `shard`: largest file of weights that it writes; `watch`: whether its memory is watched;
@@ -185,7 +185,7 @@ class Server:
         """
         return self.wait(self.start(words, at, what, **more))
 
-    def start(self, words: list[str], at: int | None = None, what: str = "kill", **more: Any) -> tuple[int, Path]:
+    def start(self, words: list[str], at: int | str | None = None, what: str = "kill", **more: Any) -> tuple[int, Path]:
         """Start a command; for :meth:`wait`."""
         self.number += 1
         log = self.folder / str(self.number)
@@ -276,7 +276,7 @@ TROUBLE: dict[str, Callable[[], None]] = {
 
 
 class _Ticks:
-    def __init__(self, at: int | None, what: str) -> None:
+    def __init__(self, at: int | str | None, what: str) -> None:
         self.names: list[str] = []
         self.at = at
         self.what = what
@@ -303,7 +303,8 @@ class _Ticks:
 
     def _tick(self, name: str) -> None:
         self.names.append(name)
-        if len(self.names) == self.at:
+        if self.at in (len(self.names), name):
+            self.at = None
             TROUBLE[self.what]()
 
 

@@ -35,8 +35,7 @@ def test_statistics_are_counted_as_they_are_kept(needs):
     assert statistics_bytes(sites, groups, frozenset(needs)) == wanted
 
 
-@pytest.mark.parametrize(("m", "n"), [(1024, 512), (512, 1024), (768, 768)])
-@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize(("m", "n", "two_sided"), [(1024, 512, True), (512, 1024, False), (768, 768, True)])
 def test_solving_takes_no_more_than_estimated(m, n, two_sided):
     def problem(m: int, n: int) -> Problem:
         rows, columns = (normal(width // 2, width, seed=width).float() for width in (m, n))  # singular: the costly case

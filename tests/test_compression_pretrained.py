@@ -33,7 +33,8 @@ def comments(count: int) -> str:
 def test_pretrained_encoder_keeps_its_embeddings(minilm: Path, tmp_path: Path) -> None:
     text = tmp_path / "sentences.txt"
     text.write_text(comments(40), encoding="utf-8")
-    recipe = eckart.Recipe(model=str(minilm), data=str(text), keep=0.6, num_samples=24, max_seq_length=32)
+    recipe = eckart.Recipe(model=str(minilm), data=str(text), keep=0.6, num_samples=24, max_seq_length=32,
+                           ignore="encoder.layer.[134].*")  # fmt: skip
     result = eckart.compress(recipe=recipe, output_dir=tmp_path / "out")
     folder = tmp_path / "out"
     report = json.loads((folder / "eckart" / "report.json").read_text())
@@ -45,6 +46,6 @@ def test_pretrained_encoder_keeps_its_embeddings(minilm: Path, tmp_path: Path) -
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert sum(isinstance(module, Pivoted) for module in model.modules()) >= 30
+    assert sum(isinstance(module, Pivoted) for module in model.modules()) >= 15
     vectors = SentenceTransformer(str(folder), device="cpu").encode(SENTENCES)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2

@@ -1,11 +1,13 @@
 """`eckart demo` on a smaller model: offline, from comparison to a fresh process."""
 
 import math
+from itertools import islice
 
 import pytest
 from tiny import llama, place
 
 from eckart.cli.app import app
+from eckart.data import stdlib
 from eckart.demo import reload, steps
 from eckart.demo.reload import check_same, reload_in_fresh_process
 from eckart.demo.steps import DEFAULT, Demo, DemoRow
@@ -18,6 +20,8 @@ def test_demo_compares_publishes_and_reloads(capsys, monkeypatch, tmp_path):
     model = llama(num_hidden_layers=2, max_position_embeddings=256)
     monkeypatch.setattr(steps, "MODEL", place(model, tmp_path / "model"))
     monkeypatch.setattr(reload, "NEW_TOKENS", 2)
+    every = stdlib.documents
+    monkeypatch.setattr(stdlib, "documents", lambda part: islice(every(part), 8))
     words = ["--windows", "2", "--held-tokens", "512", "--methods", "svd", "--output-dir", tmp_path / "out"]
     with pytest.raises(SystemExit) as left:
         app(["demo", *map(str, words)])

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -129,7 +126,7 @@ def test_loads_bit_for_bit_and_can_be_saved_again(make, tmp_path):
     assert not second.training
 
 
-def test_fresh_process_with_eckart_equal_and_without_refused(saved, tmp_path):
+def test_fresh_process_with_eckart_equal_and_without_refused(server, saved, tmp_path):
     folder, model = saved
     torch.save(logits(model), tmp_path / "logits.pt")
     code = f"""
@@ -148,15 +145,7 @@ with torch.no_grad():
     torch.testing.assert_close(model(torch.arange(3, 15)[None]).logits, torch.load({str(tmp_path / "logits.pt")!r}))
 print("equal")
 """
-    source = str(Path(plugin.__file__).parents[2])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+    assert server.run_code(code, bare=True).splitlines()[-1] == "equal"
 
 
 def test_shards_and_tied_weights_are_counted_once(tmp_path):

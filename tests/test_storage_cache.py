@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -279,24 +278,12 @@ for trial in range(6):
 """
 
 
-def run(script, folder):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script, str(folder)],
-        env={**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    measured, *kept = done.stdout.splitlines()
-    return [int(word) for word in measured.split()], [int(word) for word in kept]
-
-
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc and forks")
-def test_files_do_not_count_as_memory_and_hold_whole_sets_only_after_kills(tmp_path):
-    (put, got, in_memory, on_disk), kept = run(MEMORY + KILLED, tmp_path)
+def test_files_do_not_count_as_memory_and_hold_whole_sets_only_after_kills(server, tmp_path):
+    measured, *kept = server.run_code(MEMORY + KILLED, tmp_path).splitlines()
+    put, got, in_memory, on_disk = map(int, measured.split())
     assert in_memory <= 20
     assert in_memory + on_disk >= 100
     assert put < 80
     assert got < 80
-    assert max(kept) > 10
+    assert max(map(int, kept)) > 10

@@ -22,7 +22,6 @@ CASES: dict[str, tuple[str, ...]] = {
     "kfac streamed": ("--method", "kfac", "--stream", "on"),
     "eckart": ("--refit", "--stream", "off"),
     "eckart streamed": ("--refit", "--stream", "on"),
-    "basis-sharing": ("--method", "basis-sharing", "--stream", "off"),
     "basis-sharing streamed": ("--method", "basis-sharing", "--stream", "on"),
 }
 KILLED = -9
@@ -112,7 +111,8 @@ class Worlds:
 def workdir(tmp_path_factory) -> Workdir:
     folder = tmp_path_factory.mktemp("workdir")
     place(llama(num_hidden_layers=2), folder / "llama")
-    text(folder)
+    source = text(folder)
+    source.write_bytes(source.read_bytes()[:8000])  # all that is read
     return Workdir(folder)
 
 
@@ -125,8 +125,7 @@ def worlds(server, workdir, tmp_path_factory) -> Worlds:
 
 
 RESULTS = [
-    ("eckart", 2),
-    ("basis-sharing", 4),  # more processes than batches of text
+    ("eckart", 4),  # more processes than batches of text
     ("drone streamed", 2),
     ("kfac streamed", 2),
     ("eckart streamed", 2),

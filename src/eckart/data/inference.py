@@ -22,14 +22,16 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         Nothing.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
+    if any(mode for _, mode in modes):  # it is entered for each block: what is set already is not set again
+        for model in models:
+            model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -296,7 +296,7 @@ ZOO: tuple[Architecture, ...] = (
         "qwen3-moe",
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
-        # As many experts as k_proj has outputs, which is no router for that.
+        # As many experts as k_proj has outputs, which is not a router for that.
         {**_MOE, "num_experts": 16, "moe_intermediate_size": 8, "decoder_sparse_step": 1},
         _CAUSAL,
     ),

@@ -146,9 +146,9 @@ def test_plan_with_shared_bases_round_trip_and_refusals():
     again = parse_plan(content, "plan.json", GROUPED)
     assert again.bases == GROUPED_PLAN.bases == [("0.q", "1.q")]
     for change, named in (
-        ({"basis": "1.q"}, "is no site of form shared-basis with a basis of its own"),
-        ({"basis": "o"}, "basis 'o' is no site of form shared-basis"),
-        ({"basis": "nowhere"}, "basis 'nowhere' is no site"),
+        ({"basis": "1.q"}, "is not a site of form shared-basis with a basis of its own"),
+        ({"basis": "o"}, "basis 'o' is not a site of form shared-basis"),
+        ({"basis": "nowhere"}, "basis 'nowhere' is not a site"),
         ({"basis": 3}, "basis 3 means nothing"),
         ({"form": "lowrank"}, "basis '0.q' means nothing to this form"),
         ({"rank": 6}, "rank 6 for 16 inputs, but its basis in 0.q has rank 7 for 16; give both the same"),

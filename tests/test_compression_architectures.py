@@ -245,7 +245,7 @@ def test_experts_are_sites_once_they_are_apart_and_routers_are_skipped(name):
     for layer in (0, 1):
         assert "fused experts" in fused.skipped[f"model.layers.{layer}.mlp.experts"]
         assert "Router" in apart.skipped[f"model.layers.{layer}.mlp.gate"]
-    # k_proj of the second model has as many outputs as there are experts, and is no router for that.
+    # k_proj of the second model has as many outputs as there are experts, and is not a router for that.
     attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert {site.name.rsplit(".", 1)[1] for site in fused.chosen} == attention
     assert {site.name.rsplit(".", 1)[1] for site in apart.chosen} == attention | {"up", "down"}

@@ -259,7 +259,7 @@ DEEP = {"hidden_size": 256, "intermediate_size": 256}
 WIDE = {"vocab_size": 65_536}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what memory is no file's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what memory no file backs")
 def test_measured_memory_is_below_the_estimate_and_does_not_grow_with_depth(server, workdir, tmp_path):
     def grown(stream: str, **config: Any) -> int:
         """Bytes at the peak of a run, what is imported on the way included."""

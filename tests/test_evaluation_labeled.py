@@ -101,7 +101,7 @@ def test_classification_reports_rows_that_are_not_finite():
 def test_tasks_refuse_other_heads_and_labels_that_are_no_class():
     tokenizer, task = word_tokenizer(), load_task(ROWS)
     model = build(BertForSequenceClassification, bert_config(num_labels=2))
-    with pytest.raises(DataError, match=r"item 1: label 2 is no class of the model's 2"):
+    with pytest.raises(DataError, match=r"item 1: label 2 is not a class of the model's 2"):
         score_classification(model, tokenizer, load_task([ROWS[0], {"text": "cat", "label": 2}]), disable=True)
     with pytest.raises(UsageError, match="ForSequenceClassification"):
         score_classification(build(BertModel, bert_config()), tokenizer, task, disable=True)

@@ -330,7 +330,7 @@ def test_guard_key_is_written_and_ignored(kind):
     other = nn.ModuleDict({"proj": made(kind, typical(kind), seed=5)})
     assert other.load_state_dict(state) == ([], [])
     assert torch.equal(other["proj"].to_dense(), module["proj"].to_dense())
-    # A dense weight under that key is no guard: it does not belong here and is reported.
+    # A dense weight under that key is not a guard: it does not belong here and is reported.
     state["proj.weight"] = torch.zeros(24, 16)
     assert other.load_state_dict(state, strict=False).unexpected_keys == ["proj.weight"]
     # A dense module that meets the guard fails instead of keeping its random weight.

@@ -79,7 +79,7 @@ def test_shared_parameters_are_saved_once_and_loaded_shared(name, tmp_path, serv
         assert shared_parameters(again) == ties
         assert all(again.get_parameter(t) is again.get_parameter(s) for t, s in ties.items())
         if "dtype" not in more:
-            again.tie_weights()  # the class's own ties; a Conv1D's bias is no head's
+            again.tie_weights()  # the class's own ties; a Conv1D's bias is no output head's
             again.tie_weights(recompute_mapping=False)
             assert torch.equal(output(again, batch), logits)
             again.save_pretrained(tmp_path / "twice")

@@ -172,7 +172,7 @@ def test_scores_stay_what_they_are_and_other_data_are_scored_on(reader):
 
 def test_a_label_that_is_no_class_is_named(reader):
     rows = [{"text": "text", "label": i} for i in (0, 1, 2)]
-    with pytest.raises(DataError, match="label 2 is no class"):
+    with pytest.raises(DataError, match="label 2 is not a class"):
         labeled(reader, rows, "classification", rows)
 
 

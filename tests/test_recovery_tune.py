@@ -105,7 +105,7 @@ def test_options_win_over_the_recipe(place):
         eckart.tune(place / "lowrank", max_step=5, **named)
     with pytest.raises(UsageError, match="LoRA\\(\\.\\.\\.\\)"):
         eckart.tune(place / "lowrank", data="x", recovery=LoRA(), recovery_option="rank=2")
-    with pytest.raises(UsageError, match="LoRA is no object of a class on"):
+    with pytest.raises(UsageError, match="LoRA is not an object of a class on"):
         eckart.tune(place / "lowrank", data="x", recovery=LoRA)
     run = {"recovery": "lora", "recovery_option": ["rank=3"]}
     assert TuneRecipe.combine(run, {"recovery": "lora"}) == run

@@ -16,7 +16,7 @@ SMALL = ["--data", "text.txt", "--num-samples", "4", "--max-seq-length", "16"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model, its factored copy, its teacher, text, a plan and a run file; a project that is no model."""
+    """A model, its factored copy, its teacher, text, a plan and a run file; a project that is not a model."""
     home = tmp_path_factory.mktemp("inputs")
     model = llama(num_hidden_layers=1)
     place(model, home / "model")

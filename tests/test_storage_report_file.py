@@ -55,7 +55,7 @@ def test_report_is_never_an_input_nor_inside_one(tmp_path):
 def test_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch):
     with refused("no folder", "gone", "another"):
         check_report_file(tmp_path / "gone/report.json")
-    with refused("is no report"):
+    with refused("is not a report"):
         check_report_file(tmp_path)
 
     def denied(*_, **__):

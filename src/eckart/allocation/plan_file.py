@@ -92,8 +92,8 @@ def _check_basis(
         own = choices[name]
         if held is None or held.basis is not None or held.form != own.form:
             raise UsageError(
-                f"{where}: site {name}: basis {holder!r} is no site of form {own.form} with a basis of its own; name "
-                "one."
+                f"{where}: site {name}: basis {holder!r} is not a site of form {own.form} with a basis of its own; "
+                "name one."
             )
         if held.rank != own.rank or shapes[holder][1] != shapes[name][1]:
             raise UsageError(

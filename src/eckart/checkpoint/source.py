@@ -72,7 +72,7 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
         ModelError: the model is factored, quantized, or an adapter.
     """
     if not Path(folder).is_dir():
-        raise CheckpointError(f"{folder} is no folder. Check the path, or use a name on the hub: org/model.")
+        raise CheckpointError(f"{folder} is not a folder. Check the path, or use a name on the hub: org/model.")
     folder = model_folder(Path(folder))
     path = folder / "config.json"
     if not path.is_file():

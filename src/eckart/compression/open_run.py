@@ -81,8 +81,8 @@ def open_run(
     """
     if not isinstance(model, PreTrainedModel | str | Path | None):
         raise UsageError(
-            f"model: {type(model).__name__} is no transformers model. Pass what from_pretrained returns, or the name "
-            "or folder of one."
+            f"model: {type(model).__name__} is not a transformers model. Pass what from_pretrained returns, or the "
+            "name or folder of one."
         )
     if output_dir is None:
         yield open_in_memory(

@@ -171,7 +171,7 @@ def _listed(columns: list[str]) -> str:
 def _is_textual(first: Sequence[DataRow], column: str) -> bool:
     values = [value for row in first if (value := row.values.get(column)) is not None]
     textual = [value for value in values if isinstance(value, str) or _is_chat(value)]
-    # Every cell of a .csv is a string: a column of numbers is no text.
+    # Every cell of a .csv is a string: a column of numbers is not text.
     return bool(values) and len(textual) == len(values) and not all(is_number(value) for value in values)
 
 

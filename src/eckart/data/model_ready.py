@@ -77,7 +77,7 @@ def model_ready_batches(
 
 def _from_mapping(item: Any, number: int, first: int, shift: Shift | None, pad_id: int) -> Batch:
     if not isinstance(item, Mapping):
-        raise DataError(f"data, batch {number}: a {type(item).__name__} is no batch: pass dictionaries of tensors")
+        raise DataError(f"data, batch {number}: a {type(item).__name__} is not a batch: pass dictionaries of tensors")
     inputs: dict[str, Tensor] = {}
     for name, value in item.items():
         if value is None:
@@ -86,7 +86,7 @@ def _from_mapping(item: Any, number: int, first: int, shift: Shift | None, pad_i
             inputs[str(name)] = torch.as_tensor(value).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"data, batch {number}: {name!r} is no tensor ({error}): remove columns that the model does not take"
+                f"data, batch {number}: {name!r} is not a tensor ({error}): remove columns that the model does not take"
             ) from error
     key = next((name for name in ROW_KEYS if name in inputs), next(iter(inputs), None))
     if key is None or inputs[key].dim() < 2 or inputs[key].shape[0] == 0:

@@ -170,7 +170,7 @@ def first_item(data: Any) -> tuple[Any, Any]:
         data: As for :func:`open_source`.
 
     Returns:
-        The first item (None if `data` is no plain iterable or is empty), and an equivalent of `data`.
+        The first item (None if `data` is not a plain iterable or is empty), and an equivalent of `data`.
     """
     named = data is None or isinstance(data, str | os.PathLike | Mapping)
     if named or _is_from_datasets(data, *DATASETS) or not isinstance(data, Iterable):

@@ -67,7 +67,7 @@ def read_text(path: Path) -> str | None:
 
 
 def _module_name(relative: Path) -> str | None:
-    """Return the dotted name of a file in the library folder, or None if it is no module."""
+    """Return the dotted name of a file in the library folder, or None if it is not a module."""
     parts = relative.with_suffix("").parts
     if not SKIPPED_FOLDERS.isdisjoint(parts[:-1]):
         return None

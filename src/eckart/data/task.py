@@ -143,7 +143,7 @@ def labels_of(
         A number for each row: whole numbers for classes.
 
     Raises:
-        DataError: If a label is no number and is not in `label2id`, or is not a class number.
+        DataError: If a label is not a number and is not in `label2id`, or is not a class number.
     """
     values = [cell_value(row, column) for row in rows]
     if regression is None:
@@ -161,7 +161,7 @@ def _label(value: Any, row: DataRow, column: str, label2id: Mapping[str, int] | 
     if not is_number(value):
         known = ", ".join(map(repr, label2id or ())) or "none"
         raise DataError(
-            f"{where} is no number and not in label2id (known: {known}): correct it, or set config.label2id"
+            f"{where} is not a number and not in label2id (known: {known}): correct it, or set config.label2id"
         )
     number = float(value)
     if regression:
@@ -170,7 +170,7 @@ def _label(value: Any, row: DataRow, column: str, label2id: Mapping[str, int] | 
         return number
     if not math.isfinite(number) or number != int(number) or number < 0:
         raise DataError(
-            f"{where} is no class (0, 1, ...): correct it; test splits without labels (-1) cannot be scored"
+            f"{where} is not a class (0, 1, ...): correct it; test splits without labels (-1) cannot be scored"
         )
     return int(number)
 

@@ -58,7 +58,7 @@ def measure_perplexity(
         stride: Tokens from one window to the next; None for windows that do not overlap.
         batch_size: Windows at once. Windows of one batch have equal lengths, so there is no padding.
         max_tokens: Only the first so many tokens of the text are used; None for all.
-        disable: True for no progress bar; None for none where the output is no terminal.
+        disable: True for no progress bar; None for none where the output is not a terminal.
 
     Returns:
         `perplexity`; `nll_per_token` in nats; `bits_per_byte` (UTF-8 bytes of the scored text, to within one

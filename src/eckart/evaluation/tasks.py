@@ -50,7 +50,7 @@ def score_classification(
 
     Raises:
         UsageError: If the model has no classification head.
-        DataError: If a label is no class of the model.
+        DataError: If a label is not a class of the model.
     """
     logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)  # (N, C)
     classes = logits.shape[1]
@@ -59,7 +59,7 @@ def score_classification(
     gold = []
     for row in task:
         if row.label != int(row.label) or not 0 <= row.label < classes:
-            raise DataError(f"{row.text.where}: label {row.label} is no class of the model's {classes}: correct it")
+            raise DataError(f"{row.text.where}: label {row.label} is not a class of the model's {classes}: correct it")
         gold.append(int(row.label))
     finite = torch.isfinite(logits).all(-1)
     predicted = torch.where(finite, logits.argmax(-1), NO_ANSWER).tolist()
@@ -148,7 +148,7 @@ def score_similarity(
 
 
 def _classification_scores(gold: list[int], predicted: list[int], classes: int) -> dict[str, float]:
-    """Accuracy, F1 and Matthews; a prediction that is no class is wrong and counts for no class."""
+    """Accuracy, F1 and Matthews; a prediction that is not a class is wrong and counts for no class."""
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
     def mean_f1(labels: list[int]) -> float:

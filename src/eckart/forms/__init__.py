@@ -62,7 +62,7 @@ def register_form(form: type[Factored]) -> str:
         The name that options take.
 
     Raises:
-        UsageError: the class is no form, has no name of its own, or has that of another form.
+        UsageError: the class is not a form, has no name of its own, or has that of another form.
     """
     registry: Registry[Any]
     if isinstance(form, type) and issubclass(form, FactoredLinear):

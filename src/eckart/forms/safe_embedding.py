@@ -38,7 +38,7 @@ class SafeEmbedding(LowRankEmbedding):
     contextual: ClassVar[bool] = True
     advice: ClassVar[str] = "as good as low-rank until it is trained to follow the original: `eckart tune`"
     no_dense: ClassVar[str | None] = (
-        "a safe embedding is no table: what a token becomes depends on the tokens around it, so it cannot be made "
+        "a safe embedding is not a table: what a token becomes depends on the tokens around it, so it cannot be made "
         "dense. Keep the factored model, or compress again with --embeddings lowrank."
     )
 

@@ -40,13 +40,13 @@ class SourceLiterals:
         """What the module calls `name`.
 
         Raises:
-            ValueError: that is no literal.
+            ValueError: that is not a literal.
         """
         if name in self._known:
             return self._known[name]
         if name in self._imported:
             return SourceLiterals.of(self._imported[name]).value(name)
-        raise ValueError(f"{name} is no literal")
+        raise ValueError(f"{name} is not a literal")
 
     def _class(self, node: ast.ClassDef) -> dict[str, Any]:
         found: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class SourceLiterals:
             self._set(found, target.id, node.value)
 
     def _set(self, found: dict[str, Any], name: str, value: ast.expr) -> None:
-        """Note a value; what is no literal is not known, and hides what was inherited."""
+        """Note a value; what is not a literal is not known, and hides what was inherited."""
         found.pop(name, None)
         with suppress(ValueError, TypeError, KeyError):
             found[name] = self._evaluate(value)

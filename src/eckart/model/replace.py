@@ -144,7 +144,7 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     copied to each module, so that the model's class can load the result.
 
     Raises:
-        ModelError: if the model has nothing to make dense, or a module that is no matrix; then nothing is changed.
+        ModelError: if the model has nothing to make dense, or a module that is not a matrix; then nothing is changed.
     """
     factored = factored_modules(model)
     if not factored and not pruned_heads(model) and not shared_parameters(model):

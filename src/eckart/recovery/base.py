@@ -54,7 +54,7 @@ class Recovery:
 
     The order of the calls: `prepare` once; in each step `loss` for each batch, `after_backward` once all gradients are
     there, `after_step` once the optimizer has changed the weights; `finish` once. What must survive an interruption and
-    is no weight or buffer of the model goes through `state` and `restore`.
+    is not a weight or buffer of the model goes through `state` and `restore`.
 
     Class attributes:
         name: as `--recovery` takes it.
@@ -85,7 +85,7 @@ class Recovery:
 
         Args:
             interval: as mathematics writes it: "[0, 1)" is 0 and more, and less than 1; "[1, inf)" is 1 and more.
-            keys: names of the settings; None is no number, and passes.
+            keys: names of the settings; None is not a number, and passes.
 
         Raises:
             UsageError: naming the first that is outside.

@@ -166,7 +166,7 @@ def _current_choice(module: Any) -> Choice:
 def _refusal(name: str, module: Factored, known: dict[str, Site]) -> str | None:
     """Why a factored module cannot be solved again; None if it can."""
     if not isinstance(module, FactoredLinear):
-        return f"form {module.form} is no weight of a layer"
+        return f"form {module.form} is not a weight of a layer"
     if not module.refits:
         return f"form {module.form} cannot be"
     if name not in known:

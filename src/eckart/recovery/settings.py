@@ -44,7 +44,7 @@ def name_of(recovery: Recovery) -> str:
     """The name under which a recovery's class is registered; `python:MODULE.CLASS` for a class that is not.
 
     Raises:
-        UsageError: it is no recovery.
+        UsageError: it is not a recovery.
     """
     kind = type(recovery)
     from eckart.recovery.base import Recovery  # imports torch, as the object did
@@ -52,8 +52,8 @@ def name_of(recovery: Recovery) -> str:
     if not isinstance(recovery, Recovery):
         what = recovery.__name__ if isinstance(recovery, type) else repr(recovery)
         raise UsageError(
-            f"recovery: {what} is no object of a class on eckart.recovery.Recovery. Pass one, such as LoRA(rank=8), or "
-            f"a name: {', '.join(RECOVERIES)}"
+            f"recovery: {what} is not an object of a class on eckart.recovery.Recovery. Pass one, such as LoRA(rank=8), "
+            f"or a name: {', '.join(RECOVERIES)}"
         )
     if recovery.name in RECOVERIES and RECOVERIES[recovery.name] is kind:
         return recovery.name

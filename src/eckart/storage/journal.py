@@ -252,7 +252,7 @@ def _check_entry(path: Path, stage: str, expected: int | None) -> tuple[dict[str
         entry = json.loads(read_metadata(path)[ENTRY])
         sequence = entry["sequence"]
     except (CheckpointError, ValueError, KeyError, TypeError):
-        return {}, "it is no entry of a journal"
+        return {}, "it is not an entry of a journal"
     if entry["stage"] != stage or sequence != _sequence(path):
         return entry, f"it is entry {sequence} of {entry['stage']}, under another name"
     if not entry["supersedes"] and sequence != expected:

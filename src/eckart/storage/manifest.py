@@ -63,7 +63,7 @@ def _entries(folder: Path) -> Iterator[str]:
 
 
 def _stamp(path: Path) -> list[int] | None:
-    """Size, and CRC-32 of both ends; None for what is no ordinary file or cannot be read."""
+    """Size, and CRC-32 of both ends; None for what is not an ordinary file or cannot be read."""
     try:
         if not path.is_file():
             return None

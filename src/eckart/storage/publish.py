@@ -196,7 +196,7 @@ def _check_apart(target: Path, inputs: Sequence[Any]) -> None:
 def _check_replaceable(target: Path, overwrite: bool) -> None:
     """Refuse to replace a folder without permission, and what eckart did not publish even with it."""
     if not target.is_dir():
-        raise CheckpointError(f"{target} is there already and is no folder. Choose another --output-dir.")
+        raise CheckpointError(f"{target} is there already and is not a folder. Choose another --output-dir.")
     if not overwrite:
         raise CheckpointError(
             f"{target} is there already. Pass --overwrite to replace it, or choose another --output-dir."

@@ -39,7 +39,7 @@ def check_report_file(path: str | Path, inputs: Sequence[Any] = ()) -> None:
                 "file for the report."
             )
     if target.exists() and not _is_report(target):
-        raise UsageError(f"{path} is there already and is no report of eckart. Choose another file for the report.")
+        raise UsageError(f"{path} is there already and is not a report of eckart. Choose another file for the report.")
     if not target.parent.is_dir():
         raise UsageError(f"{path} cannot be written: there is no folder {target.parent}. Make it, or choose another.")
     probe = target.parent / f".eckart-{uuid.uuid4().hex}"

@@ -212,7 +212,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             )
         if not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{index} places tensor {tensor!r} in {name!r}, which is no safetensors file. "
+                f"{index} places tensor {tensor!r} in {name!r}, which is not a safetensors file. "
                 f"{_conversion(index.parent)}"
             )
     return mapping
@@ -259,7 +259,8 @@ def _conversion(folder: Path) -> str:
 
 def _nothing(folder: Path, explicit: str | None) -> str:
     if explicit is not None:
-        return f"{folder / 'config.json'} names the weights {explicit!r}, which is no safetensors file there. {AGAIN}"
+        config = folder / "config.json"
+        return f"{config} names the weights {explicit!r}, which is not a safetensors file there. {AGAIN}"
     pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickled:
         return f"{folder} holds pickled weights only ({', '.join(pickled[:4])}). {_conversion(folder)}"

@@ -33,7 +33,7 @@ class Passed:
 
 @dataclass(frozen=True)
 class Constant:
-    """Anything that is no tensor."""
+    """Anything that is not a tensor."""
 
     value: Any
 
@@ -46,7 +46,7 @@ class Structure:
         spec: the tree.
         leaves: what stands at each leaf.
         stream: the leaf that the next step works on: the first floating-point tensor that the step makes.
-        shapes: of the leaves, () for what is no tensor, on the batch that was run first: one example.
+        shapes: of the leaves, () for what is not a tensor, on the batch that was run first: one example.
     """
 
     spec: Any

@@ -145,7 +145,7 @@ def _labeled(
         for row in (*train, *held):
             if not 0 <= int(row.label) < config.num_labels:
                 raise DataError(
-                    f"{row.text.where}: label {row.label} is no class of the model's {config.num_labels} "
+                    f"{row.text.where}: label {row.label} is not a class of the model's {config.num_labels} "
                     "(0, 1, ...): correct it, or train a model with a new output head"
                 )
     encoded: list[dict[str, Any]] = list(encode([row.text for row in train], tokenizer, length))

@@ -52,7 +52,7 @@ def name_of(recovery: Recovery) -> str:
     if not isinstance(recovery, Recovery):
         what = recovery.__name__ if isinstance(recovery, type) else repr(recovery)
         raise UsageError(
-            f"recovery: {what} is not an object of a class on eckart.recovery.Recovery. Pass one, such as LoRA(rank=8), "
+            f"recovery: {what} is not an object of a class on eckart.Recovery. Pass one, such as LoRA(rank=8), "
             f"or a name: {', '.join(RECOVERIES)}"
         )
     if recovery.name in RECOVERIES and RECOVERIES[recovery.name] is kind:

@@ -9,7 +9,8 @@ from folders import model_folders
 from typer.testing import CliRunner
 
 from eckart.cli.app import app
-from eckart.compression.recipe import make_recipe
+from eckart.compression.recipe import Recipe
+from eckart.config import check_recipe
 from eckart.errors import UsageError
 from eckart.methods import METHODS
 from eckart.recovery import RECOVERIES
@@ -100,7 +101,7 @@ def test_tune_is_refused_with_the_command_that_was_meant(place, tmp_path, case):
 def test_a_method_is_refused_as_a_recovery_and_a_recovery_as_a_method():
     for name in RECOVERIES:
         with pytest.raises(UsageError, match=f"eckart tune DIR --recovery {name} "):
-            make_recipe({"method": name})
+            check_recipe(Recipe, {"method": name})
     for name in METHODS:
         with pytest.raises(UsageError, match=f"eckart compress MODEL --method {name} "):
             make_tune_recipe({"recovery": name})

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from eckart.compression.recipe import Recipe, make_recipe
+from eckart.compression.recipe import Recipe
 from eckart.config import check_recipe, default_samples, merge_recipe, read_config, resolve_device
 from eckart.errors import UsageError
 from eckart.forms import FORMS
@@ -48,7 +48,7 @@ BAD_VALUES = [
 def test_bad_value_is_refused_with_place_field_value_and_meaning():
     for field, value, problem in BAD_VALUES:
         with pytest.raises(UsageError) as refusal:
-            make_recipe({field: value}, "--config run.yaml")
+            check_recipe(Recipe, {field: value}, "--config run.yaml")
         message = str(refusal.value)
         assert message.startswith(f"--config run.yaml: {field} = {value!r}: ")
         assert problem in message
@@ -65,7 +65,7 @@ def test_bad_value_is_refused_with_place_field_value_and_meaning():
 )
 def test_unknown_key_is_refused_with_the_nearest_spelling(key, hint):
     with pytest.raises(UsageError) as refusal:
-        make_recipe({key: 1}, "eckart.compress")
+        check_recipe(Recipe, {key: 1}, "eckart.compress")
     assert str(refusal.value) == f"eckart.compress: {key!r} is not an option; {hint}"
 
 
@@ -84,19 +84,19 @@ def test_former_name_is_refused_with_the_name_of_today(kind, former, now, tmp_pa
 
 
 def test_good_values_are_accepted():
-    recipe = make_recipe({"keep": "0.5", "targets": "q_proj", "ignore": [], "seed": 3, "rank_multiple": None})
+    recipe = check_recipe(Recipe, {"keep": "0.5", "targets": "q_proj", "ignore": [], "seed": 3, "rank_multiple": None})
     assert (recipe.keep, recipe.targets, recipe.ignore, recipe.seed) == (0.5, ("q_proj",), None, 3)
-    assert make_recipe({"keep": 1, "refit": True}).keep == 1
+    assert check_recipe(Recipe, {"keep": 1, "refit": True}).keep == 1
     for name in METHODS:
-        assert make_recipe({"method": name, "metric": name}).method == name
+        assert check_recipe(Recipe, {"method": name, "metric": name}).method == name
     for form in FORMS:
-        assert make_recipe({"form": form}).form == form
+        assert check_recipe(Recipe, {"form": form}).form == form
 
 
 def test_fields_that_do_not_go_together_are_refused():
     with pytest.raises(UsageError, match=r"^run: embeddings_keep = 0.3: .* --embeddings lowrank"):
-        make_recipe({"embeddings_keep": 0.3}, "run")
-    assert make_recipe({"embeddings_keep": 0.3, "embeddings": "lowrank"}).embeddings_keep == 0.3
+        check_recipe(Recipe, {"embeddings_keep": 0.3}, "run")
+    assert check_recipe(Recipe, {"embeddings_keep": 0.3, "embeddings": "lowrank"}).embeddings_keep == 0.3
 
 
 def test_own_method_and_form_are_registered_under_their_names():
@@ -109,7 +109,7 @@ def test_own_method_and_form_are_registered_under_their_names():
     assert METHODS["own-svd"] is own
     assert FORMS["halves"] is Halves
     with pytest.raises(UsageError, match=r"method 'svd': .* Give yours a name of its own"):
-        make_recipe({"method": replace(own, name="svd")})
+        check_recipe(Recipe, {"method": replace(own, name="svd")})
     for registry, name in ((METHODS, "own-svd"), (FORMS, "halves")):
         del registry._added[name]
 
@@ -151,8 +151,9 @@ def test_auto_takes_the_gpu_where_there_is_one(monkeypatch):
 def test_recipes_are_checked_without_torch():
     code = """
 import sys
-from eckart.compression.recipe import Recipe, make_recipe
-make_recipe({"method": "drone", "form": "pivoted", "device": "auto", "embeddings": "safe"})
+from eckart.compression.recipe import Recipe
+from eckart.config import check_recipe
+check_recipe(Recipe, {"method": "drone", "form": "pivoted", "device": "auto", "embeddings": "safe"})
 print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -169,8 +170,10 @@ def config(tmp_path, text: str | bytes):
 
 
 def test_recipe_survives_its_file(tmp_path):
-    recipe = make_recipe({"method": "drone", "keep": 0.55, "targets": ["mlp.*", "é"], "refit": False, "seed": 7})
-    assert make_recipe(read_config(config(tmp_path, recipe.to_yaml()))) == recipe
+    recipe = check_recipe(
+        Recipe, {"method": "drone", "keep": 0.55, "targets": ["mlp.*", "é"], "refit": False, "seed": 7}
+    )
+    assert check_recipe(Recipe, read_config(config(tmp_path, recipe.to_yaml()))) == recipe
     assert "revision" not in yaml.safe_load(recipe.to_yaml())
 
 
@@ -215,4 +218,4 @@ def test_missing_file_is_refused(tmp_path):
 @pytest.mark.parametrize("text", ["keep: .nan\n", "keep: yes\n", "seed: 1e400\n"])
 def test_words_that_yaml_makes_numbers_of_are_refused(text, tmp_path):
     with pytest.raises(UsageError, match=r"^run: (keep|seed) = "):
-        make_recipe(read_config(config(tmp_path, text)), "run")
+        check_recipe(Recipe, read_config(config(tmp_path, text)), "run")

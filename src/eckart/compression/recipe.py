@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, DEFAULT_WINDOWS, RecipeBase, check_recipe
+from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, DEFAULT_WINDOWS, RecipeBase
 from eckart.methods import Method
 from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES
 
@@ -159,11 +159,6 @@ class Recipe(RecipeBase):
         paper = self.plan is None and self.allocation is None and METHODS[self.method].allocation == "paper"
         unread = (("keep", "keep_of") if paper else ()) + (("embeddings_keep",) if self.embeddings == DENSE else ())
         return self._yaml_without(unread)
-
-
-def make_recipe(options: Mapping[str, Any], where: str = "options") -> Recipe:
-    """Build a recipe from options, as :func:`eckart.config.check_recipe` does."""
-    return check_recipe(Recipe, options, where)
 
 
 def _name_recovery(name: str) -> str:

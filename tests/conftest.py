@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from tiny import Server
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _registries_are_left_as_they_were():
-    """What a test registers under a name of its own is not known to the next one."""
+    """What the tests of a file register under a name of their own is not known to those of the next file."""
     tables = [table for table in vars(registry).values() if isinstance(table, Registry)]
     before = [dict(table._added) for table in tables]
     yield

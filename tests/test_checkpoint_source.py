@@ -115,7 +115,7 @@ def test_weights_named_by_the_config(single):
     configure(single, transformers_weights=["a"])
     refused(single, "transformers_weights", "['a']")
     configure(single, transformers_weights="pytorch_model.bin")
-    refused(single, "pytorch_model.bin", "no safetensors file")
+    refused(single, "pytorch_model.bin", "not a safetensors file")
 
 
 # -- untrusted input -------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ def test_resolve_a_folder_without_config(single):
     (single / "config.json").unlink()
     unresolved(str(single), "no config.json", "model.safetensors", "save_pretrained")
     refused(single, "no config.json", "model.safetensors")
-    refused(single / "nothing", "no folder", "org/model")
+    refused(single / "nothing", "not a folder", "org/model")
 
 
 def test_resolve_a_file(single):

@@ -157,7 +157,7 @@ def test_task_labels_that_are_words(tmp_path):
 
 @pytest.mark.parametrize(
     ("label", "options", "message"),
-    [("-1", {}, "no class"), ("1.5", {"regression": False}, "no class"), ("nan", {"regression": True}, "finite")],
+    [("-1", {}, "not a class"), ("1.5", {"regression": False}, "not a class"), ("nan", {"regression": True}, "finite")],
 )
 def test_task_labels_that_are_wrong(tmp_path, label, options, message):
     path = write(tmp_path / "a.tsv", f"text\tlabel\nfine\t1\nawful\t{label}\n")

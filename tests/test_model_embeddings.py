@@ -185,7 +185,7 @@ def test_attention_of_safe_masks_later_tokens_and_padding(causal):
     with_padding = torch.tensor([[5, 6, 1, 1]])
     assert torch.allclose(module(with_padding)[:, :2], module(ids[:, :2]), atol=1e-6)
     assert torch.isfinite(module(torch.tensor([[1, 1, 5]]))).all()
-    with pytest.raises(ModelError, match=r"no table: .* --embeddings lowrank"):
+    with pytest.raises(ModelError, match=r"not a table: .* --embeddings lowrank"):
         module.to_dense()
 
 

@@ -148,7 +148,7 @@ def test_overwrite_sees_changes_at_both_ends_of_a_large_file(tmp_path):
 
 def test_output_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with refused("no folder", "--output-dir"):
+    with refused("not a folder", "--output-dir"):
         check_output(tmp_path / "file", overwrite=True)
     (tmp_path / "link").symlink_to(tmp_path)
     with refused("symbolic link", str(tmp_path)):

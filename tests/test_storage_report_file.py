@@ -34,7 +34,7 @@ def test_report_replaces_no_other_file(content, tmp_path):
     path.write_text(content)
     (tmp_path / "link.json").symlink_to(path)
     for name in ("config.json", "link.json"):
-        with refused(name, "no report of eckart", "another file"):
+        with refused(name, "not a report of eckart", "another file"):
             check_report_file(tmp_path / name)
         with refused(name):
             write_report(tmp_path / name, CONTENT)

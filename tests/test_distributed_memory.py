@@ -16,12 +16,18 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 # -- memory of this process -----------------------------------------------------------------------------------
 
 
+def filled(mib: int) -> mmap.mmap:
+    """Memory of the system, not of the allocator, which may have as much left over from an earlier test."""
+    held = mmap.mmap(-1, mib * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    torch.frombuffer(held, dtype=torch.uint8).fill_(1)
+    return held
+
+
 def test_rss_grows_by_what_is_allocated():
     before = rss()
-    # Of the system, not of the allocator, which may have as much left of an earlier test.
-    held = mmap.mmap(-1, 64 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    torch.frombuffer(held, dtype=torch.uint8).fill_(1)
+    held = filled(64)
     assert 60 * MIB < rss() - before < 80 * MIB
+    held.close()
 
 
 @on_linux
@@ -43,9 +49,9 @@ def test_rss_without_proc(monkeypatch, tmp_path):
 
 def test_watch_keeps_the_peak():
     with MemoryWatch(0.005) as watch:
-        held = torch.ones(32 * MIB)
+        held = filled(128)
         time.sleep(0.2)
-        del held
+        held.close()
     assert watch.peak - watch.before > 120 * MIB
     assert watch.peak > rss()
 

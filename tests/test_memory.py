@@ -48,4 +48,4 @@ def test_solving_takes_no_more_than_estimated(m, n, two_sided):
     with MemoryWatch(0.002) as watch:
         factors = factorize(problem).factors
     assert factors[0].shape == (m, min(m, n))
-    assert 0 < watch.peak - watch.before <= solving_bytes(m, n, needs)
+    assert watch.peak - watch.before <= solving_bytes(m, n, needs)

@@ -6,6 +6,7 @@ from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorize, 
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.shared_basis import shared_basis
+from eckart.linalg.slice import Slicing, slice_neurons
 from eckart.linalg.solve import Factorization, Problem, curve_under, factorize
 from eckart.linalg.sparse import (
     Split,
@@ -22,6 +23,7 @@ __all__ = [
     "Metric",
     "PivotedFactors",
     "Problem",
+    "Slicing",
     "Split",
     "TableFactors",
     "averaged_importance",
@@ -40,6 +42,7 @@ __all__ = [
     "require_finite",
     "rows_above",
     "shared_basis",
+    "slice_neurons",
     "smallest_masked",
     "smoothed",
     "table_factors",

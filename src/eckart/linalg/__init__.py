@@ -1,7 +1,9 @@
 """The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
 
+from eckart.linalg.block_metric import BlockMetric, stack_metrics
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
 from eckart.linalg.embedding import TableFactors, in_blocks, smoothed, table_factors, tied_factors
+from eckart.linalg.joint import factorize_jointly, group_curve_under, split_rows, stack_problems
 from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorize, rearranged, rearranged_back
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
@@ -19,6 +21,7 @@ from eckart.linalg.sparse import (
 
 __all__ = [
     "WIDE",
+    "BlockMetric",
     "Factorization",
     "Metric",
     "PivotedFactors",
@@ -32,6 +35,8 @@ __all__ = [
     "cubic_fraction",
     "curve_under",
     "factorize",
+    "factorize_jointly",
+    "group_curve_under",
     "in_blocks",
     "kronecker_curve_under",
     "kronecker_factorize",
@@ -45,6 +50,9 @@ __all__ = [
     "slice_neurons",
     "smallest_masked",
     "smoothed",
+    "split_rows",
+    "stack_metrics",
+    "stack_problems",
     "table_factors",
     "tied_factors",
     "weighted_error",

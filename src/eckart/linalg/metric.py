@@ -88,15 +88,54 @@ class Metric:
         """`(1 - amount) M + amount mean(diag M) I`: bounds the condition number by 1 + (1 - s) n / s."""
         if self.is_identity or amount == 0:
             return self
-        rest = 1 - amount
-        if self.diagonal is not None:
-            return Metric(diagonal=rest * self.diagonal + amount * self.mean_diagonal)
+        return self.mixed(1 - amount, amount * self.mean_diagonal)
+
+    def mixed(self, rest: float, ridge: float) -> Metric:
+        """`rest M + ridge I`; not for an identity, which has no size."""
+        if self.full is None:
+            assert self.diagonal is not None, "an identity has no size"
+            return Metric(diagonal=rest * self.diagonal + ridge)
         return replace(
             self,
             scale=rest * self.scale,
             mean=None if self.mean is None else rest**0.5 * self.mean,
-            ridge=rest * self.ridge + amount * self.mean_diagonal,
+            ridge=rest * self.ridge + ridge,
         )
+
+    def root(self, what: str = "metric", *, inverted: bool = True) -> Root:
+        """C with `C C^T = M`: Cholesky where the matrix is safely positive definite, else eigenvectors.
+
+        Args:
+            what: name used in errors and notes.
+            inverted: whether the root will be inverted, and must be well conditioned to be called invertible.
+
+        Returns:
+            The root; singular directions are dropped by a relative floor, never by an absolute jitter.
+
+        Raises:
+            NumericalError: if the metric is not finite.
+        """
+        if self.is_identity:
+            return Root("identity")
+        if self.diagonal is not None:
+            values = self.diagonal.double().clamp_min(0).sqrt()
+            if bool((values > values.amax() * RELATIVE_FLOOR**0.5).all()) and bool(values.amax() > 0):
+                return Root("diagonal", values)
+            return Root("general", torch.diag(values))
+        full = self.dense(torch.float64)
+        lower, info = torch.linalg.cholesky_ex(full)
+        if int(info) == 0:
+            diagonal = lower.diagonal()
+            # The diagonal of a Cholesky factor shows a singular matrix: 1e-6 of the largest is cond ~ 1e12.
+            # As a factor alone it is backward stable however small its diagonal gets.
+            if not inverted or bool(diagonal.amin() > 1e-6 * diagonal.amax()):
+                return Root("triangular", lower)
+        del lower
+        if not inverted and len(full) > WIDE:
+            full = full.float()  # as exact as the sum that it is
+        values, vectors, notes = checked_eigh(full, what)
+        values = torch.where(values > values[0] * RELATIVE_FLOOR, values, torch.zeros_like(values))
+        return Root("general", vectors.mul_(values.sqrt().to(vectors.dtype)), notes)
 
 
 def _times(full: Tensor, matrix: Tensor) -> Tensor:
@@ -162,44 +201,6 @@ class Root:
         if self.kind == "diagonal":
             return matrix / self.values.to(matrix.dtype)
         return torch.linalg.solve_triangular(self.values.to(matrix.dtype), matrix, upper=False, left=False)
-
-
-def root_of(metric: Metric, what: str = "metric", *, inverted: bool = True) -> Root:
-    """A root of a metric: Cholesky where the matrix is safely positive definite, else eigenvectors.
-
-    Args:
-        metric: the metric M, (n, n).
-        what: name used in errors and notes.
-        inverted: whether the root will be inverted, and must be well conditioned to be called invertible.
-
-    Returns:
-        The root C, `C C^T = M`; singular directions are dropped by a relative floor, never by an
-        absolute jitter.
-
-    Raises:
-        NumericalError: if the metric is not finite.
-    """
-    if metric.is_identity:
-        return Root("identity")
-    if metric.diagonal is not None:
-        values = metric.diagonal.double().clamp_min(0).sqrt()
-        if bool((values > values.amax() * RELATIVE_FLOOR**0.5).all()) and bool(values.amax() > 0):
-            return Root("diagonal", values)
-        return Root("general", torch.diag(values))
-    full = metric.dense(torch.float64)
-    lower, info = torch.linalg.cholesky_ex(full)
-    if int(info) == 0:
-        diagonal = lower.diagonal()
-        # The diagonal of a Cholesky factor shows a singular matrix: 1e-6 of the largest is cond ~ 1e12.
-        # As a factor alone it is backward stable however small its diagonal gets.
-        if not inverted or bool(diagonal.amin() > 1e-6 * diagonal.amax()):
-            return Root("triangular", lower)
-    del lower
-    if not inverted and len(full) > WIDE:
-        full = full.float()  # as exact as the sum that it is
-    values, vectors, notes = checked_eigh(full, what)
-    values = torch.where(values > values[0] * RELATIVE_FLOOR, values, torch.zeros_like(values))
-    return Root("general", vectors.mul_(values.sqrt().to(vectors.dtype)), notes)
 
 
 def weighted_error(error: Tensor, left: Metric, right: Metric) -> Tensor:

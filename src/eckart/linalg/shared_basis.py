@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from eckart.errors import UsageError
+from eckart.linalg.joint import split_rows
 from eckart.linalg.solve import Factorization, Problem, factorize
 
 
@@ -44,6 +44,4 @@ def shared_basis(
     solved = factorize(problem, what)
     if limit is not None:
         solved = solved.kept(limit)
-    left, right = solved.factors
-    parts = [Factorization((part, right), solved.squared) for part in left.split(list(heights))]
-    return [replace(parts[0], notes=solved.notes), *parts[1:]]
+    return split_rows(solved, heights)

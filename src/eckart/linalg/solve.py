@@ -5,7 +5,7 @@
 With `L = I` the optimum is the projection `W' = U U^T T`, U the leading eigenvectors of `T G T^T`
 (Eckart & Young 1936 under a metric): nothing is inverted, so it stays optimal for a singular G, fewer
 tokens than features included. With both sides weighted, only the root of the SMALLER side is taken and
-inverted; the larger metric is multiplied by, never decomposed.
+inverted; the larger metric is multiplied by, and decomposed only where the smaller one is singular.
 
 One decomposition yields all ranks: factors of rank k are the first k columns and rows, and the squared
 error at rank k is the tail of the squared singular values of `L T R`.
@@ -23,7 +23,7 @@ from torch import Tensor
 from eckart.errors import UsageError
 from eckart.linalg.blocks import blocks
 from eckart.linalg.decompose import checked_eigh, checked_svd, require_finite
-from eckart.linalg.metric import Metric, root_of, sandwich, weighted_error
+from eckart.linalg.metric import Metric, Root, sandwich, weighted_error
 
 # When both metrics are singular the smaller one is shrunk this much, and the report says so.
 LAST_RESORT_SHRINKAGE = 1e-8
@@ -166,7 +166,7 @@ def _project(target: Tensor, right: Metric, what: str) -> Factorization:
         squared, basis, notes = checked_eigh(sandwich(right, target.mT), what)
         basis = basis[:, : _seen(squared, target)].to(target.dtype)
     else:
-        root = root_of(right, f"{what}: input metric", inverted=False).to(target.dtype)
+        root = right.root(f"{what}: input metric", inverted=False).to(target.dtype)
         squared, directions, notes = checked_eigh(_gram(root.right_of(target)), what)
         directions = directions[:, : _seen(squared, target)].to(target.dtype)
         # T C is made twice, so that it need not be held through the decomposition.
@@ -202,13 +202,15 @@ def _complete(seen: Tensor, missing: int, target: Tensor, what: str) -> Factors:
 
 def _rescaled(problem: Problem, what: str) -> Factorization:
     """A diagonal left metric: scale the rows, solve with `L = I`, scale back."""
-    root = root_of(problem.left, f"{what}: output metric")
-    if not root.invertible:
-        return _smaller_inverted(problem, what)
-    assert root.values is not None
-    scale = root.values.to(problem.target.dtype)[:, None]
-    solved = _project(scale * problem.target, problem.right, what)
-    return solved.changed(lambda left, right: (left / scale, right), root.notes)
+    root = problem.left.root(f"{what}: output metric")
+    return _whitened(problem, root, what) if root.invertible else _smaller_inverted(problem, what)
+
+
+def _whitened(problem: Problem, root: Root, what: str) -> Factorization:
+    """Solve for `L T` with `L = I`, and take the answer back through `L^-1`; `L = C^T`, C the root of H."""
+    root = root.to(problem.target.dtype)
+    solved = _project(root.right_of(problem.target.mT).mT, problem.right, what)
+    return solved.changed(lambda left, right: (root.solve_right(left.mT).mT, right), root.notes)
 
 
 def _smaller_inverted(problem: Problem, what: str) -> Factorization:
@@ -221,10 +223,13 @@ def _two_sided(problem: Problem, what: str) -> Factorization:
     """Both sides weighted, m >= n: `W' = T C V V^T C^-1`, `C C^T = G`, V of `C^T T^T H T C`."""
     target, left, right = problem.target, problem.left, problem.right
     notes: tuple[str, ...] = ()
-    root = root_of(right, f"{what}: input metric")
+    root = right.root(f"{what}: input metric")
     if not root.invertible:
+        other = left.root(f"{what}: output metric")
+        if other.invertible:  # nothing else need be
+            return _whitened(problem, other, what)
         right = right.shrunk(LAST_RESORT_SHRINKAGE)
-        root = root_of(right, f"{what}: input metric")
+        root = right.root(f"{what}: input metric")
         notes = (f"{what}: a singular metric was shrunk by {LAST_RESORT_SHRINKAGE:g} to be inverted",)
     if not root.invertible:  # a zero metric: no error counts, so the other metric alone chooses the factors
         solved = _project(target.mT, left, what).mirrored

@@ -1,0 +1,1 @@
+"""How long models and their layers take on this device: times, profiles, benchmarks."""

@@ -149,8 +149,7 @@ def _layers(key: Key, rank: int, bias: bool) -> list[nn.Module]:
         return [linear(width, rank, False), *(linear(rank, height) for height in heights)]
     if form == SLICED:
         return [*(linear(width, rank) for _ in heights[:-1]), linear(rank, heights[-1])]
-    with torch.device("meta"):
-        return [form_named(form)(width, height, rank, bias=bias) for height in heights]
+    return [form_named(form).empty(height, width, rank, bias=bias, device="meta") for height in heights]
 
 
 def _fill(layer: nn.Module, x: Tensor, stream: torch.Generator) -> nn.Module:

@@ -16,10 +16,10 @@ from eckart.checkpoint.stored import stored_tensors
 from eckart.errors import CheckpointError, UsageError
 from eckart.linalg import low_rank_sparse_split
 from eckart.model import dense_weight, find_sites
+from eckart.model.neurons import find_neurons, magnitudes, remove_neurons
 from eckart.recovery import DSEE, Adapter, load_adapter, save_adapter
 from eckart.recovery.pruning.heads import find_heads
 from eckart.recovery.pruning.heads import magnitudes as head_magnitudes
-from eckart.recovery.pruning.neurons import find_neurons, magnitudes, remove_neurons
 from eckart.recovery.training.adapter import AdaptedLinear, adapted_modules, merge
 
 STEPS = 20

@@ -20,12 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from eckart.errors import UsageError
 from eckart.linalg import low_rank_sparse_split, smallest_masked
 from eckart.model import Site, dense_weight, find_sites, replace_module
+from eckart.model.neurons import NeuronLayer, find_neurons, magnitudes, remove_neurons
 from eckart.recovery.base import Recovery, RecoveryContext
 from eckart.recovery.pruning.attention import HeadLayout
 from eckart.recovery.pruning.gates import fold_gates, gate_input
 from eckart.recovery.pruning.heads import find_heads, remove_heads
 from eckart.recovery.pruning.heads import magnitudes as head_magnitudes
-from eckart.recovery.pruning.neurons import NeuronLayer, find_neurons, magnitudes, remove_neurons
 from eckart.recovery.settings import split_patterns
 from eckart.recovery.training.adapter import AdaptedLinear, Adapter, adapted_modules, merge
 
@@ -306,7 +306,8 @@ class DSEE(Recovery):
         elif isinstance(layer, HeadLayout):
             scores = head_magnitudes(model, layer, _frozen)
         else:
-            scores = magnitudes(_frozen(model, layer.reader), [_frozen(model, name) for name in layer.writers])
+            writers = [layer.neuron_rows(name, _frozen(model, name)) for name in layer.writers]
+            scores = magnitudes(_frozen(model, layer.reader), writers)
         count = int((self.heads if isinstance(layer, HeadLayout) else self.fraction) * layer.count)
         kept = torch.ones(layer.count, dtype=torch.bool, device=scores.device)
         kept[scores.argsort(stable=True)[:count]] = False

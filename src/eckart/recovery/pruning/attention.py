@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.model import PrunedHeads, dense_weight, forget_pruned_heads, head_of_each_row
-from eckart.recovery.pruning.probe import Probe
+from eckart.model.probe import Probe
 
 CLOSE = 1e-5
 """How far fewer heads may be from heads whose output is zero, of the largest output."""

@@ -20,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.forms.transformers_internals import copy_attention
 from eckart.model import Site, head_of_each_row
+from eckart.model.probe import Probe, probing
 from eckart.recovery.pruning.attention import AttentionProbe, HeadLayout, configure, take_over
-from eckart.recovery.pruning.probe import Probe, probing
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 
 @dataclass
@@ -21,6 +22,7 @@ class Probe:
         calls: names of the layers in the order in which they were called.
         read: layer -> its last input, where it was called with one tensor.
         result: the first of what the module gave.
+        results: every tensor that it gave.
     """
 
     change: Mapping[str, Any] = field(default_factory=dict)
@@ -28,6 +30,7 @@ class Probe:
     calls: list[str] = field(default_factory=list)
     read: dict[str, Tensor] = field(default_factory=dict)
     result: Tensor | None = None
+    results: list[Tensor] = field(default_factory=list)
 
     def run(self, module: nn.Module, names: Sequence[str], *args: Any, **inputs: Any) -> Probe:
         """Call the module, and watch the layers of these names; returns itself."""
@@ -38,7 +41,12 @@ class Probe:
                 stack.callback(layer.register_forward_hook(self._after(name)).remove)
             made = module(*args, **inputs)
         self.result = made if isinstance(made, Tensor) else made[0]
+        self.results = list(_tensors(made))
         return self
+
+    def gives(self, other: Probe) -> bool:
+        """Whether both runs gave the same tensors, bit by bit."""
+        return len(self.results) == len(other.results) and all(map(torch.equal, self.results, other.results))
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -54,6 +62,49 @@ class Probe:
             return self.change[name](output) if name in self.change else None
 
         return hook
+
+
+def _tensors(made: Any) -> Iterator[Tensor]:
+    if isinstance(made, Tensor):
+        yield made
+    elif isinstance(made, Mapping):
+        yield from _tensors(list(made.values()))
+    elif isinstance(made, list | tuple):
+        for part in made:
+            yield from _tensors(part)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments."""
+
+
+def record_calls(model: nn.Module, names: Sequence[str], inputs: Mapping[str, Any]) -> dict[str, Call]:
+    """The arguments with which modules are first called in a pass, in memory of their own.
+
+    Args:
+        model: that holds them.
+        names: of the modules; those that no token reaches are left out.
+        inputs: of the pass.
+    """
+    calls: dict[str, Call] = {}
+
+    def recording(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, named: Any) -> None:
+            if name not in calls:
+                calls[name] = tree_map(_copied, (args, named))
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in names:
+            handle = model.get_submodule(name).register_forward_pre_hook(recording(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        model(**inputs)
+    return calls
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 @contextmanager

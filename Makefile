@@ -23,9 +23,8 @@ help:
 	@echo "make clean      remove caches and builds"
 	@echo "make distclean  remove .venv as well"
 
-# Waiting threads release their core: on a machine with other users, spinning takes many times as long.
 demo: $(CORE)
-	OMP_WAIT_POLICY=passive $(BIN)/eckart demo
+	$(BIN)/eckart demo
 
 # One thread a worker: more threads than cores only slow each other down. A file's tests share fixtures: one worker.
 test: lint

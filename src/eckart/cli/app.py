@@ -15,6 +15,7 @@ from eckart.cli.evaluate import evaluate_folder
 from eckart.cli.export import export
 from eckart.cli.inspect import inspect
 from eckart.cli.methods import methods
+from eckart.cli.threads import wait_passively
 from eckart.cli.tune import tune
 
 app = typer.Typer(
@@ -61,4 +62,5 @@ def eckart(
 
 def main() -> None:
     """Run the command line and exit."""
+    wait_passively()  # before torch is imported, which commands do
     app()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from eckart.allocation.plan import DENSE, Choice
-from eckart.allocation.ranks import OverBudgetError, rank_steps, smallest_keep
+from eckart.allocation.ranks import EXACT, OverBudgetError, RankMultiples, rank_steps, smallest_keep
 from eckart.allocation.uniform import uniform
 from eckart.forms import form_named
 
@@ -14,7 +14,7 @@ Bases = Sequence[Sequence[str]]
 
 
 def shared_uniform(
-    shapes: Mapping[str, tuple[int, int]], bases: Bases, keep: float, form: str, *, multiple: int = 1
+    shapes: Mapping[str, tuple[int, int]], bases: Bases, keep: float, form: str, *, multiples: RankMultiples = EXACT
 ) -> dict[str, Choice]:
     """The largest rank of each group whose stored numbers are at most `keep` of its matrices; others as by `uniform`.
 
@@ -25,7 +25,7 @@ def shared_uniform(
         bases: groups; each has one width n.
         keep: fraction of the matrices of each group, in (0, 1]; 1 leaves everything dense.
         form: name of the form that shares.
-        multiple: ranks are multiples of this where there is one that fits.
+        multiples: what ranks are multiples of, where there is such a rank that fits.
 
     Returns:
         Site -> choice; the first of a group holds the basis that the others name.
@@ -40,7 +40,7 @@ def shared_uniform(
     most, tightest, least = 0, "", 0.0
     for group in bases:
         elements, once = _elements(shapes, group, form)
-        rank = largest_shared_rank(shapes, group, keep, form, multiple=multiple)
+        rank = largest_shared_rank(shapes, group, keep, form, multiples=multiples)
         if rank < 1:
             needed = -(-once * total // elements)
             if needed > most:
@@ -51,7 +51,7 @@ def shared_uniform(
     together = {name for group in bases for name in group}
     alone = {name: shape for name, shape in shapes.items() if name not in together}
     try:
-        choices |= uniform(alone, keep, form_named(form).unshared_form, multiple=multiple)
+        choices |= uniform(alone, keep, form_named(form).unshared_form, multiples=multiples)
     except OverBudgetError as error:
         inside = sum(rows * columns for rows, columns in alone.values())
         raise OverBudgetError(str(error), max(most, -(-error.needed * total // inside))) from None
@@ -65,12 +65,18 @@ def shared_uniform(
 
 
 def largest_shared_rank(
-    shapes: Mapping[str, tuple[int, int]], group: Sequence[str], keep: float, form: str, *, multiple: int = 1
+    shapes: Mapping[str, tuple[int, int]],
+    group: Sequence[str],
+    keep: float,
+    form: str,
+    *,
+    multiples: RankMultiples = EXACT,
 ) -> int:
     """The largest rank at which a group stores at most `keep` of its matrices, and less than all; 0 if none does."""
     elements, once = _elements(shapes, group, form)
     largest = (elements - 1) // once
     fitting = min(largest, int(keep * elements // once))
+    multiple = multiples.of((sum(shapes[name][0] for name in group), shapes[group[0]][1]), form)
     return max((rank for rank in rank_steps(largest, multiple) if rank <= fitting), default=fitting)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from eckart.allocation.plan import DENSE, Choice
-from eckart.allocation.ranks import OverBudgetError, rank_steps, smallest_keep
+from eckart.allocation.ranks import EXACT, OverBudgetError, RankMultiples, rank_steps, smallest_keep
 from eckart.forms import Block, form_named
 
 
@@ -17,7 +17,7 @@ def uniform(
     keep: float,
     form: str,
     *,
-    multiple: int = 1,
+    multiples: RankMultiples = EXACT,
     errors: Mapping[str, Mapping[Block | None, Sequence[float] | Tensor] | None] | None = None,
 ) -> dict[str, Choice]:
     """The largest rank of each site whose stored numbers are at most `keep` of its matrix.
@@ -28,7 +28,7 @@ def uniform(
         shapes: site -> (out, in).
         keep: fraction of each matrix, in (0, 1]; 1 leaves everything dense.
         form: name of the form.
-        multiple: ranks are multiples of this where the site is large enough.
+        multiples: what ranks are multiples of, where the site is large enough.
         errors: site -> shape of block -> error at rank 0, 1, ...; where they are not known, the shape that stores most
             of what may be stored is taken.
 
@@ -43,7 +43,7 @@ def uniform(
     choices: dict[str, Choice] = {}
     least, tightest = 0.0, ""
     for name, shape in shapes.items():
-        fitting = fitting_choices(shape, keep, form, multiple=multiple)
+        fitting = fitting_choices(shape, keep, form, multiples=multiples)
         if not fitting:
             smallest = min(Choice(form, 1, block).stored(*shape) for block in form_named(form).blocks(*shape))
             needed = smallest_keep(smallest, shape[0] * shape[1])
@@ -64,16 +64,19 @@ def uniform(
     return choices
 
 
-def fitting_choices(shape: tuple[int, int], keep: float, form: str, *, multiple: int = 1) -> list[Choice]:
+def fitting_choices(
+    shape: tuple[int, int], keep: float, form: str, *, multiples: RankMultiples = EXACT
+) -> list[Choice]:
     """For each shape of block the largest rank whose stored numbers are at most `keep` of the matrix, if there is one.
 
     Args:
         shape: (out, in).
         keep: fraction of the matrix.
         form: name of the form.
-        multiple: ranks are multiples of this where the matrix is large enough.
+        multiples: what ranks are multiples of, where the matrix is large enough.
     """
     kind, budget = form_named(form), keep * shape[0] * shape[1]
+    multiple = multiples.of(shape, form)
     found: list[Choice] = []
     for block in kind.blocks(*shape):
         largest = kind.max_rank(*shape, block)

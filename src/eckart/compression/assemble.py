@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from eckart.allocation import DENSE, Plan
+from eckart.allocation import DENSE, Choice, Plan
 from eckart.calibration.layerwise import split_by_block
 from eckart.checkpoint.mapped import SMALL, spool
 from eckart.compression.factor_store import FactorStore
@@ -99,14 +99,14 @@ class Assembly:
         tensors: dict[str, Tensor] = {}
         content: dict[str, Any] = {"sites": {}, "notes": [], "solved": []}
         for site in sites:
-            choice, solved = plan.choices[site.name], factors[site.name]
+            choice = plan.choices[site.name]
             old: Any = self.model.get_submodule(site.name)
             weight = dense_weight(old)
-            left, right = solved.factors[choice.block].truncated(choice.rank)
+            left, right, mean, fallbacks = _factors_of(site.name, choice, factors)
             bias = old.bias.detach() if site.has_bias else None
-            if bias is not None and solved.mean is not None:
+            if bias is not None and mean is not None:
                 # The metric was the covariance, so the error of the mean output is corrected in the bias.
-                mean = solved.mean.to(weight.device)
+                mean = mean.to(weight.device)
                 one, other = (factor.to(weight.device).double() for factor in (left, right))
                 rest = weight.double() @ mean - form_named(choice.form).times(one, other, mean, choice.block)
                 bias = bias.double() + rest
@@ -115,8 +115,7 @@ class Assembly:
             )
             if fallback is not None:
                 content["notes"].append(fallback)
-            if len(solved.factors) > 1:
-                content["solved"] += solved.factors[choice.block].notes
+            content["solved"] += fallbacks
             packed, spec = serialize_module(module)
             content["sites"][site.name] = spec
             tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}
@@ -139,6 +138,18 @@ class Assembly:
             if not place.processes.main and name not in place.store.entries(stage):
                 place.store.write(stage, name, tensors, content)
         return place.store.read(stage, name)[1]
+
+
+def _factors_of(
+    name: str, choice: Choice, factors: FactorStore
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[str, ...]]:
+    """B and A of a choice, the mean that its bias absorbs, and notes that concern this choice alone."""
+    if form_named(choice.form).shared_by == "input":
+        joint = factors.joint(choice.basis or name)
+        return joint.lefts[name][:, : choice.rank], joint.right[: choice.rank], joint.means.get(name), ()
+    solved = factors[name]
+    found = solved.factors[choice.block]
+    return *found.truncated(choice.rank), solved.mean, found.notes if len(solved.factors) > 1 else ()
 
 
 def set_lean(model: nn.Module, lean: bool) -> None:

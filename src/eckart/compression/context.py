@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.allocation import Bases, read_plan
+from eckart.allocation import Bases, RankMultiples, read_plan
 from eckart.calibration import Calibration
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.compression.basis_groups import adjacent, reading_a_norm
+from eckart.compression.joint_groups import JointGroups, joint_groups
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
@@ -25,6 +26,7 @@ from eckart.data.inference import forward
 from eckart.errors import UsageError
 from eckart.forms import form_named
 from eckart.model import Sites, WeightLoader
+from eckart.moments import shared_inputs
 
 
 class Timer:
@@ -95,11 +97,17 @@ class CompressionContext:
     warnings: tuple[str, ...] = ()
     timer: Timer = field(default_factory=Timer)
     _reading_a_norm: frozenset[str] | None = None
+    _reading_one_input: JointGroups | None = None
 
     @property
     def names(self) -> list[str]:
         """Names of the sites, in the order of the model."""
         return [site.name for site in self.sites.chosen]
+
+    def multiples(self, recipe: Recipe) -> RankMultiples:
+        """What ranks are multiples of, for the target of the recipe; "auto" is the device that computes now."""
+        here = "cuda" if self.weights.device.type == "cuda" else "cpu"
+        return RankMultiples(here if recipe.target == "auto" else recipe.target, recipe.rank_multiple)
 
     def adapt_settings(self, settings: Settings) -> Settings:
         """Return the settings; of the default method, those without gradients if the model has no backward pass."""
@@ -112,15 +120,44 @@ class CompressionContext:
             UsageError: the metric does not allow it, or without data no small pass runs through the model.
         """
         if recipe.plan is not None:
-            planned = read_plan(Path(recipe.plan), {site.name: site.shape for site in self.sites.chosen}).bases
+            planned = self._planned_groups(recipe.plan, "layers")
             if planned:
                 check_metric_shares(settings.method)
             return planned
-        if form_named(settings.form).shared_parameter is None:
+        kind = form_named(settings.form)
+        if kind.shared_parameter is None or kind.shared_by != "layers":
             return ()
         if self._reading_a_norm is None:
             self._reading_a_norm = self._find_norm_readers(settings)
         return adjacent(self.sites.chosen, self.model, recipe.layers_per_basis, self._reading_a_norm)
+
+    def joint_groups(self, settings: Settings, recipe: Recipe) -> JointGroups:
+        """Groups of sites that may have one input factor: as a plan says, or those of a block that read one tensor."""
+        if recipe.plan is not None:
+            return self._planned_groups(recipe.plan, "input")
+        if not settings.joins:
+            return ()
+        if self._reading_one_input is None:
+            self._reading_one_input = joint_groups(self._groups_by_input(), self.model)
+        return self._reading_one_input
+
+    def _planned_groups(self, plan: str, shared_by: str) -> JointGroups:
+        found = read_plan(Path(plan), {site.name: site.shape for site in self.sites.chosen})
+        return [group for group in found.bases if form_named(found.choices[group[0]].form).shared_by == shared_by]
+
+    def _groups_by_input(self) -> Mapping[str, Sequence[str]]:
+        """Leader -> sites that read one tensor; without data, as a small pass through the model shows."""
+        if self.data is not None:
+            return self.calibration.groups
+        model = self.model
+        try:
+            with forward_context(model, self.weights, all_blocks(model))(None):
+                return shared_inputs(
+                    model, self.names, lambda: forward(model, dict(model.dummy_inputs)), all_blocks(model)
+                )
+        except Exception as error:
+            self.calibration.note(f"no weights have one input factor: no small pass runs through the model ({error})")
+            return {}
 
     def _find_norm_readers(self, settings: Settings) -> frozenset[str]:
         model = self.model

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from eckart.calibration import note_few_tokens
-from eckart.compression.plan_builder import Losses
+from eckart.compression.curves import Losses
+from eckart.compression.solve_joint import JointFactors
 from eckart.compression.solve_site import SiteFactors
 from eckart.distributed import Processes
 from eckart.errors import ModelError
@@ -20,6 +21,9 @@ from eckart.storage.store import EntryStore
 
 STAGE = "solved"
 """The stage of a run under which factors are stored."""
+
+JOINT = "joint"
+"""What an entry holds of groups of sites that have one input factor."""
 
 Serialized = tuple[dict[str, Tensor], dict[str, Any]]
 """Named tensors and JSON values: one entry of a store."""
@@ -31,6 +35,7 @@ class FactorSummary:
 
     Attributes:
         losses: factored site -> predicted loss (or error) at every rank, or None where nothing is chosen by it.
+        joint: sites that were factored on one input factor -> their predicted loss together at every rank, or None.
         dense: sites that stay dense -> why.
         seen: site -> (tokens, features), of every site that was factored from statistics.
         effective_ranks: of every factored site.
@@ -38,6 +43,7 @@ class FactorSummary:
     """
 
     losses: dict[str, Losses | None]
+    joint: dict[tuple[str, ...], Tensor | None]
     dense: dict[str, str]
     seen: dict[str, tuple[int, int]]
     effective_ranks: dict[str, float]
@@ -96,11 +102,19 @@ class FactorStore:
         tensors, content = self.store.read(STAGE, self._entry_of[site])
         return SiteFactors.deserialize(tensors_of(tensors, site), content["sites"][site])
 
+    def joint(self, holder: str) -> JointFactors:
+        """The factors of the group whose input factor a site holds; on the first process only."""
+        for name, content in self.entries():
+            if holder in content[JOINT]:
+                tensors = self.store.read(STAGE, name)[0]
+                return JointFactors.deserialize(tensors_of(tensors, f"{JOINT}/{holder}"), content[JOINT][holder])
+        raise KeyError(holder)
+
     @cached_property
     def summary(self) -> FactorSummary:
         """What every process may know, read from the entries, also from those of an earlier run."""
         losses: dict[str, Tensor] = {}
-        found: dict[str, Any] = {"blocks": {}, "dense": {}, "seen": {}, "effective": {}, "notes": []}
+        found: dict[str, Any] = {"blocks": {}, "dense": {}, "seen": {}, "effective": {}, "notes": [], JOINT: []}
         for name in self.store.entries(STAGE):
             tensors, content = self.store.read(STAGE, name)
             found["dense"] |= content["dense"]
@@ -113,12 +127,19 @@ class FactorStore:
                 found["notes"] += factors.notes
                 for place, curve in enumerate(curves.values()):
                     losses[f"{site}/{place}"] = curve.clone()
+            for holder, own in content[JOINT].items():
+                group = JointFactors.deserialize(tensors_of(tensors, f"{JOINT}/{holder}"), own)
+                found[JOINT].append(own["members"])
+                found["notes"] += group.notes
+                if group.losses is not None:
+                    losses[f"{JOINT}/{holder}"] = group.losses.clone()
         losses, found = self.processes.broadcast((losses, found))
         return FactorSummary(
             {
                 site: {_as_block(block): losses[f"{site}/{i}"] for i, block in enumerate(blocks)} or None
                 for site, blocks in found["blocks"].items()
             },
+            {tuple(members): losses.get(f"{JOINT}/{members[0]}") for members in found[JOINT]},
             found["dense"],
             {site: (int(count), int(width)) for site, (count, width) in found["seen"].items()},
             found["effective"],

@@ -18,10 +18,11 @@ from eckart.calibration import why_useless
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
-from eckart.compression.factor_store import STAGE, FactorStore, Serialized, tensors_of
-from eckart.compression.plan_builder import largest_choices
+from eckart.compression.factor_store import JOINT, STAGE, FactorStore, Serialized, tensors_of
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
+from eckart.compression.size_limits import largest_choices, largest_joint_rank
+from eckart.compression.solve_joint import solve_joint
 from eckart.compression.solve_site import SiteFactors, solve_group, solve_site
 from eckart.model import Site, dense_weight
 from eckart.moments import Moments, deserialize, serialize
@@ -54,11 +55,12 @@ def factorize_sites(
     """
     budget = Budget.of_recipe(context.model, context.sites, recipe.model_copy(update={"keep": largest_keep}))
     bases = context.bases(settings, recipe)
-    limits = largest_choices(context.sites, settings, recipe, largest_keep, budget, bases)
+    limits = largest_choices(context.sites, settings, recipe, largest_keep, budget, context.multiples(recipe), bases)
     done = factors.finished_windows()
     factorizer = SiteFactorizer(
         factors, context.model, {site.name: site for site in context.sites.chosen}, settings, limits,
         curve=settings.allocation == "loss" and recipe.plan is None, bases=bases,
+        joint=context.joint_groups(settings, recipe), planned=recipe.plan is not None,
     )  # fmt: skip
     gathered = context.calibration.windows(done) if windows is None else iter(windows)
     factorizer.run(context.timer.gathering(gathered), keep_statistics=windows is not None)
@@ -75,7 +77,9 @@ class SiteFactorizer:
         settings: method, form, allocation.
         limits: site -> the largest choices that any plan may make.
         curve: whether predicted losses are wanted.
-        bases: groups of sites that share a basis.
+        planned: whether a plan file says the ranks.
+        bases: groups of sites of several layers that share a basis.
+        joint: groups of sites that may have one input factor; each is in one window, for its sites read one tensor.
     """
 
     factors: FactorStore
@@ -84,7 +88,9 @@ class SiteFactorizer:
     settings: Settings
     limits: Mapping[str, Sequence[Choice]]
     curve: bool
+    planned: bool = False
     bases: Bases = ()
+    joint: Sequence[tuple[str, ...]] = ()
 
     def run(self, windows: Iterator[StatisticsWindow], *, keep_statistics: bool = False) -> None:
         """Factor all windows, and then the groups that are still incomplete.
@@ -103,12 +109,19 @@ class SiteFactorizer:
         """Site -> the group that shares a basis with it."""
         return {name: group for group in self.bases for name in group}
 
+    @cached_property
+    def joint_group_of(self) -> dict[str, tuple[str, ...]]:
+        """Site -> the group that may have one input factor."""
+        return {name: group for group in self.joint for name in group}
+
     def add_window(self, window: StatisticsWindow, moments: dict[str, Moments]) -> None:
         """Factor a window's sites; their statistics are taken out of `moments` on the way."""
         processes = self.factors.processes
         owners = self._reduce(window, moments)
-        mine: Serialized = ({}, {"sites": {}, "dense": {}, "seen": {}})
+        mine = _nothing()
         grouped: dict[str, Moments | None] = {}
+        joined: dict[str, Moments | None] = {}  # useful sites that wait for the others of their group
+        left = {group: set(group) for group in self.joint}
         with processes.failing_together():
             for name in [n for members in window.groups.values() for n in members]:
                 entry = moments.pop(name, None)
@@ -116,15 +129,23 @@ class SiteFactorizer:
                     continue
                 if name in self.group_of:
                     grouped[name] = entry
-                else:
-                    self._solve_one(name, entry, mine)
+                    continue
+                useful = self._solve_one(name, entry, mine)
+                group = self.joint_group_of.get(name)
+                if group is None:
+                    continue
+                if useful:
+                    joined[name] = entry
+                left[group].discard(name)
+                if not left[group]:
+                    self._solve_joint({n: joined.pop(n) for n in group if n in joined}, mine)
             if grouped:
                 self._solve_complete_groups(grouped, window.groups, mine)
         self.factors.add_window(window.name, mine)
 
     def finish_groups(self) -> None:
         """Factor the groups some of whose sites no window has brought, without those."""
-        mine: Serialized = ({}, {"sites": {}, "dense": {}, "seen": {}})
+        mine = _nothing()
         with self.factors.processes.failing_together():
             if self.factors.processes.main:
                 before = self._waiting()
@@ -138,12 +159,30 @@ class SiteFactorizer:
 
     # -- one site, one group ---------------------------------------------------------------------------
 
-    def _solve_one(self, name: str, moments: Moments | None, mine: Serialized) -> None:
-        if self._is_useful(name, moments, mine[1]):
-            found = solve_site(
-                self.sites[name], self._weight(name), moments, self.settings, self.limits[name], curve=self.curve
-            )
-            _put(mine, name, found)
+    def _solve_one(self, name: str, moments: Moments | None, mine: Serialized) -> bool:
+        """Factor a site; returns whether its statistics were useful."""
+        if not self._is_useful(name, moments, mine[1]):
+            return False
+        found = solve_site(
+            self.sites[name], self._weight(name), moments, self.settings, self.limits[name], curve=self.curve
+        )
+        _put(mine, name, found)
+        return True
+
+    def _solve_joint(self, known: Mapping[str, Moments | None], mine: Serialized) -> None:
+        """Factor the sites of a group that data reached on one input factor, if that can save anything."""
+        sites = [self.sites[name] for name in known]
+        if len(sites) < 2:
+            return
+        limit = largest_joint_rank([site.shape for site in sites], self.settings.joint_form, planned=self.planned)
+        if limit < 1:
+            return
+        weights = [self._weight(name) for name in known]
+        found = solve_joint(sites, weights, list(known.values()), self.settings, limit, curve=self.curve)
+        tensors, content = found.serialize()
+        holder = found.members[0]
+        mine[0].update({f"{JOINT}/{holder}/{key}": value for key, value in tensors.items()})
+        mine[1][JOINT][holder] = content
 
     def _solve_complete_groups(
         self, here: dict[str, Moments | None], inputs: Mapping[str, Sequence[str]], mine: Serialized
@@ -219,6 +258,11 @@ class SiteFactorizer:
             if owner == processes.rank:
                 moments |= deserialize(sums, groups)
         return {name: owners[leader] for leader, members in window.groups.items() for name in members}
+
+
+def _nothing() -> Serialized:
+    """An entry of a store without any site."""
+    return {}, {"sites": {}, "dense": {}, "seen": {}, JOINT: {}}
 
 
 def _put(mine: Serialized, name: str, found: SiteFactors) -> None:

@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from eckart.allocation import Bases
+from eckart.allocation import Bases, RankMultiples
 from eckart.calibration.layerwise import all_blocks, blocks_of, split_by_block
 from eckart.checkpoint.load import blank
 from eckart.compression.basis_groups import adjacent
 from eckart.compression.budget import Budget
-from eckart.compression.plan_builder import Limits, largest_choices
+from eckart.compression.joint_groups import possible_groups
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
+from eckart.compression.size_limits import Limits, largest_choices, largest_joint_rank
 from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TOKENS, default_samples
 from eckart.data import model_kind
 from eckart.distributed import Processes
@@ -28,7 +29,7 @@ from eckart.evaluation.divergence import PIECE
 from eckart.forms import form_named
 from eckart.model import Sites, find_sites, with_separate_experts
 from eckart.moments import needs_backward, statistics_named
-from eckart.moments.memory import solving_bytes, statistics_bytes
+from eckart.moments.memory import RECTANGLE, solving_bytes, statistics_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -86,11 +87,18 @@ def estimate_memory(
         block: statistics_bytes([shapes[n] for n in own], [[i] for i in range(len(own))], needs)
         for block, own in groups.items()
     }
-    bases = adjacent(sites.chosen, model, recipe.layers_per_basis) if form_named(settings.form).shared_parameter else ()
+    by_layers = form_named(settings.form).shared_parameter is not None and not settings.joins
+    bases = adjacent(sites.chosen, model, recipe.layers_per_basis) if by_layers else ()
+    joint = possible_groups(sites.chosen, model) if settings.joins else ()
     together = [(sum(shapes[name][0] for name in group), shapes[group[0]][1]) for group in bases]
     solving = max(solving_bytes(*shape, needs) for shape in (*shapes.values(), *together))
     limits = _limits(model, sites, recipe, settings, bases)
     factors = {name: sum(c.factor_elements(*shapes[name]) for c in limits[name]) * FLOAT32 for name in shapes}
+    for group in joint:  # each site has its own outputs' metric: only weights and factors are stacked
+        rows, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
+        solving = max(solving, max(solving_bytes(*shapes[n], needs) for n in group) + RECTANGLE * rows * columns)
+        largest = largest_joint_rank([shapes[name] for name in group], settings.joint_form, planned=False)
+        factors[group[0]] += largest * (rows + columns) * FLOAT32
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
     budget = Budget.of_recipe(model, sites, recipe)
     stored = _stored(recipe, elements - sum(site.elements for site in sites.chosen) + budget.elements)
@@ -159,7 +167,9 @@ def is_too_large(estimate: MemoryEstimate | None) -> bool:
 
 
 def _limits(model: nn.Module, sites: Sites, recipe: Recipe, settings: Settings, bases: Bases) -> Limits:
-    return largest_choices(sites, settings, recipe, recipe.keep, Budget.of_recipe(model, sites, recipe), bases)
+    multiples = RankMultiples("none" if recipe.target == "none" else "cpu", recipe.rank_multiple)
+    budget = Budget.of_recipe(model, sites, recipe)
+    return largest_choices(sites, settings, recipe, recipe.keep, budget, multiples, bases)
 
 
 def _stored(recipe: Recipe, elements: int) -> int:

@@ -29,7 +29,7 @@ from eckart.compression.factorize import factorize_sites
 from eckart.compression.measure import measure_quality
 from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options, dtype_of
-from eckart.compression.plan_builder import make_plan, stored_choices
+from eckart.compression.plan_builder import Solved, make_plan, stored_choices
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
 from eckart.compression.refit import refit_if_better
@@ -145,8 +145,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
 
     # 5. The plan: form and rank of every site, within the budget.
     budget = Budget.of_recipe(model, sites, recipe)
-    bases = context.bases(settings, recipe)
-    plan = make_plan(sites, settings, recipe, summary.losses, dense, budget, context.fingerprint, bases)
+    solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint)
+    plan = make_plan(sites, settings, recipe, solved, budget, context.fingerprint, context.multiples(recipe))
 
     # 6. Forms in place of the dense weights, in a copy of the model.
     assembly = Assembly(model, sites.chosen, context.weights, context.workspace, dtype)

@@ -14,9 +14,11 @@ from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.compression.basis_groups import adjacent
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
+from eckart.compression.curves import Losses
 from eckart.compression.factor_store import STAGE as FACTORS
+from eckart.compression.joint_groups import possible_groups
 from eckart.compression.open_run import CompressionRun
-from eckart.compression.plan_builder import Losses, make_plan
+from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.config import DEFAULT_BATCH_SIZE, default_samples
@@ -103,14 +105,18 @@ def _all_needs(rows: Sequence[Settings], recipe: Recipe) -> frozenset[str]:
 def _check_budget(context: CompressionContext, settings: Settings, recipe: Recipe) -> None:
     """Refuse a budget that is too small, for embeddings too, or a plan file that does not fit."""
     sites, model = context.sites, context.model
-    form = form_named(settings.form)
+    by_name = {site.name: site for site in sites.chosen}
+    form = form_named(settings.site_forms[0])
     flat: dict[str, Losses] = {
         site.name: {b: torch.zeros(form.full_rank(*site.shape, b) + 1) for b in form.blocks(*site.shape)}
         for site in sites.chosen
     }
     bases = adjacent(sites.chosen, model, recipe.layers_per_basis)  # as many as there may be
+    groups = possible_groups(sites.chosen, model) if settings.joins else ()
+    joint = {group: torch.zeros(sum(form.full_rank(*by_name[name].shape) for name in group) + 1) for group in groups}
     budget = Budget.of_recipe(model, sites, recipe)
-    make_plan(sites, settings, recipe, flat, {}, budget, context.fingerprint, bases)
+    solved = Solved(flat, bases=bases, joint=joint)
+    make_plan(sites, settings, recipe, solved, budget, context.fingerprint, context.multiples(recipe))
     saved_embedding_parameters(
         model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore
     )  # refuses what cannot be

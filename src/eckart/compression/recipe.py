@@ -56,7 +56,35 @@ class Recipe(RecipeBase):
     embeddings_keep: float = Field(
         0.5, gt=0, le=1, description="Fraction of the numbers of the token embeddings that is stored afterwards."
     )
-    rank_multiple: int | None = Field(None, ge=1, description="Ranks are multiples of this.")
+    optimise: Literal["speed", "size"] = Field(
+        "speed",
+        description="What the default form is chosen for: speed on the target, or the fewest stored numbers.",
+    )
+    target: Literal["auto", "cpu", "cuda", "none"] = Field(
+        "auto",
+        description="Where the model will run: ranks are multiples of what it computes fast; none: the exact sizes of "
+        "the papers; auto: the device of this run.",
+    )
+    rank_multiple: int | None = Field(None, ge=1, description="Ranks are multiples of this, whatever the target.")
+    objective: Literal["size", "latency"] = Field(
+        "size",
+        description="What ranks and forms are paid for: stored numbers, or seconds that are measured on this machine.",
+    )
+    speedup: float | None = Field(
+        None, gt=1, description="Ask for a speed instead of a size: so many times as fast as the dense model."
+    )
+    max_loss: str | None = Field(
+        None,
+        description="Ask for a quality instead of a size: the most that may be lost on held-out data, such as 1%; the "
+        "smallest size that keeps to it is searched.",
+    )
+    profile: str | None = Field(
+        None, description="A file of measured seconds; it is read if it is there, and written if not."
+    )
+    stock: bool = Field(
+        False,
+        description="In form sliced: one size for all layers, so that transformers alone loads the result.",
+    )
     plan: str | None = Field(None, description="A plan.json: its forms and ranks are used, and none are chosen.")
     targets: tuple[str, ...] | None = Field(None, description="Factor only these modules: names, globs or regexes.")
     ignore: tuple[str, ...] | None = Field(None, description="Do not factor these modules: names, globs or regexes.")

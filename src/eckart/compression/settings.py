@@ -12,6 +12,9 @@ from eckart.forms import FORMS, FactoredLinear, form_named
 from eckart.methods import METHODS, Method
 from eckart.moments import statistics_named
 
+JOINT = "joint"
+"""The form of weights that have one input factor."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -19,7 +22,9 @@ class Settings:
 
     Attributes:
         method: with the metric that is used.
-        form: name of the stored form.
+        form: name of the stored form, or of the one that sites of a group may share in.
+        site_forms: the forms that a site may take by itself; all of them are made of the same factors.
+        joins: whether sites that read one input may have one input factor.
         allocation: "uniform", "loss", or "paper": the sizes that the method states.
         refit: whether sites are solved again on the compressed model's own inputs.
         notes: what was asked for and is not done.
@@ -27,6 +32,8 @@ class Settings:
 
     method: Method
     form: str
+    site_forms: tuple[str, ...]
+    joins: bool
     allocation: str
     refit: bool
     notes: tuple[str, ...] = ()
@@ -53,7 +60,7 @@ class Settings:
                     "--refit out."
                 )
             refit = False
-        form, allocation = recipe.form or method.form, recipe.allocation or method.allocation
+        form, allocation = recipe.form or _default_form(method, recipe), recipe.allocation or method.allocation
         notes: tuple[str, ...] = ()
         if method.fixed_form and form != method.form:
             raise UsageError(
@@ -80,16 +87,24 @@ class Settings:
                     f"{_forms(lambda kind: kind.refits)}."
                 )
             refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
-        if form_named(form).shared_parameter is not None:
+        kind = form_named(form)
+        if kind.shared_parameter is not None and kind.shared_by == "layers":
             _check_sharing(method, form, allocation, recipe)
         elif recipe.layers_per_basis is not None and recipe.plan is None:
             raise UsageError(
                 f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use "
-                f"--form {_forms(lambda kind: kind.shared_parameter)}, or --method basis-sharing."
+                f"--form {_forms(lambda kind: kind.shared_parameter and kind.shared_by == 'layers')}, or --method basis-sharing."
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
-        return cls(method, form, allocation, refit, notes)
+        alone = form if kind.shared_parameter is None else kind.unshared_form
+        joins = kind.shared_parameter is not None and kind.shared_by == "input"
+        return cls(method, form, (alone,), joins, allocation, refit, notes)
+
+    @property
+    def joint_form(self) -> str:
+        """The form of sites with one input factor; where a plan file has groups of them, the one of this library."""
+        return self.form if self.joins else JOINT
 
     def without_gradients(self) -> Settings:
         """Of the default, the drone metric and uniform ranks; of other methods, what they are."""
@@ -105,6 +120,11 @@ class Settings:
         if self.allocation == "loss" and not planned:
             needs = needs | METHODS["kfac"].needs
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
+
+
+def _default_form(method: Method, recipe: Recipe) -> str:
+    """The form of the method for what the recipe wants to have: speed, or few numbers."""
+    return method.form if recipe.optimise == "speed" else method.smallest_form or method.form
 
 
 def _of_inputs(method: Method) -> set[str]:

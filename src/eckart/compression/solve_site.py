@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.allocation import Choice
-from eckart.compression.plan_builder import Losses
+from eckart.compression.curves import Losses
 from eckart.compression.settings import Settings
 from eckart.forms import Block, form_named
 from eckart.linalg import Factorization, Problem

@@ -121,6 +121,11 @@ class Kronecker(FactoredLinear):
         return min(stored, out_features * in_features // once)
 
     @classmethod
+    def rank_multiple(cls, out_features: int, in_features: int, wanted: int) -> int:
+        """1: its rank counts terms, and is the side of no product."""
+        return 1
+
+    @classmethod
     def block_arguments(cls, block: Block | None) -> dict[str, Any]:
         """Rows and columns of B."""
         assert block is not None

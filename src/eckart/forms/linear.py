@@ -40,6 +40,8 @@ class FactoredLinear(Factored):
         shared_parameter: the parameter that may be another module's too, which a plan then names as its `basis`; None
             for a form that shares nothing.
         unshared_form: of a form that shares, the form of weights that have none to share with.
+        shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers, or "input", those
+            that read one and the same tensor.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
@@ -48,6 +50,7 @@ class FactoredLinear(Factored):
     paper: ClassVar[str] = ""
     shared_parameter: ClassVar[str | None] = None
     unshared_form: ClassVar[str] = "lowrank"
+    shared_by: ClassVar[str] = "layers"
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool, source: str, block: Block | None = None
@@ -96,6 +99,11 @@ class FactoredLinear(Factored):
             else:
                 high = middle - 1
         return low
+
+    @classmethod
+    def rank_multiple(cls, out_features: int, in_features: int, wanted: int) -> int:
+        """What ranks are multiples of where a target likes sizes that are multiples of `wanted`."""
+        return wanted
 
     @classmethod
     def factor_elements(cls, out_features: int, in_features: int, rank: int, block: Block | None = None) -> int:

@@ -52,6 +52,11 @@ class Pivoted(FactoredLinear):
         numbers = rank * (out_features + in_features - rank)
         return StoredSize(numbers + out_features, numbers, out_features)
 
+    @classmethod
+    def rank_multiple(cls, out_features: int, in_features: int, wanted: int) -> int:
+        """One that m - k, the height of C, is a multiple of as well."""
+        return math.gcd(wanted, out_features)
+
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Choose pivot rows and fill; refused when no choice keeps C within the bound."""
         factors = pivoted_factors(left, right)

@@ -35,6 +35,7 @@ class Method:
         exact_for: what error the factors are optimal for, in words.
         needs: statistics that the metric reads, names of :data:`eckart.registry.STATISTICS`; empty: no data.
         form: the stored form of the paper.
+        smallest_form: the form to take where stored numbers count and speed does not; None for `form`.
         allocation: "uniform", "loss", or "paper": what `paper_sizes` says.
         centered: whether means are folded into the bias of sites that have one, and the metric is centered.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
@@ -50,6 +51,7 @@ class Method:
     exact_for: str
     needs: frozenset[str] = field(default_factory=frozenset)
     form: str = "lowrank"
+    smallest_form: str | None = None
     allocation: str = "uniform"
     centered: bool = False
     refit: bool = False

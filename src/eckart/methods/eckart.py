@@ -7,14 +7,16 @@ from eckart.methods.kfac import metric
 
 METHOD = Method(
     name="eckart",
-    title="eckart (KFAC metric, pivoted, allocated by loss, refitted)",
-    paper="this library: the metric of KFAC-SVD, the pivoted form of Zhao et al. (ICML 2025, "
-    "arXiv 2501.19090), ranks from one budget by the predicted loss, and a closed-form refit of every weight on the "
-    "inputs that the compressed model gives it",
+    title="eckart (KFAC metric, joint input factors, allocated by loss, refitted)",
+    paper="this library: the metric of KFAC-SVD, one input factor for weights that read one input where that is "
+    "predicted to lose less, ranks from one budget by the predicted loss, and a closed-form refit of every weight on "
+    "the inputs that the compressed model gives it; where stored numbers count more than speed, the pivoted form of "
+    "Zhao et al. (ICML 2025, arXiv 2501.19090)",
     metric=metric,
     needs=frozenset({"gram", "gradients"}),
     exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix",
-    form="pivoted",
+    form="joint",
+    smallest_form="pivoted",
     allocation="loss",
     centered=True,
     refit=True,

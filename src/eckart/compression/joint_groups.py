@@ -1,8 +1,8 @@
 """Which weights may have one input factor: those of a block that read one and the same tensor.
 
-Queries, keys and values; gate and up; keys and values of a cross-attention: whatever the model shows when it runs. Weights
-of several blocks that read one tensor, such as the output of an encoder, make a group in each block: blocks are worked on
-one after another, and a factor for all of them would have to hold what every layer reads.
+Queries, keys and values; gate and up; keys and values of a cross-attention: whatever the model shows when it runs.
+Weights of several blocks that read one tensor, such as the output of an encoder, make a group in each block: blocks are
+worked on one after another, and a factor for all of them would have to hold what every layer reads.
 """
 
 from __future__ import annotations

@@ -88,12 +88,12 @@ class Settings:
                 )
             refit, notes = False, (*notes, f"the refit was left out: form {form} cannot be fitted again")
         kind = form_named(form)
-        if kind.shared_parameter is not None and kind.shared_by == "layers":
+        if _shared_by_layers(kind):
             _check_sharing(method, form, allocation, recipe)
         elif recipe.layers_per_basis is not None and recipe.plan is None:
             raise UsageError(
                 f"--layers-per-basis {recipe.layers_per_basis}: layers share nothing in form {form}; use "
-                f"--form {_forms(lambda kind: kind.shared_parameter and kind.shared_by == 'layers')}, or --method basis-sharing."
+                f"--form {_forms(_shared_by_layers)}, or --method basis-sharing."
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
@@ -130,6 +130,10 @@ def _default_form(method: Method, recipe: Recipe) -> str:
 def _of_inputs(method: Method) -> set[str]:
     """The statistics of the inputs that its metric reads; means are always there."""
     return {name for name, kind in statistics_named(method.needs).items() if not kind.needs_backward} - {"mean"}
+
+
+def _shared_by_layers(kind: type[FactoredLinear]) -> bool:
+    return kind.shared_parameter is not None and kind.shared_by == "layers"
 
 
 def _forms(wanted: Callable[[type[FactoredLinear]], object]) -> str:

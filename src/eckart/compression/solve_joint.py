@@ -120,9 +120,6 @@ def _losses(
     if settings.method.metric is kfac.metric:
         errors = found[0].curve
     else:
-        measured = [
-            kfac.metric(problem.target, entry)  # type: ignore[arg-type]
-            for problem, entry in zip(problems, moments, strict=True)
-        ]
+        measured = [kfac.metric(problem.target, entry) for problem, entry in zip(problems, moments, strict=True)]
         errors = group_curve_under(found, measured)
     return (0.5 * first.tokens / max(first.sequences, 1) * errors).to(torch.float64)

@@ -8,21 +8,28 @@ import pytest
 import torch
 from problems import LAYERS, answer_of, error_of, every_form, layer
 
-from eckart.allocation import (
-    DENSE,
-    Choice,
-    Curve,
-)
-from eckart.compression import plan_builder
+from eckart.allocation import DENSE, EXACT, Choice, Curve, RankMultiples
 from eckart.compression.budget import Budget
+from eckart.compression.curves import site_curve
+from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
+from eckart.compression.size_limits import Limits, largest_choices
 from eckart.compression.solve_site import solve_site
 from eckart.errors import UsageError
 from eckart.forms import FORMS
 from eckart.linalg import factorize
 from eckart.methods import METHODS
 from eckart.model import Site, Sites
+
+
+def elements_of(shapes: dict[str, tuple[int, int]]):
+    """What choices cost: the elements that they store."""
+    return lambda choices: sum(choice.stored(*shapes[name]) for name, choice in choices.items())
+
+
+def curve_of(name: str, shape: tuple[int, int], form: str, losses, multiple: int | None) -> Curve:
+    return site_curve(name, shape, [form], losses, RankMultiples(fixed=multiple), elements_of({name: shape}))
 
 
 def predicted_curve(found, method: str, form: str, multiple: int | None) -> tuple[Curve, object, object]:
@@ -33,7 +40,7 @@ def predicted_curve(found, method: str, form: str, multiple: int | None) -> tupl
     largest = [Choice(form, min(rows, columns))]
     losses = solve_site(site, found.weight, found.moments, settings, largest, curve=True).losses
     problem = found.problem_of(method)
-    made = plan_builder._curve(site.shape, settings, Recipe(rank_multiple=multiple), losses)
+    made = curve_of("proj", site.shape, form, losses, multiple)
     return made, problem, factorize(problem)
 
 
@@ -45,7 +52,8 @@ def test_predicted_loss_is_the_second_order_change_of_that_choice(method, form, 
     made, _, solved = predicted_curve(found, method, form, multiple)
     kfac = found.problem_of("kfac")
     tokens, sequences = 96, 8
-    for choice, stored, loss in zip(made.choices, made.stored, made.losses, strict=True):
+    for option, stored, loss in zip(made.options, made.costs, made.losses, strict=True):
+        choice = option.choices["proj"]
         assert stored == choice.stored(20, 16)
         if choice.form == DENSE:
             assert loss == 0
@@ -53,13 +61,14 @@ def test_predicted_loss_is_the_second_order_change_of_that_choice(method, form, 
         assert choice.rank % (multiple or 1) == 0
         left, right = solved.truncated(choice.rank)
         assert loss == pytest.approx(0.5 * tokens / sequences * error_of(kfac, left @ right), rel=1e-8)
-    assert list(made.stored) == sorted(set(made.stored))
-    assert made.choices[-1] == Choice(DENSE)
+    assert list(made.costs) == sorted(set(made.costs))
+    assert made.options[-1].choices == {"proj": Choice(DENSE)}
 
 
 def test_kfac_prediction_is_the_solvers_own_curve():
     made, problem, solved = predicted_curve(LAYERS["square"], "kfac", "lowrank", 1)
-    for choice, loss in zip(made.choices[:-1], made.losses, strict=False):
+    for option, loss in zip(made.options[:-1], made.losses, strict=False):
+        choice = option.choices["proj"]
         assert loss == pytest.approx(6 * float(solved.curve[choice.rank]), rel=1e-12)
         assert loss == pytest.approx(6 * error_of(problem, answer_of(problem, choice.rank)), rel=1e-8)
 
@@ -85,12 +94,13 @@ def limits_and_plan(
     reached: Iterable[str],
     recipe: Recipe = Recipe(),  # noqa: B008 - it is frozen
     outside: int = 0,
-) -> tuple[plan_builder.Limits, dict[str, Choice]]:
+) -> tuple[Limits, dict[str, Choice]]:
     """The limits, and what a plan at the same uniform budget chooses where only some sites are reached."""
     settings, sites = Settings(METHODS["svd"], form, "uniform", refit=False), sites_of(shapes)
     budget = budget_of(shapes, keep, outside)
-    limits = plan_builder.largest_choices(sites, settings, recipe, keep, budget)
-    plan = plan_builder.make_plan(sites, settings, recipe, dict.fromkeys(reached), {}, budget, "")
+    multiples = RankMultiples(fixed=recipe.rank_multiple)
+    limits = largest_choices(sites, settings, recipe, keep, budget, multiples)
+    plan = make_plan(sites, settings, recipe, Solved(dict.fromkeys(reached)), budget, "", multiples)
     return limits, plan.choices
 
 
@@ -132,23 +142,22 @@ def test_a_site_that_can_only_stay_dense_limits_no_other(form):
 @every_form
 def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
-    found = plan_builder.largest_choices(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1))
+    found = largest_choices(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1), EXACT)
     limits = {name: choice.rank for name, (choice,) in found.items()}
     for name, (rows, columns) in SHAPES.items():
         assert Choice(form, limits[name]).stored(rows, columns) < rows * columns
         assert Choice(form, limits[name] + 1).stored(rows, columns) >= rows * columns
     curves = {
-        name: plan_builder._curve(shape, settings, Recipe(rank_multiple=1), {None: torch.arange(100.0).flip(0)})
-        for name, shape in SHAPES.items()
+        name: curve_of(name, shape, form, {None: torch.arange(100.0).flip(0)}, 1) for name, shape in SHAPES.items()
     }
-    assert limits == {name: max(choice.rank for choice in c.choices) for name, c in curves.items()}
+    assert limits == {name: max(o.choices[name].rank for o in c.options) for name, c in curves.items()}
 
 
 @every_form
 def test_a_site_whose_factors_save_nothing_keeps_one_rank_all_the_same(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
     shapes = {"score": (1, 30)}
-    assert plan_builder.largest_choices(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5)) == {
+    assert largest_choices(sites_of(shapes), settings, Recipe(), 0.5, budget_of(shapes, 0.5), EXACT) == {
         "score": (
             Choice(FORMS[form].unshared_form if FORMS[form].shared_parameter else form, 1),
         )  # what shares with none
@@ -162,6 +171,6 @@ def test_a_given_plan_says_how_far_factors_are_kept(allocation, tmp_path):
     file.write_text(json.dumps({"format_version": 1, "sites": sites}))
     settings = Settings(METHODS["kfac"], "pivoted", allocation, refit=False)
     recipe = Recipe(plan=str(file))
-    limits = plan_builder.largest_choices(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5))
+    limits = largest_choices(sites_of(SHAPES), settings, recipe, 0.5, budget_of(SHAPES, 0.5), EXACT)
     assert {name: choice.rank for name, (choice,) in limits.items()} == {"a": 12, "b": 8, "c": 1, "d": 1}
     assert [limits[name][0].form for name in "abcd"] == ["pivoted", "lowrank", "pivoted", "pivoted"]

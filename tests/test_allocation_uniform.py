@@ -9,6 +9,7 @@ from eckart.allocation import (
     DENSE,
     Choice,
     OverBudgetError,
+    RankMultiples,
     rank_steps,
     shared_uniform,
     stored_elements,
@@ -25,7 +26,7 @@ SHAPES = {"a": (64, 48), "b": (48, 64), "c": (40, 40), "d": (96, 24)}
 @every_form
 def test_uniform_takes_the_largest_rank_that_fits_everywhere(form, multiple):
     for keep in (0.9, 0.7, 0.5, 0.35):
-        for name, choice in uniform(SHAPES, keep, form, multiple=multiple).items():
+        for name, choice in uniform(SHAPES, keep, form, multiples=RankMultiples(fixed=multiple)).items():
             allowed = keep * SHAPES[name][0] * SHAPES[name][1]
             assert choice.stored(*SHAPES[name]) <= allowed
             if choice.rank % multiple == 0:
@@ -111,7 +112,7 @@ def test_every_group_keeps_the_same_fraction(keep):
         assert rank * (columns + rows) <= keep * rows * columns < (rank + 1) * (columns + rows)
     assert choices["o"] == uniform({"o": GROUPED["o"]}, keep, "lowrank")["o"]
     assert shared_uniform(GROUPED, GROUPS, 1.0, "shared-basis") == {name: Choice(DENSE) for name in GROUPED}
-    rounded = shared_uniform(GROUPED, GROUPS, keep, "shared-basis", multiple=4)
+    rounded = shared_uniform(GROUPED, GROUPS, keep, "shared-basis", multiples=RankMultiples(fixed=4))
     assert all(choice.rank % 4 == 0 or choice.rank < 4 for choice in rounded.values())
     assert stored_elements(rounded, GROUPED) <= stored_elements(choices, GROUPED)
     if keep == 0.9:  # more than each alone could use
@@ -127,3 +128,27 @@ def test_groups_name_the_smallest_keep_that_works():
         assert stored_elements(shared_uniform(shapes, bases, keep, "shared-basis"), shapes) <= keep * total
         with pytest.raises(OverBudgetError):
             shared_uniform(shapes, bases, keep * 0.99, "shared-basis")
+
+
+@pytest.mark.parametrize(
+    ("width", "multiple"), [(4096, 64), (1024, 64), (768, 16), (384, 8), (128, 8), (48, 2), (8, 1)]
+)
+def test_ranks_are_multiples_of_what_the_target_computes_fast(width, multiple):
+    for target in ("cpu", "cuda"):
+        assert RankMultiples(target).of((width, 2 * width), "lowrank") == multiple
+    assert RankMultiples("none").of((width, 2 * width), "lowrank") == 1
+    assert RankMultiples("cuda", fixed=3).of((width, 2 * width), "lowrank") == 3
+
+
+def test_both_parts_of_a_pivoted_weight_are_multiples():
+    """k rows are stored as they are, m - k as coefficients: 1,000 = 8 * 125 has no common multiple of 64."""
+    for rows, multiple in ((4096, 64), (1056, 32), (1000, 8)):
+        assert RankMultiples("cuda").of((rows, 4096), "pivoted") == min(multiple, 64)
+        assert (rows - RankMultiples("cuda").of((rows, 4096), "pivoted")) % multiple == 0
+
+
+def test_ranks_below_the_first_multiple_meet_a_small_budget():
+    assert list(RankMultiples("cpu").ranks((1024, 1024), "lowrank", 200)) == [1, 2, 4, 8, 16, 32, 64, 128, 192]
+    assert list(RankMultiples("none").ranks((1024, 1024), "lowrank", 4)) == [1, 2, 3, 4]
+    assert list(RankMultiples("none", fixed=64).ranks((1024, 1024), "lowrank", 200)) == [64, 128, 192]
+    assert list(RankMultiples("none", fixed=64).ranks((1024, 1024), "lowrank", 3)) == [1, 2, 3]

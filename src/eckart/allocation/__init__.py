@@ -6,7 +6,7 @@
 from eckart.allocation.loss import Curve, Option, add, allocate, lower_hull, unite
 from eckart.allocation.plan import DENSE, Choice, Plan, stored_elements
 from eckart.allocation.plan_file import parse_plan, read_plan
-from eckart.allocation.ranks import EXACT, OverBudgetError, RankMultiples, rank_steps, ranks_with_small, smallest_keep
+from eckart.allocation.ranks import EXACT, OverBudgetError, RankMultiples, rank_steps, smallest_keep
 from eckart.allocation.shared import Bases, largest_shared_rank, shared_uniform
 from eckart.allocation.uniform import fitting_choices, uniform
 
@@ -27,7 +27,6 @@ __all__ = [
     "lower_hull",
     "parse_plan",
     "rank_steps",
-    "ranks_with_small",
     "read_plan",
     "shared_uniform",
     "smallest_keep",

@@ -46,10 +46,21 @@ class RankMultiples:
     fixed: int | None = None
 
     def of(self, shape: tuple[int, int], form: str) -> int:
-        """The multiple for a weight (out, in); of a form with a second part of m - k rows, of both parts."""
-        if self.fixed is None and self.target == "none":
-            return 1
-        return form_named(form).rank_multiple(*shape, self.fixed or default_multiple(shape))
+        """The multiple for a weight (out, in)."""
+        if self.fixed is not None:
+            return self.fixed
+        return 1 if self.target == "none" else form_named(form).rank_multiple(*shape, default_multiple(shape))
+
+    def ranks(self, shape: tuple[int, int], form: str, largest: int) -> Sequence[int]:
+        """Ranks of a weight to choose from by predicted loss, up to the largest.
+
+        Of a target, also 1, 2, 4, ... below the first multiple, so that a small budget can be met.
+        """
+        multiple = self.of(shape, form)
+        if self.fixed is not None:
+            return rank_steps(largest, multiple)
+        halves = [multiple >> shift for shift in range(multiple.bit_length() - 1, 0, -1)]
+        return [rank for rank in (*halves, *range(multiple, largest + 1, multiple)) if rank <= largest]
 
 
 EXACT = RankMultiples()
@@ -79,13 +90,3 @@ def rank_steps(largest: int, multiple: int) -> Sequence[int]:
     if largest < multiple:
         return range(1, largest + 1)
     return range(multiple, largest + 1, multiple)
-
-
-def ranks_with_small(largest: int, multiple: int) -> list[int]:
-    """The same, and below the first multiple its halves: 1, 2, 4, ..., so that a small budget can be met too."""
-    small: list[int] = []
-    half = multiple // 2
-    while half >= 1:
-        small.insert(0, half)
-        half //= 2
-    return [rank for rank in (*small, *range(multiple, largest + 1, multiple)) if rank <= largest]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
-from eckart.allocation import DENSE, Choice, Curve, Option, RankMultiples, add, ranks_with_small, unite
+from eckart.allocation import DENSE, Choice, Curve, Option, RankMultiples, add, unite
 from eckart.forms import Block, form_named
 
 Losses = Mapping[Block | None, Tensor]
@@ -37,9 +37,9 @@ def site_curve(
     """
     points: dict[float, tuple[float, Choice]] = {cost({name: Choice(DENSE)}): (0.0, Choice(DENSE))}
     for form in forms:
-        kind, multiple = form_named(form), multiples.of(shape, form)
+        kind = form_named(form)
         for block, curve in losses.items():
-            for rank in ranks_with_small(kind.max_rank(*shape, block), multiple):
+            for rank in multiples.ranks(shape, form, kind.max_rank(*shape, block)):
                 choice, loss = Choice(form, rank, block), float(curve[rank])
                 price = cost({name: choice})
                 if price not in points or loss < points[price][0]:  # of two choices of one cost, the better
@@ -69,7 +69,7 @@ def joint_curve(
     """
     stacked = sum(shapes[name][0] for name in members), shapes[members[0]][1]
     points: list[tuple[float, float, Option]] = []
-    for rank in ranks_with_small(largest, multiples.of(stacked, form)):
+    for rank in multiples.ranks(stacked, form, largest):
         choices = joint_choices(members, form, rank)
         loss = float(losses[rank])
         points.append((cost(choices), loss, Option(choices, {members[0]: loss})))

@@ -23,20 +23,30 @@ class Settings:
     Attributes:
         method: with the metric that is used.
         form: name of the stored form, or of the one that sites of a group may share in.
-        site_forms: the forms that a site may take by itself; all of them are made of the same factors.
-        joins: whether sites that read one input may have one input factor.
         allocation: "uniform", "loss", or "paper": the sizes that the method states.
         refit: whether sites are solved again on the compressed model's own inputs.
         notes: what was asked for and is not done.
+        other_forms: further forms that a site may take by itself, made of the same factors.
     """
 
     method: Method
     form: str
-    site_forms: tuple[str, ...]
-    joins: bool
     allocation: str
     refit: bool
     notes: tuple[str, ...] = ()
+    other_forms: tuple[str, ...] = ()
+
+    @property
+    def joins(self) -> bool:
+        """Whether sites that read one input may have one input factor."""
+        kind = form_named(self.form)
+        return kind.shared_parameter is not None and kind.shared_by == "input"
+
+    @property
+    def site_forms(self) -> tuple[str, ...]:
+        """The forms that a site may take by itself; all of them are made of the same factors."""
+        kind = form_named(self.form)
+        return (self.form if kind.shared_parameter is None else kind.unshared_form, *self.other_forms)
 
     @classmethod
     def of(cls, method: Method, recipe: Recipe) -> Settings:
@@ -97,9 +107,7 @@ class Settings:
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
-        alone = form if kind.shared_parameter is None else kind.unshared_form
-        joins = kind.shared_parameter is not None and kind.shared_by == "input"
-        return cls(method, form, (alone,), joins, allocation, refit, notes)
+        return cls(method, form, allocation, refit, notes)
 
     @property
     def joint_form(self) -> str:

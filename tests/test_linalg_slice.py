@@ -8,7 +8,7 @@ from problems import close, layer, normal, unchanged
 from torch import Tensor
 
 from eckart.errors import NumericalError
-from eckart.linalg import Metric, Problem, Slicing, slice_neurons, weighted_error
+from eckart.linalg import Metric, Problem, Slicing, slice_neurons, slicing_curve_under, weighted_error
 from eckart.linalg import slice as slicing
 
 
@@ -177,6 +177,20 @@ def test_activations_that_never_were():
     solved = slice_neurons(Problem(weight, right=Metric(full=torch.zeros(8, 8, dtype=torch.float64))))
     assert not solved.curve.any()
     close(solved.corrected(3)[1], weight[:, solved.order[:3].sort().values], 1e-9)
+
+
+def test_curve_in_another_metric():
+    given = problem(10, 16)
+    solved = slice_neurons(Problem(given.target, right=given.right))
+    curve = slicing_curve_under(solved, given, points=17)
+    for count in range(1, 16):
+        expected = error_of(given, in_place(solved, count, given.target))
+        assert float(curve[count]) == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert float(curve[0]) == pytest.approx(error_of(given, torch.zeros_like(given.target)))
+    few = slicing_curve_under(solved, given, points=5)
+    close(few[::4], curve[::4], 1e-12)
+    close(few[2], (curve[0] + curve[4]) / 2, 1e-12)
+    assert float(few[-1]) == 0
 
 
 def test_sizes_up_to_a_limit_alone():

@@ -49,6 +49,7 @@ FORMS: Registry[Any] = Registry(
         "pivoted": "eckart.forms.pivoted:Pivoted",
         "kronecker": "eckart.forms.kronecker:Kronecker",
         "shared-basis": "eckart.forms.shared_basis:SharedBasis",
+        "sliced": "eckart.forms.sliced:Sliced",
     },
 )
 """How the weight of a Linear or Conv1D can be stored: what a plan can choose (`--form`)."""

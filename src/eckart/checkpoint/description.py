@@ -9,7 +9,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.checkpoint.guard import guard_of, set_guard
 from eckart.errors import CheckpointError, ModelError
-from eckart.model import factored_modules, pruned_heads, separate_experts, shared_parameters
+from eckart.model import factored_modules, pruned_heads, separate_experts, shared_parameters, sliced_features
 
 METHOD = "eckart"
 FORMAT_VERSION = 2
@@ -81,7 +81,7 @@ def attach_config(model: PreTrainedModel) -> None:
     To be called again after modules have been replaced.
 
     Args:
-        model: a model with forms in place, with heads gone, or with parameters that
+        model: a model with forms in place, with heads or neurons gone, or with parameters that
             :func:`eckart.model.share_parameters` has made one.
 
     Raises:
@@ -106,9 +106,10 @@ def attach_config(model: PreTrainedModel) -> None:
 
 
 def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
-    """What the config says of a model's modules: experts that are taken apart, heads that are gone, and forms."""
+    """What the config says of a model's modules: experts taken apart, heads and neurons that are gone, and forms."""
     specs = {name: experts.spec() for name, experts in separate_experts(model).items()}
     specs |= {name: cut.spec() for name, cut in pruned_heads(model).items()}
+    specs |= {name: features.spec() for name, features in sliced_features(model).items()}
     return specs | {name: form.spec() for name, form in factored_modules(model).items()}
 
 
@@ -135,6 +136,11 @@ def detach_config(model: PreTrainedModel) -> None:
         raise ModelError(
             f"{len(forms)} modules are still factored ({', '.join(list(forms)[:3])}, ...). Replace them by "
             "dense ones first: eckart.densify(model)."
+        )
+    if sliced := sliced_features(model):
+        raise ModelError(
+            f"{len(sliced)} layers are smaller than their class builds them ({', '.join(list(sliced)[:3])}, ...). Make "
+            "them dense first: eckart.densify(model)."
         )
     set_guard(model, None)
     if isinstance(getattr(model.config, "quantization_config", None), EckartConfig):

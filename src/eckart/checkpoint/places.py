@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms import Factored, FactoredLinear, build
-from eckart.model import PrunedHeads
+from eckart.model import PrunedHeads, SlicedFeatures
 
 
 def locate(model: PreTrainedModel, name: str) -> str | None:
@@ -39,6 +39,20 @@ def take_heads_out(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> N
         return
     try:
         PrunedHeads.from_spec(spec).apply(model.get_submodule(place))
+    except UsageError as error:
+        raise CheckpointError(
+            f"Module {name} in quantization_config of config.json: {error} Load the model with the config and the "
+            "transformers that it was saved with, or a newer eckart: pip install -U eckart"
+        ) from error
+
+
+def take_neurons_out(model: PreTrainedModel, name: str, spec: dict[str, Any]) -> None:
+    """Give a linear layer on the empty model the number of neurons that it has in the checkpoint."""
+    place = locate(model, name)
+    if place is None:
+        return
+    try:
+        model.set_submodule(place, SlicedFeatures.from_spec(spec).apply(model.get_submodule(place)))
     except UsageError as error:
         raise CheckpointError(
             f"Module {name} in quantization_config of config.json: {error} Load the model with the config and the "

@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.checkpoint.description import METHOD, EckartConfig, attach_config
 from eckart.checkpoint.guard import guard_of
-from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out
+from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out, take_neurons_out
 from eckart.errors import CheckpointError
 from eckart.forms.transformers_internals import (
     adjust_biases_again,
@@ -40,6 +40,7 @@ from eckart.model import (
 )
 from eckart.model.attention_heads import FORM as HEADS
 from eckart.model.experts import FORM as EXPERTS
+from eckart.model.slicing import FORM as SLICED
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -76,6 +77,8 @@ class EckartQuantizer(HfQuantizer):
             guarded += self._take_apart(model, name)
         for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == HEADS]:
             take_heads_out(model, name, specs.pop(name))
+        for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == SLICED]:
+            take_neurons_out(model, name, specs.pop(name))
         for name, spec in specs.items():
             place = locate(model, name)
             if place is not None:

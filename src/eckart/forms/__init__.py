@@ -21,6 +21,7 @@ from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse
 from eckart.forms.pivoted import Pivoted
 from eckart.forms.safe_embedding import SafeEmbedding
 from eckart.forms.shared_basis import SharedBasis
+from eckart.forms.sliced import Sliced
 from eckart.forms.tied_head import TiedHead
 from eckart.lookup.registry import Registry
 from eckart.registry import EMBEDDINGS, FORMS, OTHER_FORMS
@@ -42,6 +43,7 @@ __all__ = [
     "Pivoted",
     "SafeEmbedding",
     "SharedBasis",
+    "Sliced",
     "StoredSize",
     "TiedHead",
     "build",

@@ -42,6 +42,7 @@ class FactoredLinear(Factored):
         unshared_form: of a form that shares, the form of weights that have none to share with.
         shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers, or "input", those
             that read one and the same tensor.
+        own_module: whether its modules have this class; else they are ordinary ones of another size.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
@@ -51,6 +52,7 @@ class FactoredLinear(Factored):
     shared_parameter: ClassVar[str | None] = None
     unshared_form: ClassVar[str] = "lowrank"
     shared_by: ClassVar[str] = "layers"
+    own_module: ClassVar[bool] = True
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool, source: str, block: Block | None = None

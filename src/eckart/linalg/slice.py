@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from torch import Tensor
 from eckart.errors import NumericalError
 from eckart.linalg.blocks import blocks
 from eckart.linalg.decompose import WIDE, require_finite
-from eckart.linalg.metric import Metric
+from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.solve import Problem
 
 STEPS = 64
@@ -233,3 +234,30 @@ def _eliminate(inverse: Tensor, costs: Tensor, gone: Tensor, steps: int) -> Tens
         half = products - inner @ ratios / 2
         costs[part] -= half[:, part].mT @ ratios + ratios[:, part].mT @ half
     return torch.cat(taken)
+
+
+def slicing_curve_under(solved: Slicing, problem: Problem, points: int = 33) -> Tensor:
+    """Squared error of every size, measured in another problem's metric.
+
+    Args:
+        solved: order and corrections of all sizes.
+        problem: target and the metrics to measure in.
+        points: so many sizes, evenly spaced, are measured; between them the curve is a straight line.
+
+    Returns:
+        (w + 1,) float64, at 0, 1, ..., w neurons; the last entry is 0.
+    """
+    target = problem.target.detach().to(solved.mixed.dtype)
+    width = target.shape[1]
+    counts = sorted({round(width * i / (points - 1)) for i in range(points)})
+    found: list[float] = []
+    for count in counts:
+        error = target.clone()
+        if count:
+            kept, weight = solved.corrected(count)
+            error[:, kept] -= weight
+        found.append(float(weighted_error(error, problem.left, problem.right)) if count < width else 0.0)
+    curve = torch.zeros(width + 1, dtype=torch.float64, device=target.device)
+    for (i, one), (j, other) in pairwise(zip(counts, found, strict=True)):
+        curve[i : j + 1] = torch.linspace(one, other, j - i + 1, dtype=torch.float64)
+    return curve

@@ -30,6 +30,7 @@ from eckart.model.replace import (
 )
 from eckart.model.shared import parameter_owner, share_parameters, shared_parameters, unshare_parameters
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_output_head
+from eckart.model.slicing import SlicedFeatures, forget_slicing, sliced_features
 from eckart.model.ties import declared_ties, tie_factored
 from eckart.model.weights import ComputePlacement, WeightLoader
 
@@ -41,6 +42,7 @@ __all__ = [
     "SeparateExperts",
     "Site",
     "Sites",
+    "SlicedFeatures",
     "WeightLoader",
     "cast",
     "declared_ties",
@@ -51,6 +53,7 @@ __all__ = [
     "find_embedding_tables",
     "find_sites",
     "forget_pruned_heads",
+    "forget_slicing",
     "fuse_experts",
     "fused_experts",
     "has_output_head",
@@ -70,6 +73,7 @@ __all__ = [
     "shared_clone",
     "shared_parameters",
     "size_for_fraction",
+    "sliced_features",
     "store_factors",
     "tie_factored",
     "to_dense_modules",

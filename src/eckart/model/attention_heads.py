@@ -106,9 +106,13 @@ class PrunedHeads:
     def undo(self, module: nn.Module) -> None:
         """Put zeros in place of removed heads: the module computes the same, and its class can build it."""
         for name, sizes in self.rows.items():
-            module.set_submodule(name, _padded(_layer(module, name), self._places(sizes), sum(sizes) * self.of, True))
+            module.set_submodule(
+                name, padded_features(_layer(module, name), self._places(sizes), sum(sizes) * self.of, rows=True)
+            )
         for name, size in self.columns.items():
-            module.set_submodule(name, _padded(_layer(module, name), self._places((size,)), size * self.of, False))
+            module.set_submodule(
+                name, padded_features(_layer(module, name), self._places((size,)), size * self.of, rows=False)
+            )
         self._count(module, {name: number * self.of // len(self.kept) for name, number in self.numbers.items()})
         forget_pruned_heads(module)
 
@@ -165,7 +169,16 @@ def select_features(old: Any, places: Tensor, rows: bool) -> nn.Module:
     return _rebuilt(old, lambda tensor, axis: tensor.index_select(axis, places.to(tensor.device)), rows)
 
 
-def _padded(old: Any, places: Tensor, width: int, rows: bool) -> nn.Module:
+def padded_features(old: Any, places: Tensor, width: int, rows: bool) -> nn.Module:
+    """A copy of a Linear or Conv1D of full size, with zeros where it had no outputs or inputs.
+
+    Args:
+        old: the module; it is not changed.
+        places: (kept,) int64, numbers that its outputs or inputs have in full size.
+        width: number of outputs or inputs in full size.
+        rows: True for outputs, False for inputs.
+    """
+
     def spread(tensor: Tensor, axis: int) -> Tensor:
         shape = [*tensor.shape]
         shape[axis] = width

@@ -19,6 +19,7 @@ from eckart.forms import FactoredLinear
 from eckart.forms.transformers_internals import apply_gate
 from eckart.model.clone import shared_clone
 from eckart.model.replace import replace_module
+from eckart.model.slicing import sliced_features
 
 FORM = "experts"
 """Takes the place of a form's name for experts that are separate."""
@@ -135,9 +136,9 @@ def separate_experts(model: nn.Module) -> dict[str, SeparateExperts]:
 
 
 def fuse_experts(model: nn.Module) -> None:
-    """Fuse separate experts again, in place, unless one of them is factored."""
+    """Fuse separate experts again, in place, unless one of them is factored or sliced."""
     for name, experts in separate_experts(model).items():
-        if not any(isinstance(part, FactoredLinear) for part in experts.modules()):
+        if not sliced_features(experts) and not any(isinstance(part, FactoredLinear) for part in experts.modules()):
             replace_module(model, name, experts.fused())
 
 

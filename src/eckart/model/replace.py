@@ -15,6 +15,8 @@ from eckart.forms import Block, Factored, FactoredLinear, LowRank, build, form_n
 from eckart.model.attention_heads import pruned_heads
 from eckart.model.shared import shared_parameters, unshare_parameters
 from eckart.model.sites import Site
+from eckart.model.slicing import ATTRIBUTE, SlicedFeatures, sliced_features
+from eckart.model.slicing import FORM as SLICED
 from eckart.model.ties import tie_dense
 
 DENSE = "dense"
@@ -102,6 +104,9 @@ def serialize_module(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, An
     """The tensors of a module by name, and its spec as JSON, for :func:`deserialize_module`."""
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
     tensors |= dict(module.named_buffers())
+    sliced: SlicedFeatures | None = getattr(module, ATTRIBUTE, None)
+    if sliced is not None:
+        return tensors, sliced.spec()
     return tensors, module.spec() if isinstance(module, Factored) else {"form": DENSE}
 
 
@@ -116,6 +121,9 @@ def deserialize_module(model: nn.Module, name: str, tensors: Mapping[str, Tensor
     """
     old: Any = model.get_submodule(name)
     trains = any(parameter.requires_grad for parameter in old.parameters())
+    if spec["form"] == SLICED:
+        replace_module(model, name, SlicedFeatures.from_spec(spec).filled(old, tensors, trains=trains))
+        return
     if spec["form"] == DENSE:
         new = copy.copy(old)
         new._parameters = dict(old._parameters)
@@ -140,14 +148,15 @@ def factored_modules(model: nn.Module) -> dict[str, Factored]:
 def to_dense_modules(model: nn.Module) -> nn.Module:
     """Replace every factored module by the dense one with the same weight, in place; tied weights stay tied.
 
-    Removed attention heads come back as zeros, and parameters that :func:`eckart.model.share_parameters` shared are
-    copied to each module, so that the model's class can load the result.
+    Removed attention heads and neurons come back as zeros, and parameters that :func:`eckart.model.share_parameters`
+    shared are copied to each module, so that the model's class can load the result.
 
     Raises:
         ModelError: if the model has nothing to make dense, or a module that is not a matrix; then nothing is changed.
     """
     factored = factored_modules(model)
-    if not factored and not pruned_heads(model) and not shared_parameters(model):
+    sliced = sliced_features(model)
+    if not factored and not sliced and not pruned_heads(model) and not shared_parameters(model):
         raise ModelError(f"{type(model).__name__} holds no factored weight; there is nothing to make dense.")
     for name, module in factored.items():
         if module.no_dense is not None:
@@ -156,6 +165,8 @@ def to_dense_modules(model: nn.Module) -> nn.Module:
     for name, module in factored.items():
         replace_module(model, name, dense_module(module) if isinstance(module, FactoredLinear) else module.dense())
     tie_dense(model, factored)
+    for name, features in sliced.items():
+        replace_module(model, name, features.undo(model.get_submodule(name)))
     for name, pruned in pruned_heads(model).items():
         pruned.undo(model.get_submodule(name))
     return model

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
 from eckart.forms import Factored
+from eckart.model.slicing import sliced_features
 
 # Configuration keys for the number of experts: a Linear of that many outputs beside the experts is a router.
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -235,9 +236,10 @@ def _uses(model: nn.Module) -> dict[int, int]:
 
 def _refuse_factored(model: nn.Module) -> None:
     factored = next((n for n, m in model.named_modules() if isinstance(m, Factored)), None)
-    if factored is not None:
+    sliced = next(iter(sliced_features(model)), None)
+    if factored is not None or sliced is not None:
         raise ModelError(
-            f"{factored} is already factored. Compress the original model, "
+            f"{factored or sliced} is already {'factored' if factored else 'sliced'}. Compress the original model, "
             "or turn this one into ordinary weights first with eckart.densify(model)."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:

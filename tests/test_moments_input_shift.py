@@ -11,7 +11,7 @@ from eckart.moments.outer_products import BLOCK
 def test_state_of_moved_inputs_and_back():
     before, now = normal(9, 5), normal(9, 5, seed=1)
     moved = InputShift.empty(5, torch.device("cpu"))
-    moved.update(before, now, "x")
+    moved.update(before, now)
     again = InputShift.from_state(moved.state())
     assert all(torch.equal(again.state()[key], value) for key, value in moved.state().items())
     assert again.count == 9
@@ -25,7 +25,7 @@ def test_target_of_wide_moved_inputs(centered):
     width = 2 * BLOCK + 300
     before, now, weight = normal(2000, width), normal(2000, width, seed=1) + 0.3, normal(4, width, seed=2)
     moved = InputShift.empty(width, torch.device("cpu"))
-    moved.update(before, now, "x")
+    moved.update(before, now)
     x, y = (before - before.mean(0), now - now.mean(0)) if centered else (before, now)
     gram, cross = y.mT @ y / 2000, (x - y).mT @ y / 2000
     gram.diagonal().add_(3.0 * width / 2000 * gram.diagonal().mean())

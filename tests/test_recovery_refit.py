@@ -142,8 +142,8 @@ def test_output_error_is_what_direct_sums_say(bias):
     weight, stored = torch.randn(2, 4, 6, generator=stream)
     b, b_now = torch.randn(2, 4, generator=stream) if bias else (None, None)
     statistics = InputShift.empty(6, torch.device("cpu"))
-    statistics.update(x[:100], moved[:100], "x")
-    statistics.update(x[100:], moved[100:], "x")
+    statistics.update(x[:100], moved[:100])
+    statistics.update(x[100:], moved[100:])
     y = torch.nn.functional.linear(x, weight, b).double()
     y_now = torch.nn.functional.linear(moved, stored, b_now).double()
     direct = ((y - y_now).square().sum() - y.square().sum()) / 300

@@ -287,8 +287,8 @@ def test_target_is_the_least_squares_answer(centered: bool, monkeypatch: pytest.
     monkeypatch.setattr(input_shift, "LEAST_RIDGE", 1e-12)
     before, now = pair()
     statistics = InputShift.empty(6, torch.device("cpu"))
-    statistics.update(before[:1500], now[:1500], "x")
-    statistics.update(before[1500:], now[1500:], "x")
+    statistics.update(before[:1500], now[:1500])
+    statistics.update(before[1500:], now[1500:])
     weight = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
     x, y = (before - before.mean(0), now - now.mean(0)) if centered else (before, now)
     expected = torch.linalg.lstsq(y.double(), (x @ weight.mT).double()).solution.mT
@@ -298,7 +298,7 @@ def test_target_is_the_least_squares_answer(centered: bool, monkeypatch: pytest.
 def test_inputs_that_did_not_move_leave_the_weight() -> None:
     before, _ = pair()
     statistics = InputShift.empty(6, torch.device("cpu"))
-    statistics.update(before, before, "x")
+    statistics.update(before, before)
     weight = torch.randn(5, 6)
     assert torch.equal(statistics.target(weight, centered=False), weight)
 
@@ -307,5 +307,5 @@ def test_nothing_seen_and_dead_inputs_leave_the_weight() -> None:
     statistics = InputShift.empty(6, torch.device("cpu"))
     weight = torch.randn(5, 6)
     assert torch.equal(statistics.target(weight, centered=False), weight)
-    statistics.update(torch.randn(9, 6), torch.zeros(9, 6), "x")
+    statistics.update(torch.randn(9, 6), torch.zeros(9, 6))
     assert torch.equal(statistics.target(weight, centered=True), weight)

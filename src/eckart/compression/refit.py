@@ -18,14 +18,18 @@ from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.measure import measure_quality
 from eckart.compression.recipe import Recipe
-from eckart.compression.refit_groups import GroupRefit, refittable
+from eckart.compression.refit_groups import GroupRefit, refittable, share_bases
 from eckart.compression.settings import Settings
 from eckart.distributed import OtherProcessError, Processes
+from eckart.distributed.memory import free_memory
 from eckart.errors import ModelError, NumericalError
 from eckart.evaluation.quality import distance_to_original
 from eckart.forms import form_named
 from eckart.model import WeightLoader, serialize_module, shared_clone
 from eckart.moments import Moments
+
+SPARE = 0.25
+"""The part of free memory that the original's inputs of one block may take."""
 
 STAGE = "refitted"
 """The stage of a run under which the modules of refitted blocks are stored."""
@@ -113,12 +117,14 @@ def refit_blocks(
         return Moments.from_state({k: v.to(context.weights.device) for k, v in found.state().items()})
 
     sites = {site.name: site for site in context.sites.chosen}
-    refit = GroupRefit(sites, plan.choices, frozenset(names), moments, settings.method, processes)
+    refit = GroupRefit(
+        sites, plan.choices, frozenset(names), moments, settings.method, processes, spare=lambda: _spare(context)
+    )
     done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
     last = max(steps, default=-1)
     for step in [step for step in sorted(steps) if str(step) in done]:
         assembly.share_entry(STAGE, str(step))
-        notes += assembly.install(fitted, STAGE, str(step))
+        notes += _install(fitted, assembly, plan, step)
     first = next((step for step in sorted(steps) if str(step) not in done), last + 1)
     start = _resume_step(first, before, now, processes) if 0 < first <= last else first
     try:
@@ -128,9 +134,10 @@ def refit_blocks(
                 # Killed between the two writes, another process may be one entry ahead of the first.
                 if processes.main or (str(step) not in store.entries(STAGE)):
                     store.write(STAGE, str(step), *_serialize(fitted, changed, found))
-                notes += assembly.install(fitted, STAGE, str(step))
-            for runner in (before, now):
-                runner.advance(step)
+                notes += _install(fitted, assembly, plan, step)
+            else:
+                before.advance(step, refit.halving)
+            now.advance(step, refit.halving)
     except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
         why = f"{type(fitted).__name__} cannot be run block by block ({error})"
         if processes.size > 1:  # the others go on running blocks
@@ -159,6 +166,23 @@ def _start_runners(
         start("before", context.model, context.weights),
         start("now", fitted, WeightLoader(fitted, workspace.compute_stored)),
     )
+
+
+def _install(fitted: PreTrainedModel, assembly: Assembly, plan: Plan, step: int) -> list[str]:
+    """Put the stored modules of a step in place, and return its notes."""
+    notes = assembly.install(fitted, STAGE, str(step))
+    names = assembly.workspace.store.read(STAGE, str(step))[1]["sites"]
+    share_bases(fitted, [group for group in plan.bases if set(group) <= set(names)], plan.choices)
+    return notes
+
+
+def _spare(context: CompressionContext) -> int:
+    """Bytes that the inputs of one block may take: a part of what is free, and what the cache of a streamed run has."""
+    workspace, device = context.workspace, context.weights.device
+    shared = 1 if device.type == "cuda" else workspace.processes.size
+    free = int(SPARE * (free_memory(device) or 0)) // shared
+    cache = workspace.hidden_states
+    return free if cache is None or device.type == "cuda" else min(free, max(0, cache.memory - cache.in_memory))
 
 
 def _resume_step(first: int, before: LayerwiseRunner, now: LayerwiseRunner, processes: Processes) -> int:

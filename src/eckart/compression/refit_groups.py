@@ -3,7 +3,8 @@
 After earlier sites are compressed a site sees x~ where it saw x. Its target becomes the weight whose output on
 x~ is nearest to the original output on x (:class:`~eckart.moments.input_shift.InputShift`), and the metric of its
 inputs that of x~. Sites are visited in the order of the forward pass, so each sees all that came before it.
-A site that the plan leaves dense is shift too: its target is stored as it is.
+A site that the plan leaves dense is shifted too: its target is stored as it is. Sites that share a parameter are solved
+together.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from eckart.allocation import DENSE, Choice
-from eckart.calibration.layerwise import Groups, LayerwiseRunner, split_by_segment
+from eckart.calibration.layerwise import Groups, KeptInputs, LayerwiseRunner, split_by_segment
+from eckart.compression.input_pairs import InputPairs
 from eckart.distributed import Processes
-from eckart.errors import NumericalError
-from eckart.forms import FactoredLinear
-from eckart.linalg import factorize
+from eckart.forms import FactoredLinear, form_named
+from eckart.linalg import factorize, factorize_jointly
 from eckart.methods import Method
 from eckart.model import (
     Site,
@@ -29,10 +31,11 @@ from eckart.model import (
     replace_module,
     serialize_module,
     set_dense_weight,
+    share_parameters,
     store_factors,
 )
-from eckart.moments import Moments, real_tokens
-from eckart.moments.input_shift import InputShift
+from eckart.moments import Halving, Moments
+from eckart.moments.input_shift import InputShift, Regression
 
 
 @dataclass(frozen=True)
@@ -56,13 +59,16 @@ class GroupRefit:
 
     Attributes:
         sites: all sites, by name.
-        choices: site -> form and rank; ranks stay.
+        choices: site -> form and rank; ranks stay. Sites that share a parameter are solved together.
         solved: the sites that have statistics.
         moments: returns the statistics of the original, of which those of the gradients are used again. Called by the
             first process only.
         method: its metric is applied to the shifted inputs.
         processes: share the batches.
         fits: filled with the error of each site before and after; None if that is not wanted.
+        spare: bytes that the inputs of one block of the original may take, asked at every block; beyond that its block
+            runs again.
+        halving: how batches are run.
     """
 
     sites: Mapping[str, Site]
@@ -72,11 +78,16 @@ class GroupRefit:
     method: Method
     processes: Processes = field(default_factory=Processes)
     fits: dict[str, Fit] | None = None
+    spare: Callable[[], int] = lambda: 0
+    halving: Halving = field(default_factory=Halving)
 
     def step(
         self, before: LayerwiseRunner, now: LayerwiseRunner, step: int, groups: Groups
     ) -> tuple[list[str], list[str]]:
         """Solve the sites of one step's block again, in place in the compressed model.
+
+        The original runs its block once for all groups, and has finished the step afterwards. The compressed model runs
+        its own once a group, as far as the group's input; it is left to the caller to advance it.
 
         Args:
             before: runs the original, and has finished the step before this one.
@@ -89,54 +100,98 @@ class GroupRefit:
         """
         changed: list[str] = []
         notes: list[str] = []
+        todo: dict[str, list[tuple[str, ...]]] = {}
         for leader, members in groups.items():
             known = [name for name in members if name in self.solved]
-            if not known:
-                continue
-            powers = dict.fromkeys(known, 0.0) if self.fits is not None else {}
-            shift = self._pair_inputs(before, now, step, leader, powers)
-            for name in known:
-                found: list[str] = []
-                failed: BaseException | None = None
-                if self.processes.main:
-                    try:
-                        old = _linear(now.model.get_submodule(name)) if powers else None
-                        found = self._solve(before.model, now.model, name, self.moments(name), shift)
-                        if old is not None:
-                            self._note_fit(before.model, now.model, name, shift, old, powers[name])
-                    except Exception as error:
-                        failed = error
-                self.processes.raise_if_any_failed(failed)
-                notes += self._to_all(now.model, name, found)
+            sets, left = self._sets(known)
+            notes += left
+            if sets:
+                todo[leader] = sets
+        if not todo:
+            before.advance(step, self.halving)
+            return changed, notes
+        pairs = InputPairs(before, now, step, list(todo), KeptInputs(self.spare()), self.halving)
+        for leader, sets in todo.items():
+            known = [name for names in sets for name in names]
+            powers = {name: 0.0 for name in known if self.fits is not None}
+            shift = self._pair_inputs(pairs, leader, powers)
+            regression = Regression(shift)
+            for names in sets:
+                more = names != sets[-1]
+                notes += self._solve_everywhere(before.model, now.model, names, regression, powers, more)
             changed += known
+        before.drop_stream(step - 1)
         return changed, notes
 
-    def _pair_inputs(
-        self, before: LayerwiseRunner, now: LayerwiseRunner, step: int, leader: str, powers: dict[str, float]
-    ) -> InputShift:
+    def _sets(self, known: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+        """Sites of a group that are solved together, and notes of those that cannot be."""
+        sharing: dict[str, list[str]] = {}
+        for name, choice in self.choices.items():
+            if choice.basis is not None:
+                sharing.setdefault(choice.basis, [choice.basis]).append(name)
+        sets: dict[str, tuple[str, ...]] = {}
+        notes: list[str] = []
+        for name in known:
+            first = self.choices[name].basis or name
+            together = tuple(sharing.get(first, (name,)))
+            if set(together) <= set(known):
+                sets[first] = together
+            else:
+                other = next(member for member in together if member not in known)
+                notes.append(f"{name}: not refitted, {other} shares its input factor and cannot be")
+        return list(sets.values()), notes
+
+    def _pair_inputs(self, pairs: InputPairs, leader: str, powers: dict[str, float]) -> InputShift:
         """Accumulate pairs of the inputs that a group reads in the original and in the compressed model.
 
         The sums of all processes end up at the first one. Each of the `powers` grows by the squared outputs of its site
         in the original.
         """
-        shift = InputShift.empty(self.sites[leader].in_features, now.device)
-        with self.processes.failing_together(), before.resident(step), now.resident(step):
-            for batch in now.batches:
-                x, y = before.capture_input(step, batch, leader), now.capture_input(step, batch, leader)
-                if x.shape != y.shape:
-                    raise NumericalError(
-                        f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
-                    )
-                x, y = real_tokens(x, batch), real_tokens(y, batch)
-                shift.update(x, y, f"input of {leader} in the compressed model")
-                for name in powers:
-                    output = functional.linear(x.float(), *_linear(before.model.get_submodule(name)))
-                    powers[name] += float(output.square().sum())
+        shift = InputShift.empty(self.sites[leader].in_features, pairs.now.device)
+        linears = {name: _linear(pairs.before.model.get_submodule(name)) for name in powers}
+        sums: list[Tensor] = []
+
+        def add(x: Tensor, y: Tensor) -> None:
+            squares = [
+                functional.linear(x.float(), *linear).square().sum(dtype=torch.float64) for linear in linears.values()
+            ]
+            shift.update(x, y)
+            if squares:
+                sums.append(torch.stack(squares))
+
+        with self.processes.failing_together():
+            pairs.for_each(leader, add)
+            shift.require_finite(leader)
+        if sums:
+            powers |= dict(zip(powers, torch.stack(sums).sum(0).tolist(), strict=True))
         if self.processes.size == 1:
             return shift
         state = shift.state()
         self.processes.reduce(state, 0)
         return InputShift.from_state(state)
+
+    def _solve_everywhere(
+        self,
+        original: nn.Module,
+        compressed: nn.Module,
+        names: Sequence[str],
+        regression: Regression,
+        powers: Mapping[str, float],
+        more: bool,
+    ) -> list[str]:
+        """Solve a set of sites at the first process, put their modules in place at all of them, and return notes."""
+        notes: list[str] = []
+        failed: BaseException | None = None
+        if self.processes.main:
+            try:
+                old = {name: _linear(compressed.get_submodule(name)) for name in names if name in powers}
+                notes = self._solve(original, compressed, names, regression, more)
+                for name, linear in old.items():
+                    self._note_fit(original, compressed, name, regression.shift, linear, powers[name])
+            except Exception as error:
+                failed = error
+        self.processes.raise_if_any_failed(failed)
+        return self._to_all(compressed, names, notes)
 
     def _note_fit(
         self,
@@ -156,46 +211,86 @@ class GroupRefit:
         ]
         self.fits[name] = Fit(*near)
 
-    def _to_all(self, model: nn.Module, name: str, notes: list[str]) -> list[str]:
-        """Copy a module of the first process to all others, and return its notes."""
-        if self.processes.size == 1:
-            return notes
-        tensors, spec = serialize_module(model.get_submodule(name)) if self.processes.main else ({}, {})
-        tensors, content = self.processes.broadcast((tensors, {"spec": spec, "notes": notes}))
-        if not self.processes.main:
-            deserialize_module(model, name, tensors, content["spec"])
-        return list(content["notes"])
+    def _to_all(self, model: nn.Module, names: Sequence[str], notes: list[str]) -> list[str]:
+        """Copy modules of the first process to all others, and return its notes; what they share is shared again."""
+        if self.processes.size > 1:
+            for name in names:
+                tensors, spec = serialize_module(model.get_submodule(name)) if self.processes.main else ({}, {})
+                tensors, content = self.processes.broadcast((tensors, {"spec": spec, "notes": notes}))
+                if not self.processes.main:
+                    deserialize_module(model, name, tensors, content["spec"])
+                notes = list(content["notes"])
+        share_bases(model, [names], self.choices)
+        return notes
 
     def _solve(
-        self, original: nn.Module, compressed: nn.Module, name: str, moments: Moments, shift: InputShift
+        self, original: nn.Module, compressed: nn.Module, names: Sequence[str], regression: Regression, more: bool
     ) -> list[str]:
-        """Solve one site on its shifted inputs, put the module in place, and return notes."""
-        site, choice = self.sites[name], self.choices[name]
-        old: Any = original.get_submodule(name)
-        current: Any = compressed.get_submodule(name)
-        device = shift.gram.device
-        weight = dense_weight(old).to(device).float()
-        target = shift.target(weight, centered=moments.centered)
-        bias = old.bias.detach().to(device) if site.has_bias else None
+        """Solve some sites together on their shifted inputs, put the modules in place, and return notes.
+
+        Args:
+            original: its weights are what the sites should do.
+            compressed: is changed.
+            names: sites; one, or all that share a parameter.
+            regression: of the group's inputs.
+            more: whether the group has sites still to be solved.
+        """
+        shift = regression.shift
+        olds: list[Any] = [original.get_submodule(name) for name in names]
+        weights = [dense_weight(old).to(shift.gram.device).float() for old in olds]
+        moments = [self.moments(name) for name in names]
+        pairs = list(zip(weights, moments, strict=True))
+        targets = [regression.target(weight, centered=entry.centered) for weight, entry in pairs]
+        if not more:
+            regression.forget()
         notes: list[str] = []
-        if choice.form == DENSE:
-            stored = target
-        else:
-            now = moments.with_statistics({**moments.own, **shift.statistics()})
-            solved = factorize(self.method.metric(target, now), name)
-            notes.extend(solved.notes)
-            left, right = solved.truncated(choice.rank)
-            stored = left @ right
-        if bias is not None and moments.centered:
-            mean, shifted = shift.means()
-            bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
-        if choice.form == DENSE:
-            set_dense_weight(compressed, name, stored, bias)
-            return notes
-        dtype = next(p.dtype for p in current.parameters())
-        module, fallback = store_factors(site, choice.form, choice.rank, left, right, bias, dtype)
+        factors: list[tuple[Tensor, Tensor] | None] = [None]
+        if self.choices[names[0]].form != DENSE:
+            seen = shift.statistics()
+            problems = [
+                self.method.metric(target, entry.with_statistics({**entry.own, **seen}))
+                for target, entry in zip(targets, moments, strict=True)
+            ]
+            if len(names) > 1:
+                solved = factorize_jointly(problems, " and ".join(names))
+            else:
+                solved = [factorize(problems[0], names[0])]
+            notes += [note for found in solved for note in found.notes]
+            factors = [found.truncated(self.choices[name].rank) for name, found in zip(names, solved, strict=True)]
+        for name, old, weight, entry, target, pair in zip(names, olds, weights, moments, targets, factors, strict=True):
+            stored = target if pair is None else pair[0] @ pair[1]
+            bias = old.bias.detach().to(stored.device) if self.sites[name].has_bias else None
+            if bias is not None and entry.centered:
+                mean, shifted = shift.means()
+                bias = bias.double() + weight.double() @ mean - stored.double() @ shifted
+            if pair is None:
+                set_dense_weight(compressed, name, stored, bias)
+            else:
+                notes += self._store(compressed, name, pair, bias)
+        return notes
+
+    def _store(
+        self, compressed: nn.Module, name: str, factors: tuple[Tensor, Tensor], bias: Tensor | None
+    ) -> list[str]:
+        """Put a factored module in place, and return the note of a fallback."""
+        choice = self.choices[name]
+        dtype = next(p.dtype for p in compressed.get_submodule(name).parameters())
+        module, fallback = store_factors(self.sites[name], choice.form, choice.rank, *factors, bias, dtype)
         replace_module(compressed, name, module)
-        return [*notes, fallback] if fallback is not None else notes
+        return [] if fallback is None else [fallback]
+
+
+def share_bases(model: nn.Module, groups: Sequence[Sequence[str]], choices: Mapping[str, Choice]) -> None:
+    """Let the members of each group share what its first one holds, in a model where each has its own copy.
+
+    Args:
+        model: changed in place.
+        groups: sites that were solved together, the one that holds the shared parameter first.
+        choices: how they are stored.
+    """
+    for first, *others in groups:
+        part = form_named(choices[first].form).shared_parameter if others else None
+        share_parameters(model, {f"{name}.{part}": f"{first}.{part}" for name in others})
 
 
 def _linear(module: Any) -> tuple[Tensor, Tensor | None]:

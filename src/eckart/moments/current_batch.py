@@ -84,7 +84,7 @@ class CurrentBatch:
         return call in self.common.get(site, ())
 
     def mask_of(self, x: Tensor) -> Tensor | None:
-        """The mask of real tokens in the layout of x (..., n) without its last axis; None: all are real."""
+        """The mask of real tokens in the layout of x (..., n) without its last axis, on the CPU; None: all are real."""
         mask = None
         if x.dim() == 3:
             mask = self.masks.get(x.shape[1])
@@ -92,20 +92,22 @@ class CurrentBatch:
                 mask = self.masks[x.shape[0]].mT if self._time_first(x) else None
         elif x.dim() == 2:  # some models flatten (B, T, n) to (B T, n)
             mask = next((m.reshape(-1) for m in self.masks.values() if m.numel() == x.shape[0]), None)
-        if mask is None or bool(mask.all()):
-            return None
-        return mask.to(x.device)
+        return None if mask is None or bool(mask.all()) else mask
 
     def real_tokens(self, x: Tensor, common: bool = False) -> Tensor:
         """(tokens, n): the real tokens of x (..., n)."""
         mask = None if common else self.mask_of(x)
-        return x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        rows = x.reshape(-1, x.shape[-1])
+        if mask is None:
+            return rows
+        # Their numbers are found where the mask is, on the CPU: a device need not wait to learn how many there are.
+        return rows.index_select(0, mask.reshape(-1).nonzero()[:, 0].to(x.device))
 
     def by_sequence(self, x: Tensor, common: bool = False) -> Tensor:
         """(B, T, n) with padding zeroed; (B T, n), (B, n), (T, B, n) and (B W, T, n) are brought to that layout."""
         mask = None if common else self.mask_of(x)
         if mask is not None:
-            x = x * mask.unsqueeze(-1)
+            x = x * mask.unsqueeze(-1).to(x.device)
         if self._time_first(x):
             return x.transpose(0, 1)
         if x.shape[0] % self.examples == 0:

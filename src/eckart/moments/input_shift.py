@@ -46,14 +46,9 @@ class InputShift:
         square = empty_gram(width, vector)
         return cls(0, square, square.clone(), vector, vector.clone())
 
-    def update(self, before: Tensor, now: Tensor, where: str) -> None:
-        """Add tokens: x and x~, both (tokens, n); `where` names them in errors. All or nothing.
-
-        Raises:
-            NumericalError: if the compressed model's x~ is not finite.
-        """
+    def update(self, before: Tensor, now: Tensor) -> None:
+        """Add tokens: x and x~, both (tokens, n). All or nothing, where memory runs out."""
         before, now = before.float(), now.float()
-        require_finite(now, where)
         difference = before - now
         total, moved = before.sum(0, dtype=torch.float64), now.sum(0, dtype=torch.float64)
         buffer = None if self.cross.dtype == now.dtype else now.new_empty(self.cross.numel())
@@ -62,6 +57,18 @@ class InputShift:
         self.total += total
         self.moved += moved
         self.count += len(now)
+
+    def require_finite(self, where: str) -> None:
+        """Refuse inputs that were not finite: it shows in their sums, so that no token need be looked at by itself.
+
+        Args:
+            where: names the site in errors.
+
+        Raises:
+            NumericalError: if an x or an x~ was not finite.
+        """
+        require_finite(self.moved, f"input of {where} in the compressed model")
+        require_finite(self.total, f"input of {where} in the original model")
 
     def statistics(self) -> dict[str, Statistic]:
         """Those of x~ that metrics read, on the same sums."""
@@ -72,25 +79,8 @@ class InputShift:
         return self.total / self.count, self.moved / self.count
 
     def target(self, weight: Tensor, *, centered: bool) -> Tensor:
-        """`T = W + W E[(x - x~) x~^T] (E[x~ x~^T] + lambda I)^-1`, (m, n); covariances where centered.
-
-        The weight whose output on x~ is nearest to the original output on x; directions that the text never
-        showed keep W.
-        """
-        if self.count == 0:
-            return weight
-        gram = self._metric(centered).dense(torch.float64)
-        scale = gram.diagonal().mean()
-        if not bool(scale > 0):  # dead inputs: nothing moved that could be seen
-            return weight
-        ridge = max(LEAST_RIDGE, RIDGE * len(gram) / self.count)
-        gram.diagonal().add_(ridge * scale)
-        lower = gram.mT  # symmetric, and column by column, as LAPACK writes the factor over it
-        torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge
-        shift = self._times_cross(weight, centered)  # (m, n); all solved in place: wide matrices in float64
-        torch.linalg.solve_triangular(lower.mT, shift, upper=True, left=False, out=shift)
-        torch.linalg.solve_triangular(lower, shift, upper=False, left=False, out=shift)
-        return weight + shift.to(weight)
+        """The same as :meth:`Regression.target`, for one weight."""
+        return Regression(self).target(weight, centered=centered)
 
     def output_error(self, weight: Tensor, bias: Tensor | None, stored: Tensor, offset: Tensor | None) -> float:
         """`E || W x + b - W' x~ - b' ||^2 - E || W x + b ||^2`, summed over the outputs, float64.
@@ -115,12 +105,12 @@ class InputShift:
         error += 2 * (b_now - b) @ (stored @ moved) - 2 * b_now @ (weight @ mean + b) + b_now @ b_now
         return float(error)
 
-    def _metric(self, centered: bool) -> Metric:
+    def metric(self, centered: bool) -> Metric:
         """`E[x~ x~^T]`, or the covariance of x~."""
         metric = Gram(self.count, self.gram).metric
         return Metric(full=metric.full, scale=metric.scale, mean=self.means()[1] if centered else None)
 
-    def _times_cross(self, weight: Tensor, centered: bool) -> Tensor:
+    def times_cross(self, weight: Tensor, centered: bool) -> Tensor:
         """`W E[(x - x~) x~^T]`, (m, n), float64; the covariance where centered."""
         weight = weight.double()
         product = weight.new_empty(weight.shape)
@@ -141,3 +131,48 @@ class InputShift:
     def from_state(cls, state: Mapping[str, Tensor]) -> InputShift:
         """The shift that :meth:`state` serialized, on the same tensors."""
         return cls(int(state["count"]), state["gram"], state["cross"], state["total"], state["moved"])
+
+
+class Regression:
+    """The regression of x on x~, for all weights that read them: the matrix of x~ is factored once.
+
+    Args:
+        shift: of the group.
+    """
+
+    def __init__(self, shift: InputShift) -> None:
+        self.shift = shift
+        self._factors: dict[bool, Tensor | None] = {}
+
+    def target(self, weight: Tensor, *, centered: bool) -> Tensor:
+        """`T = W + W E[(x - x~) x~^T] (E[x~ x~^T] + lambda I)^-1`, (m, n); covariances where centered.
+
+        The weight whose output on x~ is nearest to the original output on x; directions that the text never
+        showed keep W.
+        """
+        if centered not in self._factors:
+            self._factors[centered] = self._factor(centered)
+        lower = self._factors[centered]
+        if lower is None:
+            return weight
+        shift = self.shift.times_cross(weight, centered)  # (m, n); all solved in place: wide matrices in float64
+        torch.linalg.solve_triangular(lower.mT, shift, upper=True, left=False, out=shift)
+        torch.linalg.solve_triangular(lower, shift, upper=False, left=False, out=shift)
+        return weight + shift.to(weight)
+
+    def forget(self) -> None:
+        """Drop the factored matrix: there are no more weights."""
+        self._factors.clear()
+
+    def _factor(self, centered: bool) -> Tensor | None:
+        """The lower Cholesky factor of `E[x~ x~^T] + lambda I`, float64; None where nothing can be learned."""
+        if self.shift.count == 0:
+            return None
+        gram = self.shift.metric(centered).dense(torch.float64)
+        scale = gram.diagonal().mean()
+        if not bool(scale > 0):  # dead inputs: nothing moved that could be seen
+            return None
+        ridge = max(LEAST_RIDGE, RIDGE * len(gram) / self.shift.count)
+        gram.diagonal().add_(ridge * scale)
+        lower = gram.mT  # symmetric, and column by column, as LAPACK writes the factor over it
+        return torch.linalg.cholesky(lower, out=lower)  # positive definite by the ridge

@@ -17,6 +17,7 @@ from eckart.calibration.layerwise.gather import (
     split_by_segment,
 )
 from eckart.calibration.layerwise.hidden_states import HiddenStateStore
+from eckart.calibration.layerwise.kept_inputs import KeptInputs
 from eckart.calibration.layerwise.runner import LayerwiseRunner
 from eckart.calibration.layerwise.start import start_runner
 from eckart.calibration.layerwise.trace import trace_blocks
@@ -25,6 +26,7 @@ __all__ = [
     "BlockSchedule",
     "Groups",
     "HiddenStateStore",
+    "KeptInputs",
     "LayerwiseError",
     "LayerwiseRunner",
     "StatisticsWindow",

@@ -25,7 +25,8 @@ from eckart.calibration.layerwise.block_forward import BlockChain, BlockForward,
 from eckart.calibration.layerwise.blocks import LayerwiseError
 from eckart.calibration.layerwise.hidden_states import HiddenStates, HiddenStateStore
 from eckart.calibration.layerwise.output import flatten, structure_of
-from eckart.moments import BatchLike, Gatherer
+from eckart.moments import BatchLike, Gatherer, Halving, real_tokens
+from eckart.moments.calls import argument, hooked
 
 
 class LayerwiseRunner:
@@ -70,23 +71,41 @@ class LayerwiseRunner:
             made = {str(i): flat[i] for i in self.chain.structures[step].made}
             self.hidden_states.put("outputs", step, batch, made)
 
+    def run_and_capture(self, step: int, batch: BatchLike, modules: Sequence[str]) -> dict[str, Tensor]:
+        """Run one step's block as :meth:`run_block` does, and see what modules inside it are given.
+
+        Returns:
+            For each module the real tokens of its input, (tokens, n), in memory of its own.
+
+        Raises:
+            LayerwiseError: the blocks do not form a chain, or a module is not called in the step.
+        """
+        captured: dict[str, Tensor] = {}
+
+        def note(name: str, given: Tensor) -> None:
+            if name not in captured:
+                rows = real_tokens(given, batch)
+                # A model may go on to change in place what it gave, or what that is a view of.
+                captured[name] = rows.clone() if rows.data_ptr() == given.data_ptr() else rows
+
+        with self._watching(modules, note):
+            self.run_block(step, batch)
+        for module in modules:
+            self._require_called(module, captured, step)
+        return captured
+
     def capture_input(self, step: int, batch: BatchLike, module: str) -> Tensor:
         """What a module inside a step's block is given on a batch; the block runs only as far as that."""
-        captured: list[Tensor] = []
+        captured: dict[str, Tensor] = {}
 
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            captured.append(args[0] if args else next(iter(kwargs.values())))
+        def note(name: str, given: Tensor) -> None:
+            captured[name] = given
             raise ReachedError
 
-        handle = self.model.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            with torch.no_grad():
-                BlockForward(self.chain, self.hidden_states, step, batch, None).to_block()
-        finally:
-            handle.remove()
-        if not captured:
-            raise LayerwiseError(f"{module} is not called in {self.schedule.steps[step]}")
-        return captured[0]
+        with self._watching([module], note), torch.no_grad():
+            BlockForward(self.chain, self.hidden_states, step, batch, None).to_block()
+        self._require_called(module, captured, step)
+        return captured[module]
 
     def run_tail(self, batch: BatchLike, gatherer: Gatherer | None = None, *, backward: bool = False) -> Any:
         """Run what comes after the last block; backwards, the model returns a loss, whose gradients are kept.
@@ -125,11 +144,17 @@ class LayerwiseRunner:
         with self.context(self.schedule.steps[step] if step < self.schedule.tail else None):
             yield
 
-    def advance(self, step: int) -> None:
-        """Run a step on all batches, and drop what no later step reads."""
+    def advance(self, step: int, halving: Halving | None = None) -> None:
+        """Run a step on all batches, in halves where memory runs out, and drop what no later step reads."""
+        halving = halving or Halving()
+
+        def run(part: Any) -> None:
+            self.split_batch(part)
+            self.run_block(step, part)
+
         with self.resident(step):
-            for batch in self.batches:
-                self.run_block(step, batch)
+            for batch in list(self.batches):
+                halving.run(batch, run)
         self.drop_stream(step - 1)
 
     def for_each_batch(self, call: Callable[[Any, int], None]) -> None:
@@ -138,20 +163,30 @@ class LayerwiseRunner:
             call(batch, number)
 
     def split_batch(self, part: Any) -> None:
-        """Split the batch that `part` is some rows of, and its hidden states; nothing if `part` is a whole batch.
+        """Split the batch that `part` is some rows of, and its hidden states.
+
+        Nothing is done if `part` is a whole batch, or more than one.
 
         Raises:
             LayerwiseError: a block puts out its examples in a way that cannot be told apart.
         """
         if any(batch.examples == part.examples for batch in self.batches):
             return
-        place = next(i for i, batch in enumerate(self.batches) if set(part.examples) <= set(batch.examples))
+        wanted = set(part.examples)
+        place = next((i for i, batch in enumerate(self.batches) if wanted <= set(batch.examples)), None)
+        if place is None:
+            return
         whole = self.batches[place]
         start = whole.examples.index(part.examples[0])
         cuts = sorted({0, start, start + len(part.examples), len(whole.examples)})
         pieces = [whole.rows(a, b) for a, b in itertools.pairwise(cuts)]
         self.hidden_states.split(whole, pieces, range(self.schedule.tail + 1), self._examples_axis)
         self.batches[place : place + 1] = pieces
+
+    def follow(self, other: LayerwiseRunner) -> None:
+        """Split the batches as those of another runner over the same data have been split."""
+        for batch in other.batches:
+            self.split_batch(batch)
 
     def drop_stream(self, step: int) -> None:
         """Drop the stream that a step put out, once no step will read it; the rest of its outputs stays."""
@@ -199,6 +234,24 @@ class LayerwiseRunner:
         return all(self.hidden_states.has("gradients", step, batch) for batch in self.batches)
 
     # -- inside --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _watching(self, modules: Sequence[str], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """`note(name, input)` at every call of the named modules."""
+
+        def hook_of(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                note(name, argument(args, kwargs))
+
+            return hook
+
+        found = {name: self.model.get_submodule(name) for name in modules}
+        with hooked([m.register_forward_pre_hook(hook_of(n), with_kwargs=True) for n, m in found.items()]):
+            yield
+
+    def _require_called(self, module: str, captured: dict[str, Tensor], step: int) -> None:
+        if module not in captured:
+            raise LayerwiseError(f"{module} is not called in {self.schedule.steps[step]}")
 
     def _examples_axis(self, name: str, step: int, tensor: Tensor, examples: int) -> int | None:
         """The axis of examples of a leaf of a step's output, or of the gradient of any step's leaf."""

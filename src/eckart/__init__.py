@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from eckart.recovery.recipe import TuneRecipe
     from eckart.recovery.result import TuneResult
     from eckart.registry import register_method, register_recovery
+    from eckart.speed.bench import bench
+    from eckart.speed.recipe import BenchRecipe
 
 register_when_imported()
 
@@ -47,6 +49,7 @@ _PLACES = {
     "evaluate": "evaluation.pipeline:evaluate",
     "tune": "recovery.pipeline:tune",
     "inspect": "evaluation.inspection:inspect",
+    "bench": "speed.bench:bench",
     "load": "checkpoint.load:load",
     "densify": "checkpoint.export:densify",
     "export": "checkpoint.export:export_dense",
@@ -54,6 +57,7 @@ _PLACES = {
     "Recipe": "compression.recipe:Recipe",
     "EvaluationRecipe": "evaluation.recipe:EvaluationRecipe",
     "InspectionRecipe": "evaluation.recipe:InspectionRecipe",
+    "BenchRecipe": "speed.recipe:BenchRecipe",
     "TuneRecipe": "recovery.recipe:TuneRecipe",
     "Comparison": "compression.compare:Comparison",
     "Result": "compression.result:Result",
@@ -75,6 +79,7 @@ _PLACES = {
 """Public name -> module:attribute, imported when it is first used."""
 
 __all__ = [
+    "BenchRecipe",
     "Choice",
     "ClosedFormRecovery",
     "Comparison",
@@ -92,6 +97,7 @@ __all__ = [
     "Result",
     "TuneRecipe",
     "TuneResult",
+    "bench",
     "compare",
     "compress",
     "densify",

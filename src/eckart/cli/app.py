@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from eckart import __version__
+from eckart.cli.bench import bench
 from eckart.cli.compare import compare
 from eckart.cli.compress import compress
 from eckart.cli.console import set_up_logging
@@ -35,6 +36,7 @@ for name, command in (
     ("tune", tune),
     ("eval", evaluate_folder),
     ("compare", compare),
+    ("bench", bench),
     ("inspect", inspect),
     ("export", export),
     ("methods", methods),

@@ -1,0 +1,112 @@
+"""Times side by side: the table of `eckart bench`, and latencies as other reports show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from eckart.report.words import add_columns, format_count, make_table
+
+EXPLAINED = (
+    "ms: median of one call, and the middle half of all calls; tokens/s: computed in a call; allowed: 1 / (1 - share "
+    "of the layers that were made smaller in the original's time x what is left out of their multiply-adds); reached: "
+    "speed-up / allowed; peak: model and all tensors alive at one time"
+)
+COLUMNS = {
+    "feed-forward": "feed-forward",
+    "attention projections": "projections",
+    "attention scores": "scores",
+    "matrices in blocks": "matrices",
+    "activations and sums": "activations",
+    "norms": "norms",
+    "embeddings": "embeddings",
+    "heads": "heads",
+    "other": "other",
+}
+"""Kinds of modules as the columns of a table say them."""
+
+
+def render_bench(found: Mapping[str, Any]) -> Group:
+    """The models; then for each phase all of them at every size; where the time goes; what it means."""
+    parts: list[Any] = [Text(format_machine(found), style="bold"), Text(), _models(found), Text()]
+    for phase in dict.fromkeys(row["phase"] for row in found["rows"]):
+        parts += [_times(phase, [row for row in found["rows"] if row["phase"] == phase]), Text()]
+    parts += [_shares(found["shares"]), Text(), Text(EXPLAINED, style="dim")]
+    parts += [Text(sentence, style="bold") for sentence in found["verdict"]]
+    return Group(*parts, *(Text(f"note: {note}", style="yellow") for note in found["notes"]))
+
+
+def format_machine(found: Mapping[str, Any]) -> str:
+    """Where times were taken."""
+    threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
+    return f"{found['device']} ({found['device_name']}), {threads}, torch {found['torch']}"
+
+
+def format_latency(latency: Mapping[str, Any]) -> str:
+    """A line that says a latency, of one model or of several in turn, and where and on what it was measured."""
+    length = f" x {latency['length']} tokens" if latency["length"] is not None else ""
+    times = ", ".join(f"{name} {seconds['median'] * 1e3:.2f} ms" for name, seconds in latency["seconds"].items())
+    last = list(latency["speedup"].values())[-1]
+    faster = f", {last:.2f}x" if len(latency["speedup"]) > 1 else ""
+    threads = f", {latency['threads']} thread{'s' * (latency['threads'] > 1)}" if latency["device"] == "cpu" else ""
+    return f"latency of {latency['batch']}{length} ({latency['device']}{threads}, {latency['dtype']}): {times}{faster}"
+
+
+def _models(found: Mapping[str, Any]) -> Table:
+    table = add_columns(make_table(), "model", ["type", "factored", "in memory", "files", "load s"])
+    for row in found["models"]:
+        sizes = [f"{format_count(row[key])}B" if row[key] is not None else "" for key in ("held_bytes", "file_bytes")]
+        load = f"{row['load_seconds']:.2f}" if row["load_seconds"] is not None else ""
+        table.add_row(row["name"], row["dtype"], str(row["factored"] or ""), *sizes, load)
+    return table
+
+
+def _times(phase: str, rows: list[Mapping[str, Any]]) -> Table:
+    compiled = any(row["mode"] != "eager" for row in rows)
+    names = ("model", *(["mode"] if compiled else []), "ms", "", "tokens/s", "speed-up", "allowed", "reached", "peak")
+    table = add_columns(make_table(phase), "batch x length", names)
+    last = None
+    for row in rows:
+        size = (row["batch"], row["length"])
+        if last not in (None, size):
+            table.add_section()
+        first = "{} x {}".format(*size) if size != last else ""
+        last = size
+        seconds = row["seconds"]
+        table.add_row(
+            first,
+            row["model"],
+            *([row["mode"]] if compiled else []),
+            _milliseconds(seconds["median"]),
+            f"{_milliseconds(seconds['lower'])}-{_milliseconds(seconds['upper'])}",
+            format_count(row["tokens_per_second"]),
+            _ratio(row["speedup"]),
+            _ratio(row.get("allowed")),
+            _ratio(row["reached"]),
+            f"{format_count(row['peak_bytes'])}B" if row["peak_bytes"] is not None else "",
+            style="bold" if "allowed" in row else None,
+        )
+    return table
+
+
+def _shares(rows: list[Mapping[str, Any]]) -> Table:
+    kinds = [kind for kind in COLUMNS if any(kind in row["shares"] for row in rows)]
+    table = add_columns(
+        make_table("where the time goes (eager)"), "", ["batch x length", "model", *(COLUMNS[kind] for kind in kinds)]
+    )
+    for row in rows:
+        cells = [f"{row['shares'][kind]:.1%}" if kind in row["shares"] else "" for kind in kinds]
+        table.add_row(row["phase"], f"{row['batch']} x {row['length']}", row["model"], *cells)
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g}" if seconds < 0.1 else f"{seconds * 1e3:.0f}"
+
+
+def _ratio(value: float | None) -> str:
+    return f"{value:.2f}" if value is not None else ""

@@ -54,7 +54,7 @@ def plot_bench(found: Mapping[str, Any], path: Path) -> None:
     sizes = list(dict.fromkeys((row["batch"], row["length"]) for row in rows))
     models = [row["name"] for row in found["models"]]
     width = max(7.0 / len(phases), 1.5 + 0.4 * len(sizes) * len(models)) * len(phases)
-    figure = Figure(figsize=(width, 9), layout="constrained")
+    figure: Any = Figure(figsize=(width, 9), layout="constrained")
     axes = figure.subplots(2, len(phases), squeeze=False)
     for column, phase in enumerate(phases):
         _draw_speedups(axes[0][column], phase, [row for row in rows if row["phase"] == phase], sizes, models)

@@ -56,11 +56,11 @@ def prepare(model: PreTrainedModel, phase: str, batch: int, length: int, call: C
         raise UsageError(f"lengths: {length} for {phase}, but the model has {limit} positions; give smaller lengths.")
     inputs, call = random_inputs(model, batch, length), model if call is None else call
     if phase == FORWARD:
-        options = {"use_cache": False} if "use_cache" in _parameters(model) else {}
-        return lambda: call(**inputs, **options)
-    options = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+        plain = {"use_cache": False} if "use_cache" in _parameters(model) else {}
+        return lambda: call(**inputs, **plain)
     if phase == PREFILL:
-        return lambda: call(**inputs, use_cache=True, **options)
+        last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
+        return lambda: call(**inputs, use_cache=True, **last)
     return _decode(model, inputs, length, call)
 
 
@@ -94,7 +94,7 @@ def random_inputs(model: PreTrainedModel, batch: int, length: int, seed: int = 0
 def _decode(model: PreTrainedModel, inputs: dict[str, Tensor], length: int, call: Callable[..., Any]) -> Run:
     token = inputs["input_ids"][:, :1]
     with torch.no_grad():
-        cache = getattr(model(**inputs, use_cache=True), "past_key_values", None)
+        cache: Any = getattr(model(**inputs, use_cache=True), "past_key_values", None)
         try:
             model(input_ids=token, past_key_values=cache, use_cache=True)
             _shorten(cache)

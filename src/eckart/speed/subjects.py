@@ -136,7 +136,8 @@ def _with_linears(model: PreTrainedModel) -> PreTrainedModel:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, Conv1D):
-                linear = nn.Linear(*child.weight.shape, device="meta")
+                inputs, outputs = child.weight.shape
+                linear = nn.Linear(inputs, outputs, device="meta")
                 linear.weight = nn.Parameter(child.weight.detach().mT.contiguous(), requires_grad=False)
                 linear.bias = child.bias
                 setattr(module, name, linear)

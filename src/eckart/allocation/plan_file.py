@@ -77,7 +77,8 @@ def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
             f"{where}: rank {rank!r} must be a whole number in 1..{full} for a weight of {shape[0]} x {shape[1]}."
         )
     basis = entry.get("basis")
-    if basis is not None and not (isinstance(basis, str) and kind.shared_parameter is not None):
+    shares = kind.shared_parameter is not None or not kind.own_module
+    if basis is not None and not (isinstance(basis, str) and shares):
         raise UsageError(f"{where}: basis {basis!r} means nothing to this form; remove it, or name a form that shares.")
     return Choice(entry["form"], rank, block, basis)
 
@@ -95,11 +96,20 @@ def _check_basis(
                 f"{where}: site {name}: basis {holder!r} is not a site of form {own.form} with a basis of its own; "
                 "name one."
             )
+        if not form_named(own.form).own_module:
+            if held.rank != own.rank:
+                raise UsageError(
+                    f"{where}: site {name}: {own.rank} neurons, but {holder}, which reads them, keeps {held.rank}; "
+                    "give both the same rank."
+                )
+            continue
         if held.rank != own.rank or shapes[holder][1] != shapes[name][1]:
             raise UsageError(
                 f"{where}: site {name}: rank {own.rank} for {shapes[name][1]} inputs, but its basis in {holder} has "
                 f"rank {held.rank} for {shapes[holder][1]}; give both the same."
             )
+    if held is not None and not form_named(held.form).own_module:
+        return
     largest = min(sum(shapes[name][0] for name in group), shapes[holder][1])
     if held is not None and held.rank > largest:
         raise UsageError(f"{where}: site {holder}: rank {held.rank} of a shared basis must be in 1..{largest}.")

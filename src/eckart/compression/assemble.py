@@ -15,6 +15,7 @@ from eckart.allocation import DENSE, Choice, Plan
 from eckart.calibration.layerwise import split_by_block
 from eckart.checkpoint.mapped import SMALL, spool
 from eckart.compression.factor_store import FactorStore
+from eckart.compression.neuron_layers import SLICED
 from eckart.compression.workspace import Workspace
 from eckart.data.inference import progress
 from eckart.forms import form_named
@@ -80,6 +81,8 @@ class Assembly:
                 logger.warning(note)
         for first, *others in plan.bases:
             part = form_named(plan.choices[first].form).shared_parameter
+            if part is None:  # they have neurons in common, not numbers
+                continue
             share_parameters(compressed, {f"{name}.{part}": f"{first}.{part}" for name in others})
         if self.dtype is not None:
             cast(compressed, self.dtype, changed=self._move_to_file)
@@ -98,8 +101,15 @@ class Assembly:
         """Build the modules of some sites from their factors, as one entry of the store."""
         tensors: dict[str, Tensor] = {}
         content: dict[str, Any] = {"sites": {}, "notes": [], "solved": []}
+        smaller: dict[str, nn.Module] = {}  # of layers that lose neurons: all modules of one are made together
         for site in sites:
             choice = plan.choices[site.name]
+            if choice.form == SLICED:
+                if site.name not in smaller:
+                    solved = factors.sliced(choice.basis or site.name)
+                    smaller |= solved.modules(self.model, choice.rank, self.dtype)
+                _pack(site.name, smaller.pop(site.name), tensors, content)
+                continue
             old: Any = self.model.get_submodule(site.name)
             weight = dense_weight(old)
             left, right, mean, fallbacks = _factors_of(site.name, choice, factors)
@@ -116,9 +126,7 @@ class Assembly:
             if fallback is not None:
                 content["notes"].append(fallback)
             content["solved"] += fallbacks
-            packed, spec = serialize_module(module)
-            content["sites"][site.name] = spec
-            tensors |= {f"{site.name}/{key}": value for key, value in packed.items()}
+            _pack(site.name, module, tensors, content)
         return tensors, content
 
     def install(self, model: PreTrainedModel, stage: str, name: str) -> list[str]:
@@ -138,6 +146,12 @@ class Assembly:
             if not place.processes.main and name not in place.store.entries(stage):
                 place.store.write(stage, name, tensors, content)
         return place.store.read(stage, name)[1]
+
+
+def _pack(name: str, module: nn.Module, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
+    """Add a module to an entry of the store."""
+    packed, content["sites"][name] = serialize_module(module)
+    tensors.update({f"{name}/{key}": value for key, value in packed.items()})
 
 
 def _factors_of(

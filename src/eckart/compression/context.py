@@ -18,6 +18,7 @@ from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.compression.basis_groups import adjacent, reading_a_norm
 from eckart.compression.joint_groups import JointGroups, joint_groups
+from eckart.compression.neuron_layers import SLICED, Layers, check_planned, check_stock, find_layers
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
@@ -98,6 +99,7 @@ class CompressionContext:
     timer: Timer = field(default_factory=Timer)
     _reading_a_norm: frozenset[str] | None = None
     _reading_one_input: JointGroups | None = None
+    _neuron_layers: Layers | None = None
 
     @property
     def names(self) -> list[str]:
@@ -124,7 +126,7 @@ class CompressionContext:
             if planned:
                 check_metric_shares(settings.method)
             return planned
-        kind = form_named(settings.form)
+        kind = form_named(settings.factored_form)
         if kind.shared_parameter is None or kind.shared_by != "layers":
             return ()
         if self._reading_a_norm is None:
@@ -141,8 +143,36 @@ class CompressionContext:
             self._reading_one_input = joint_groups(self._groups_by_input(), self.model)
         return self._reading_one_input
 
+    def neuron_layers(self, settings: Settings, recipe: Recipe) -> Layers:
+        """Feed-forward layers that may lose neurons, where the settings or a plan ask for that.
+
+        Raises:
+            UsageError: a plan slices something else, or `stock` is asked of a model whose configuration cannot say how
+                wide they are.
+        """
+        planned = read_plan(Path(recipe.plan), self._shapes).choices if recipe.plan is not None else {}
+        if not (SLICED in {choice.form for choice in planned.values()} if planned else settings.slices):
+            return ()
+        if self._neuron_layers is None:
+            model, inputs = self.model, dict(self.model.dummy_inputs)
+            if self.data is not None:
+                inputs = self.data.batches[0].rows(0, 1).inputs
+            try:
+                self._neuron_layers = find_layers(model, self.sites.chosen, inputs, self.weights)
+            except Exception as error:
+                self.calibration.note(f"no layer loses neurons: no small pass runs through the model ({error})")
+                self._neuron_layers = ()
+        check_planned(planned, self._neuron_layers, f"--plan {recipe.plan}")
+        if recipe.stock:
+            check_stock(self.model, self._neuron_layers)
+        return self._neuron_layers
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        return {site.name: site.shape for site in self.sites.chosen}
+
     def _planned_groups(self, plan: str, shared_by: str) -> JointGroups:
-        found = read_plan(Path(plan), {site.name: site.shape for site in self.sites.chosen})
+        found = read_plan(Path(plan), self._shapes)
         return [group for group in found.bases if form_named(found.choices[group[0]].form).shared_by == shared_by]
 
     def _groups_by_input(self) -> Mapping[str, Sequence[str]]:

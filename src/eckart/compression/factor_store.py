@@ -14,9 +14,11 @@ from eckart.calibration import note_few_tokens
 from eckart.compression.curves import Losses
 from eckart.compression.solve_joint import JointFactors
 from eckart.compression.solve_site import SiteFactors
+from eckart.compression.solve_slicing import SlicedLayer, layer_of
 from eckart.distributed import Processes
 from eckart.errors import ModelError
 from eckart.forms import Block
+from eckart.model.neurons import NeuronLayer
 from eckart.storage.store import EntryStore
 
 STAGE = "solved"
@@ -24,6 +26,9 @@ STAGE = "solved"
 
 JOINT = "joint"
 """What an entry holds of groups of sites that have one input factor."""
+
+SLICED = "sliced"
+"""What an entry holds of layers that may lose neurons."""
 
 Serialized = tuple[dict[str, Tensor], dict[str, Any]]
 """Named tensors and JSON values: one entry of a store."""
@@ -36,6 +41,7 @@ class FactorSummary:
     Attributes:
         losses: factored site -> predicted loss (or error) at every rank, or None where nothing is chosen by it.
         joint: sites that were factored on one input factor -> their predicted loss together at every rank, or None.
+        sliced: layers whose neurons were put in order -> predicted loss with 0, 1, ... of them, or None.
         dense: sites that stay dense -> why.
         seen: site -> (tokens, features), of every site that was factored from statistics.
         effective_ranks: of every factored site.
@@ -44,6 +50,7 @@ class FactorSummary:
 
     losses: dict[str, Losses | None]
     joint: dict[tuple[str, ...], Tensor | None]
+    sliced: dict[NeuronLayer, Tensor | None]
     dense: dict[str, str]
     seen: dict[str, tuple[int, int]]
     effective_ranks: dict[str, float]
@@ -110,11 +117,27 @@ class FactorStore:
                 return JointFactors.deserialize(tensors_of(tensors, f"{JOINT}/{holder}"), content[JOINT][holder])
         raise KeyError(holder)
 
+    def sliced(self, reader: str) -> SlicedLayer:
+        """The slicing of the layer whose neurons a site reads; on the first process only."""
+        for name, content in self.entries():
+            if reader in content[SLICED]:
+                tensors = self.store.read(STAGE, name)[0]
+                return SlicedLayer.deserialize(tensors_of(tensors, f"{SLICED}/{reader}"), content[SLICED][reader])
+        raise KeyError(reader)
+
     @cached_property
     def summary(self) -> FactorSummary:
         """What every process may know, read from the entries, also from those of an earlier run."""
         losses: dict[str, Tensor] = {}
-        found: dict[str, Any] = {"blocks": {}, "dense": {}, "seen": {}, "effective": {}, "notes": [], JOINT: []}
+        found: dict[str, Any] = {
+            "blocks": {},
+            "dense": {},
+            "seen": {},
+            "effective": {},
+            "notes": [],
+            JOINT: [],
+            SLICED: [],
+        }
         for name in self.store.entries(STAGE):
             tensors, content = self.store.read(STAGE, name)
             found["dense"] |= content["dense"]
@@ -123,7 +146,8 @@ class FactorStore:
                 factors = SiteFactors.deserialize(tensors_of(tensors, site), own)
                 curves = factors.losses or {}
                 found["blocks"][site] = [None if block is None else list(block) for block in curves]
-                found["effective"][site] = factors.effective_rank
+                if factors.effective_rank is not None:
+                    found["effective"][site] = factors.effective_rank
                 found["notes"] += factors.notes
                 for place, curve in enumerate(curves.values()):
                     losses[f"{site}/{place}"] = curve.clone()
@@ -133,6 +157,12 @@ class FactorStore:
                 found["notes"] += group.notes
                 if group.losses is not None:
                     losses[f"{JOINT}/{holder}"] = group.losses.clone()
+            for reader, own in content[SLICED].items():
+                found[SLICED].append(own["layer"])
+                found["notes"] += own["notes"]
+                key = f"{SLICED}/{reader}"
+                if f"{key}/losses" in tensors:
+                    losses[key] = tensors[f"{key}/losses"].clone()
         losses, found = self.processes.broadcast((losses, found))
         return FactorSummary(
             {
@@ -140,6 +170,7 @@ class FactorStore:
                 for site, blocks in found["blocks"].items()
             },
             {tuple(members): losses.get(f"{JOINT}/{members[0]}") for members in found[JOINT]},
+            {layer_of(own): losses.get(f"{SLICED}/{own['reader']}") for own in found[SLICED]},
             found["dense"],
             {site: (int(count), int(width)) for site, (count, width) in found["seen"].items()},
             found["effective"],

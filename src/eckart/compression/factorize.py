@@ -18,13 +18,16 @@ from eckart.calibration import why_useless
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
-from eckart.compression.factor_store import JOINT, STAGE, FactorStore, Serialized, tensors_of
+from eckart.compression.factor_store import JOINT, SLICED, STAGE, FactorStore, Serialized, tensors_of
+from eckart.compression.neuron_layers import Layers, names_of
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.size_limits import largest_choices, largest_joint_rank
 from eckart.compression.solve_joint import solve_joint
 from eckart.compression.solve_site import SiteFactors, solve_group, solve_site
+from eckart.compression.solve_slicing import solve_slicing
 from eckart.model import Site, dense_weight
+from eckart.model.neurons import NeuronLayer
 from eckart.moments import Moments, deserialize, serialize
 
 INCOMPLETE = "bases of which not all sites were reached"
@@ -56,11 +59,17 @@ def factorize_sites(
     budget = Budget.of_recipe(context.model, context.sites, recipe.model_copy(update={"keep": largest_keep}))
     bases = context.bases(settings, recipe)
     limits = largest_choices(context.sites, settings, recipe, largest_keep, budget, context.multiples(recipe), bases)
+    layers = context.neuron_layers(settings, recipe)
+    if settings.rest and recipe.plan is None:  # their weights are never factored
+        limits |= dict.fromkeys(names_of(layers), ())
+    if recipe.stock:
+        limits = dict.fromkeys(limits, ())
+    joint = () if recipe.stock else apart_from(layers if settings.rest else (), context.joint_groups(settings, recipe))
     done = factors.finished_windows()
     factorizer = SiteFactorizer(
         factors, context.model, {site.name: site for site in context.sites.chosen}, settings, limits,
         curve=settings.allocation == "loss" and recipe.plan is None, bases=bases,
-        joint=context.joint_groups(settings, recipe), planned=recipe.plan is not None,
+        joint=joint, layers=layers, planned=recipe.plan is not None,
     )  # fmt: skip
     gathered = context.calibration.windows(done) if windows is None else iter(windows)
     factorizer.run(context.timer.gathering(gathered), keep_statistics=windows is not None)
@@ -80,6 +89,7 @@ class SiteFactorizer:
         planned: whether a plan file says the ranks.
         bases: groups of sites of several layers that share a basis.
         joint: groups of sites that may have one input factor; each is in one window, for its sites read one tensor.
+        layers: whose neurons may be taken away.
     """
 
     factors: FactorStore
@@ -91,6 +101,7 @@ class SiteFactorizer:
     planned: bool = False
     bases: Bases = ()
     joint: Sequence[tuple[str, ...]] = ()
+    layers: Layers = ()
 
     def run(self, windows: Iterator[StatisticsWindow], *, keep_statistics: bool = False) -> None:
         """Factor all windows, and then the groups that are still incomplete.
@@ -114,6 +125,11 @@ class SiteFactorizer:
         """Site -> the group that may have one input factor."""
         return {name: group for group in self.joint for name in group}
 
+    @cached_property
+    def layer_of(self) -> dict[str, NeuronLayer]:
+        """Site -> the layer whose neurons it reads."""
+        return {layer.reader: layer for layer in self.layers}
+
     def add_window(self, window: StatisticsWindow, moments: dict[str, Moments]) -> None:
         """Factor a window's sites; their statistics are taken out of `moments` on the way."""
         processes = self.factors.processes
@@ -131,6 +147,8 @@ class SiteFactorizer:
                     grouped[name] = entry
                     continue
                 useful = self._solve_one(name, entry, mine)
+                if useful and name in self.layer_of:
+                    self._solve_slicing(self.layer_of[name], entry, mine)
                 group = self.joint_group_of.get(name)
                 if group is None:
                     continue
@@ -168,6 +186,16 @@ class SiteFactorizer:
         )
         _put(mine, name, found)
         return True
+
+    def _solve_slicing(self, layer: NeuronLayer, moments: Moments | None, mine: Serialized) -> None:
+        """Put the neurons of a layer in order."""
+        site = self.sites[layer.reader]
+        found = solve_slicing(
+            layer, site, self._weight(site.name), moments, self.settings, layer.width, curve=self.curve
+        )
+        tensors, content = found.serialize()
+        mine[0].update({f"{SLICED}/{site.name}/{key}": value for key, value in tensors.items()})
+        mine[1][SLICED][site.name] = content
 
     def _solve_joint(self, known: Mapping[str, Moments | None], mine: Serialized) -> None:
         """Factor the sites of a group that data reached on one input factor, if that can save anything."""
@@ -262,7 +290,14 @@ class SiteFactorizer:
 
 def _nothing() -> Serialized:
     """An entry of a store without any site."""
-    return {}, {"sites": {}, "dense": {}, "seen": {}, JOINT: {}}
+    return {}, {"sites": {}, "dense": {}, "seen": {}, JOINT: {}, SLICED: {}}
+
+
+def apart_from(layers: Layers, groups: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+    """Groups of two sites or more without those that are in layers of neurons."""
+    inside = set(names_of(layers))
+    found = (tuple(name for name in group if name not in inside) for group in groups)
+    return [group for group in found if len(group) > 1]
 
 
 def _put(mine: Serialized, name: str, found: SiteFactors) -> None:

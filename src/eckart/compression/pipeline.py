@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.calibration.layerwise import StatisticsWindow
-from eckart.checkpoint.description import attach_config
+from eckart.checkpoint.description import attach_config, is_special
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
@@ -27,6 +27,7 @@ from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.factorize import factorize_sites
 from eckart.compression.measure import measure_quality
+from eckart.compression.neuron_layers import make_stock
 from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options, dtype_of
 from eckart.compression.plan_builder import Solved, make_plan, stored_choices
@@ -37,8 +38,9 @@ from eckart.compression.report_builder import build_report, describe_dense_sites
 from eckart.compression.result import Result
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
+from eckart.evaluation.sizes import count_sizes
 from eckart.methods import Method, method_named
-from eckart.model import factored_modules, fuse_experts, unshare_storage
+from eckart.model import fuse_experts, unshare_storage
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +147,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
 
     # 5. The plan: form and rank of every site, within the budget.
     budget = Budget.of_recipe(model, sites, recipe)
-    solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint)
+    solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint, summary.sliced)
     plan = make_plan(sites, settings, recipe, solved, budget, context.fingerprint, context.multiples(recipe))
 
     # 6. Forms in place of the dense weights, in a copy of the model.
@@ -172,8 +174,11 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
 
     # 9. The description of what is stored, and the quality on held-out text.
     plan = replace(plan, choices=stored_choices(compressed, sites, plan))
+    after = count_sizes(compressed, context.names)  # before experts are fused again
+    if recipe.stock:
+        make_stock(compressed, context.neuron_layers(settings, recipe), plan.choices)
     fuse_experts(compressed)
-    if factored_modules(compressed):
+    if is_special(compressed):
         attach_config(compressed)
     with timer.step("measuring"):
         if context.held_out is not None and measured is None:
@@ -181,7 +186,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
 
     # 10. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)
-    report = build_report(context, settings, recipe, plan, compressed, dense, measured, notes, summary)
+    report = build_report(context, settings, recipe, plan, dense, measured, notes, summary, after)
     embedded.add_to(report)
     if not context.workspace.streaming:
         unshare_storage(compressed, model)

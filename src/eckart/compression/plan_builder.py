@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -25,11 +25,20 @@ from eckart.allocation import (
 )
 from eckart.compression.budget import Budget
 from eckart.compression.curves import Losses, Shapes, joint_curve, site_curve, unit_curves
+from eckart.compression.neuron_layers import (
+    Layers,
+    by_width,
+    counts,
+    names_of,
+    sliced_choices,
+    sliced_curve,
+)
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.size_limits import largest_joint_rank, paper_size
 from eckart.errors import UsageError
-from eckart.model import Sites
+from eckart.model import Sites, sliced_features
+from eckart.model.neurons import NeuronLayer
 
 
 @dataclass(frozen=True)
@@ -42,12 +51,14 @@ class Solved:
         dense: sites that stay dense -> why.
         bases: sites of several layers that are to share a basis.
         joint: sites that may have one input factor -> their predicted loss together at every rank, or None.
+        sliced: layers that may lose neurons -> predicted loss with 0, 1, ... neurons, or None.
     """
 
     sites: Mapping[str, Losses | None]
     dense: Mapping[str, str] = field(default_factory=dict)
     bases: Bases = ()
     joint: Mapping[tuple[str, ...], Tensor | None] = field(default_factory=dict)
+    sliced: Mapping[NeuronLayer, Tensor | None] = field(default_factory=dict)
 
 
 def make_plan(
@@ -116,10 +127,43 @@ def _plan_of_file(file: str, shapes: Shapes, solved: Solved, fingerprint: str) -
 def _uniform_choices(
     shapes: Shapes, keep: float, settings: Settings, solved: Solved, multiples: RankMultiples
 ) -> dict[str, Choice]:
+    layers = _layers_among(solved, shapes) if settings.rest else []
+    if layers or settings.stock:
+        sliced, shapes = _uniform_slices(layers, shapes, keep, settings, multiples)
+        return sliced | _uniform_choices(
+            shapes, 1.0 if settings.stock else keep, _without_slices(settings), solved, multiples
+        )
     groups = _among(solved.joint if settings.joins else solved.bases, shapes)
-    if groups or settings.form not in settings.site_forms:
-        return shared_uniform(shapes, groups, keep, settings.form, multiples=multiples)
-    return uniform(shapes, keep, settings.form, multiples=multiples, errors=solved.sites)
+    if groups or settings.factored_form not in settings.site_forms:
+        return shared_uniform(shapes, groups, keep, settings.factored_form, multiples=multiples)
+    return uniform(shapes, keep, settings.factored_form, multiples=multiples, errors=solved.sites)
+
+
+def _without_slices(settings: Settings) -> Settings:
+    return with_changes(settings, form=settings.factored_form, rest="", stock=False)
+
+
+def _uniform_slices(
+    layers: Layers, shapes: Shapes, keep: float, settings: Settings, multiples: RankMultiples
+) -> tuple[dict[str, Choice], Shapes]:
+    """The same fraction of the neurons of every layer, and the shapes of the weights that are in no layer."""
+    inside = set(names_of(layers))
+    rest = {name: shape for name, shape in shapes.items() if name not in inside}
+    own = sum(shapes[name][0] * shapes[name][1] for name in inside)
+    others = sum(rows * columns for rows, columns in rest.values())
+    if settings.stock:  # the others stay dense, so that the layers keep less than was asked for
+        keep = (keep * (own + others) - others) / own if own else 1.0
+    choices: dict[str, Choice] = {}
+    for layer in layers:
+        fitting = int(keep * layer.width + 1e-9)
+        if fitting < 1:
+            least = max(1 / each.width for each in layers)
+            needed = least * own + others if settings.stock else least * (own + others)
+            raise OverBudgetError(f"{layer.reader}: at a keep of {keep:.4f} no neuron would be left", needed)
+        count = max(counts(layer, shapes, multiples, fitting, stock=settings.stock), default=fitting)
+        dense = dict.fromkeys(layer.names, Choice(DENSE))
+        choices |= dense if fitting >= layer.width else sliced_choices(layer, shapes, count)
+    return choices, rest
 
 
 def _allocated_choices(
@@ -130,13 +174,25 @@ def _allocated_choices(
     def cost(choices: Mapping[str, Choice]) -> int:
         return sum(choice.stored(*shapes[name]) for name, choice in choices.items())
 
+    layers = _layers_among(solved, shapes)
+    sliced = set(names_of(layers)) if settings.rest else set()  # either all of a layer or none of it
     curves = {}
     for name, shape in shapes.items():
-        losses = solved.sites[name]
+        forms, losses = settings.site_forms, solved.sites[name]
+        if settings.stock or name in sliced:
+            forms, losses = (), {}
         assert losses is not None, "ranks are allocated by curves that were not made"
-        curves[name] = site_curve(name, shape, settings.site_forms, losses, multiples, cost)
+        curves[name] = site_curve(name, shape, forms, losses, multiples, cost)
     alternatives = []
+    for group in by_width(layers) if settings.stock else [[layer] for layer in layers]:
+        losses_of = {layer: known for layer in group if (known := solved.sliced[layer]) is not None}
+        if len(losses_of) == len(group):
+            alternatives.append(
+                (names_of(group), sliced_curve(group, shapes, losses_of, multiples, cost, stock=settings.stock))
+            )
     for members, together in solved.joint.items():
+        if settings.stock or sliced & set(members):
+            continue
         largest = largest_joint_rank([shapes[name] for name in members], settings.joint_form, planned=False)
         if together is not None and largest > 0:
             curve = joint_curve(members, shapes, settings.joint_form, together, largest, multiples, cost)
@@ -144,6 +200,17 @@ def _allocated_choices(
     options = allocate(unit_curves(curves, alternatives), budget).values()
     choices = {name: choice for option in options for name, choice in option.choices.items()}
     return choices, {name: loss for option in options for name, loss in option.losses.items()}
+
+
+def _layers_among(solved: Solved, names: Collection[str]) -> Layers:
+    """The layers with only these sites, of which no joint group has a part and something else."""
+    groups = [set(group) for group in solved.joint]
+    return [
+        layer
+        for layer in solved.sliced
+        if set(layer.names) <= set(names)
+        and all(group <= set(layer.names) or group.isdisjoint(layer.names) for group in groups)
+    ]
 
 
 def _among(groups: Any, names: Mapping[str, object]) -> Bases:
@@ -155,9 +222,13 @@ def _among(groups: Any, names: Mapping[str, object]) -> Bases:
 def stored_choices(compressed: nn.Module, sites: Sites, plan: Plan) -> dict[str, Choice]:
     """The choices as they are stored, also where a form fell back to another one."""
     choices: dict[str, Choice] = {}
+    sliced = sliced_features(compressed)
     for site in sites.chosen:
         module: Any = compressed.get_submodule(site.name)
         basis = plan.choices[site.name].basis
+        if site.name in sliced:  # ordinary modules, whose size says the rank
+            choices[site.name] = with_changes(plan.choices[site.name], rank=sliced[site.name].kept)
+            continue
         factored = hasattr(module, "form")
         choices[site.name] = Choice(module.form, module.rank, module.block, basis) if factored else Choice(DENSE)
     return choices

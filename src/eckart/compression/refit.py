@@ -52,7 +52,8 @@ def refit_if_better(
     assert context.data is not None
     if context.held_out is None and not recipe.refit:
         return compressed, None, ["the refit was left out: there is too little text to hold some out and check it by"]
-    fixed = sorted(n for n, c in plan.choices.items() if c.form != DENSE and not form_named(c.form).refits)
+    kinds = {name: form_named(c.form) for name, c in plan.choices.items() if c.form != DENSE}
+    fixed = sorted(name for name, kind in kinds.items() if not (kind.refits and kind.own_module))
     notes = [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in fixed]
     names = [name for name in factors.summary.losses if name not in fixed]
     measured: dict[str, Any] | None = None

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from eckart.allocation import DENSE, Plan
 from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorSummary
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
-from eckart.evaluation.sizes import count_sizes
+from eckart.evaluation.sizes import Sizes, count_sizes
 from eckart.report import record
 
 
@@ -27,11 +25,11 @@ def build_report(
     settings: Settings,
     recipe: Recipe,
     plan: Plan,
-    compressed: PreTrainedModel,
     dense: Mapping[str, str],
     measured: Mapping[str, Any] | None,
     notes: Sequence[str],
     factors: FactorSummary,
+    after: Sizes,
 ) -> dict[str, Any]:
     """What was asked, done and measured, as JSON values."""
     calibration, data = context.calibration, context.data
@@ -44,7 +42,7 @@ def build_report(
         sites=context.sites,
         plan=plan,
         before=count_sizes(context.model, context.names, context.dtype_on_disk),
-        after=count_sizes(compressed, context.names),
+        after=after,
         unreached=dense,
         curvature=calibration.curvature,
         data=data.description if data is not None else None,

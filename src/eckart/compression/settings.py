@@ -15,6 +15,9 @@ from eckart.moments import statistics_named
 JOINT = "joint"
 """The form of weights that have one input factor."""
 
+SLICED = "sliced"
+"""The form of feed-forward layers with fewer neurons."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -27,6 +30,9 @@ class Settings:
         refit: whether sites are solved again on the compressed model's own inputs.
         notes: what was asked for and is not done.
         other_forms: further forms that a site may take by itself, made of the same factors.
+        rest: of form sliced, the form of weights that are in no layer of neurons; "" for the form itself.
+        slices: whether feed-forward layers may lose neurons.
+        stock: whether they keep one number, and all other weights stay dense.
     """
 
     method: Method
@@ -35,18 +41,26 @@ class Settings:
     refit: bool
     notes: tuple[str, ...] = ()
     other_forms: tuple[str, ...] = ()
+    rest: str = ""
+    slices: bool = False
+    stock: bool = False
 
     @property
     def joins(self) -> bool:
         """Whether sites that read one input may have one input factor."""
-        kind = form_named(self.form)
+        kind = form_named(self.factored_form)
         return kind.shared_parameter is not None and kind.shared_by == "input"
 
     @property
     def site_forms(self) -> tuple[str, ...]:
         """The forms that a site may take by itself; all of them are made of the same factors."""
-        kind = form_named(self.form)
-        return (self.form if kind.shared_parameter is None else kind.unshared_form, *self.other_forms)
+        kind = form_named(self.factored_form)
+        return (self.factored_form if kind.shared_parameter is None else kind.unshared_form, *self.other_forms)
+
+    @property
+    def factored_form(self) -> str:
+        """The form of weights that are factored."""
+        return self.rest or self.form
 
     @classmethod
     def of(cls, method: Method, recipe: Recipe) -> Settings:
@@ -71,6 +85,9 @@ class Settings:
                 )
             refit = False
         form, allocation = recipe.form or _default_form(method, recipe), recipe.allocation or method.allocation
+        rest = ""
+        if form == SLICED or recipe.stock:
+            form, rest = SLICED, _form_beside_slices(method, recipe)
         notes: tuple[str, ...] = ()
         if method.fixed_form and form != method.form:
             raise UsageError(
@@ -107,12 +124,12 @@ class Settings:
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
-        return cls(method, form, allocation, refit, notes)
+        return cls(method, form, allocation, refit, notes, rest=rest, slices=form == SLICED, stock=recipe.stock)
 
     @property
     def joint_form(self) -> str:
         """The form of sites with one input factor; where a plan file has groups of them, the one of this library."""
-        return self.form if self.joins else JOINT
+        return self.factored_form if self.joins else JOINT
 
     def without_gradients(self) -> Settings:
         """Of the default, the drone metric and uniform ranks; of other methods, what they are."""
@@ -133,6 +150,25 @@ class Settings:
 def _default_form(method: Method, recipe: Recipe) -> str:
     """The form of the method for what the recipe wants to have: speed, or few numbers."""
     return method.form if recipe.optimise == "speed" else method.smallest_form or method.form
+
+
+def _form_beside_slices(method: Method, recipe: Recipe) -> str:
+    """The form of weights that are in no layer of neurons.
+
+    Raises:
+        UsageError: what is asked for cannot be a checkpoint that transformers loads alone.
+    """
+    if recipe.stock and recipe.form not in (None, SLICED):
+        raise UsageError(
+            f"--stock --form {recipe.form}: transformers alone loads ordinary layers. Leave one of the two out."
+        )
+    if recipe.stock and recipe.embeddings != "dense":
+        raise UsageError(
+            f"--stock --embeddings {recipe.embeddings}: transformers alone loads no factored embeddings. Leave one of "
+            "the two out."
+        )
+    form = _default_form(method, recipe)
+    return form_named(form).unshared_form if _shared_by_layers(form_named(form)) else form
 
 
 def _of_inputs(method: Method) -> set[str]:

@@ -94,7 +94,7 @@ def paper_size(method: Method, name: str, shape: tuple[int, int]) -> Choice:
 
 def _own_factors(choice: Choice) -> list[Choice]:
     """The choice, if it is made of factors that the site has alone."""
-    together = choice.form != DENSE and form_named(choice.form).shared_by == "input"
+    together = choice.form != DENSE and form_named(choice.form).shared_by in ("input", "neurons")
     return [] if together else [choice]
 
 

@@ -24,7 +24,8 @@ class SiteFactors:
     """The factors of a site up to its largest possible rank, and what later steps need of its statistics.
 
     Attributes:
-        factors: for each shape of block (None alone, for a form without) up to the largest rank that may be asked for.
+        factors: for each shape of block (None alone, for a form without) up to the largest rank that may be asked for;
+            none of a site that is never factored.
         losses: predicted change of the loss at rank 0 .. r, or the error in the method's own metric where it chooses
             among several shapes of block; None where nothing is chosen by it.
         mean: (n,) E[x], where the bias absorbs it.
@@ -37,9 +38,9 @@ class SiteFactors:
     moments: Moments | None = None
 
     @property
-    def effective_rank(self) -> float:
-        """The effective rank under the metric, of the first factorization."""
-        return next(iter(self.factors.values())).effective_rank
+    def effective_rank(self) -> float | None:
+        """The effective rank under the metric, of the first factorization; None where there is none."""
+        return next((found.effective_rank for found in self.factors.values()), None)
 
     @property
     def notes(self) -> list[str]:

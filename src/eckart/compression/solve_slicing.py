@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,7 +51,9 @@ class SlicedLayer:
             tensors["losses"] = self.losses
         if self.mean is not None:
             tensors["mean"] = self.mean
-        return tensors, {"layer": asdict(self.layer), "notes": self.notes}
+        layer = self.layer
+        described = {"reader": layer.reader, "writers": list(layer.writers), "width": layer.width}
+        return tensors, {"layer": described | {"rows": list(map(list, layer.rows))}, "notes": self.notes}
 
     @classmethod
     def deserialize(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> SlicedLayer:

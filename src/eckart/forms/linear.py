@@ -41,7 +41,7 @@ class FactoredLinear(Factored):
             for a form that shares nothing.
         unshared_form: of a form that shares, the form of weights that have none to share with.
         shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers, or "input", those
-            that read one and the same tensor.
+            that read one and the same tensor; "neurons" where weights make and read the same ones.
         own_module: whether its modules have this class; else they are ordinary ones of another size.
     """
 

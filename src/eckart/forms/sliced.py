@@ -22,6 +22,7 @@ class Sliced(FactoredLinear):
     paper: ClassVar[str] = "Hassibi & Stork, NIPS 1992; Frantar & Alistarh, NeurIPS 2022, arXiv 2208.11580"
     weighted_exactly: ClassVar[bool] = False
     own_module: ClassVar[bool] = False
+    shared_by: ClassVar[str] = "neurons"
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, source: str = "linear"

@@ -549,3 +549,76 @@ def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'eckart\[report\]'"):
         check_plot(tmp_path / "found.png")
+
+
+# -- latency in other reports ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """The first model of a pair takes 3 seconds, the second 2; the shapes of the inputs are written down."""
+    from eckart.speed import latency
+
+    shapes: list = []
+
+    def measure(runs, **options):
+        hidden = [run() for run in runs.values()]
+        shapes.append((list(runs), hidden[0].logits.shape[:2], {out.logits.dtype for out in hidden}))
+        seconds = [Timing(3.0 - i, 3.0 - i, 3.0 - i, 5) for i in range(len(runs))]
+        return dict(zip(runs, seconds, strict=True))
+
+    monkeypatch.setattr(latency, "measure_in_turn", measure)
+    return shapes
+
+
+def test_evaluation_times_both_models_on_the_size_that_is_scored(times):
+    from eckart.report.scores import render_scores
+    from eckart.report.words import to_plain_text
+
+    model = LLAMA.model()
+    batches = LLAMA.batches()
+    options = {"data": batches, "task": "agreement", "device": "cpu", "baselines": False}
+    found = eckart.evaluate(factored(model), model, object(), batch_size=2, max_seq_length=100, **options)
+    assert times == [(["original", "eckart"], (2, 64), {torch.float32})]  # no more positions than there are
+    shown = to_plain_text(render_scores(found), 140)
+    assert "3000.00" in shown
+    assert "2000.00" in shown
+    assert "1.50x as fast" in shown
+    assert "2 x 64 tokens in float32 on cpu, 1 thread" in shown
+    without = eckart.evaluate(model, model, object(), latency=False, **options)
+    assert without["latency"] is None
+    assert "latency" not in to_plain_text(render_scores(without), 140)
+
+
+def test_compression_times_both_models_where_it_is_asked_for(times, tmp_path):
+    model = LLAMA.model()
+    batches = LLAMA.batches(rows=3)
+    plain = eckart.compress(model, method="svd", keep=0.5)
+    assert "latency" not in plain.report
+    assert times == []
+    result = eckart.compress(model, method="drone", keep=0.5, data=batches, latency=True, dtype="bfloat16")
+    assert times == [(["original", "eckart"], (3, 12), {torch.bfloat16})]
+    assert result.report["latency"]["speedup"]["eckart"] == 1.5
+    assert "latency: 3000.00 ms -> 2000.00 ms, 1.50 times as fast (one forward pass of 3 x 12 tokens" in str(result)
+    result.save_pretrained(tmp_path / "small")
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "| milliseconds of one forward pass of 3 x 12 tokens in bfloat16" in card
+    assert "| 3,000 | 2,000 |" in card or "| 3000 | 2000 |" in card
+    random = eckart.compress(model, method="svd", keep=0.5, latency=True)
+    assert times[1][:2] == (["original", "eckart"], (8, 64))
+    assert random.report["seconds"]["latency"] >= 0
+
+
+def test_comparison_has_a_column_of_latency(times):
+    from eckart.report.scores import render_comparison
+    from eckart.report.words import to_plain_text
+
+    asked = {"methods": ["svd"], "keeps": [0.5]}
+    found = eckart.compare(LLAMA.model(), **asked).as_dict()
+    shown = to_plain_text(render_comparison(found), 140)
+    assert "as fast" in shown
+    assert "1.50x" in shown
+    assert len(times) == 1
+    found = eckart.compare(LLAMA.model(), latency=False, **asked).as_dict()
+    assert len(times) == 1
+    assert "as fast" not in to_plain_text(render_comparison(found), 140)

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 OWN_STEPS = ("factorization", "replacement", "refit")
 """Steps that each method takes by itself; their seconds stand in its row."""
 
+MEASURING = ("measuring", "latency")
+"""Steps that are no part of a compression."""
+
 
 class Comparison:
     """The results of a comparison, made one after another while it is iterated: `(method, keep, result)`.
@@ -35,7 +38,8 @@ class Comparison:
 
     Attributes:
         rows: one for each result that was made: `method`, `keep`, `of_sites`, `of_model`, `elements`, `bytes`,
-            `multiply_adds`, `quality` on held-out text, `seconds` of the method's own steps.
+            `multiply_adds`, `quality` on held-out text, `latency` beside the original's, `seconds` of the method's own
+            steps.
         original: sizes of the original; empty before the first result.
         notes: what is odd about the checkpoint, and the seconds of the steps that all methods share.
     """
@@ -63,7 +67,7 @@ class Comparison:
     def _add_row(self, method: str, keep: float, result: Result) -> None:
         report, seconds = result.report, result.report["seconds"]
         self.original = report["sizes"]["model"]["before"]
-        self._shared = {step: value for step, value in seconds.items() if step not in (*OWN_STEPS, "measuring")}
+        self._shared = {step: value for step, value in seconds.items() if step not in (*OWN_STEPS, *MEASURING)}
         self.rows.append(
             {
                 "method": method,
@@ -72,6 +76,7 @@ class Comparison:
                 "of_model": report["kept"]["of_model"],
                 **report["sizes"]["model"]["after"],
                 "quality": list_quality(report),
+                "latency": report.get("latency"),
                 "seconds": round(sum(seconds.get(step, 0.0) for step in OWN_STEPS), 2),
             }
         )
@@ -130,7 +135,9 @@ def compare(
         shared = context.timer.seconds
         for row in rows:
             settings = context.adapt_settings(row)
-            asked = run.recipe.model_copy(update={"method": settings.method.name})
+            asked = run.recipe.model_copy(
+                update={"method": settings.method.name, "latency": recipe.latency is not False}
+            )
             context.timer = Timer(shared)
             context.workspace.store = MemoryStore()
             with keep_unchanged(model):

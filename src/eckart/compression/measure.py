@@ -1,4 +1,4 @@
-"""Measure how near the compressed model is to the original, on text that was kept back from calibration."""
+"""Measure how near the compressed model is to the original on text kept back from calibration, and how fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from eckart.calibration.layerwise import all_blocks
 from eckart.compression.context import CompressionContext
 from eckart.evaluation import quality
-from eckart.model import WeightLoader
+from eckart.model import WeightLoader, cast, fuse_experts, shared_clone
+from eckart.speed.latency import compare_latency, measure_latency
 
 
 def measure_quality(context: CompressionContext, compressed: PreTrainedModel) -> dict[str, Any]:
@@ -29,3 +30,24 @@ def measure_quality(context: CompressionContext, compressed: PreTrainedModel) ->
     processes.raise_if_any_failed(failed)
     found: dict[str, Any] = processes.broadcast(measured)
     return found
+
+
+def time_models(context: CompressionContext, compressed: PreTrainedModel) -> dict[str, Any] | None:
+    """Latency of the original and the compressed model in the type that is stored, in turn.
+
+    On a batch of the held-out or calibration data; where there is none, on random inputs. None where a model is larger
+    than memory, or several processes share the machine.
+    """
+    workspace = context.workspace
+    if workspace.streaming or workspace.processes.size > 1:
+        return None
+    models = {}
+    for name, model in (("original", context.model), ("eckart", compressed)):
+        clone = shared_clone(model)
+        cast(clone, compressed.dtype)
+        fuse_experts(clone)  # of the original, which were separated to be factored
+        models[name] = clone.to(context.weights.device)  # type: ignore[arg-type]
+    data = context.data if context.held_out is None else context.held_out
+    if data is None:
+        return measure_latency(models)
+    return compare_latency(models, next(iter(data)).inputs)

@@ -26,7 +26,7 @@ from eckart.compression.context import CompressionContext
 from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.factorize import factorize_sites
-from eckart.compression.measure import measure_quality
+from eckart.compression.measure import measure_quality, time_models
 from eckart.compression.neuron_layers import make_stock
 from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options, dtype_of
@@ -186,8 +186,11 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
 
     # 10. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)
+    with timer.step("latency", noted=bool(recipe.latency)):
+        latency = time_models(context, compressed) if recipe.latency else None
     report = build_report(context, settings, recipe, plan, dense, measured, notes, summary, after)
     embedded.add_to(report)
+    report |= {"latency": latency} if latency is not None else {}
     if not context.workspace.streaming:
         unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

@@ -85,6 +85,11 @@ class Recipe(RecipeBase):
         False,
         description="In form sliced: one size for all layers, so that transformers alone loads the result.",
     )
+    latency: bool | None = Field(
+        None,
+        description="Also time a forward pass of the original and the result, in turn, for report and card. Default: "
+        "when methods are compared.",
+    )
     plan: str | None = Field(None, description="A plan.json: its forms and ranks are used, and none are chosen.")
     targets: tuple[str, ...] | None = Field(None, description="Factor only these modules: names, globs or regexes.")
     ignore: tuple[str, ...] | None = Field(None, description="Do not factor these modules: names, globs or regexes.")

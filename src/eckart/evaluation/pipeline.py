@@ -19,6 +19,7 @@ from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.choose import build_scorer, choose_task
 from eckart.evaluation.sizes import Size
 from eckart.model import find_sites, preserve_random_state, with_separate_experts
+from eckart.speed.latency import measure_latency
 from eckart.storage.layout import model_folder, read_json
 
 BASELINE_BITS = (8, 4)
@@ -48,8 +49,10 @@ def evaluate(
 
     Returns:
         `task`, `protocol`, `data`; `scores`: name -> {column: number}; `sizes`: elements, bytes and multiply-adds a
-        token -> {column: number}; `device`: where it was computed; `notes`. The columns are "original", "eckart"
-        ("model" for one that is not factored), "int8" and "int4". All plain JSON values.
+        token -> {column: number}; `latency`: of one forward pass of the original and of the model on random inputs, as
+        :func:`eckart.speed.latency.compare_latency` gives it, or None; `device`: where it was computed; `notes`. The
+        columns are "original", "eckart" ("model" for one that is not factored), "int8" and "int4". All plain JSON
+        values.
 
     Raises:
         EckartError: naming what cannot be read or does not fit.
@@ -69,6 +72,7 @@ def evaluate(
                 scores.setdefault(name, {})[column] = score
             for name, number in size.as_dict().items():
                 sizes.setdefault(name, {})[column] = number
+        latency = _time(context) if recipe.latency else None
     return {
         "model": context.model.name,
         "against": context.original.name if context.original is not None else None,
@@ -78,6 +82,7 @@ def evaluate(
         "device": str(context.model.model.device),
         "scores": scores,
         "sizes": sizes,
+        "latency": latency,
         "notes": [*scorer.notes, *_list_notes(context, scorer)],
     }
 
@@ -103,12 +108,25 @@ def _open(model: Any, against: Any, tokenizer: Any, data: Any, recipe: Evaluatio
 def _list_columns(context: EvaluationContext) -> Iterator[tuple[str, PreTrainedModel, Size]]:
     """Every model that is scored, by the name of its column; rounded ones are made when they are reached."""
     original = context.original
-    if original is not None:
-        yield "original", original.model, original.size
-    yield "eckart" if context.model.factored else "model", context.model.model, context.model.size
+    for column, opened in _opened(context):
+        yield column, opened.model, opened.size
     if original is not None and context.recipe.baselines and not original.factored:
         for bits in BASELINE_BITS:
             yield f"int{bits}", *_round(original, bits)
+
+
+def _time(context: EvaluationContext) -> dict[str, Any] | None:
+    """Latency of the original and the model. Rounded ones compute with the original's weights: they are no faster."""
+    recipe = context.recipe
+    timed = {name: opened.model for name, opened in _opened(context)}
+    return measure_latency(timed, recipe.batch_size, recipe.max_seq_length)
+
+
+def _opened(context: EvaluationContext) -> Iterator[tuple[str, EvaluatedModel]]:
+    """The original, where there is one, and the model, by the names of their columns."""
+    if context.original is not None:
+        yield "original", context.original
+    yield "eckart" if context.model.factored else "model", context.model
 
 
 def _round(original: EvaluatedModel, bits: int) -> tuple[PreTrainedModel, Size]:

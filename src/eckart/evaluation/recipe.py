@@ -42,6 +42,7 @@ class EvaluationRecipe(RecipeBase):
     max_tokens: int | None = Field(None, ge=1, description="Score only this many tokens of running text.")
     batch_size: int | None = Field(None, ge=1, description="Windows or texts that run at a time.")
     baselines: bool = Field(True, description="Score the original rounded to int8 and int4 as well.")
+    latency: bool = Field(True, description="Also time a forward pass of each model, all in turn.")
     revision: str | None = Field(None, description="Revision of the models on the hub.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from eckart.report.speed import describe_latency
 from eckart.report.words import add_columns, find_common_prefix, format_count, format_range, format_share, make_table
 
 NOTES = 8
@@ -22,6 +23,8 @@ def render_compression(report: Mapping[str, Any]) -> Group:
     first, *others = _asked(report)
     parts: list[Any] = [Text(first, style="bold"), *map(Text, others), Text(), _sites(report), Text()]
     parts += [Text(line) for line in _quality(report)]
+    if report.get("latency"):
+        parts.append(Text(_latency(report["latency"])))
     parts += _notes(report["notes"])
     seconds = report["seconds"]
     if seconds:
@@ -45,6 +48,10 @@ def list_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
         rows["1 - cosine to the original embedding (held-out text)"] = {
             "eckart": round(quality["embedding"]["cosine_distance"], 5)
         }
+    if report.get("latency"):
+        latency = report["latency"]
+        times = {name: round(seconds["median"] * 1e3, 2) for name, seconds in latency["seconds"].items()}
+        rows[f"milliseconds of {describe_latency(latency)}"] = times
     return rows
 
 
@@ -142,6 +149,12 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
     if "embedding" in quality:
         lines.append(f"against the original, {on}: 1 - cosine {quality['embedding']['cosine_distance']:.4f}")
     return lines
+
+
+def _latency(latency: Mapping[str, Any]) -> str:
+    before, after = (latency["seconds"][name]["median"] * 1e3 for name in ("original", "eckart"))
+    faster = latency["speedup"]["eckart"]
+    return f"latency: {before:.2f} ms -> {after:.2f} ms, {faster:.2f} times as fast ({describe_latency(latency)})"
 
 
 def _notes(notes: list[str]) -> list[Text]:

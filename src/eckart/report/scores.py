@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from eckart.report.speed import describe_latency
 from eckart.report.words import add_columns, format_count, format_number, format_share, make_table
 
 ROUNDED = "int8, int4: the original, the same weights rounded to the nearest of few levels, without calibration"
@@ -35,11 +36,18 @@ def render_scores(found: Mapping[str, Any]) -> Group:
         table.add_row(
             SIZES[key], *(format_count(row[n]) for n in shown), *change, *(format_count(row[n]) for n in rounded)
         )
+    latency = found["latency"]
+    if latency is not None:
+        times = {name: _milliseconds(latency, name) for name in latency["seconds"]}
+        change = [f"{latency['speedup'][own]:.2f}x as fast"] if compared else []
+        table.add_row("latency, ms", *(times.get(n, "") for n in shown), *change, *("" for _ in rounded))
     data = found["data"]
     where = " ".join(str(data[key]) for key in ("source", "config", "split") if data.get(key) is not None)
     lines: list[Any] = [Text(f"{found['task']} on {where}", style="bold"), Text(found["protocol"]), Text(), table]
     if rounded:
         lines.append(Text(ROUNDED, style="dim"))
+    if latency is not None:
+        lines.append(Text(f"latency: {describe_latency(latency)}", style="dim"))
     return Group(*lines, *(Text(f"note: {note}", style="yellow") for note in found["notes"]))
 
 
@@ -47,7 +55,9 @@ def render_comparison(found: Mapping[str, Any]) -> Group:
     """Several methods: for each size that was asked for, what each method really kept, its sizes, quality, seconds."""
     rows = found["rows"]
     measures = list(dict.fromkeys(name for row in rows for name in row["quality"]))
-    names = ("keep", "of sites", "of model", "parameters", "bytes", *measures, "seconds")
+    timed = next((row["latency"] for row in rows if row["latency"] is not None), None)
+    speed = ["ms", "as fast"] if timed is not None else []
+    names = ("keep", "of sites", "of model", "parameters", "bytes", *measures, *speed, "seconds")
     table = add_columns(make_table(), "method", names)
     before = found["original"]
     dense = [
@@ -56,6 +66,7 @@ def render_comparison(found: Mapping[str, Any]) -> Group:
         format_count(before["elements"]),
         format_count(before["bytes"]),
         *("" for _ in measures),
+        *([_milliseconds(timed, "original"), "1.00x"] if timed is not None else []),
         "",
     ]
     table.add_row("original", "", *dense, style="dim")
@@ -72,6 +83,16 @@ def render_comparison(found: Mapping[str, Any]) -> Group:
             format_count(row["elements"]),
             format_count(row["bytes"]),
             *(format_number(row["quality"].get(name)) for name in measures),
+            *(_speed(row["latency"]) if timed is not None else []),
             f"{row['seconds']:.1f}",
         )
-    return Group(table, *(Text(line, style="dim") for line in (KEPT, *found["notes"])))
+    how = [f"ms: {describe_latency(timed)}; as fast: as the original beside it"] if timed is not None else []
+    return Group(table, *(Text(line, style="dim") for line in (KEPT, *how, *found["notes"])))
+
+
+def _speed(latency: Mapping[str, Any] | None) -> list[str]:
+    return [_milliseconds(latency, "eckart"), f"{latency['speedup']['eckart']:.2f}x"] if latency else ["", ""]
+
+
+def _milliseconds(latency: Mapping[str, Any], name: str) -> str:
+    return f"{latency['seconds'][name]['median'] * 1e3:.2f}"

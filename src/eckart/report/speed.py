@@ -46,14 +46,14 @@ def format_machine(found: Mapping[str, Any]) -> str:
     return f"{found['device']} ({found['device_name']}), {threads}, torch {found['torch']}"
 
 
-def format_latency(latency: Mapping[str, Any]) -> str:
-    """A line that says a latency, of one model or of several in turn, and where and on what it was measured."""
-    length = f" x {latency['length']} tokens" if latency["length"] is not None else ""
-    times = ", ".join(f"{name} {seconds['median'] * 1e3:.2f} ms" for name, seconds in latency["seconds"].items())
-    last = list(latency["speedup"].values())[-1]
-    faster = f", {last:.2f}x" if len(latency["speedup"]) > 1 else ""
+def describe_latency(latency: Mapping[str, Any]) -> str:
+    """What a latency was measured on, and where."""
+    length = f" x {latency['length']} tokens" if latency["length"] is not None else " inputs"
     threads = f", {latency['threads']} thread{'s' * (latency['threads'] > 1)}" if latency["device"] == "cpu" else ""
-    return f"latency of {latency['batch']}{length} ({latency['device']}{threads}, {latency['dtype']}): {times}{faster}"
+    return (
+        f"one forward pass of {latency['batch']}{length} in {latency['dtype']} on {latency['device']}{threads}, "
+        "median of runs in turn"
+    )
 
 
 def _models(found: Mapping[str, Any]) -> Table:

@@ -9,10 +9,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from eckart.data.inference import device_of, evaluating
+from eckart.data.model_kind import max_positions
 from eckart.speed.clock import measure_in_turn
+from eckart.speed.phases import MADE_UP, random_inputs
 from eckart.speed.profile import name_of_dtype
+
+BATCH, LENGTH = 8, 128
+"""Of inputs that are made up; fewer tokens where the model has fewer positions."""
+
+
+def measure_latency(
+    models: Mapping[str, PreTrainedModel], batch: int | None = None, length: int | None = None
+) -> dict[str, Any] | None:
+    """What :func:`compare_latency` finds on random inputs; None for models that read neither tokens nor images.
+
+    Args:
+        models: as for :func:`compare_latency`.
+        batch: texts at a time; None for :data:`BATCH`.
+        length: tokens of a text; None for :data:`LENGTH`; fewer where the model has fewer positions.
+    """
+    first = next(iter(models.values()))
+    if first.main_input_name not in MADE_UP:
+        return None
+    limit = max_positions(first.config, first)
+    length = length or LENGTH
+    return compare_latency(models, random_inputs(first, batch or BATCH, min(length, limit or length)))
 
 
 def compare_latency(

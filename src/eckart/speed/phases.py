@@ -22,6 +22,8 @@ from eckart.errors import UsageError
 from eckart.speed.clock import Run
 
 FORWARD, PREFILL, DECODE = "forward", "prefill", "decode"
+MADE_UP = ("input_ids", "pixel_values")
+"""Main inputs for which random ones can be made up."""
 
 
 def phases_of(model: PreTrainedModel, decode: bool = True) -> tuple[str, ...]:
@@ -77,7 +79,7 @@ def random_inputs(model: PreTrainedModel, batch: int, length: int, seed: int = 0
         height, width = (side, side) if isinstance(side, int) else side
         pixels = torch.randn(batch, model.config.num_channels, height, width, generator=stream)
         return {"pixel_values": pixels.to(device, model.dtype)}
-    if model.main_input_name != "input_ids":
+    if model.main_input_name not in MADE_UP:
         raise UsageError(
             f"{type(model).__name__} reads {model.main_input_name}, which are not made up here; time it with "
             "eckart.speed.latency.compare_latency on inputs of your own."

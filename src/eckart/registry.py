@@ -47,6 +47,7 @@ FORMS: Registry[Any] = Registry(
     {
         "lowrank": "eckart.forms.lowrank:LowRank",
         "pivoted": "eckart.forms.pivoted:Pivoted",
+        "joint": "eckart.forms.joint:Joint",
         "kronecker": "eckart.forms.kronecker:Kronecker",
         "shared-basis": "eckart.forms.shared_basis:SharedBasis",
         "sliced": "eckart.forms.sliced:Sliced",

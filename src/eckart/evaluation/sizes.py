@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import UsageError
+from eckart.forms import FactoredLinear
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ def count_sizes(model: nn.Module, names: Iterable[str] = (), dtype: torch.dtype 
     Stored is what its state dict holds: parameters and persistent buffers, each tensor once however many names it
     has. Multiply-adds are per token: in x out for every Linear and Conv1D (a tied head included), what a factored
     module says of itself, 0 for embeddings and for everything else: attention scores, norms, convolutions, experts
-    that are stored as one 3-D parameter. In an encoder-decoder a token passes one of the two sides; both are
-    counted.
+    that are stored as one 3-D parameter. A product that several modules share (form joint) counts once. In an
+    encoder-decoder a token passes one of the two sides; both are counted.
 
     Args:
         model: The model.
@@ -92,7 +93,7 @@ def _size(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Size:
     return Size(
         elements=sum(value.numel() for value in stored.values()),
         bytes=sum(value.numel() * _element_size(value, dtype) for value in stored.values()),
-        multiply_adds=sum(_multiply_adds(part) for part in computing.values()),
+        multiply_adds=sum(_multiply_adds(part) for part in computing.values()) - _computed_again(computing.values()),
     )
 
 
@@ -126,3 +127,17 @@ def _multiply_adds(module: nn.Module) -> int:
         return int(own.multiply_adds())
     weight = module.weight
     return weight.numel() if isinstance(weight, Tensor) else 0
+
+
+def _computed_again(modules: Iterable[nn.Module]) -> int:
+    """Return the multiply-adds that modules say of themselves and that others of them have done for them."""
+    seen: set[Any] = set()
+    again = 0
+    for module in modules:
+        if not isinstance(module, FactoredLinear) or module.shared_by != "input":
+            continue
+        if (held := module.held_parameter()) is not None:
+            shared = _identity(held)
+            again += module.shared_elements(module.in_features, module.rank) if shared in seen else 0
+            seen.add(shared)
+    return again

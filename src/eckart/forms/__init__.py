@@ -12,6 +12,7 @@ from typing import Any
 from eckart.errors import UsageError
 from eckart.forms.base import Factored, StoredSize
 from eckart.forms.embedding import FactoredEmbedding
+from eckart.forms.joint import Joint
 from eckart.forms.kronecker import Kronecker
 from eckart.forms.kronecker_embedding import KroneckerEmbedding
 from eckart.forms.linear import Block, FactoredLinear
@@ -34,6 +35,7 @@ __all__ = [
     "Factored",
     "FactoredEmbedding",
     "FactoredLinear",
+    "Joint",
     "Kronecker",
     "KroneckerEmbedding",
     "LowRank",

@@ -108,3 +108,19 @@ def copy_into(target: Tensor, value: Tensor, where: str) -> None:
         )
     with torch.no_grad():
         target.copy_(value)
+
+
+def is_plain_linear(leaf: nn.Module, *, fake: bool = False) -> bool:
+    """Whether nothing else than `nn.Linear.forward` runs when the leaf is called: no adapter, hook or offloader.
+
+    Args:
+        leaf: of a stored form.
+        fake: whether its weight may be a fake tensor, as it is while the model is exported.
+    """
+    return (
+        type(leaf) is nn.Linear
+        and (fake or type(leaf.weight) is nn.Parameter)  # quantized leaves have others
+        and "forward" not in vars(leaf)
+        and not leaf._forward_hooks
+        and not leaf._forward_pre_hooks
+    )

@@ -41,8 +41,9 @@ class FactoredLinear(Factored):
             for a form that shares nothing.
         unshared_form: of a form that shares, the form of weights that have none to share with.
         shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers, or "input", those
-            that read one and the same tensor; "neurons" where weights make and read the same ones.
+            that read one and the same tensor, and so share the product with it; "neurons" where weights make and read the same ones.
         own_module: whether its modules have this class; else they are ordinary ones of another size.
+        sharers: how many modules hold the shared parameter, this one included.
     """
 
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank")
@@ -53,6 +54,7 @@ class FactoredLinear(Factored):
     unshared_form: ClassVar[str] = "lowrank"
     shared_by: ClassVar[str] = "layers"
     own_module: ClassVar[bool] = True
+    sharers: int = 1
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool, source: str, block: Block | None = None
@@ -157,12 +159,24 @@ class FactoredLinear(Factored):
         """The factors of several weights that share a part.
 
         Args:
-            problem: its target, (sum of heights, in), holds the weights stacked.
+            problem: its target, (sum of heights, in), holds the weights stacked, as
+                :func:`eckart.linalg.stack_problems` does.
             heights: outputs of each weight.
             limit: the largest rank that will be asked for.
             what: the group's name in errors and notes.
         """
         raise NotImplementedError
+
+    def held_parameter(self) -> Tensor | None:
+        """The parameter that may be another module's too; None for a form without, or where an adapter stands for it.
+
+        Modules share it if this is one object.
+        """
+        part: Any = self if self.shared_parameter is not None else None
+        *path, key = (self.shared_parameter or "").split(".")
+        for name in path:
+            part = getattr(part, "_modules", {}).get(name)
+        return None if part is None else part._parameters.get(key)
 
     # -- the same for all forms ----------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eckart.forms.base import StoredSize, compute_dtype, copy_into
+from eckart.forms.base import StoredSize, compute_dtype, copy_into, is_plain_linear
 from eckart.forms.linear import Block, FactoredLinear
 from eckart.linalg import pivoted_factors
 
@@ -122,7 +122,7 @@ class Pivoted(FactoredLinear):
             or torch.compiler.is_compiling()
             or torch.jit.is_tracing()
             or torch.is_autocast_enabled(x.device.type)
-            or any(_changed(leaf) for leaf in leaves)
+            or not all(is_plain_linear(leaf) for leaf in leaves)
             # Made in inference mode: changes leave no mark that the working memory could go by.
             or any(tensor.is_inference() for tensor in self._stored())
             or self.first.weight.dtype not in EXPAND_BELOW
@@ -173,14 +173,3 @@ class Pivoted(FactoredLinear):
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_prepared": None}
-
-
-def _changed(leaf: nn.Module) -> bool:
-    """Whether something else than `nn.Linear.forward` runs when the leaf is called: an adapter, an offloader."""
-    return (
-        type(leaf) is not nn.Linear
-        or type(leaf.weight) is not nn.Parameter  # quantized leaves
-        or "forward" in vars(leaf)
-        or bool(leaf._forward_hooks)
-        or bool(leaf._forward_pre_hooks)
-    )

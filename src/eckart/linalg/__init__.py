@@ -3,7 +3,7 @@
 from eckart.linalg.block_metric import BlockMetric, stack_metrics
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
 from eckart.linalg.embedding import TableFactors, in_blocks, smoothed, table_factors, tied_factors
-from eckart.linalg.joint import factorize_jointly, group_curve_under, split_rows, stack_problems
+from eckart.linalg.joint import factorize_jointly, factorize_stacked, group_curve_under, split_rows, stack_problems
 from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorize, rearranged, rearranged_back
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
@@ -36,6 +36,7 @@ __all__ = [
     "curve_under",
     "factorize",
     "factorize_jointly",
+    "factorize_stacked",
     "group_curve_under",
     "in_blocks",
     "kronecker_curve_under",

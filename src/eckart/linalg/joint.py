@@ -42,7 +42,31 @@ def factorize_jointly(problems: Sequence[Problem], what: str = "group") -> list[
         UsageError: if there is no problem, or they are not of the same input.
         NumericalError: if a target or a metric is not finite, or nothing converges.
     """
-    return split_rows(factorize(stack_problems(problems, what), what), [len(problem.target) for problem in problems])
+    return factorize_stacked(stack_problems(problems, what), [len(problem.target) for problem in problems], what)
+
+
+def factorize_stacked(problem: Problem, heights: Sequence[int], what: str = "group") -> list[Factorization]:
+    """The same for a problem that is stacked already, as :func:`stack_problems` does.
+
+    Args:
+        problem: its target (sum m_i, n) holds the T_i.
+        heights: m_i.
+        what: the group's name in errors and notes.
+
+    Raises:
+        UsageError: if the heights are not those of the target.
+        NumericalError: if a number is not finite, or nothing converges.
+    """
+    if sum(heights) != len(problem.target) or min(heights, default=0) < 1:
+        raise UsageError(f"{what}: weights of {list(heights)} outputs are not a stack of {len(problem.target)} rows.")
+    return split_rows(factorize(problem, what).changed(_evened), heights)
+
+
+def _evened(left: Tensor, right: Tensor) -> Factors:
+    """Split the norm of each rank-one term of the whole group evenly between A and the B_i: in range when rounded."""
+    ratio = (right.double().norm(dim=1) / left.double().norm(dim=0).clamp_min(1e-300)).clamp(1e-12, 1e12).sqrt()
+    ratio = ratio.to(right.dtype)
+    return left * ratio, right / ratio[:, None]
 
 
 def group_curve_under(solved: Sequence[Factorization], problems: Sequence[Problem], what: str = "group") -> Tensor:

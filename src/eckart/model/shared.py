@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.errors import ModelError
+from eckart.forms import FactoredLinear
 from eckart.forms.transformers_internals import TIES, own_ties, set_own_ties
 
 
@@ -38,6 +39,7 @@ def share_parameters(model: nn.Module, ties: Mapping[str, str]) -> None:
         owner._parameters[key] = one
         # transformers reads this from every module when it saves, but ties again only those of a `PreTrainedModel`.
         set_own_ties(owner, {**(own_ties(owner) or {}), key: source})
+    _count_sharers(model)
 
 
 def shared_parameters(model: nn.Module) -> dict[str, str]:
@@ -69,9 +71,21 @@ def unshare_parameters(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             vars(module).pop(TIES, None)
+    _count_sharers(model)
 
 
 def parameter_owner(model: nn.Module, parameter: str) -> tuple[Any, str]:
     """The module that holds a parameter, and the parameter's name there."""
     name, _, key = parameter.rpartition(".")
     return model.get_submodule(name), key
+
+
+def _count_sharers(model: nn.Module) -> None:
+    """Tell each module of a form that shares how many hold the parameter that it shares."""
+    groups: dict[int, list[FactoredLinear]] = {}
+    for module in model.modules():
+        if isinstance(module, FactoredLinear) and (held := module.held_parameter()) is not None:
+            groups.setdefault(id(held), []).append(module)
+    for group in groups.values():
+        for module in group:
+            module.sharers = len(group)

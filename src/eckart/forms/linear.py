@@ -40,8 +40,9 @@ class FactoredLinear(Factored):
         shared_parameter: the parameter that may be another module's too, which a plan then names as its `basis`; None
             for a form that shares nothing.
         unshared_form: of a form that shares, the form of weights that have none to share with.
-        shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers, or "input", those
-            that read one and the same tensor, and so share the product with it; "neurons" where weights make and read the same ones.
+        shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers; "input", those
+            that read one and the same tensor, and so share their product with it; "neurons" where weights make and read
+            the same ones.
         own_module: whether its modules have this class; else they are ordinary ones of another size.
         sharers: how many modules hold the shared parameter, this one included.
     """

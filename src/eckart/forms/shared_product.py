@@ -43,7 +43,8 @@ class SharedProduct:
         # With a graph: x would hold the product, and the product's graph x, in a circle that Python does not see. What
         # reads the product keeps it for the backward pass anyway; when that has freed it, it is computed again.
         graph = hidden.grad_fn is not None
-        self._strong, self._weak = (None, TensorWeakRef(hidden)) if graph else (hidden, None)
+        self._strong: Tensor | None = None if graph else hidden
+        self._weak: TensorWeakRef | None = TensorWeakRef(hidden) if graph else None
 
     @property
     def hidden(self) -> Tensor | None:

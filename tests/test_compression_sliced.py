@@ -16,6 +16,7 @@ from tiny import Workdir, llama, make_workdir, place, published
 
 import eckart
 from eckart.checkpoint.load import load
+from eckart.compression.result import load_lines
 from eckart.errors import ModelError, UsageError
 from eckart.evaluation.sizes import count_sizes
 from eckart.model import sliced_features
@@ -187,6 +188,7 @@ def test_transformers_alone_loads_a_stock_checkpoint(server, tmp_path):
         config = json.loads((folder / "config.json").read_text())
         assert "quantization_config" not in config
         assert "auto_map" not in config
+        assert "import eckart" not in load_lines(result, folder) + (folder / "README.md").read_text()
         old = model.config.to_dict()
         changed = {key: value for key, value in config.items() if type(value) is int and value != old.get(key)}
         assert set(changed.values()) == ranks(result)
@@ -226,7 +228,10 @@ def test_what_cannot_be_stock_is_refused(name, options, message, monkeypatch):
 
 def test_without_eckart_alone_its_other_checkpoints_are_refused(tmp_path):
     _, result = compressed("llama")
-    again = load(result.save_pretrained(tmp_path / "out"))
+    folder = result.save_pretrained(tmp_path / "out")
+    assert load_lines(result, folder).startswith("import eckart")
+    assert "import eckart" in (folder / "README.md").read_text()
+    again = load(folder)
     with pytest.raises(ModelError, match="already"):
         eckart.compress(again, data=BY_NAME["llama"].batches(count=2))
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from yaml import YAMLError
 
 from eckart.allocation import Plan
+from eckart.checkpoint.description import is_special
 from eckart.checkpoint.save import save
 from eckart.compression.recipe import Recipe
 from eckart.report.card import render_model_card
@@ -88,6 +89,7 @@ class Result:
             library_name="sentence-transformers" if sentence else "transformers",
             method=self.report["method"],
             form=self.report["form"],
+            alone=not is_special(self.model),
             measured=list_card_rows(self.report),
             **origin_of(self.source_folder),
         )
@@ -108,13 +110,14 @@ class Result:
 
 
 def load_lines(result: Result, folder: Path) -> str:
-    """Return the three lines of Python that load a published folder."""
+    """Return the lines of Python that load a published folder."""
     if result.source_folder is not None and (result.source_folder / "modules.json").exists():
         library, name, call = "sentence_transformers", "SentenceTransformer", f"SentenceTransformer({str(folder)!r})"
     else:
         library, name = "transformers", auto_class_of(type(result.model).__name__)
         call = f"{name}.from_pretrained({str(folder)!r})"
-    return f"import eckart  # registers the checkpoint format\nfrom {library} import {name}\nmodel = {call}"
+    lines = f"from {library} import {name}\nmodel = {call}"
+    return f"import eckart  # registers the checkpoint format\n{lines}" if is_special(result.model) else lines
 
 
 def origin_of(folder: Path | None) -> dict[str, Any]:

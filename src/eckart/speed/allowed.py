@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,20 @@ def find_allowed(original: nn.Module, smaller: nn.Module, seconds: Mapping[str, 
     if not changed or not total:
         return None
     before, after = (sum(pair[side] for pair in changed.values()) for side in (0, 1))
+    after -= _computed_once(parts[name] for name in changed)
     return Allowed(sum(seconds[name] for name in changed) / total, after / before, len(changed))
+
+
+def _computed_once(modules: Iterable[Any]) -> int:
+    """Multiply-adds that modules count as theirs, and that another of them, which reads the same input, has done."""
+    seen: set[int] = set()
+    again = 0
+    for module in modules:
+        if isinstance(module, FactoredLinear) and getattr(module, "shares_product", False):
+            held = id(module.held_parameter())
+            again += module.shared_elements(module.in_features, module.rank) if held in seen else 0
+            seen.add(held)
+    return again
 
 
 def _multiply_adds(module: nn.Module | None) -> int:

@@ -27,8 +27,8 @@ from eckart.speed.verdict import judge
 logger = logging.getLogger(__name__)
 
 EAGER, COMPILED = "eager", "compiled"
-PASSES = 5
-"""Forward passes in which the time of every module is taken."""
+PASSES, SECONDS = 5, 2.0
+"""Forward passes in which the time of every module is taken; fewer where they last longer than so many seconds."""
 
 Models = PreTrainedModel | str | Path | Sequence[str | Path] | Mapping[str, PreTrainedModel | str | Path]
 
@@ -139,7 +139,8 @@ def _time_size(
                 raise
             runs.pop(subject.name, None)
             notes.append(f"{subject.name} does not run and is left out: {str(error).splitlines()[0]}")
-    timings = measure_in_turn(runs, repeats=recipe.repeats, min_seconds=recipe.seconds, device=device)
+    # They have run once already.
+    timings = measure_in_turn(runs, repeats=recipe.repeats, min_seconds=recipe.seconds, warm_up=1, device=device)
     allowed: dict[str, dict[str, Any]] = {}
     shares = []
     by_name = {subject.name: subject for subject in subjects}
@@ -148,7 +149,8 @@ def _time_size(
     for subject in subjects:
         if subject.role == BASELINE:
             continue
-        parts[subject.name] = time_modules(subject.model, runs[subject.name], repeats=PASSES, device=device)
+        passes = min(PASSES, 1 + int(SECONDS / timings[subject.name].median))
+        parts[subject.name] = time_modules(subject.model, runs[subject.name], repeats=passes, device=device)
         seconds = add_up(parts[subject.name], find_kinds(subject.model, runs[subject.name]))
         total = sum(seconds.values())
         kinds = {kind: value / total for kind, value in seconds.items()}

@@ -1,0 +1,109 @@
+"""Speed on a CPU: dense against its factored copies in every form, beside dense in bfloat16 and int8.
+
+    python benchmarks/speed_cpu.py --model all-MiniLM-L6-v2 --threads 1
+
+all-MiniLM-L6-v2 in float32 at 32 x 64 tokens; BERT-base and SmolLM2-135M by their shapes, with random weights, in
+float32 and bfloat16 at 32 x 128. Ranks are those of one `keep` for all weights; `latency` is what `--objective latency`
+plans for the same size with a profile of this machine. All copies of a model take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import show
+from random_models import bert_base, factored, smol_llama
+from transformers import AutoModel, PreTrainedModel
+
+import eckart
+from eckart.checkpoint.source import resolve
+from eckart.forms import FORMS
+from eckart.speed.phases import DECODE
+
+COLUMNS = ["model", "ms", "quartiles", "speed-up", "kept", "allowed", "reached / allowed"]
+
+
+def copies(model: PreTrainedModel, keep: float, forms: list[str], plan: bool, size: tuple[int, int]) -> dict[str, Any]:
+    """Factored copies by name."""
+    made: dict[str, Any] = {f"{form} {keep:g}": factored(model, form, keep) for form in forms}
+    if plan:
+        result = eckart.compress(
+            model, method="svd", form="joint", allocation="loss", objective="latency", keep=keep,
+            batch_size=size[0], max_seq_length=size[1],
+        )  # fmt: skip
+        made[f"latency {keep:g}"] = result.model
+    return made
+
+
+def rows_of(
+    title: str,
+    model: PreTrainedModel,
+    dtype: str,
+    size: tuple[int, int],
+    keeps: list[float],
+    options: argparse.Namespace,
+) -> list[list[object]]:
+    model = model.to(getattr(torch, dtype))
+    others: dict[str, Any] = {}
+    for keep in keeps:
+        others |= copies(model, keep, options.forms, options.plan, size)
+    rounded = eckart.bench(  # the honest lines: no factors at all
+        {"again": model}, model, batch_sizes=size[0], lengths=size[1], dtype=dtype, decode=False, device="cpu",
+        repeats=options.repeats, seconds=0,
+    )  # fmt: skip
+    timed = eckart.bench(
+        others, model, batch_sizes=size[0], lengths=size[1], dtype=dtype, decode=False, baselines=False, device="cpu",
+        repeats=options.repeats, seconds=options.seconds,
+    )  # fmt: skip
+    found = [row for row in timed["rows"] if row["phase"] != DECODE]
+    found += [row for row in rounded["rows"] if row["model"] in ("original bfloat16", "original int8")]
+    rows: list[list[object]] = []
+    for row in found:
+        seconds = row["seconds"]
+        spread = f"{seconds['lower'] * 1e3:.4g}-{seconds['upper'] * 1e3:.4g}"
+        rows.append(
+            [f"{title}, {dtype}, {row['model']}", seconds["median"] * 1e3, spread, row["speedup"],
+             row.get("kept_multiply_adds", "-"), row.get("allowed", "-"), row["reached"] or "-"]
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--only", default="minilm,bert,llama", help="which models, separated by commas")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of the random models")
+    parser.add_argument("--forms", default="lowrank,joint,pivoted")
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--no-plan", dest="plan", action="store_false", help="leave `--objective latency` out")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    options.forms = [form for form in options.forms.split(",") if form in FORMS]
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    random: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
+        "bert": ("BERT-base", bert_base),
+        "llama": ("SmolLM2-135M", smol_llama),
+    }
+    rows: list[list[object]] = []
+    for name in options.only.split(","):
+        if name == "minilm":
+            model = AutoModel.from_pretrained(resolve(options.model), dtype=torch.float32).eval()
+            rows += rows_of("MiniLM", model, "float32", (options.batch, 64), [options.keep, 0.35], options)
+            continue
+        for dtype in options.dtypes.split(","):
+            rows += rows_of(random[name][0], random[name][1](), dtype, (options.batch, 128), [options.keep], options)
+    show(f"speed on a CPU, batch {options.batch} x 64 or 128 tokens", COLUMNS, rows, options.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,7 +61,7 @@ def error_of(given: Problem, weight: Tensor) -> float:
     return float(weighted_error(given.target - weight, given.left, given.right))
 
 
-@pytest.mark.parametrize("steps", [1, 3, 64])
+@pytest.mark.parametrize("steps", [1, 3, 128])
 @pytest.mark.parametrize(("rows", "neurons"), [(9, 14), (30, 40), (3, 90), (1, 5), (4, 1)])
 def test_order_and_costs_are_those_of_the_rule(rows, neurons, steps, monkeypatch):
     monkeypatch.setattr(slicing, "STEPS", steps)

@@ -32,7 +32,7 @@ from eckart.linalg.decompose import WIDE, require_finite
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.solve import Problem
 
-STEPS = 64
+STEPS = 128
 """Neurons that are taken before what they change is applied to the matrices as a whole: products instead of sweeps."""
 
 FLOORS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
@@ -215,11 +215,11 @@ def _eliminate(inverse: Tensor, costs: Tensor, gone: Tensor, steps: int) -> Tens
         price = (errors / pivots).masked_fill_(gone, torch.inf)
         i = price.argmin().reshape(1)
         c_i = ratios[:step].index_select(1, i)  # (step, 1)
-        row = inverse.index_select(0, i)[0] - (scaled[:step] * c_i).sum(0)
-        product = costs.index_select(0, i)[0] - (products[:step] * c_i).sum(0)
+        row = inverse.index_select(0, i)[0] - (c_i.mT @ scaled[:step])[0]
+        product = costs.index_select(0, i)[0] - (c_i.mT @ products[:step])[0]
         pivot, error = pivots.index_select(0, i), errors.index_select(0, i)
         own = products[:step].index_select(1, i) - inner[:step, :step] @ c_i  # (step, 1), w_j^T H w_i
-        now = product - (ratios[:step] * own).sum(0)  # w_i^T H W, W as it is now
+        now = product - (own.mT @ ratios[:step])[0]  # w_i^T H W, W as it is now
         c = row / pivot
         ratios[step], scaled[step], products[step] = c, row, product
         inner[step, :step] = inner[:step, step] = own[:, 0]

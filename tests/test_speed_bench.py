@@ -13,7 +13,7 @@ from eckart.cli.app import app
 from eckart.config import check_recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS
-from eckart.model import find_sites, replace_module
+from eckart.model import find_sites, replace_module, share_parameters
 from eckart.speed import bench as benches
 from eckart.speed import kinds, memory, phases, subjects
 from eckart.speed.allowed import Allowed, find_allowed
@@ -287,6 +287,15 @@ def test_layers_that_became_smaller_count_with_their_time_and_multiply_adds():
     assert found == Allowed(share=6 / 16, kept=80 / 256, layers=2)
     assert find_allowed(original, original, seconds) is None
     assert find_allowed(original, smaller, {"b": 1.0}) is None
+
+
+def test_a_shared_product_counts_once():
+    original = nn.ModuleDict({name: nn.Linear(8, 16) for name in "abc"})
+    smaller = nn.ModuleDict({name: FORMS["joint"].empty(16, 8, 4, bias=True) for name in "abc"})
+    share_parameters(smaller, {"b.first.weight": "a.first.weight"})  # c is alone
+    found = find_allowed(original, smaller, dict.fromkeys("abc", 1.0))
+    assert found is not None
+    assert found.kept == (2 * 4 * 8 + 3 * 4 * 16) / (3 * 8 * 16)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

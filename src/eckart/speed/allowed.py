@@ -65,12 +65,12 @@ def find_allowed(original: nn.Module, smaller: nn.Module, seconds: Mapping[str, 
     return Allowed(sum(seconds[name] for name in changed) / total, after / before, len(changed))
 
 
-def _computed_once(modules: Iterable[Any]) -> int:
+def _computed_once(modules: Iterable[nn.Module]) -> int:
     """Multiply-adds that modules count as theirs, and that another of them, which reads the same input, has done."""
     seen: set[int] = set()
     again = 0
     for module in modules:
-        if isinstance(module, FactoredLinear) and getattr(module, "shares_product", False):
+        if isinstance(module, FactoredLinear) and module.shared_by == "input":
             held = id(module.held_parameter())
             again += module.shared_elements(module.in_features, module.rank) if held in seen else 0
             seen.add(held)

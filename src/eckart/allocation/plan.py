@@ -60,11 +60,13 @@ class Plan:
         choices: site -> how it is stored; sites that stay dense included.
         model: fingerprint of the model that the plan was made for, "" when unknown.
         predicted: site -> predicted change of the loss per sequence, where ranks were chosen by it.
+        reasons: site -> why it is stored so, where measured seconds were weighed.
     """
 
     choices: dict[str, Choice]
     model: str = ""
     predicted: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     @property
     def bases(self) -> list[tuple[str, ...]]:
@@ -82,6 +84,8 @@ class Plan:
             sites[name] = choice.to_json()
             if name in self.predicted:
                 sites[name]["predicted_loss"] = self.predicted[name]
+            if name in self.reasons:
+                sites[name]["reason"] = self.reasons[name]
         return {"format_version": FORMAT_VERSION, "model": self.model, "sites": sites}
 
 

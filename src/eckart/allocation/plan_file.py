@@ -55,7 +55,10 @@ def parse_plan(content: Any, where: str, shapes: Mapping[str, tuple[int, int]]) 
     choices = {name: _choice(entry, f"{where}: site {name}", shapes[name]) for name, entry in content["sites"].items()}
     for name in shapes:  # a site that the plan does not name is left as it is
         choices.setdefault(name, Choice(DENSE))
-    plan = Plan(choices, str(content.get("model", "")))
+    entries = content["sites"].items()
+    predicted = {name: loss for name, entry in entries if isinstance(loss := entry.get("predicted_loss"), float)}
+    reasons = {name: reason for name, entry in entries if isinstance(reason := entry.get("reason"), str)}
+    plan = Plan(choices, str(content.get("model", "")), predicted, reasons)
     for group in plan.bases:
         _check_basis(group, choices, where, shapes)
     return plan

@@ -28,6 +28,7 @@ from eckart.errors import UsageError
 from eckart.forms import form_named
 from eckart.model import Sites, WeightLoader
 from eckart.moments import shared_inputs
+from eckart.speed.profile import Profile
 
 
 class Timer:
@@ -81,6 +82,7 @@ class CompressionContext:
         workspace: where to compute and to keep intermediate results.
         weights: brings the original's weights to where they compute.
         timer: seconds of every step.
+        profiles: forms -> seconds measured on this machine, where they were asked for.
     """
 
     model: PreTrainedModel
@@ -97,6 +99,7 @@ class CompressionContext:
     weights: WeightLoader
     warnings: tuple[str, ...] = ()
     timer: Timer = field(default_factory=Timer)
+    profiles: dict[tuple[str, ...], Profile] = field(default_factory=dict)
     _reading_a_norm: frozenset[str] | None = None
     _reading_one_input: JointGroups | None = None
     _neuron_layers: Layers | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
@@ -102,5 +103,6 @@ def unit_curves(curves: Mapping[str, Curve], alternatives: Alternatives) -> dict
 
 
 def _falling(points: Iterable[tuple[float, float, Option]]) -> Curve:
-    ordered = sorted(points, key=lambda point: point[:2])
+    """The curve of all points of a known cost."""
+    ordered = sorted((point for point in points if point[0] < math.inf), key=lambda point: point[:2])
     return Curve([point[2] for point in ordered], [point[0] for point in ordered], [point[1] for point in ordered])

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.checkpoint.description import attach_config, is_special
 from eckart.compression.assemble import Assembly, set_lean
-from eckart.compression.budget import Budget
+from eckart.compression.choose_plan import PlanChoice
 from eckart.compression.context import CompressionContext
 from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore
@@ -30,7 +30,7 @@ from eckart.compression.measure import measure_quality, time_models
 from eckart.compression.neuron_layers import make_stock
 from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options, dtype_of
-from eckart.compression.plan_builder import Solved, make_plan, stored_choices
+from eckart.compression.plan_builder import Solved, stored_choices
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
 from eckart.compression.refit import refit_if_better
@@ -145,10 +145,11 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     dense = describe_dense_sites(context, summary)
     notes = [*settings.notes, *context.calibration.notes, *summary.all_notes(dense)]
 
-    # 5. The plan: form and rank of every site, within the budget.
-    budget = Budget.of_recipe(model, sites, recipe)
+    # 5. The plan: form and rank of every site, within the budget, or as fast or as good as was asked for.
     solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint, summary.sliced)
-    plan = make_plan(sites, settings, recipe, solved, budget, context.fingerprint, context.multiples(recipe))
+    choice = PlanChoice(context, settings, recipe, solved, factors)
+    with timer.step("planning", noted=choice.measures):
+        plan = choice.choose()
 
     # 6. Forms in place of the dense weights, in a copy of the model.
     assembly = Assembly(model, sites.chosen, context.weights, context.workspace, dtype)
@@ -191,6 +192,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     report = build_report(context, settings, recipe, plan, dense, measured, notes, summary, after)
     embedded.add_to(report)
     report |= {"latency": latency} if latency is not None else {}
+    if choice.found:
+        report["found"] = choice.found
     if not context.workspace.streaming:
         unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

@@ -24,7 +24,7 @@ from eckart.allocation import (
     uniform,
 )
 from eckart.compression.budget import Budget
-from eckart.compression.curves import Losses, Shapes, joint_curve, site_curve, unit_curves
+from eckart.compression.curves import Cost, Losses, Shapes, joint_curve, site_curve, unit_curves
 from eckart.compression.neuron_layers import (
     Layers,
     by_width,
@@ -33,6 +33,7 @@ from eckart.compression.neuron_layers import (
     sliced_choices,
     sliced_curve,
 )
+from eckart.compression.pricing import Pricing, price_elements
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.size_limits import largest_joint_rank, paper_size
@@ -69,6 +70,7 @@ def make_plan(
     budget: Budget,
     fingerprint: str,
     multiples: RankMultiples = EXACT,
+    pricing: Pricing | None = None,
 ) -> Plan:
     """Choose the form and rank of every site.
 
@@ -80,6 +82,7 @@ def make_plan(
         budget: what all sites together may store.
         fingerprint: of the model, written into the plan.
         multiples: of ranks.
+        pricing: what is paid where ranks are chosen by predicted loss; None for stored elements.
 
     Raises:
         UsageError: if the budget cannot be met or a plan file does not fit, naming file and site.
@@ -90,6 +93,7 @@ def make_plan(
     reached = {name: shape for name, shape in shapes.items() if name in solved.sites}
     fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
     predicted: Mapping[str, float] = {}
+    pricing = pricing or price_elements(shapes, budget)
     try:
         if settings.allocation == "paper":
             choices = {name: paper_size(settings.method, name, shape) for name, shape in reached.items()}
@@ -98,8 +102,11 @@ def make_plan(
             # What stays dense counts too, so the others keep a little less than was asked for.
             choices = _uniform_choices(reached, (budget.elements - fixed) / inside, settings, solved, multiples)
         else:
-            choices, predicted = _allocated_choices(reached, budget.elements - fixed, settings, solved, multiples)
+            left = pricing.rest([name for name in shapes if name not in reached])
+            choices, predicted = _allocated_choices(reached, left, settings, solved, multiples, pricing.cost)
     except OverBudgetError as error:
+        if pricing.seconds is not None:
+            raise
         raise budget.make_error(
             int(error.needed) + fixed, "the smallest factors of the eligible weights store more"
         ) from error
@@ -121,7 +128,8 @@ def _plan_of_file(file: str, shapes: Shapes, solved: Solved, fingerprint: str) -
             f"--plan {file}: site {missing[0]} cannot be factored: "
             f'{solved.dense.get(missing[0], "no statistics")}. Set its form to "dense".'
         )
-    return with_changes(plan, model=fingerprint)
+    # What was predicted for the plan as it was made says nothing of one that a person may have edited.
+    return with_changes(plan, model=fingerprint, predicted={}, reasons={})
 
 
 def _uniform_choices(
@@ -167,13 +175,9 @@ def _uniform_slices(
 
 
 def _allocated_choices(
-    shapes: Shapes, budget: float, settings: Settings, solved: Solved, multiples: RankMultiples
+    shapes: Shapes, budget: float, settings: Settings, solved: Solved, multiples: RankMultiples, cost: Cost
 ) -> tuple[dict[str, Choice], dict[str, float]]:
     """Choices whose summed predicted loss is least, and their predicted losses."""
-
-    def cost(choices: Mapping[str, Choice]) -> int:
-        return sum(choice.stored(*shapes[name]) for name, choice in choices.items())
-
     layers = _layers_among(solved, shapes)
     sliced = set(names_of(layers)) if settings.rest else set()  # either all of a layer or none of it
     curves = {}

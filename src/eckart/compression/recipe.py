@@ -78,6 +78,8 @@ class Recipe(RecipeBase):
         description="Ask for a quality instead of a size: the most that may be lost on held-out data, such as 1%; the "
         "smallest size that keeps to it is searched.",
     )
+    latency_batch_size: int = Field(32, ge=1, description="Texts at a time that seconds are measured for.")
+    latency_length: int = Field(128, ge=1, description="Tokens of each of these texts.")
     profile: str | None = Field(
         None, description="A file of measured seconds; it is read if it is there, and written if not."
     )
@@ -187,10 +189,28 @@ class Recipe(RecipeBase):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_goal(self) -> Recipe:
+        goals = [name for name in ("plan", "speedup", "max_loss") if getattr(self, name) is not None]
+        if "keep" in self.model_fields_set and goals not in ([], ["plan"]):
+            goals.insert(0, "keep")
+        if len(goals) > 1:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in goals)
+            raise ValueError(f"{flags} each say how large the model becomes: give one of them.")
+        return self
+
+    @property
+    def weighs_seconds(self) -> bool:
+        """Whether forms and ranks are chosen by measured seconds."""
+        return self.objective == "latency" or self.speedup is not None
+
     def to_yaml(self) -> str:
         """The recipe as it is saved with the model, without the options that this run did not read."""
         paper = self.plan is None and self.allocation is None and METHODS[self.method].allocation == "paper"
-        unread = (("keep", "keep_of") if paper else ()) + (("embeddings_keep",) if self.embeddings == DENSE else ())
+        searched = self.speedup is not None or self.max_loss is not None
+        unread = (("keep", "keep_of") if paper or searched else ()) + (
+            ("embeddings_keep",) if self.embeddings == DENSE else ()
+        )
         return self._yaml_without(unread)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eckart.allocation import DENSE, Plan
+from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorSummary
 from eckart.compression.recipe import Recipe
@@ -50,5 +51,23 @@ def build_report(
         notes=[*context.warnings, *notes],
         seconds=context.timer.seconds,
         effective_ranks=factors.effective_ranks,
+        budget=_budget(context, settings, recipe),
+        ranks=_ranks(context, recipe),
     )
     return report | {"calibrated": calibration.how}
+
+
+def _budget(context: CompressionContext, settings: Settings, recipe: Recipe) -> int | None:
+    """What all sites together might store; None where no size was asked for."""
+    if recipe.plan is not None or settings.allocation == "paper" or recipe.speedup is not None or recipe.max_loss:
+        return None
+    return Budget.of_recipe(context.model, context.sites, recipe).elements
+
+
+def _ranks(context: CompressionContext, recipe: Recipe) -> dict[str, Any]:
+    """What ranks are multiples of, and where the model is to run."""
+    if recipe.plan is not None:
+        return {}
+    multiples = context.multiples(recipe)
+    largest = max((site.shape for site in context.sites.chosen), key=min)
+    return {"target": multiples.target, "multiple": multiples.of(largest, "lowrank")}

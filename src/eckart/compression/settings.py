@@ -12,6 +12,9 @@ from eckart.forms import FORMS, FactoredLinear, form_named
 from eckart.methods import METHODS, Method
 from eckart.moments import statistics_named
 
+TIMED_FORMS = ("lowrank", "pivoted")
+"""Forms of one weight that are weighed against each other where no form is named and seconds are paid."""
+
 JOINT = "joint"
 """The form of weights that have one input factor."""
 
@@ -124,7 +127,13 @@ class Settings:
             )
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
-        return cls(method, form, allocation, refit, notes, rest=rest, slices=form == SLICED, stock=recipe.stock)
+        others: tuple[str, ...] = ()
+        slices = form == SLICED
+        if recipe.weighs_seconds:
+            _check_seconds(allocation, recipe)
+            if recipe.form is None and not slices and not method.fixed_form:  # whatever is fastest
+                others, slices = tuple({*TIMED_FORMS} - {form, kind.unshared_form}), True
+        return cls(method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock)
 
     @property
     def joint_form(self) -> str:
@@ -145,6 +154,15 @@ class Settings:
         if self.allocation == "loss" and not planned:
             needs = needs | METHODS["kfac"].needs
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
+
+
+def _check_seconds(allocation: str, recipe: Recipe) -> None:
+    if allocation != "loss" and recipe.plan is None:
+        flag = "--speedup" if recipe.speedup is not None else "--objective latency"
+        raise UsageError(
+            f"{flag} with --allocation {allocation}: sizes that measured seconds choose are weighed against predicted "
+            f"losses. Use --allocation loss, or leave {flag} out."
+        )
 
 
 def _default_form(method: Method, recipe: Recipe) -> str:

@@ -86,6 +86,16 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
         f"kept: {kept['of_sites']:.4f} of the numbers in the weights chosen for factoring (the sites), "
         f"{kept['of_model']:.4f} of all in the model"
     )
+    if report.get("ranks", {}).get("multiple", 1) > 1:
+        ranks, matrices = report["ranks"], kept["matrix_elements_before"]
+        unused = f"; that leaves {kept['unused'] / matrices:.2%} of the numbers unused" if kept.get("unused") else ""
+        lines.append(
+            f"ranks of the widest weights are multiples of {ranks['multiple']} for target {ranks['target']}{unused}"
+        )
+    for goal, found in report.get("found", {}).items():
+        lines.append(
+            f"asked for {goal.replace('_', ' ')}: {', '.join(f'{key} {value:g}' for key, value in found.items())}"
+        )
     return lines + [_embedding(row) for row in report.get("embeddings", ())]
 
 

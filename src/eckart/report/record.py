@@ -35,8 +35,13 @@ def build_report(
     notes: list[str],
     seconds: Mapping[str, float],
     effective_ranks: Mapping[str, float],
+    budget: int | None,
+    ranks: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Join the facts of a run. Sizes are counted from what is stored, not from what was planned."""
+    """Join the facts of a run. Sizes are counted from what is stored, not from what was planned.
+
+    `kept.unused` is what the budget would have allowed: ranks that suit the target do not fill it exactly.
+    """
     rows = []
     for site in sites.chosen:
         choice = plan.choices[site.name]
@@ -54,10 +59,12 @@ def build_report(
                 **({"left_dense": unreached[site.name]} if site.name in unreached else {}),
                 **({"effective_rank": round(effective_ranks[site.name], 2)} if site.name in effective_ranks else {}),
                 **({"predicted_loss": plan.predicted[site.name]} if site.name in plan.predicted else {}),
+                **({"reason": plan.reasons[site.name]} if site.name in plan.reasons else {}),
             }
         )
     matrices = sum(site.elements for site in sites.chosen)
     stored = sum(plan.choices[site.name].stored(*site.shape) for site in sites.chosen)
+    unused = max(0, budget - stored) if budget is not None else None
     return {
         "format_version": FORMAT_VERSION,
         "model": type(model).__name__,
@@ -74,7 +81,9 @@ def build_report(
             "of_model": after.model.elements / before.model.elements,
             "matrix_elements_before": matrices,
             "matrix_elements_after": stored,
+            **({"unused": unused} if unused is not None else {}),
         },
+        "ranks": dict(ranks),
         "sizes": {
             "sites": {"before": before.named.as_dict(), "after": after.named.as_dict()},
             "model": {"before": before.model.as_dict(), "after": after.model.as_dict()},

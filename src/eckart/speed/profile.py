@@ -114,7 +114,7 @@ class Profile:
     dtype: str
     tokens: int
     bias: bool = False
-    torch_version: str = torch.__version__
+    torch_version: str = str(torch.__version__)
     curves: Mapping[Key, Curve] = field(default_factory=dict)
     model_seconds: float | None = None
 

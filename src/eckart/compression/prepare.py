@@ -23,7 +23,7 @@ from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.config import DEFAULT_BATCH_SIZE, default_samples
 from eckart.data import CalibrationData, Pooling, digest_batches, load_data, model_kind
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, UsageError
 from eckart.forms import form_named
 from eckart.linalg import require_finite
 from eckart.model import WeightLoader, find_sites, has_output_head, saved_embedding_parameters, with_separate_experts
@@ -117,8 +117,13 @@ def _check_budget(context: CompressionContext, settings: Settings, recipe: Recip
     groups = possible_groups(sites.chosen, model) if settings.joins else ()
     joint = {group: torch.zeros(sum(form.full_rank(*by_name[name].shape) for name in group) + 1) for group in groups}
     budget = Budget.of_recipe(model, sites, recipe)
-    solved = Solved(flat, bases=bases, joint=joint)
-    make_plan(sites, settings, recipe, solved, budget, context.fingerprint, context.multiples(recipe))
+    rest = (budget, context.fingerprint, context.multiples(recipe))
+    try:
+        make_plan(sites, settings, recipe, Solved(flat, bases=bases, joint=joint), *rest)
+    except UsageError:
+        # Which of these groups read one input is not known yet: name a size that needs none of them.
+        make_plan(sites, settings, recipe, Solved(flat, bases=bases), *rest)
+        raise
     saved_embedding_parameters(
         model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore
     )  # refuses what cannot be

@@ -95,7 +95,7 @@ def test_predicted_loss_decides_between_layers():
     _, loss = compressed("llama")
     _, uniform = compressed("llama", allocation="uniform")
     assert ranks(uniform) == {32}
-    assert forms(uniform) == {"sliced", "pivoted"}
+    assert forms(uniform) == {"sliced", "joint", "lowrank"}
     predicted = {n: row["predicted_loss"] for n, row in loss.plan.to_json()["sites"].items() if "predicted_loss" in row}
     readers = [name for name in predicted if name.endswith("down_proj")]
     assert len(readers) == 2

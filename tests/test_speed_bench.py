@@ -2,6 +2,8 @@
 
 import copy
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,6 +192,27 @@ def test_modules_are_timed_whole_where_they_are_factored():
     assert next(ticks) == before + 1  # no hook is left
 
 
+def test_on_a_gpu_marks_are_events_and_the_host_waits_once_a_pass(monkeypatch):
+    waits, queue = [], []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append(self)
+
+        def elapsed_time(self, other):
+            return 1000.0 * (queue.index(other) - queue.index(self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(len(queue)))
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    seconds = time_modules(model, lambda: model(torch.zeros(1, 2)), repeats=2, device="cuda")
+    assert waits == [6, 12]
+    assert seconds == {"": 3.0, "0": 1.0, "1": 1.0}
+
+
 def kinds_of(model, batch: int = 2, length: int = 6) -> dict[str, str]:
     with torch.no_grad():
         return kinds.find_kinds(model, phases.prepare(model, phases.phases_of(model)[0], batch, length))
@@ -325,6 +348,16 @@ def test_peak_memory_is_what_lives_at_one_time():
     assert peak == 4000 + 12000
 
 
+def test_on_a_gpu_the_allocator_counts(monkeypatch):
+    model, done = Steps(), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: done.append("wait"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 50_000)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: done.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 50_700)
+    assert memory.peak_bytes(model, lambda: done.append("run"), "cuda") == 4000 + 700
+    assert done == ["wait", "reset", "run", "wait"]
+
+
 # -- int8, bfloat16 ----------------------------------------------------------------------------------------------
 
 
@@ -342,12 +375,30 @@ def test_int8_keeps_what_the_model_computes_and_the_original_as_it_is(name):
 
 
 def test_without_torchao_a_gpu_has_no_int8_and_a_note_says_so(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao", None)
     model = LLAMA.model()
     original = subjects.Subject("original", "original", model, "float32", "original", {})
     made, notes = subjects.add_baselines([original], torch.device("cuda"))
     assert [(subject.name, subject.dtype) for subject in made] == [("original bfloat16", "bfloat16")]
     assert "eckart[quant]" in notes[0]
+
+
+def test_on_a_gpu_torchao_makes_int8(monkeypatch):
+    done = []
+    config = object()
+    fake = SimpleNamespace(
+        Int8DynamicActivationInt8WeightConfig=lambda: config, quantize_=lambda model, how: done.append((model, how))
+    )
+    monkeypatch.setitem(sys.modules, "torchao", SimpleNamespace(quantization=fake))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
+    model = BY_NAME["gpt2"].model()
+    made = subjects.quantize_int8(model, torch.device("cuda"))
+    ((quantized, how),) = done
+    assert made is quantized is not model
+    assert how is config
+    kinds_of_layers = {type(module).__name__ for module in made.modules()}
+    assert "Conv1D" not in kinds_of_layers
+    assert "Conv1D" in {type(module).__name__ for module in model.modules()}
 
 
 # -- the whole ---------------------------------------------------------------------------------------------------
@@ -447,10 +498,12 @@ def test_compiled_models_are_timed_too_and_failures_are_said(clock, monkeypatch)
 
     monkeypatch.setattr(torch, "compile", compile_model)
     model = BERT.model()
-    found = eckart.bench({"a": model, "b": model}, model, batch_sizes=1, lengths=4, compile=True, baselines=False)
-    assert [(row["model"], row["mode"]) for row in found["rows"]] == [
-        ("original", "eager"), ("a", "eager"), ("b", "eager"), ("original", "compiled"), ("b", "compiled"),
-    ]  # fmt: skip
+    model.to(torch.bfloat16)
+    found = eckart.bench({"a": model, "b": model}, model, batch_sizes=1, lengths=4, compile=True)
+    eager = ["original", "a", "b", "original int8"]
+    assert [row["model"] for row in found["rows"] if row["mode"] == "eager"] == eager
+    assert [row["model"] for row in found["rows"] if row["mode"] == "compiled"] == ["original", "b"]
+    assert asked == [{"dynamic": False}] * 3
     assert found["notes"] == ["torch.compile does not work here for a: RuntimeError: No working C++ compiler found"]
 
 
@@ -539,7 +592,49 @@ def test_the_command_prints_writes_and_draws(clock, tmp_path, capsys):
     assert found["written_by"] == "eckart"
     picture = (tmp_path / "found.svg").read_text()
     assert picture.count("<svg") == 1
-    assert "small" in picture
+    for words in ("small", "1.50", "2 x 4", "feed-forward", "prefill", "speed-up over the original"):
+        assert f"<!-- {words}" in picture
+
+
+def test_the_table_says_what_was_measured():
+    from eckart.report.speed import render_bench
+    from eckart.report.words import to_plain_text
+
+    def row(model, seconds, **more):
+        timing = {"median": seconds, "lower": seconds / 2, "upper": seconds * 2, "turns": 3}
+        size = {"phase": "forward", "batch": 2, "length": 8, "mode": "eager", "model": model, "seconds": timing}
+        return {**size, "tokens_per_second": 16 / seconds, "peak_bytes": None, "speedup": None, "reached": None, **more}
+
+    facts = {"dtype": "float32", "factored": 0, "held_bytes": 2_000_000, "file_bytes": None, "load_seconds": None}
+    found = {
+        "device": "cpu", "device_name": "a processor", "threads": 2, "torch": "2",
+        "models": [
+            {"name": "original", **facts},
+            {"name": "small", **facts, "factored": 7, "file_bytes": 1_500_000, "load_seconds": 0.25},
+        ],
+        "rows": [
+            row("original", 0.004),
+            row("small", 0.002, speedup=2.0, allowed=2.5, reached=0.8, peak_bytes=3_000_000),
+            row("small", 0.4, mode="compiled"),
+            row("original", 0.02, batch=4),
+        ],
+        "shares": [
+            {"phase": "forward", "batch": 2, "length": 8, "model": "original", "shares": {"norms": 0.25, "other": 0.75}}
+        ],
+        "verdict": ["forward: a sentence."], "notes": ["one thing"],
+    }  # fmt: skip
+    lines = [line.split() for line in to_plain_text(render_bench(found), 140).splitlines()]
+    assert ["cpu", "(a", "processor),", "2", "threads,", "torch", "2"] in lines
+    assert ["original", "float32", "2.00", "MB"] in lines
+    assert ["small", "float32", "7", "2.00", "MB", "1.50", "MB", "0.25"] in lines
+    assert ["2", "x", "8", "original", "eager", "4", "2-8", "4.00", "k"] in lines
+    assert ["small", "eager", "2", "1-4", "8.00", "k", "2.00", "2.50", "0.80", "3.00", "MB"] in lines
+    assert ["small", "compiled", "400", "200-800", "40"] in lines
+    assert ["4", "x", "8", "original", "eager", "20", "10-40", "800"] in lines
+    assert ["batch", "x", "length", "model", "norms", "other"] in lines
+    assert ["forward", "2", "x", "8", "original", "25.0%", "75.0%"] in lines
+    assert ["forward:", "a", "sentence."] in lines
+    assert ["note:", "one", "thing"] in lines
 
 
 @pytest.mark.parametrize("name", ["found.pdf", "nowhere/found.png", "folder.png"])
@@ -555,7 +650,7 @@ def test_pictures_that_cannot_be_are_refused_before_anything_is_timed(tmp_path, 
 def test_without_matplotlib_the_message_says_what_to_install(tmp_path, monkeypatch):
     from eckart.report.speed_plot import check_plot
 
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UsageError, match=r"pip install 'eckart\[report\]'"):
         check_plot(tmp_path / "found.png")
 

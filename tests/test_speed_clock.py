@@ -1,5 +1,7 @@
 """Runs take turns: the order of calls, and what is made of the seconds, with a stopwatch that says what it is told."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 
@@ -64,6 +66,35 @@ def test_quartiles():
     assert Timing.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Timing(3.0, 2.0, 4.0, 5)
     assert Timing.of([7.0]) == Timing(7.0, 7.0, 7.0, 1)
     assert Timing(3.0, 2.0, 4.0, 5).as_dict() == {"median": 3.0, "lower": 2.0, "upper": 4.0, "turns": 5}
+
+
+class Event:
+    """A point in a queue that takes two milliseconds for each piece of work in it."""
+
+    queue: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = len(self.queue)
+
+    def synchronize(self) -> None:
+        self.queue.append("waited")
+
+    def elapsed_time(self, other: "Event") -> float:
+        assert self.queue[-1] == "waited"
+        return 2.0 * (other.at - self.at)
+
+
+def test_the_clock_of_a_gpu_waits_once_a_turn(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "queue", [])
+    assert clock._take_cuda(lambda: Event.queue.append("work"), 3) == pytest.approx(6e-3)
+    assert Event.queue == ["work"] * 3 + ["waited"]
+    monkeypatch.setattr(Event, "queue", [])
+    found = measure_in_turn({"a": lambda: Event.queue.append("work")}, repeats=1, warm_up=0, device="cuda")
+    assert found["a"].median == pytest.approx(2e-3)
 
 
 def test_the_clock_of_the_cpu_counts_every_call():

@@ -152,6 +152,15 @@ def test_layers_compute_what_the_form_computes(rounds, form, heights, rank, shap
     assert all(a[2] != b[2] for a, b in zip(first, second, strict=True))  # another copy, whose weights are not in cache
 
 
+@pytest.mark.parametrize(
+    ("own", "together", "device", "count"),
+    [(10, 40, "cuda", 7), (10, 40, "cpu", 2), (1, 1, "cpu", 8), (100, 400, "cuda", 1), (10, 64, "cpu", 1)],
+)
+def test_copies_fill_the_cache_between_two_calls(monkeypatch, own, together, device, count):
+    monkeypatch.setattr(measuring, "COLD_BYTES", 64)
+    assert measuring._count_copies(own, together, device) == count
+
+
 def test_weights_larger_than_the_cache_have_no_copies(rounds, monkeypatch):
     monkeypatch.setattr(measuring, "COLD_BYTES", 64)
     measure_profile([("dense", 8, (16,))], tokens=5, dtype=torch.float32)

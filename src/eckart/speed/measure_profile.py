@@ -124,12 +124,24 @@ def _runs(
     empty = [_layers(key, rank, bias) for key, rank in points]
     stored = [sum(p.numel() for layer in layers for p in layer.parameters()) * x.element_size() for layers in empty]
     for number, ((key, _), layers) in enumerate(zip(points, empty, strict=True)):
-        # A turn on a CPU is one call of each, on a GPU many calls of one.
-        between = stored[number] if x.device.type == "cuda" else sum(stored)
-        count = min(COPIES, max(1, math.ceil(COLD_BYTES / between)))
+        count = _count_copies(stored[number], sum(stored), x.device.type)
         copies = [[_fill(copy.deepcopy(layer), x, stream) for layer in layers] for _ in range(count)]
         run = {JOINT: _run_joint, SLICED: _run_sliced}.get(key[0], _run_each)
         yield str(number), partial(_run_next, run, itertools.cycle(copies), x)
+
+
+def _count_copies(own: int, together: int, device: str) -> int:
+    """How many copies of a layer take turns: those of a turn read one another's cache out.
+
+    A turn on a CPU is one call of each layer, on a GPU many calls of one.
+
+    Args:
+        own: bytes of the layer.
+        together: bytes of all layers that take turns.
+        device: kind of device.
+    """
+    between = own if device == "cuda" else together
+    return min(COPIES, max(1, math.ceil(COLD_BYTES / between)))
 
 
 def _run_next(run: Callable[[Sequence[nn.Module], Tensor], None], copies: Iterator[list[nn.Module]], x: Tensor) -> None:

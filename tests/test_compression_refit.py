@@ -19,6 +19,7 @@ from eckart.calibration.layerwise import LayerwiseRunner, trace_blocks
 from eckart.compression.refit_groups import GroupRefit, refittable
 from eckart.data import Batch, load_data
 from eckart.data.inference import evaluating, forward
+from eckart.forms import LowRank
 from eckart.linalg import Metric, Problem
 from eckart.methods import METHODS
 from eckart.model import dense_weight, find_sites, shared_parameters
@@ -113,6 +114,31 @@ def test_the_original_runs_a_block_once_and_again_only_where_memory_is_short(spa
     assert torch.equal(again.outputs(), found)
 
 
+@pytest.mark.parametrize(("spare", "computed"), [(ROOM, 1), (0, 3)])
+def test_a_site_that_is_solved_computes_once_a_batch(spare, computed, monkeypatch):
+    """As far as memory holds what it put out: query and key of four groups else in each of the passes after theirs."""
+    trial, calls = Trial(), Counter()
+    object.__setattr__(trial.work, "spare", lambda: spare)
+    plain = LowRank.forward
+
+    def count(module: LowRank, x: Tensor) -> Tensor:
+        calls[next(name for name, one in trial.changed.named_modules() if one is module)] += 1
+        return plain(module, x)
+
+    monkeypatch.setattr(LowRank, "forward", count)
+    trial.refit()
+    with evaluating(trial.model, trial.changed):
+        trial.work.advance(trial.before, trial.now, 1)
+    runs = {name.rpartition(".")[2]: number / 3 for name, number in calls.items()}
+    rerun = computed - 1
+    assert runs == {
+        **dict.fromkeys(("q_proj", "k_proj", "v_proj"), 1 + 1.5 * rerun),
+        "o_proj": 1 + rerun,
+        **dict.fromkeys(("gate_proj", "up_proj"), 1 + rerun / 2),
+        "down_proj": 1,
+    }
+
+
 def test_a_part_of_the_inputs_is_kept_where_a_part_fits():
     trial, calls = Trial(), Counter()
     width, tokens = 32, trial.data.batches[0].num_tokens
@@ -121,17 +147,22 @@ def test_a_part_of_the_inputs_is_kept_where_a_part_fits():
     assert calls["before"] == 3 * 4 - 1
 
 
-def test_the_original_has_finished_the_step_afterwards():
-    trial = Trial()
+@pytest.mark.parametrize("spare", [ROOM, 0])
+def test_both_models_are_advanced_to_the_end_of_the_block(spare):
+    trial, calls = Trial(), Counter()
+    object.__setattr__(trial.work, "spare", lambda: spare)
     trial.refit()
-    for batch in trial.before.batches:
-        assert trial.before.hidden_states.has("outputs", 1, batch)
-        assert not trial.before.hidden_states.has("outputs", 0, batch)
-        assert not trial.now.hidden_states.has("outputs", 1, batch)
-    with evaluating(trial.model):
-        for batch in trial.before.batches:
-            expected = forward(trial.model, batch.inputs)[0]
-            torch.testing.assert_close(trial.before.run_tail(batch)[0], expected, rtol=1e-5, atol=1e-5)
+    for module in trial.changed.model.layers[1].modules():
+        counted(calls, module, type(module).__name__)
+    with evaluating(trial.model, trial.changed):
+        trial.work.advance(trial.before, trial.now, 1)
+        assert calls["LlamaDecoderLayer"] == len(trial.data.batches)
+        for runner, model in ((trial.before, trial.model), (trial.now, trial.changed)):
+            for batch in runner.batches:
+                assert not runner.hidden_states.has("outputs", 0, batch)
+                expected = forward(model, batch.inputs)[0]
+                torch.testing.assert_close(runner.run_tail(batch)[0], expected, rtol=1e-5, atol=1e-5)
+        assert not any("forward" in vars(module) for module in trial.changed.modules())
 
 
 @pytest.mark.parametrize("where", ["before", "now"])
@@ -159,6 +190,7 @@ def test_memory_that_runs_out_halves_batches_of_both_models(where, name, caplog)
 def test_memory_that_runs_out_while_the_compressed_model_advances():
     trial = Trial()
     trial.refit()
+    trial.work._pairs.clear()
 
     def full(_: nn.Module, args: Any) -> None:
         if len(args[0]) > 3:
@@ -166,7 +198,7 @@ def test_memory_that_runs_out_while_the_compressed_model_advances():
 
     handle = trial.changed.model.layers[1].mlp.up_proj.register_forward_pre_hook(full)
     with evaluating(trial.changed):
-        trial.now.advance(1)
+        trial.now.advance(1, trial.work.halving)
         handle.remove()
         assert [len(batch) for batch in trial.now.batches] == [3] * 6
         trial.before.follow(trial.now)

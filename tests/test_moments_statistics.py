@@ -15,7 +15,7 @@ from eckart.moments import fisher as fisher_file
 from eckart.moments.fisher import Fisher
 from eckart.moments.gram import Gram
 from eckart.moments.mean import Mean
-from eckart.moments.outer_products import BLOCK, add_gram, fill_lower
+from eckart.moments.outer_products import BLOCK, GPU_WIDER, _parts, add_gram, fill_lower
 from eckart.registry import STATISTICS
 
 every_statistic = pytest.mark.parametrize("name", STATISTICS)
@@ -120,7 +120,7 @@ def gram_of(*parts: Tensor) -> Gram:
     return gram
 
 
-@pytest.mark.parametrize("width", [1, 7, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 5, 3 * BLOCK])
+@pytest.mark.parametrize("width", [1, 7, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 5, 3 * BLOCK, 1024, 1100])
 def test_gram_by_blocks_is_the_gram(width):
     first, second = normal(5, width), normal(3, width, seed=1)
     total = torch.zeros(width, width, dtype=torch.float64)
@@ -136,6 +136,18 @@ def test_gram_below_the_block_diagonal_is_not_computed():
     total = torch.zeros(2 * BLOCK, 2 * BLOCK)
     add_gram(total, torch.ones(2, 2 * BLOCK))
     assert not total[BLOCK:, :BLOCK].any()
+
+
+def test_gram_of_larger_blocks_is_filled_in():
+    """As they come from a GPU."""
+    rows = normal(5, 2 * GPU_WIDER + 3)
+    parts = _parts(rows.shape[1], "cuda")
+    assert [part.stop - part.start for part in parts] == [GPU_WIDER, GPU_WIDER, 3]
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+    for part in parts:
+        total[part, part.start :] = rows[:, part].mT @ rows[:, part.start :]
+    fill_lower(total)
+    close(total, rows.mT @ rows, 1e-13)
 
 
 @few_examples

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.backward_probe import why_no_backward
 from eckart.calibration.coverage import why_useless
 from eckart.calibration.forward_context import ForwardContext, forward_context
+from eckart.calibration.grow_batches import grow_batches, running_memory, tokens_at_once
 from eckart.calibration.layerwise import (
     Groups,
     HiddenStateStore,
@@ -50,6 +51,7 @@ class Calibration:
         common: sites that are also called on what all examples of a batch share, such as relative positions.
         backward_failed: why no backward pass runs, or None.
         notes: fallbacks taken.
+        batch_tokens: how many tokens a batch may be joined up to, which changes no result; 0: batches stay as they are.
         how: the way the windows are gathered, in words.
         gather: gathers the windows but those of the given names.
     """
@@ -59,6 +61,7 @@ class Calibration:
     common: frozenset[str] = frozenset()
     backward_failed: str | None = None
     notes: list[str] = field(default_factory=list)
+    batch_tokens: int = 0
     how: str = "at once"
     gather: Callable[[Collection[str]], Iterator[StatisticsWindow]] = field(default=lambda _: iter(()), repr=False)
 
@@ -98,6 +101,7 @@ def calibrate(
     hidden_states: HiddenStateStore | None = None,
     blocks_at_once: int = 1,
     processes: Processes | None = None,
+    grow: bool = False,
 ) -> Calibration:
     """Prepare to gather statistics of the named modules; the long work starts with the first window.
 
@@ -114,6 +118,7 @@ def calibrate(
         hidden_states: keeps hidden states between blocks; given a store, the model is run block by block.
         blocks_at_once: how many blocks make a window where a model cannot be run block by block.
         processes: each gathers over its share of the batches.
+        grow: join batches to larger ones, as far as the device gains by it and its memory is large enough.
 
     Raises:
         NumericalError: on values that are not finite, naming site and batch.
@@ -130,6 +135,11 @@ def calibrate(
         common = calls_on_common_inputs(model, names, example)
     found = Calibration(groups, loss.name, frozenset(common))
     batches = processes.own_part(one_example_each(data.batches) if common else data.batches)
+    if grow and not common:
+        by_block = hidden_states is not None
+        memory = running_memory(model, names, backward=needs_backward(needs), blockwise=by_block)
+        found.batch_tokens = tokens_at_once(weights.device, memory)
+        batches = grow_batches(batches, found.batch_tokens)
 
     runner: LayerwiseRunner | None = None
     if hidden_states is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from eckart.calibration.layerwise import KeptInputs, LayerwiseRunner
+from eckart.calibration.layerwise import KeptTensors, LayerwiseRunner, replaying
 from eckart.errors import NumericalError
 from eckart.moments import Halving, real_tokens
 
@@ -18,12 +18,15 @@ class InputPairs:
     The pass for the first group is one of the original's whole block: it sees the inputs of all groups, and gives what
     the next block reads. Those of the later groups are kept; where memory does not hold them, the original runs again.
 
+    The compressed model runs once a group, as far as its input, and once to the block's end. Sites that have been
+    solved put out in all later passes what they did in the first, so that each computes once, where memory holds that.
+
     Args:
         before: runs the original.
         now: runs the compressed model, whose sites change between two groups.
         step: the block.
         leaders: a site of each group.
-        kept: keeps inputs of the original.
+        kept: keeps inputs of the original and outputs of the compressed model.
         halving: runs batches, in halves where memory runs out.
     """
 
@@ -33,7 +36,7 @@ class InputPairs:
         now: LayerwiseRunner,
         step: int,
         leaders: Sequence[str],
-        kept: KeptInputs,
+        kept: KeptTensors,
         halving: Halving,
     ) -> None:
         self.before = before
@@ -42,6 +45,7 @@ class InputPairs:
         self.leaders = leaders
         self.kept = kept
         self.halving = halving
+        self.solved: list[str] = []  # sites of the compressed model that change no more
 
     def for_each(self, leader: str, add: Callable[[Tensor, Tensor], None]) -> None:
         """`add(x, x~)` for the real tokens of every batch, or of parts of it: (tokens, n) of both models.
@@ -58,7 +62,9 @@ class InputPairs:
         def run(part: Any) -> None:
             for runner in (self.before, self.now):
                 runner.split_batch(part)
-            x, y = self._original(leader, part), real_tokens(self.now.capture_input(self.step, part, leader), part)
+            x = self._original(leader, part)
+            with replaying(self.now.model, self.solved, self.kept, part):
+                y = real_tokens(self.now.capture_input(self.step, part, leader), part)
             if x.shape != y.shape:
                 raise NumericalError(
                     f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
@@ -70,6 +76,20 @@ class InputPairs:
         with self.before.resident(self.step), self.now.resident(self.step):
             for batch in list(self.now.batches):
                 self.halving.run(batch, run)
+
+    def finish(self) -> None:
+        """Bring the compressed model to the end of the block, and drop what no later step reads."""
+
+        def run(part: Any) -> None:
+            self.now.split_batch(part)
+            with replaying(self.now.model, self.solved, self.kept, part, keep=False):
+                self.now.run_block(self.step, part)
+
+        with self.now.resident(self.step):
+            for batch in list(self.now.batches):
+                self.halving.run(batch, run)
+        for runner in (self.now, self.before):
+            runner.drop_stream(self.step - 1)
 
     def _original(self, leader: str, part: Any) -> Tensor:
         if leader != self.leaders[0]:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.allocation import Bases, RankMultiples
+from eckart.calibration.grow_batches import CPU_TOKENS
 from eckart.calibration.layerwise import all_blocks, blocks_of, split_by_block
 from eckart.checkpoint.load import blank
 from eckart.compression.basis_groups import adjacent
@@ -191,7 +192,8 @@ def _text(model: nn.Module, recipe: Recipe) -> _Text:
         DEFAULT_TOKENS, getattr(config, "max_position_embeddings", None) or DEFAULT_TOKENS
     )
     samples = recipe.num_samples or default_samples(model_kind(config, model))
-    return _Text(samples * length, (recipe.batch_size or DEFAULT_BATCH_SIZE) * length)
+    batch = recipe.batch_size * length if recipe.batch_size else max(DEFAULT_BATCH_SIZE * length, CPU_TOKENS)
+    return _Text(samples * length, min(batch, samples * length))
 
 
 def _logits(model: nn.Module, text: _Text) -> int:

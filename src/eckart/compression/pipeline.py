@@ -167,10 +167,9 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     # 8. The refit, kept if held-out text says that it is better.
     measured = None
     if settings.refit and context.data is not None:
-        with timer.step("refit"):
-            compressed, measured, refit_notes = refit_if_better(
-                context, settings, recipe, plan, compressed, assembly, factors
-            )
+        compressed, measured, refit_notes = refit_if_better(
+            context, settings, recipe, plan, compressed, assembly, factors
+        )
         notes += refit_notes
 
     # 9. The description of what is stored, and the quality on held-out text.

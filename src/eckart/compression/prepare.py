@@ -93,6 +93,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
                 hidden_states=workspace.hidden_states,
                 blocks_at_once=workspace.at_once,
                 processes=workspace.processes,
+                grow=recipe.batch_size is None,
             )
     return context
 

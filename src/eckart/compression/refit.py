@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from eckart.allocation import DENSE, Plan
 from eckart.calibration import show_steps
 from eckart.calibration.forward_context import forward_context
+from eckart.calibration.grow_batches import grow_batches
 from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks, start_runner
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.context import CompressionContext
@@ -29,7 +30,7 @@ from eckart.model import WeightLoader, serialize_module, shared_clone
 from eckart.moments import Moments
 
 SPARE = 0.25
-"""The part of free memory that the original's inputs of one block may take."""
+"""The part of free memory that may be kept between the passes through one block."""
 
 STAGE = "refitted"
 """The stage of a run under which the modules of refitted blocks are stored."""
@@ -58,11 +59,13 @@ def refit_if_better(
     names = [name for name in factors.summary.losses if name not in fixed]
     measured: dict[str, Any] | None = None
     try:
-        fitted, found = refit_blocks(context, settings, plan, compressed, assembly, factors, names)
+        with context.timer.step("refit"):
+            fitted, found = refit_blocks(context, settings, plan, compressed, assembly, factors, names)
         set_lean(fitted, context.workspace.streaming)
         if context.held_out is not None and fitted is not compressed:
-            before = measured = measure_quality(context, compressed)
-            after = measure_quality(context, fitted)
+            with context.timer.step("measuring"):
+                before = measured = measure_quality(context, compressed)
+                after = measure_quality(context, fitted)
             if distance_to_original(after) > distance_to_original(before):
                 near, far = distance_to_original(before), distance_to_original(after)
                 found = [f"held-out distance to the original {near:.4g} before it, {far:.4g} after"]
@@ -136,9 +139,7 @@ def refit_blocks(
                 if processes.main or (str(step) not in store.entries(STAGE)):
                     store.write(STAGE, str(step), *_serialize(fitted, changed, found))
                 notes += _install(fitted, assembly, plan, step)
-            else:
-                before.advance(step, refit.halving)
-            now.advance(step, refit.halving)
+            refit.advance(before, now, step)
     except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
         why = f"{type(fitted).__name__} cannot be run block by block ({error})"
         if processes.size > 1:  # the others go on running blocks
@@ -156,7 +157,7 @@ def _start_runners(
     assert context.data is not None
     workspace, batches = context.workspace, context.data.batches
     hidden_states = workspace.hidden_state_cache()
-    mine = workspace.processes.own_part(batches)
+    mine = grow_batches(workspace.processes.own_part(batches), context.calibration.batch_tokens)
 
     def start(name: str, model: PreTrainedModel, weights: WeightLoader) -> LayerwiseRunner:
         context = forward_context(model, weights, all_blocks(model))
@@ -178,7 +179,10 @@ def _install(fitted: PreTrainedModel, assembly: Assembly, plan: Plan, step: int)
 
 
 def _spare(context: CompressionContext) -> int:
-    """Bytes that the inputs of one block may take: a part of what is free, and what the cache of a streamed run has."""
+    """Bytes that may be kept between the passes through one block.
+
+    A part of what is free, and of a streamed run no more than its cache has left.
+    """
     workspace, device = context.workspace, context.weights.device
     shared = 1 if device.type == "cuda" else workspace.processes.size
     free = int(SPARE * (free_memory(device) or 0)) // shared

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eckart.allocation import DENSE, Choice
-from eckart.calibration.layerwise import Groups, KeptInputs, LayerwiseRunner, split_by_segment
+from eckart.calibration.layerwise import Groups, KeptTensors, LayerwiseRunner, split_by_segment
 from eckart.compression.input_pairs import InputPairs
 from eckart.distributed import Processes
 from eckart.forms import FactoredLinear, form_named
@@ -66,8 +66,8 @@ class GroupRefit:
         method: its metric is applied to the shifted inputs.
         processes: share the batches.
         fits: filled with the error of each site before and after; None if that is not wanted.
-        spare: bytes that the inputs of one block of the original may take, asked at every block; beyond that its block
-            runs again.
+        spare: bytes that may be kept between the passes through one block, asked at every block; what does not fit is
+            computed again.
         halving: how batches are run.
     """
 
@@ -80,14 +80,14 @@ class GroupRefit:
     fits: dict[str, Fit] | None = None
     spare: Callable[[], int] = lambda: 0
     halving: Halving = field(default_factory=Halving)
+    _pairs: dict[int, InputPairs] = field(default_factory=dict, repr=False)
 
     def step(
         self, before: LayerwiseRunner, now: LayerwiseRunner, step: int, groups: Groups
     ) -> tuple[list[str], list[str]]:
         """Solve the sites of one step's block again, in place in the compressed model.
 
-        The original runs its block once for all groups, and has finished the step afterwards. The compressed model runs
-        its own once a group, as far as the group's input; it is left to the caller to advance it.
+        What was kept meanwhile is dropped by :meth:`advance`, which follows.
 
         Args:
             before: runs the original, and has finished the step before this one.
@@ -108,9 +108,9 @@ class GroupRefit:
             if sets:
                 todo[leader] = sets
         if not todo:
-            before.advance(step, self.halving)
             return changed, notes
-        pairs = InputPairs(before, now, step, list(todo), KeptInputs(self.spare()), self.halving)
+        pairs = InputPairs(before, now, step, list(todo), KeptTensors(self.spare()), self.halving)
+        self._pairs[step] = pairs
         for leader, sets in todo.items():
             known = [name for names in sets for name in names]
             powers = {name: 0.0 for name in known if self.fits is not None}
@@ -120,8 +120,16 @@ class GroupRefit:
                 more = names != sets[-1]
                 notes += self._solve_everywhere(before.model, now.model, names, regression, powers, more)
             changed += known
-        before.drop_stream(step - 1)
+            pairs.solved += known
         return changed, notes
+
+    def advance(self, before: LayerwiseRunner, now: LayerwiseRunner, step: int) -> None:
+        """Bring both models to the end of a step, whether or not there was anything to solve in it."""
+        if (pairs := self._pairs.pop(step, None)) is not None:
+            pairs.finish()
+        else:
+            for runner in (before, now):
+                runner.advance(step, self.halving)
 
     def _sets(self, known: Sequence[str]) -> tuple[list[tuple[str, ...]], list[str]]:
         """Sites of a group that are solved together, and notes of those that cannot be."""

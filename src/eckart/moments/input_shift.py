@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from eckart.moments.statistic import Statistic
 # has n coefficients an output to learn from N tokens: its noise, and the ridge that it needs, go with n / N.
 RIDGE = 3.0
 LEAST_RIDGE = 1e-3
+
+# Tokens of one product. Those of smaller batches wait for more: adding a product up costs as much as 75 tokens of it.
+ENOUGH = 1024
 
 
 @dataclass
@@ -38,6 +41,7 @@ class InputShift:
     cross: Tensor
     total: Tensor
     moved: Tensor
+    _waiting: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def empty(cls, width: int, device: torch.device) -> InputShift:
@@ -47,10 +51,27 @@ class InputShift:
         return cls(0, square, square.clone(), vector, vector.clone())
 
     def update(self, before: Tensor, now: Tensor) -> None:
-        """Add tokens: x and x~, both (tokens, n). All or nothing, where memory runs out."""
-        before, now = before.float(), now.float()
+        """Add tokens: x and x~, both (tokens, n). All or nothing, where memory runs out.
+
+        Tokens of small batches are held on to, as they are, until there are enough of them.
+        """
+        waiting = [*self._waiting, (before, now)]
+        if sum(len(rows) for _, rows in waiting) < ENOUGH:
+            self._waiting = waiting
+        else:
+            self._add(waiting)
+            self._waiting = []
+
+    def flush(self) -> None:
+        """Add the tokens that wait for more; the sums are complete then."""
+        if self._waiting:
+            self._add(self._waiting)
+            self._waiting = []
+
+    def _add(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        before, now = (_joined([rows.float() for rows in side]) for side in zip(*pairs, strict=True))
         difference = before - now
-        total, moved = before.sum(0, dtype=torch.float64), now.sum(0, dtype=torch.float64)
+        total, moved = before.sum(0).double(), now.sum(0).double()  # all in float64 is slow
         buffer = None if self.cross.dtype == now.dtype else now.new_empty(self.cross.numel())
         add_gram(self.gram, now, buffer)
         add_product(self.cross, difference.mT, now, buffer)
@@ -67,15 +88,18 @@ class InputShift:
         Raises:
             NumericalError: if an x or an x~ was not finite.
         """
+        self.flush()
         require_finite(self.moved, f"input of {where} in the compressed model")
         require_finite(self.total, f"input of {where} in the original model")
 
     def statistics(self) -> dict[str, Statistic]:
         """Those of x~ that metrics read, on the same sums."""
+        self.flush()
         return {"gram": Gram(self.count, self.gram), "mean": Mean(self.count, self.moved)}
 
     def means(self) -> tuple[Tensor, Tensor]:
         """`mu = E[x]` and `mu~ = E[x~]`, (n,), float64."""
+        self.flush()
         return self.total / self.count, self.moved / self.count
 
     def target(self, weight: Tensor, *, centered: bool) -> Tensor:
@@ -124,6 +148,7 @@ class InputShift:
 
     def state(self) -> dict[str, Tensor]:
         """The sums themselves, not copies, and the count: what adds up over processes, and what is saved."""
+        self.flush()
         sums = {"gram": self.gram, "cross": self.cross, "total": self.total, "moved": self.moved}
         return sums | {"count": torch.tensor(self.count)}
 
@@ -131,6 +156,10 @@ class InputShift:
     def from_state(cls, state: Mapping[str, Tensor]) -> InputShift:
         """The shift that :meth:`state` serialized, on the same tensors."""
         return cls(int(state["count"]), state["gram"], state["cross"], state["total"], state["moved"])
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class Regression:
@@ -141,6 +170,7 @@ class Regression:
     """
 
     def __init__(self, shift: InputShift) -> None:
+        shift.flush()
         self.shift = shift
         self._factors: dict[bool, Tensor | None] = {}
 

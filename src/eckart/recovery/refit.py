@@ -83,10 +83,8 @@ class Refit(ClosedFormRecovery):
             for step in progress(range(last + 1), what="refitting", total=last + 1):
                 if step in steps:
                     notes += work.step(before, now, step, steps[step])[1]
-                elif step < last:
-                    before.advance(step, work.halving)
                 if step < last:
-                    now.advance(step, work.halving)
+                    work.advance(before, now, step)
         except LayerwiseError as error:
             raise ModelError(
                 f"recovery refit: {type(model).__name__} cannot be run block by block ({error}). Train it instead: "

@@ -17,7 +17,7 @@ from eckart.calibration.layerwise.gather import (
     split_by_segment,
 )
 from eckart.calibration.layerwise.hidden_states import HiddenStateStore
-from eckart.calibration.layerwise.kept_inputs import KeptInputs
+from eckart.calibration.layerwise.kept_tensors import KeptTensors, replaying
 from eckart.calibration.layerwise.runner import LayerwiseRunner
 from eckart.calibration.layerwise.start import start_runner
 from eckart.calibration.layerwise.trace import trace_blocks
@@ -26,7 +26,7 @@ __all__ = [
     "BlockSchedule",
     "Groups",
     "HiddenStateStore",
-    "KeptInputs",
+    "KeptTensors",
     "LayerwiseError",
     "LayerwiseRunner",
     "StatisticsWindow",
@@ -35,6 +35,7 @@ __all__ = [
     "blocks_of",
     "gather_layerwise",
     "groups_to_gather",
+    "replaying",
     "schedule_of",
     "split_by_block",
     "split_by_segment",

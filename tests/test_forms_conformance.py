@@ -106,8 +106,8 @@ def check_runs_as_dense(module: FactoredLinear, inputs: int = 3) -> None:
 def readouts(kind: type[FactoredLinear], monkeypatch: pytest.MonkeyPatch) -> Iterator[float]:
     """Once for each way that the form runs without gradients: the pivoted one has two, by speed."""
     for bound in (math.inf, 0.0) if kind is pivoted.Pivoted else (0.0,):
-        for dtype in pivoted.EXPAND_BELOW:
-            monkeypatch.setitem(pivoted.EXPAND_BELOW, dtype, bound)
+        for dtype in pivoted.DTYPES:
+            monkeypatch.setitem(pivoted.EXPAND_BELOW, ("cpu", dtype), bound)
         yield bound
 
 

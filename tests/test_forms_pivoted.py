@@ -1,15 +1,18 @@
 """The pivoted form: its two ways of running, its fallback, its bias."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 from problems import close, normal
 from test_forms_conformance import check_runs_as_dense
+from torch import nn
 
 from eckart.errors import UsageError
-from eckart.forms import LowRank, Pivoted, pivoted
-from eckart.model import Site, store_factors
+from eckart.forms import LowRank, Pivoted, build, pivoted
+from eckart.model import Site, deserialize_module, serialize_module, store_factors
 
 
 def factors(rows: int, columns: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +22,7 @@ def factors(rows: int, columns: int, rank: int) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_both_ways_are_taken(dtype, monkeypatch):
     for way, bound in (("expanded", math.inf), ("gathered", 0.0)):
-        monkeypatch.setitem(pivoted.EXPAND_BELOW, dtype, bound)
+        monkeypatch.setitem(pivoted.EXPAND_BELOW, ("cpu", dtype), bound)
         module = Pivoted(16, 24, 5).to(dtype)
         module.store(*factors(24, 16, 5), normal(24))
         with torch.no_grad():
@@ -75,3 +78,145 @@ def test_a_form_that_does_not_fit_names_the_remedy():
     left, right = factors(10, 8, 3)
     with pytest.raises(UsageError, match=r"does not fit torch\.float16.*--dtype"):
         Pivoted(8, 10, 3).to(torch.float16).store(left * 1e12, right, None)
+
+
+# -- the index of the outputs --------------------------------------------------------------------------
+
+
+def stored(seed=0):
+    module = Pivoted(16, 24, 5)
+    assert module.store(normal(24, 5, seed=seed), normal(5, 16, seed=seed + 1), normal(24, seed=2)) is None
+    return module.eval()
+
+
+def _loaded(module, other):
+    module.load_state_dict(other.state_dict())
+    return module
+
+
+def _loaded_in_a_model(module, other):
+    model = nn.ModuleDict({"proj": module})
+    model.load_state_dict(nn.ModuleDict({"proj": other}).state_dict(), assign=True)
+    return model["proj"]
+
+
+def _loaded_on_meta(module, other):
+    with torch.device("meta"):
+        empty = build(module.spec())
+    empty.load_state_dict(other.state_dict(), assign=True)
+    return empty
+
+
+def _made_empty_and_loaded(module, other):
+    return _loaded(module.to("meta").to_empty(device="cpu"), other)
+
+
+def _assigned(module, other):
+    module.first, module.second = other.first, other.second
+    module.order = other.order
+    return module
+
+
+def _deserialized(module, other):
+    model = nn.ModuleDict({"proj": module})
+    tensors, spec = serialize_module(other)
+    assert "inverse" not in tensors
+    deserialize_module(model, "proj", tensors, spec)
+    return model["proj"]
+
+
+def _put_into_its_tables(module, other):
+    for table in ("first", "second"):
+        getattr(module, table)._parameters.update(getattr(other, table)._parameters)
+    module._buffers["order"] = other.order
+    return module.eval()
+
+
+def _stored_again(module, other):
+    assert module.store(normal(24, 5, seed=7), normal(5, 16, seed=8), normal(24, seed=2)) is None
+    return module
+
+
+def _pickled(module, other):
+    return pickle.loads(pickle.dumps(other))
+
+
+def _copied(module, other):
+    return copy.deepcopy(other)
+
+
+def _cast(module, other):
+    return other.double().float()
+
+
+EVENTS = [
+    _loaded, _loaded_in_a_model, _loaded_on_meta, _made_empty_and_loaded, _assigned, _deserialized,
+    _put_into_its_tables, _stored_again, _pickled, _copied, _cast,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_index_is_there_before_anything_is_traced(event):
+    module, other = stored(), stored(7)
+    found = event(module, other)
+    x = normal(3, 16, dtype=torch.float32)
+    expected = (x.double() @ other.to_dense().double().mT + other.dense_bias().double()).float()
+    with torch.no_grad():
+        program = torch.export.export(nn.Sequential(found), (x,))
+        close(program.module()(x), expected, 1e-5)
+        close(found(x), expected, 1e-5)
+    names = [str(node.target) for node in program.graph.nodes]
+    assert sum("index_select" in name for name in names) == 1
+    assert sum("cat" in name for name in names) == 1
+    assert not any("sort" in name or "gather" in name for name in names)
+
+
+def test_the_index_is_not_stored_and_is_made_once(monkeypatch):
+    module = stored()
+    assert set(module.state_dict()) == {
+        "order", "first.weight", "first.bias", "second.weight", "second.bias", "weight",
+    }  # fmt: skip
+    x = normal(3, 16, dtype=torch.float32)
+    module(x)
+    monkeypatch.setattr(torch, "argsort", lambda *_: pytest.fail("sorted again"))
+    for _ in range(2):
+        module(x)
+        module.to_dense()
+        with torch.no_grad():
+            module(x)
+    inverse = module.inverse
+    monkeypatch.undo()
+    module.train().eval()
+    assert module.inverse is inverse
+
+
+def test_an_order_that_was_changed_in_place_is_seen():
+    module, other = stored(), stored(7)
+    module.first, module.second = other.first, other.second
+    module.order.copy_(other.order)
+    check_runs_as_dense(module)
+    close(module.to_dense(), other.to_dense(), 1e-6)
+
+
+def test_gradients_pass_an_index_made_in_inference_mode():
+    with torch.inference_mode():
+        module = stored()
+        module.refresh()
+    other = Pivoted(16, 24, 5)
+    with torch.inference_mode():
+        other.load_state_dict(module.state_dict())
+    other(normal(3, 16, dtype=torch.float32)).sum().backward()
+    assert float(other.first.weight.grad.abs().max()) > 0
+
+
+def test_without_gradients_both_products_are_written_into_one_tensor(monkeypatch):
+    """One gather, no concatenation: the outputs are copied once."""
+    monkeypatch.setitem(pivoted.EXPAND_BELOW, ("cpu", torch.float32), 0.0)
+    module = Pivoted(16, 24, 5, bias=False)
+    module.store(normal(24, 5), normal(5, 16), None)
+    x = normal(3, 16, dtype=torch.float32)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        module(x)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::gather"] == 1
+    assert not {"aten::copy_", "aten::cat", "aten::index_select"} & set(counts)

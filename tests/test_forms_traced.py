@@ -12,7 +12,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
-from eckart.forms import FactoredLinear, traced_product
+from eckart.checkpoint.description import attach_config
+from eckart.forms import FactoredLinear, Pivoted, traced_product
 
 ONE_LAYER = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "bert": {"num_hidden_layers": 1}}
 PRODUCTS = {"mm", "addmm", "linear"}
@@ -85,6 +86,22 @@ def test_an_exported_model_computes_each_shared_product_once(name, strict, grad)
     assert not MOVES & set(found)
     close(output(program.module(), batch), expected, 1e-5)
     close(output(model, batch), expected, 1e-5)
+
+
+def test_a_loaded_pivoted_model_puts_outputs_in_order_by_one_constant_index(tmp_path):
+    """Traced before it ever ran: the order is not sorted in the graph."""
+    model, _, batch = joined("llama", form="pivoted", num_hidden_layers=1)
+    pivoted = [module for module in model.modules() if isinstance(module, Pivoted)]
+    assert len(pivoted) == 2
+    attach_config(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    run, graphs = compiled(loaded)
+    with torch.no_grad():
+        close(output(run, batch), output(model, batch), 1e-5)
+    found = operations(graphs[0])
+    assert {key: found[key] for key in MOVES if found[key]} == {"index_select": 2}
+    assert sum(found[key] for key in PRODUCTS) == products_of(model)
 
 
 class Parts(nn.Module):

@@ -160,12 +160,15 @@ class EckartQuantizer(HfQuantizer):
         for handle in self._handles:
             handle.remove()
         expect_again(model, self._pattern)
+        forms = factored_modules(model)
+        for form in forms.values():
+            form.refresh()
         lost = [
             f"{name}.{key}"
-            for name, form in factored_modules(model).items()
+            for name, form in forms.items()
             for key, tensor in (*form.named_parameters(), *form.named_buffers())
             # transformers marks what it has filled; on the meta device it stands for a file on disk.
-            if not is_initialized(tensor) and not tensor.is_meta
+            if not is_initialized(tensor) and not tensor.is_meta and key not in form._non_persistent_buffers_set
         ]
         if lost:
             raise CheckpointError(

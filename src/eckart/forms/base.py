@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ class Factored(nn.Module):
         # missing dense weight with random numbers: an empty tensor sits under the dense weight's key.
         self.register_state_dict_post_hook(_write_guard)
         self.register_load_state_dict_pre_hook(_drop_guard)
+        self.register_load_state_dict_post_hook(_refresh)
 
     @classmethod
     def options(cls, spec: dict[str, Any]) -> dict[str, Any]:
@@ -71,6 +72,17 @@ class Factored(nn.Module):
         """Multiply-adds per token."""
         raise NotImplementedError
 
+    def refresh(self) -> None:
+        """Make anew what is derived from stored tensors: whoever fills a module calls it, if not by `load_state_dict`.
+
+        Turning to training or evaluation does so too.
+        """
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; also :meth:`refresh`."""
+        self.refresh()
+        return super().train(mode)
+
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
         return {"form": self.form} | {name: getattr(self, name) for name in self.sizes}
@@ -86,6 +98,11 @@ def _drop_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     guard = state.get(prefix + "weight")
     if guard is not None and guard.numel() == 0:
         del state[prefix + "weight"]
+
+
+def _refresh(module: nn.Module, _: Any) -> None:
+    if isinstance(module, Factored):
+        module.refresh()
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

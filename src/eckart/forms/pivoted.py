@@ -17,9 +17,20 @@ from eckart.linalg import pivoted_factors
 # most this much. Row exchanges normally bring it below 1.2; above the bound W' lacks full rank.
 BOUND = 4.0
 
-# On a CPU, above this many additional products per output, k^2 / m, an expanded readout costs more than putting the
-# outputs in order; in half precision a gather never pays. Measured: `benchmarks/forward_speed.py`.
-EXPAND_BELOW = {torch.float32: 100.0, torch.bfloat16: math.inf, torch.float16: math.inf}
+# Up to this many additional products per output, k^2 / m, an expanded readout costs less than putting the outputs in
+# order; in half precision on a CPU it always does. Measured on a CPU: `benchmarks/forward_speed.py`. On a GPU by
+# arithmetic: reading and writing an output once more takes the time of some hundred products.
+EXPAND_BELOW = {
+    ("cpu", torch.float32): 100.0,
+    ("cpu", torch.bfloat16): math.inf,
+    ("cpu", torch.float16): math.inf,
+    ("cuda", torch.float32): 100.0,
+    ("cuda", torch.bfloat16): 500.0,
+    ("cuda", torch.float16): 500.0,
+}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What runs without calling the leaves as modules; others are not for speed."""
 
 
 class Pivoted(FactoredLinear):
@@ -28,14 +39,17 @@ class Pivoted(FactoredLinear):
     P (k, n), `first`, holds k rows of W' as they are; C (m - k, k), `second`, combines them into the
     others. The dense bias b folds in exactly: `b_p = b[pivots]`, `b_r = b[rest] - C b_p`.
 
-    Putting m outputs in order costs a CPU as much as a product in half precision, so there, when no gradient is asked
-    for, layers run on an expanded readout `[I; C]` with its rows already in order: k^2 / m more products per output
-    and no reordering. It is working memory of m k numbers, made at the first call and never stored.
+    Putting m outputs in order costs as much as a product in half precision, so where that is the cheaper way and no
+    gradient is asked for, layers run on an expanded readout `[I; C]` with its rows already in order: k^2 / m more
+    products per output and no reordering. It is working memory of m k numbers, made at the first call and never stored.
+    Elsewhere both products are written into one tensor and put in order by one gather. Its index is `inverse`, made
+    when `order` is filled and never stored: no graph that is traced sorts anything.
     """
 
     form: ClassVar[str] = "pivoted"
     paper: ClassVar[str] = "Zhao et al., ICML 2025, arXiv 2501.19090"
     order: Tensor
+    inverse: Tensor
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, source: str = "linear"
@@ -44,6 +58,9 @@ class Pivoted(FactoredLinear):
         self.first = nn.Linear(in_features, rank, bias=bias)
         self.second = nn.Linear(rank, out_features - rank, bias=bias)
         self.register_buffer("order", torch.zeros(out_features, dtype=torch.int32))
+        # Where each output row stands among `concat(pivots, rest)`.
+        self.register_buffer("inverse", torch.arange(out_features), persistent=False)
+        self._inverse_of: tuple[object, ...] | None = None
         self._prepared: tuple[tuple[object, ...], Tensor, Tensor | None] | None = None
 
     @classmethod
@@ -72,7 +89,7 @@ class Pivoted(FactoredLinear):
             # b_r is computed from what is stored of C and b_p, so that the folded bias is as exact as b.
             stored = self.second.weight.double() @ self.first.bias.double()
             copy_into(self.second.bias, bias.double()[factors.order[self.rank :]] - stored, "bias")
-        self._prepared = None
+        self.refresh()
         return None
 
     def to_dense(self) -> Tensor:
@@ -80,7 +97,7 @@ class Pivoted(FactoredLinear):
         dtype = compute_dtype(self.first.weight.dtype)
         pivots = self.first.weight.to(dtype)
         rows = torch.cat([pivots, self.second.weight.to(dtype) @ pivots])
-        return rows[self._inverse()].to(self.first.weight.dtype)
+        return rows[self._index()].to(self.first.weight.dtype)
 
     def dense_bias(self) -> Tensor | None:
         """`[b_p; b_r + C b_p]` in row order."""
@@ -89,24 +106,54 @@ class Pivoted(FactoredLinear):
         dtype = compute_dtype(self.first.weight.dtype)
         pivots = self.first.bias.to(dtype)
         both = torch.cat([pivots, self.second.bias.to(dtype) + self.second.weight.to(dtype) @ pivots])
-        return both[self._inverse()].to(self.first.bias.dtype)
+        return both[self._index()].to(self.first.bias.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to x (..., n), giving (..., m)."""
         if self._plain(x):
             hidden = self.first(x)
             both = torch.cat([hidden, self.second(hidden)], dim=-1)
-            return both.index_select(-1, self._inverse())
+            return both.index_select(-1, self._index())
         key, tensor, bias = self._prepare()
         if key[0] == "expanded":
             return functional.linear(functional.linear(x, self.first.weight), tensor, bias)
         return self._gathered(x, tensor)
 
-    # -- the forward without gradients ---------------------------------------------------------------
+    # -- the order of the outputs ----------------------------------------------------------------------
 
-    def _inverse(self) -> Tensor:
+    def refresh(self) -> None:
+        """Make the index of the outputs anew, and forget working memory.
+
+        Some optimizers write to `.data`, which no version counts, so that nothing else shows it.
+        """
+        self._prepared = None
+        if not self.order.is_meta:
+            with torch.inference_mode(False):  # else gradients could not use it
+                inverse = torch.argsort(self.order)
+            old = self.inverse
+            if old.device != inverse.device or old.is_inference() or not torch.equal(old, inverse):
+                self.inverse = inverse
+            self._inverse_of = self._state_of_order()
+
+    def _index(self) -> Tensor:
         """(m,) where each output row stands among `concat(pivots, rest)`."""
-        return torch.argsort(self.order)
+        # A tracer has tensors without numbers: what has filled `order` has called :meth:`refresh`.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(self.order) is not Tensor
+        if not traced and self._inverse_of != self._state_of_order():
+            self.refresh()
+        return self.inverse
+
+    def _state_of_order(self) -> tuple[object, ...]:
+        """What shows that `order`, or what was made of it, has been changed or replaced."""
+        both = (self.order, self.inverse)
+        return tuple((t.data_ptr(), None if t.is_inference() else t._version, t.device) for t in both)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "order":
+            self.refresh()
+
+    # -- the forward without gradients ---------------------------------------------------------------
 
     def _stored(self) -> list[Tensor]:
         """Every tensor of the checkpoint."""
@@ -125,22 +172,24 @@ class Pivoted(FactoredLinear):
             or not all(is_plain_linear(leaf) for leaf in leaves)
             # Made in inference mode: changes leave no mark that the working memory could go by.
             or any(tensor.is_inference() for tensor in self._stored())
-            or self.first.weight.dtype not in EXPAND_BELOW
+            or self.first.weight.dtype not in DTYPES
         )
 
     def _prepare(self) -> tuple[tuple[object, ...], Tensor, Tensor | None]:
         """The expanded readout, or the gather index; remade when a stored tensor has changed."""
         weight, rest = self.first.weight, self.second.weight
-        expanded = weight.device.type == "cpu" and self.rank**2 < EXPAND_BELOW[weight.dtype] * self.out_features
+        bound = EXPAND_BELOW.get((weight.device.type, weight.dtype), 0.0)
+        expanded = self.rank**2 < bound * self.out_features
         key = (
             "expanded" if expanded else "gathered",
             *((t.data_ptr(), t._version, t.dtype, t.device) for t in self._stored()),
-            # A write through `.data` leaves no version: one number of what is expanded shows most of those.
-            rest[0, 0].item() if expanded and rest.numel() else None,
+            # A write through `.data` leaves no version: one number of what is expanded shows most of those. On a GPU
+            # the look at it would wait for all that is under way.
+            rest[0, 0].item() if expanded and rest.numel() and not rest.is_cuda else None,
         )
         if self._prepared is not None and self._prepared[0] == key:
             return self._prepared
-        inverse = self._inverse()
+        inverse = self._index()
         if expanded:
             eye = torch.eye(self.rank, dtype=rest.dtype, device=rest.device)
             prepared = torch.cat([eye, rest])[inverse].contiguous()
@@ -162,14 +211,10 @@ class Pivoted(FactoredLinear):
         # `gather` beats `index_select` on the last axis several times over.
         return both.gather(1, inverse.expand(flat.shape[0], -1)).view(*x.shape[:-1], self.out_features)
 
-    def train(self, mode: bool = True) -> Pivoted:
-        """Also forgets the working memory: some optimizers write to `.data`, which no version counts."""
-        self._prepared = None
-        return super().train(mode)
-
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        self._prepared = None
-        return super()._apply(fn, recurse)
+        found = super()._apply(fn, recurse)
+        self.refresh()
+        return found
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_prepared": None}
+        return {**self.__dict__, "_prepared": None, "_inverse_of": None}

@@ -103,7 +103,7 @@ def set_dense_weight(model: nn.Module, name: str, weight: Tensor, bias: Tensor |
 def serialize_module(module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a module by name, and its spec as JSON, for :func:`deserialize_module`."""
     tensors = {name: parameter.detach() for name, parameter in module.named_parameters()}
-    tensors |= dict(module.named_buffers())
+    tensors |= {name: b for name, b in module.named_buffers() if name not in module._non_persistent_buffers_set}
     sliced: SlicedFeatures | None = getattr(module, ATTRIBUTE, None)
     if sliced is not None:
         return tensors, sliced.spec()
@@ -137,6 +137,8 @@ def deserialize_module(model: nn.Module, name: str, tensors: Mapping[str, Tensor
             owner._buffers[key] = tensor
         else:
             owner._parameters[key] = nn.Parameter(tensor, requires_grad=trains)
+    if isinstance(new, Factored):
+        new.refresh()
     replace_module(model, name, new)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -148,7 +148,7 @@ class Pivoted(FactoredLinear):
         both = (self.order, self.inverse)
         return tuple((t.data_ptr(), None if t.is_inference() else t._version, t.device) for t in both)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "order":
             self.refresh()

@@ -9,18 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from architectures import BY_NAME, output
-from problems import close
+from problems import close, normal
 from safetensors.torch import load_file, save_file
 from tiny import Workdir, llama, make_workdir, place, published
+from torch import Tensor
 
 import eckart
 from eckart.checkpoint.load import load
+from eckart.compression import refit_slices
+from eckart.compression.input_pairs import widened
 from eckart.compression.result import load_lines
 from eckart.errors import ModelError, UsageError
 from eckart.evaluation.sizes import count_sizes
 from eckart.model import sliced_features
 from eckart.model.neurons import find_neurons
+from eckart.moments.input_shift import InputShift
 
 STOCK = """
 import importlib.abc, json, sys
@@ -137,6 +142,73 @@ def test_targets_leave_layers_whole():
     assert sliced == {f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")}
 
 
+# -- the refit ------------------------------------------------------------------------------------------
+
+
+def moved_neurons(width: int = 9, count: int = 5, tokens: int = 400, offset: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Neurons of an original, and of those that are left, moved ones."""
+    before = normal(tokens, width) @ normal(width, width, seed=1) + offset
+    now = before[:, [0, 2, 3, 5, 8][:count]] + 0.3 * normal(tokens, count, seed=2) + 0.2 * before[:, [1]]
+    return before, now
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_reader_is_fitted_to_what_it_reads_now(centered, monkeypatch):
+    monkeypatch.setattr(refit_slices, "RIDGE", 0.0)
+    monkeypatch.setattr(refit_slices, "LEAST_RIDGE", 1e-12)
+    before, now = moved_neurons()
+    weight = normal(4, 9, seed=3)
+    shift = InputShift.empty(9, torch.device("cpu"))
+    for part in (slice(0, 150), slice(150, 400)):
+        shift.update(before[part], widened(now[part], 9))
+    shift.require_finite("down")
+    found = refit_slices.refit_reader(shift, weight, normal(4, 5, seed=4), centered=centered)
+    x, y = (rows - rows.mean(0) if centered else rows for rows in (before, now))
+    close(found.mT, torch.linalg.lstsq(y, x @ weight.mT).solution, 1e-4)
+
+
+def test_directions_that_were_not_seen_keep_the_corrected_weight():
+    before, now = moved_neurons(tokens=40)
+    now = torch.cat([now[:, :4], torch.zeros(40, 1, dtype=now.dtype)], 1)  # the last neuron never fires
+    shift = InputShift.empty(9, torch.device("cpu"))
+    shift.update(before, widened(now, 9))
+    shift.require_finite("down")
+    old = normal(4, 5, seed=4)
+    found = refit_slices.refit_reader(shift, normal(4, 9, seed=3), old, centered=False)
+    close(found[:, 4], old[:, 4], 1e-9)
+    assert float((found[:, :4] - old[:, :4]).abs().amin()) > 0
+    nothing = InputShift.empty(9, torch.device("cpu"))
+    nothing.update(before, torch.zeros_like(before))
+    nothing.require_finite("down")
+    assert torch.equal(refit_slices.refit_reader(nothing, normal(4, 9, seed=3), old, centered=False), old)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("llama", {}), ("gpt2", {}), ("bart", {}), ("phi3", {"stock": True}), ("gpt2", {"stock": True})],
+    ids=["llama", "gpt2", "bart", "phi3 stock", "gpt2 stock"],
+)
+def test_refit_comes_nearer_and_keeps_the_sizes(name, options):
+    model = BY_NAME[name].model()
+    data, inputs = BY_NAME[name].batches(rows=8, count=20), BY_NAME[name].batches(rows=32, count=1, seed=9)[0]
+    before = output(model, inputs)
+    apart, found = [], []
+    for refit in (False, True):
+        result = eckart.compress(model, data=data, form="sliced", keep=0.6 + 0.1 * len(options), refit=refit, **options)
+        apart.append(float((output(result.model, inputs) - before).norm()))
+        found.append(result)
+    assert apart[1] < 0.99 * apart[0]
+    assert found[0].plan.choices == found[1].plan.choices
+    assert sliced_features(found[0].model) == sliced_features(found[1].model)
+    assert not [note for note in found[1].report["notes"] if "refit" in note and "pooler" not in note]
+    for site, choice in found[1].plan.choices.items():
+        if choice.form == "sliced":
+            one, other = (result.model.get_submodule(site) for result in found)
+            assert one.weight.shape == other.weight.shape
+            # What makes neurons in the first layer may read what it always did.
+            assert choice.basis is not None or not torch.equal(one.weight, other.weight)
+
+
 # -- a plan file --------------------------------------------------------------------------------------
 
 
@@ -246,7 +318,7 @@ def workdir(tmp_path_factory) -> Workdir:
     return workdir
 
 
-SLICED = ("--form", "sliced", "--dtype", "float32", "--no-refit")
+SLICED = ("--form", "sliced", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +359,17 @@ def test_an_interrupted_run_resumes(server, workdir, streamed, tmp_path):
     done = server(workdir.words(tmp_path / "late/out", *SLICED, "--stream", "on"))
     assert done.code == 0, done.said
     assert published(tmp_path / "late/out") == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_an_interrupted_refit_resumes(server, workdir, streamed, tmp_path):
+    words = workdir.words(tmp_path / "out", *SLICED, "--stream", "on")
+    ticks = server(workdir.words(tmp_path / "whole", *SLICED, "--stream", "on")).ticks
+    last = max(i for i, tick in enumerate(ticks) if tick == "<Journal.write")
+    assert server(words, last + 1).code == -9
+    done = server(words)
+    assert done.code == 0, done.said
+    assert published(tmp_path / "out") == published(streamed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

@@ -21,7 +21,14 @@ from eckart.data import Batch, load_data
 from eckart.errors import ModelError, UsageError
 from eckart.forms import FactoredLinear, LowRankSparse
 from eckart.methods import METHODS
-from eckart.model import dense_weight, factored_modules, find_sites, replace_module, store_factors
+from eckart.model import (
+    dense_weight,
+    factored_modules,
+    find_sites,
+    replace_module,
+    sliced_features,
+    store_factors,
+)
 from eckart.moments.input_shift import InputShift
 from eckart.recovery import RecoveryContext, make_recovery
 from eckart.storage.cache import Cache
@@ -275,3 +282,27 @@ def test_a_teacher_with_other_names_is_refused():
     student = eckart.compress(llama_like, method="svd", keep=0.4).model
     with pytest.raises(UsageError, match=r"the teacher has no such weight.*--teacher MODEL"):
         solved(student, bert, batches_of(BY_NAME["llama"], llama_like, 1))
+
+
+# -- layers with fewer neurons ---------------------------------------------------------------------------------
+
+
+def test_what_reads_fewer_neurons_is_solved_and_what_makes_them_is_left():
+    architecture = BY_NAME["gpt2"]
+    teacher = architecture.model()
+    data = architecture.batches(rows=8, count=6)
+    student = eckart.compress(teacher, data=data, form="sliced", keep=0.6, refit=False).model
+    after, recovery, notes = solved(student, teacher, batches_of(architecture, teacher))
+    features = sliced_features(student)
+    assert sliced_features(after) == features
+    readers = {name for name, found in features.items() if not found.rows}
+    assert len(readers) == 2
+    assert readers <= set(recovery.fits)
+    assert not set(recovery.fits) & (set(features) - readers)
+    assert all(recovery.fits[name].after < recovery.fits[name].before for name in readers)
+    assert any("which of its neurons are left is not known" in note for note in notes)
+    before = weights(student)
+    for name in features:
+        assert torch.equal(weights(after)[name][0], before[name][0]) == (name not in readers)
+    with pytest.raises(UsageError, match="factored itself"):
+        solved(student, student, batches_of(architecture, teacher))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from eckart.calibration.layerwise import KeptTensors, LayerwiseRunner, replaying
 from eckart.errors import NumericalError
@@ -50,6 +51,8 @@ class InputPairs:
     def for_each(self, leader: str, add: Callable[[Tensor, Tensor], None]) -> None:
         """`add(x, x~)` for the real tokens of every batch, or of parts of it: (tokens, n) of both models.
 
+        Where neurons were taken away, zeros stand after those that are left.
+
         Args:
             leader: the next one.
             add: adds all or nothing, where memory runs out.
@@ -65,6 +68,7 @@ class InputPairs:
             x = self._original(leader, part)
             with replaying(self.now.model, self.solved, self.kept, part):
                 y = real_tokens(self.now.capture_input(self.step, part, leader), part)
+            y = widened(y, x.shape[-1])
             if x.shape != y.shape:
                 raise NumericalError(
                     f"{leader} reads {tuple(x.shape)} in the original and {tuple(y.shape)} in the compressed model"
@@ -99,3 +103,9 @@ class InputPairs:
         for later in self.leaders[1:]:
             self.kept.put(later, part, captured.pop(later))
         return captured[leader]
+
+
+def widened(inputs: Tensor, width: int) -> Tensor:
+    """Inputs (tokens, k) with zeros after them, (tokens, width); as they are where they are no narrower."""
+    missing = width - inputs.shape[-1]
+    return functional.pad(inputs, (0, missing)) if missing > 0 else inputs

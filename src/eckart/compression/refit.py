@@ -54,7 +54,7 @@ def refit_if_better(
     if context.held_out is None and not recipe.refit:
         return compressed, None, ["the refit was left out: there is too little text to hold some out and check it by"]
     kinds = {name: form_named(c.form) for name, c in plan.choices.items() if c.form != DENSE}
-    fixed = sorted(name for name, kind in kinds.items() if not (kind.refits and kind.own_module))
+    fixed = sorted(name for name, kind in kinds.items() if not kind.refits)
     notes = [f"{name}: not refitted, form {plan.choices[name].form} cannot be" for name in fixed]
     names = [name for name in factors.summary.losses if name not in fixed]
     measured: dict[str, Any] | None = None
@@ -120,10 +120,18 @@ def refit_blocks(
         assert found is not None, "statistics are kept where a refit is asked for"
         return Moments.from_state({k: v.to(context.weights.device) for k, v in found.state().items()})
 
+    def rows(name: str) -> Tensor | None:
+        choice = plan.choices[name]
+        if choice.basis is None:
+            return None
+        found = factors.sliced(choice.basis)
+        return found.layer.rows_of(name, found.slicing.order[: choice.rank].sort().values)
+
     sites = {site.name: site for site in context.sites.chosen}
     refit = GroupRefit(
-        sites, plan.choices, frozenset(names), moments, settings.method, processes, spare=lambda: _spare(context)
-    )
+        sites, plan.choices, frozenset(names), moments, settings.method, processes, spare=lambda: _spare(context),
+        rows=rows,
+    )  # fmt: skip
     done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
     last = max(steps, default=-1)
     for step in [step for step in sorted(steps) if str(step) in done]:

@@ -19,7 +19,9 @@ from torch.nn import functional
 
 from eckart.allocation import DENSE, Choice
 from eckart.calibration.layerwise import Groups, KeptTensors, LayerwiseRunner, split_by_segment
-from eckart.compression.input_pairs import InputPairs
+from eckart.compression.input_pairs import InputPairs, widened
+from eckart.compression.refit_slices import refit_reader
+from eckart.compression.settings import SLICED
 from eckart.distributed import Processes
 from eckart.forms import FactoredLinear, form_named
 from eckart.linalg import factorize, factorize_jointly
@@ -69,6 +71,8 @@ class GroupRefit:
         spare: bytes that may be kept between the passes through one block, asked at every block; what does not fit is
             computed again.
         halving: how batches are run.
+        rows: returns numbers of the rows that are left of a weight that makes neurons, where some were taken away.
+            Called by the first process only.
     """
 
     sites: Mapping[str, Site]
@@ -80,6 +84,7 @@ class GroupRefit:
     fits: dict[str, Fit] | None = None
     spare: Callable[[], int] = lambda: 0
     halving: Halving = field(default_factory=Halving)
+    rows: Callable[[str], Tensor | None] = lambda name: None
     _pairs: dict[int, InputPairs] = field(default_factory=dict, repr=False)
 
     def step(
@@ -135,12 +140,12 @@ class GroupRefit:
         """Sites of a group that are solved together, and notes of those that cannot be."""
         sharing: dict[str, list[str]] = {}
         for name, choice in self.choices.items():
-            if choice.basis is not None:
+            if choice.basis is not None and choice.form != SLICED:
                 sharing.setdefault(choice.basis, [choice.basis]).append(name)
         sets: dict[str, tuple[str, ...]] = {}
         notes: list[str] = []
         for name in known:
-            first = self.choices[name].basis or name
+            first = name if self.choices[name].form == SLICED else self.choices[name].basis or name
             together = tuple(sharing.get(first, (name,)))
             if set(together) <= set(known):
                 sets[first] = together
@@ -214,8 +219,10 @@ class GroupRefit:
         assert self.fits is not None
         truth = _linear(original.get_submodule(name))
         near = [
-            max(0.0, power + shift.count * shift.output_error(*truth, *linear)) / power if power else 0.0
-            for linear in (old, _linear(compressed.get_submodule(name)))
+            max(0.0, power + shift.count * shift.output_error(*truth, widened(weight, truth[0].shape[1]), bias)) / power
+            if power
+            else 0.0
+            for weight, bias in (old, _linear(compressed.get_submodule(name)))
         ]
         self.fits[name] = Fit(*near)
 
@@ -244,6 +251,8 @@ class GroupRefit:
             more: whether the group has sites still to be solved.
         """
         shift = regression.shift
+        if self.choices[names[0]].form == SLICED:
+            return self._solve_sliced(original, compressed, names[0], regression)
         olds: list[Any] = [original.get_submodule(name) for name in names]
         weights = [dense_weight(old).to(shift.gram.device).float() for old in olds]
         moments = [self.moments(name) for name in names]
@@ -277,6 +286,24 @@ class GroupRefit:
                 notes += self._store(compressed, name, pair, bias)
         return notes
 
+    def _solve_sliced(self, original: nn.Module, compressed: nn.Module, name: str, regression: Regression) -> list[str]:
+        """Solve a weight that makes or reads neurons some of which were taken away."""
+        shift, old = regression.shift, original.get_submodule(name)
+        rows, centered = self.rows(name), self.moments(name).centered
+        weight, bias = (None if part is None else part.to(shift.gram.device).float() for part in _linear(old))
+        assert weight is not None
+        if rows is None:
+            now, _ = _linear(compressed.get_submodule(name))
+            stored = refit_reader(shift, weight, now, centered=centered)
+        else:
+            weight, bias = weight[rows.to(weight.device)], None if bias is None else bias[rows.to(bias.device)]
+            stored = regression.target(weight, centered=centered).double()
+        if bias is not None and centered:
+            mean, moved = shift.means()
+            bias = bias.double() + weight.double() @ mean - stored @ moved[: stored.shape[1]]
+        set_dense_weight(compressed, name, stored, bias)
+        return []
+
     def _store(
         self, compressed: nn.Module, name: str, factors: tuple[Tensor, Tensor], bias: Tensor | None
     ) -> list[str]:
@@ -298,6 +325,8 @@ def share_bases(model: nn.Module, groups: Sequence[Sequence[str]], choices: Mapp
     """
     for first, *others in groups:
         part = form_named(choices[first].form).shared_parameter if others else None
+        if part is None:  # alone, or they have neurons in common and not numbers
+            continue
         share_parameters(model, {f"{name}.{part}": f"{first}.{part}" for name in others})
 
 

@@ -23,9 +23,10 @@ from eckart.compression.refit_groups import Fit, GroupRefit, refittable
 from eckart.data import Batch
 from eckart.data.inference import device_of, evaluating, forward, progress
 from eckart.errors import ModelError, UsageError
-from eckart.forms import Factored, FactoredLinear
+from eckart.forms import Factored, FactoredLinear, Sliced
 from eckart.methods import METHODS
-from eckart.model import Site, dense_weight, factored_modules, find_sites
+from eckart.model import Site, SlicedFeatures, dense_weight, factored_modules, find_sites, sliced_features
+from eckart.model.slicing import ATTRIBUTE
 from eckart.moments import Moments, common_calls, shared_inputs
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 
@@ -116,7 +117,7 @@ class Refit(ClosedFormRecovery):
 
     def _sites(self, model: PreTrainedModel, teacher: PreTrainedModel) -> tuple[dict[str, Site], dict[str, str]]:
         """The teacher's weights that the student holds in a form, and why others are left."""
-        if factored_modules(teacher):
+        if factored_modules(teacher) or sliced_features(teacher):
             raise UsageError(
                 f"--teacher: this {type(teacher).__name__} is factored itself, and a refit needs the weights that the "
                 "factors were made of. Give the original: --teacher MODEL"
@@ -124,7 +125,10 @@ class Refit(ClosedFormRecovery):
         known = {site.name: site for site in find_sites(teacher).chosen}
         factored = factored_modules(model)
         left = {name: why for name, module in factored.items() if (why := _refusal(name, module, known)) is not None}
-        there = [name for name in factored if name not in left]
+        sliced = sliced_features(model)
+        readers = [n for n, found in sliced.items() if not found.rows and n in known and known[n].shape[1] == found.of]
+        left |= {name: "which of its neurons are left is not known" for name in sliced if name not in readers}
+        there = [name for name in (*factored, *readers) if name not in left]
         if not there:
             listed = "; ".join(f"{name}: {why}" for name, why in list(left.items())[:LISTED])
             raise UsageError(
@@ -159,6 +163,9 @@ def _start_runner(
 
 def _current_choice(module: Any) -> Choice:
     """Form and size as they are."""
+    sliced: SlicedFeatures | None = getattr(module, ATTRIBUTE, None)
+    if sliced is not None:
+        return Choice(Sliced.form, sliced.kept, (len(dense_weight(module)), 1))
     return Choice(module.form, module.rank, module.block) if isinstance(module, FactoredLinear) else Choice(DENSE)
 
 

@@ -10,8 +10,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from architectures import output
 from joint_groups import joined, pair, separately
+from peft import LoraConfig, get_peft_model
 from problems import close, normal
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -423,3 +425,37 @@ def test_an_adapter_in_place_of_the_shared_factor_is_no_sharing():
     rank, width = 5, 12
     expected = sum(rank * (width + part.out_features) for part in model) - rank * width
     assert count_sizes(model).model.multiply_adds == expected
+
+
+def test_offloaded_members_work():
+    model, x = pair(3), given(4, 12)
+    with torch.no_grad():
+        expected = separately(model, x)
+        cpu_offload(model, execution_device="cpu")
+        for _ in range(2):
+            for got, wanted in zip([member(x) for member in model], expected, strict=True):
+                close(got, wanted, 1e-6)
+        assert model[0].first.weight.is_meta
+
+
+@pytest.mark.parametrize("leaves", [["first"], ["second"], ["first", "second"]])
+def test_adapters_on_the_leaves_are_trained(leaves):
+    model, groups, batch = joined("llama", num_hidden_layers=1)
+    expected = output(model, batch)
+    model = get_peft_model(model, LoraConfig(target_modules=leaves, r=2, init_lora_weights=True))
+    close(output(model, batch), expected, 1e-5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+    adapters = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    members = [member for group in groups for member in group]
+    for member in members:
+        for leaf in leaves:
+            own = [p for name, p in adapters.items() if f"{member}.{leaf}." in name]
+            assert len(own) == 2
+            assert all(float(p.grad.abs().max()) > 0 for p in own)
+    tuned = output(model, batch)
+    assert float((tuned - expected).abs().max()) > 1e-4
+    if leaves == ["second"]:  # adapters of a shared leaf cannot be merged into it: each has its own
+        close(output(model.merge_and_unload(), batch), tuned, 1e-4)

@@ -25,6 +25,11 @@ from eckart.forms.base import is_plain_linear
 
 ATTRIBUTE = "_eckart_shared_product"
 
+TRACED_SINCE = (2, 13)
+"""The version of torch from which on TorchDynamo is known to trace what :mod:`eckart.forms.traced_product` does."""
+
+_CAN_TRACE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= TRACED_SINCE
+
 
 class SharedProduct:
     """`A x`, for those modules that have not read it yet.
@@ -69,6 +74,8 @@ def shared_product(leaf: nn.Linear, x: Tensor, readers: int) -> Tensor:
     if readers < 2:
         return leaf(x)
     if torch.compiler.is_dynamo_compiling():
+        if not _CAN_TRACE:
+            return leaf(x)
         from eckart.forms.traced_product import traced_product
 
         return traced_product(leaf, x, readers)

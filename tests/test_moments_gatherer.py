@@ -33,6 +33,9 @@ class Batch:
     def masks(self) -> dict[int, Tensor]:
         return {self.mask.shape[1]: self.mask}
 
+    def rows(self, start: int, stop: int) -> Batch:
+        return Batch(self.inputs["ids"][start:stop], self.mask[start:stop], self.examples[start])
+
 
 class Tiny(nn.Module):
     """Two projections that share an input, and one that reads their product."""
@@ -132,14 +135,57 @@ def test_hooks_go_when_a_batch_fails():
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_values_that_are_not_finite_are_refused_and_not_added():
+def test_values_that_are_not_finite_are_refused_at_the_end_of_their_batch():
+    """The first site that saw them is named, whatever the model went on to say."""
     model, (batch,) = Tiny(), batches()
-    model.embedding.weight.data[batch.inputs["ids"][0, 0], 3] = float("inf")
+
+    def loss_is_refused(batch: Batch) -> None:
+        run_through(model, gatherer, batch)
+        raise NumericalError("the loss is nan")
+
     with Gatherer(model, groups_of(model), needs=NEEDS) as gatherer:
-        gatherer.start(batch, 7)
-        with pytest.raises(NumericalError, match=r"input of gate, batch 7: \d of 208 values are NaN.*bfloat16"):
-            model(batch.inputs["ids"])
-        assert all(statistic.is_zero for statistic in gatherer.moments["gate"].statistics.values())
+        gatherer.run_in_parts(batch, 6, lambda batch: run_through(model, gatherer, batch))
+        with pytest.raises(NumericalError, match=r"^the loss is nan"):
+            gatherer.run_in_parts(batch, 6, loss_is_refused)
+        model.embedding.weight.data[batch.inputs["ids"][0, 0], 3] = float("inf")
+        for run in (lambda batch: run_through(model, gatherer, batch), loss_is_refused):
+            with pytest.raises(
+                NumericalError, match=r"^input of gate, batch 7: there are values that are NaN.*bfloat16"
+            ):
+                gatherer.run_in_parts(batch, 7, run)
+
+
+def test_what_was_added_before_memory_ran_out_is_looked_at_too():
+    """Its halves do not add it again."""
+    model, (batch,) = Tiny(), batches()
+    model.embedding.weight.data[batch.inputs["ids"][0, 0], 3] = float("nan")
+
+    def run(part: Batch) -> None:
+        if len(part.examples) == 6:
+            model.gate(model.embedding(part.inputs["ids"]))
+            raise MemoryError
+
+    with (
+        Gatherer(model, groups_of(model), needs=NEEDS) as gatherer,
+        pytest.raises(NumericalError, match=r"^input of gate, batch 3"),
+    ):
+        gatherer.run_in_parts(batch, 3, run)
+
+
+def test_a_pass_looks_once_whether_all_was_finite(monkeypatch):
+    """Each look makes the host wait for a device."""
+    model, (batch,) = Tiny(), batches()
+    looks = []
+    plain = Tensor.__bool__
+    monkeypatch.setattr(Tensor, "__bool__", lambda tensor: looks.append(tuple(tensor.shape)) or plain(tensor))
+    with Gatherer(model, groups_of(model), needs=frozenset({"gram", "gradients"})) as gatherer:
+        model(batch.inputs["ids"])
+        looks.clear()
+        gatherer.start(batch, 0)
+        run_through(model, gatherer, batch)
+        masks = len(looks)
+        gatherer.finish()
+    assert len(looks) == masks + 1
 
 
 @pytest.mark.parametrize("name", STATISTICS)

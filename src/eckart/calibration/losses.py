@@ -96,8 +96,8 @@ def labeled_step(model: PreTrainedModel) -> Step:
             mask = batch.inputs.get("attention_mask")
             if mask is not None:
                 labels[~mask.bool()] = -100
-        labels = labels.to(device_of(model))
-        return _finite(labeled_loss(forward(model, batch.inputs, labels=labels), labels, shifted=shifted), batch)
+        outputs = forward(model, batch.inputs, labels=labels.to(device_of(model)))
+        return _finite(labeled_loss(outputs, labels, shifted=shifted), batch)  # counted where they came from
 
     return step
 

@@ -31,7 +31,7 @@ def labeled_loss(outputs: Any, labels: Tensor, *, shifted: bool) -> Tensor:
 
     Args:
         outputs: of `model(**inputs, labels=labels)`.
-        labels: as they were passed; -100 is not scored.
+        labels: as they were passed; -100 is not scored. On the CPU, so that they are counted without waiting.
         shifted: whether the model scores `labels[:, 1:]` (causal models shift by themselves).
 
     Raises:
@@ -93,7 +93,7 @@ def sampled_loss(
     features = _features(outputs)
     mask = _mask_for(features, masks)
     product = features.float() * _normal(features, generators)
-    return (product if mask is None else product[mask]).sum()
+    return _sum_real(product, None if mask is None else mask.unsqueeze(-1))
 
 
 def _features(outputs: Any) -> Tensor:
@@ -120,8 +120,13 @@ def _categorical(logits: Tensor, mask: Tensor | None, generators: Sequence[torch
         # Inverse transform: one uniform number a token, whatever the vocabulary and the device.
         targets = torch.searchsorted(cumulative, draw * cumulative[:, -1:]).clamp_max(scores.shape[-1] - 1)
         losses = functional.cross_entropy(scores, targets[:, 0], reduction="none")
-        total = total + (losses if mask is None else losses[mask[row].reshape(-1)]).sum()
+        total = total + _sum_real(losses, None if mask is None else mask[row].reshape(-1))
     return total
+
+
+def _sum_real(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Their sum where the mask is set. Nothing is selected: a device need not say how many there are."""
+    return (values if mask is None else torch.where(mask, values, 0.0)).sum()
 
 
 def _normal(like: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -60,6 +60,7 @@ class Gatherer:
         self.max_rows: int | None = None
         self.times_halved = 0
         self._current = CurrentBatch(common)
+        self._unchecked: list[tuple[str, Tensor]] = []  # what was added, and whether it was finite
         self._rows = 0
         self._hooks = ExitStack()
 
@@ -89,7 +90,12 @@ class Gatherer:
         self._rows = len(batch.examples)
 
     def finish(self) -> None:
-        """End a batch: add modules that ran more than once, and count sequences."""
+        """End a batch: add modules that ran more than once, and count sequences.
+
+        Raises:
+            NumericalError: something that was added was not finite, which makes the sums useless.
+        """
+        self._require_finite()
         current = self._current
         for site, calls in current.pieces.items():
             inputs, gradients = (torch.cat(parts, dim=1) for parts in zip(*calls, strict=True))
@@ -136,6 +142,9 @@ class Gatherer:
         try:
             run(part)
             self.finish()
+        except NumericalError:  # of a loss, say: a site whose input is to blame is named first
+            self._require_finite()
+            raise
         except Exception as error:
             size = len(part.examples)
             if size < 2 or not is_out_of_memory(error):
@@ -204,10 +213,22 @@ class Gatherer:
 
     def _add_rows(self, todo: Mapping[Update, InputStatistic | GradientStatistic], rows: Tensor, where: str) -> None:
         rows = rows.detach().float()
-        _require_finite(rows, where)
+        finite = rows.sum().isfinite()
         for update, statistic in todo.items():
             statistic.update(rows)
             self._current.added.add(update)
+            if not self._unchecked or self._unchecked[-1][1] is not finite:
+                self._unchecked.append((where, finite))
+
+    def _require_finite(self) -> None:
+        """Refuse NaN and infinity that were added, naming the first site: one look a batch, not one a site."""
+        checks, self._unchecked = self._unchecked, []
+        if checks and not bool(torch.stack([finite for _, finite in checks]).all()):
+            where = next(where for where, finite in checks if not bool(finite))
+            raise NumericalError(
+                f"{where}: there are values that are NaN or infinite. "
+                "Load the model in float32 or bfloat16 (float16 overflows), or look at this batch's text."
+            )
 
     def _add_sequences(self, site: str, inputs: Tensor, gradients: Tensor) -> None:
         """One update a pass, however often the site is called: its weight has one gradient a sequence."""
@@ -219,20 +240,6 @@ class Gatherer:
 
 def _of_kind(moments: Moments, kind: type[Statistic]) -> dict[str, Statistic]:
     return {name: found for name, found in moments.statistics.items() if isinstance(found, kind)}
-
-
-def _require_finite(rows: Tensor, where: str) -> None:
-    """Refuse NaN and infinity, before anything is added.
-
-    Raises:
-        NumericalError: naming site and batch.
-    """
-    if not bool(torch.isfinite(rows.sum(0)).all()):
-        bad = int((~torch.isfinite(rows)).sum())
-        raise NumericalError(
-            f"{where}: {bad} of {rows.numel()} values are NaN or infinite. "
-            "Load the model in float32 or bfloat16 (float16 overflows), or look at this batch's text."
-        )
 
 
 def gather(

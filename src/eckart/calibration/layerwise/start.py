@@ -10,10 +10,15 @@ from torch import nn
 
 from eckart.calibration.forward_context import ForwardContext
 from eckart.calibration.layerwise.hidden_states import HiddenStateStore
+from eckart.calibration.layerwise.near_states import NearStates
 from eckart.calibration.layerwise.runner import LayerwiseRunner
 from eckart.calibration.layerwise.trace import trace_blocks
 from eckart.data import Batch
 from eckart.data.inference import forward
+from eckart.distributed.memory import free_memory
+
+NEAR = 0.2
+"""The part of a GPU's free memory that the hidden states of one model may take; the rest of them goes to the store."""
 
 
 def start_runner(
@@ -50,5 +55,8 @@ def start_runner(
     def plain(batch: Batch) -> Any:
         return forward(model, batch.inputs)
 
+    if device.type == "cuda":
+        memory = int(NEAR * (free_memory(device) or 0))
+        store = NearStates(store, memory, everything=getattr(store, "durable", False))
     chain = trace_blocks(model, names, run or plain, example, store, backward=backward, context=context, device=device)
     return LayerwiseRunner(chain, batches, store, context=context, name=name)

@@ -20,6 +20,7 @@ import eckart
 from eckart.checkpoint.load import load
 from eckart.compression import refit_slices
 from eckart.compression.input_pairs import widened
+from eckart.compression.neuron_layers import possible_layers
 from eckart.compression.result import load_lines
 from eckart.errors import ModelError, UsageError
 from eckart.evaluation.sizes import count_sizes
@@ -383,6 +384,17 @@ def test_two_processes_make_the_model_of_one(server, workdir, streamed, tmp_path
     done = [server.wait(one) for one in started]
     assert [one.code for one in done] == [0, 0], [one.said for one in done]
     same_model(tmp_path / "out", streamed)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "phi3", "mixtral", "bart", "gpt-neox", "vit", "t5"])
+def test_layers_that_may_be_hold_those_that_are(name):
+    model = eckart.model.with_separate_experts(BY_NAME[name].model())
+    sites = eckart.model.find_sites(model).chosen
+    layers, _ = find_neurons(model, sites, BY_NAME[name].batches(count=1)[0])
+    guessed = {reader: set(writers) for reader, *writers in possible_layers(sites, model)}
+    assert set(guessed) == {layer.reader for layer in layers}
+    for layer in layers:
+        assert set(layer.writers) <= guessed[layer.reader]
 
 
 def test_factors_of_sliced_layers_are_not_made(monkeypatch):

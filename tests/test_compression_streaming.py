@@ -236,6 +236,7 @@ def test_what_makes_an_estimate_larger():
         {"batch_size": 8},
         {"method": "kfac", "batch_size": 1},
         {"method": "drone", "batch_size": 1, "keep": 1},
+        {"method": "drone", "batch_size": 1, "form": "sliced"},
     ):
         found = estimated(Recipe(**{"method": "drone", **more}), **LARGE)
         assert parts(found.whole) > parts(less.whole), more

@@ -3,12 +3,13 @@
 import gc
 
 import pytest
+import torch
 from problems import normal
 
 from eckart.distributed.memory import MemoryWatch
-from eckart.linalg import Metric, Problem, factorize
+from eckart.linalg import Metric, Problem, factorize, slice_neurons
 from eckart.moments import Moments
-from eckart.moments.memory import solving_bytes, statistics_bytes
+from eckart.moments.memory import slicing_bytes, solving_bytes, statistics_bytes
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,25 @@ def test_solving_takes_no_more_than_estimated(m, n, two_sided):
         factors = factorize(problem).factors
     assert factors[0].shape == (m, min(m, n))
     assert watch.peak - watch.before <= solving_bytes(m, n, needs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_slicing_takes_no_more_than_estimated(dtype, monkeypatch):
+    if dtype == torch.float32:
+        for module in ("eckart.linalg.slice", "eckart.moments.memory"):
+            monkeypatch.setattr(f"{module}.WIDE", 500)
+
+    def problem(m: int, n: int) -> Problem:
+        rows, columns = (normal(2 * width, width, seed=width).float() for width in (m, n))
+        return Problem(normal(m, n).float(), Metric(full=rows.mT @ rows), Metric(full=columns.mT @ columns).shrunk(0.1))
+
+    slice_neurons(problem(16, 24))
+    given = problem(256, 768)
+    takes, kept = slicing_bytes(256, 768)
+    gc.collect()
+    with MemoryWatch(0.002) as watch:
+        found = slice_neurons(given).kept(767)
+    assert found.lower.dtype == dtype
+    assert watch.peak - watch.before <= takes
+    numbers = found.mixed.numel() + 767 * 768 // 2
+    assert numbers * dtype.itemsize <= kept < 2.5 * numbers * dtype.itemsize

@@ -18,6 +18,7 @@ from eckart.checkpoint.load import blank
 from eckart.compression.basis_groups import adjacent
 from eckart.compression.budget import Budget
 from eckart.compression.joint_groups import possible_groups
+from eckart.compression.neuron_layers import possible_layers
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.size_limits import Limits, largest_choices, largest_joint_rank
@@ -30,7 +31,7 @@ from eckart.evaluation.divergence import PIECE
 from eckart.forms import form_named
 from eckart.model import Sites, find_sites, with_separate_experts
 from eckart.moments import needs_backward, statistics_named
-from eckart.moments.memory import RECTANGLE, solving_bytes, statistics_bytes
+from eckart.moments.memory import RECTANGLE, slicing_bytes, solving_bytes, statistics_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -100,6 +101,12 @@ def estimate_memory(
         solving = max(solving, max(solving_bytes(*shapes[n], needs) for n in group) + RECTANGLE * rows * columns)
         largest = largest_joint_rank([shapes[name] for name in group], settings.joint_form, planned=False)
         factors[group[0]] += largest * (rows + columns) * FLOAT32
+    for reader, *writers in possible_layers(sites.chosen, model) if settings.slices else ():
+        takes, kept = slicing_bytes(*shapes[reader])
+        solving = max(solving, takes)
+        if settings.rest:  # their weights are never factored
+            factors |= dict.fromkeys((reader, *writers), 0)
+        factors[reader] += kept
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
     budget = Budget.of_recipe(model, sites, recipe)
     stored = _stored(recipe, elements - sum(site.elements for site in sites.chosen) + budget.elements)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import Choice, Curve, Option, RankMultiples
 from eckart.calibration.forward_context import forward_context
-from eckart.calibration.layerwise import all_blocks
+from eckart.calibration.layerwise import all_blocks, block_of
 from eckart.compression.curves import Cost, Shapes
 from eckart.errors import UsageError
 from eckart.forms import Sliced
@@ -40,6 +40,32 @@ def find_layers(model: nn.Module, sites: Sequence[Site], inputs: Mapping[str, Te
     with forward_context(model, weights, all_blocks(model))(None):
         there = {key: value.to(weights.device) for key, value in inputs.items()}
         return find_neurons(model, sites, there, weights.held)[0]
+
+
+def possible_layers(sites: Sequence[Site], model: nn.Module) -> list[tuple[str, ...]]:
+    """Layers of neurons that there may be, before the model has run: reader, then writers.
+
+    The reader goes back to as many numbers as the writers read, from as many as they make, or half as many.
+    """
+    blocks: dict[str | None, list[Site]] = {}
+    for site in sites:
+        blocks.setdefault(block_of(site.name, model), []).append(site)
+    found: list[tuple[str, ...]] = []
+    for inside in blocks.values():
+        for place, reader in enumerate(inside):
+            outputs, width = reader.shape
+            around = reader.name.rpartition(".")[0].rpartition(".")[0]
+            writers = [
+                site.name
+                for site in inside[:place]
+                if site.in_features == outputs
+                and site.out_features in (width, 2 * width)
+                and outputs != width
+                and site.name.startswith(around)
+            ]
+            if writers:
+                found.append((reader.name, *writers))
+    return found
 
 
 def sliced_choices(layer: NeuronLayer, shapes: Shapes, count: int) -> dict[str, Choice]:

@@ -30,6 +30,10 @@ def test_seconds_at_and_between_measured_ranks():
     assert PROFILE.seconds("dense", 8, (16,), 5) == 4.0  # a dense weight has no rank
 
 
+def test_a_point_between_two_ranks_is_nearer_to_the_nearer_one():
+    assert Curve((2, 8), (1.0, 7.0)).at(4) == 3.0
+
+
 def test_weights_that_are_not_joint_add_up():
     assert PROFILE.seconds("dense", 8, (16, 8)) == 6.0
     assert PROFILE.seconds("lowrank", 8, (16, 8), 4) == 3.0

@@ -12,9 +12,12 @@ from rich.text import Text
 from eckart.report.words import add_columns, format_count, make_table
 
 EXPLAINED = (
-    "ms: median of one call, and the middle half of all calls; tokens/s: computed in a call; allowed: 1 / (1 - share "
-    "of the layers that were made smaller in the original's time x what is left out of their multiply-adds); reached: "
-    "speed-up / allowed; peak: model and all tensors alive at one time"
+    "ms: median of one call, and the middle half of all calls; tokens/s: computed in a call; peak: the model and all "
+    "tensors alive at one time"
+)
+COMPARED = (
+    "; allowed: 1 / (1 - share of the layers that were made smaller in the original's time x what is left out of their "
+    "multiply-adds); reached: speed-up / allowed"
 )
 COLUMNS = {
     "feed-forward": "feed-forward",
@@ -35,7 +38,8 @@ def render_bench(found: Mapping[str, Any]) -> Group:
     parts: list[Any] = [Text(format_machine(found), style="bold"), Text(), _models(found), Text()]
     for phase in dict.fromkeys(row["phase"] for row in found["rows"]):
         parts += [_times(phase, [row for row in found["rows"] if row["phase"] == phase]), Text()]
-    parts += [_shares(found["shares"]), Text(), Text(EXPLAINED, style="dim")]
+    compared = any(row["speedup"] is not None for row in found["rows"])
+    parts += [_shares(found["shares"]), Text(), Text(EXPLAINED + (COMPARED if compared else ""), style="dim")]
     parts += [Text(sentence, style="bold") for sentence in found["verdict"]]
     return Group(*parts, *(Text(f"note: {note}", style="yellow") for note in found["notes"]))
 
@@ -67,8 +71,10 @@ def _models(found: Mapping[str, Any]) -> Table:
 
 def _times(phase: str, rows: list[Mapping[str, Any]]) -> Table:
     compiled = any(row["mode"] != "eager" for row in rows)
-    names = ("model", *(["mode"] if compiled else []), "ms", "", "tokens/s", "speed-up", "allowed", "reached", "peak")
-    table = add_columns(make_table(phase), "batch x length", names)
+    compared = any(row["speedup"] is not None for row in rows)
+    mode = ["mode"] if compiled else []
+    ratios = ["speed-up", "allowed", "reached"] if compared else []
+    table = add_columns(make_table(phase), "batch x length", ["model", *mode, "ms", "", "tokens/s", *ratios, "peak"])
     last = None
     for row in rows:
         size = (row["batch"], row["length"])
@@ -84,9 +90,7 @@ def _times(phase: str, rows: list[Mapping[str, Any]]) -> Table:
             _milliseconds(seconds["median"]),
             f"{_milliseconds(seconds['lower'])}-{_milliseconds(seconds['upper'])}",
             format_count(row["tokens_per_second"]),
-            _ratio(row["speedup"]),
-            _ratio(row.get("allowed")),
-            _ratio(row["reached"]),
+            *([_ratio(row["speedup"]), _ratio(row.get("allowed")), _ratio(row["reached"])] if compared else []),
             f"{format_count(row['peak_bytes'])}B" if row["peak_bytes"] is not None else "",
             style="bold" if "allowed" in row else None,
         )

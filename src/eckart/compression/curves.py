@@ -18,8 +18,8 @@ Cost = Callable[[Mapping[str, Choice]], float]
 
 JOINT_MARGIN = 1.1
 """How much more a joint group is counted to lose than predicted: the prediction leaves out that the errors of its
-members' outputs now vary together. Tried on a causal model, whose held-out loss was lower with 1.1 than with 1 at two of
-three sizes and nearly equal at the third."""
+members' outputs now vary together. Tried on a causal model, whose held-out loss was lower with 1.1 than with 1 at two
+of three sizes and nearly equal at the third."""
 
 Shapes = Mapping[str, tuple[int, int]]
 """Site -> (out, in)."""

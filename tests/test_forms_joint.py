@@ -4,9 +4,11 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 import weakref
 from collections import Counter
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -136,6 +138,10 @@ def _other_data(model, x):
     x.data = given(*x.shape, seed=3)
 
 
+def _shorter_data(model, x):
+    x.data = x.data[:2]
+
+
 def _weight_in_place(model, x):
     with torch.no_grad():
         model[0].first.weight.mul_(2)
@@ -155,7 +161,7 @@ def _other_parameter(model, x):
     model[1].first.weight = nn.Parameter(given(5, 12, seed=6))
 
 
-CHANGES = [_in_place, _one_number, _other_data, _weight_in_place, _weight_data, _step, _other_parameter]
+CHANGES = [_in_place, _one_number, _other_data, _shorter_data, _weight_in_place, _weight_data, _step, _other_parameter]
 
 
 @every_mode
@@ -204,6 +210,11 @@ def test_gradients_do_not_read_what_has_none():
     x.requires_grad_()
     model[1](x).sum().backward()
     assert float(x.grad.abs().max()) > 0
+    x = given(4, 12)
+    model[0](x)
+    model[1].first.weight.requires_grad_()
+    model[1](x).sum().backward()
+    assert float(model[1].first.weight.grad.abs().max()) > 0
     with torch.inference_mode():
         model[0](x)
     model[1](x).sum().backward()  # no inference tensor is saved for it
@@ -305,16 +316,18 @@ def test_transforms_and_other_tensors_go_their_own_way():
 
 
 def test_threads_do_not_read_each_others_products():
+    """Nor each other's graphs, which each of them frees."""
     model, x, failed = pair(2), given(64, 12), []
     expected = separately(model, x)
 
     def work():
-        for _ in range(50):
-            with torch.no_grad():
+        try:
+            for _ in range(100):
                 found = [member(x) for member in model]
-            if not all(torch.equal(one, other) for one, other in zip(found, expected, strict=True)):
-                failed.append(found)
-            sum(member(x).sum() for member in model).backward(inputs=[model[1].second.bias])
+                assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+                torch.autograd.grad(sum(output.sum() for output in found), model[0].first.weight)
+        except Exception as error:
+            failed.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:
@@ -322,6 +335,28 @@ def test_threads_do_not_read_each_others_products():
     for thread in threads:
         thread.join()
     assert not failed
+
+
+def test_what_was_computed_before_is_no_constant_of_a_trace():
+    model, x = pair(2), given(4, 12)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model[0](x)
+        traced = torch.jit.trace(model[1], x, check_trace=False)
+        other = given(4, 12, seed=5)
+        close(traced(other), model[1].second(model[1].first(other)), 1e-6)
+
+
+def test_streams_of_a_gpu_are_told_apart(monkeypatch):
+    assert memo._queue(torch.device("cpu")) is None
+    now = SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    one = memo._queue(torch.device("cuda"))
+    now.cuda_stream = 8
+    other = memo._queue(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert len({one, other, memo._queue(torch.device("cuda"))}) == 3
 
 
 def test_copies_and_saved_inputs_take_nothing_along(products):

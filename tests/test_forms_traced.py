@@ -162,6 +162,14 @@ def test_the_input_of_a_graph_holds_no_product_afterwards():
     assert getattr(x, traced_product.ATTRIBUTE, None) is None
 
 
+def test_a_graph_with_gradients_leaves_nothing_on_its_input():
+    """It would be held in a circle: the input by the graph, the graph by the input."""
+    x = normal(4, 12, dtype=torch.float32)
+    run, _ = compiled(pair(2)[0])
+    run(x)
+    assert not hasattr(x, traced_product.ATTRIBUTE)
+
+
 def test_compiled_training_has_the_gradients_of_separate_products():
     model = Parts(3).train()
     x = normal(4, 12, dtype=torch.float32)

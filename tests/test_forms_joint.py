@@ -24,10 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import eckart
 from eckart.checkpoint.description import attach_config
 from eckart.evaluation.sizes import count_sizes
+from eckart.forms import PivotedJoint
 from eckart.forms import shared_product as memo
+from eckart.linalg import Problem, factorize_jointly
+from eckart.linalg.pivot import MAXVOL_TOLERANCE
 from eckart.model import shared_parameters, to_dense_modules, unshare_parameters
 
 MODES = {"gradient": nullcontext, "no gradient": torch.no_grad, "inference": torch.inference_mode}
+every_form = pytest.mark.parametrize("form", ["joint", "pivoted-joint"])
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 MODELS = ["llama", "bert", "mixtral", "t5"]
 
@@ -60,10 +64,11 @@ def check(model, x, outputs=None):
 # -- once --------------------------------------------------------------------------------------------
 
 
+@every_form
 @every_mode
 @pytest.mark.parametrize("readers", [2, 3])
-def test_the_product_is_computed_once_and_does_not_stay(products, mode, readers):
-    model = pair(readers)
+def test_the_product_is_computed_once_and_does_not_stay(products, mode, readers, form):
+    model = pair(readers, form=form)
     with mode():
         for shape in ((12,), (4, 12), (2, 3, 12)):
             x = given(*shape)
@@ -148,32 +153,33 @@ def _weight_in_place(model, x):
 
 
 def _weight_data(model, x):
-    model[0].first.weight.data = given(5, 12, seed=5)
+    model[0].first.weight.data = given(*model[0].first.weight.shape, seed=5)
 
 
 def _step(model, x):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    model[0].first.weight.grad = torch.ones(5, 12)
+    model[0].first.weight.grad = torch.ones_like(model[0].first.weight)
     optimizer.step()
 
 
 def _other_parameter(model, x):
-    model[1].first.weight = nn.Parameter(given(5, 12, seed=6))
+    model[1].first.weight = nn.Parameter(given(*model[1].first.weight.shape, seed=6))
 
 
 CHANGES = [_in_place, _one_number, _other_data, _shorter_data, _weight_in_place, _weight_data, _step, _other_parameter]
 
 
+@every_form
 @every_mode
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_has_changed_since_is_computed_again(mode, change):
-    model = pair(2)
+def test_what_has_changed_since_is_computed_again(mode, change, form):
+    model = pair(2, form=form)
     with mode():
         x = given(4, 12)
         model[0](x)
         change(model, x)
         got = model[1](x)
-        close(got, model[1].second(model[1].first(x)), 1e-6)
+        close(got, separately(model, x)[1], 1e-6)
 
 
 @every_mode
@@ -228,12 +234,17 @@ def test_autocast_has_products_of_its_own():
         with torch.autocast("cpu", torch.bfloat16):
             half = model[1](x)
         again = model[2](x)
+        x = given(4, 12)
+        with torch.autocast("cpu", torch.bfloat16):
+            model[0](x)
+        close(model[1](x), model[1].second(model[1].first(x)), 1e-6)
     assert (wide.dtype, half.dtype, again.dtype) == (torch.float32, torch.bfloat16, torch.float32)
     close(again, model[2].second(model[2].first(x)), 1e-6)
 
 
-def test_gradients_are_those_of_separate_products():
-    model = pair(3).double()
+@every_form
+def test_gradients_are_those_of_separate_products(form):
+    model = pair(3, form=form).double()
     x = normal(4, 12).requires_grad_()
 
     def total(outputs):
@@ -436,9 +447,11 @@ def test_multiply_adds_of_a_model_are_those_of_its_forward(name):
     assert counts["mm"] + counts.get("addmm", 0) == 2 * tokens * found.model.multiply_adds
 
 
-@pytest.mark.parametrize("name", ["llama", "bert", "t5"])
-def test_shared_factors_are_saved_once_and_loaded_shared(name, tmp_path):
-    model, groups, batch = joined(name)
+@pytest.mark.parametrize(
+    ("name", "form"), [("llama", "joint"), ("bert", "joint"), ("t5", "joint"), ("bert", "pivoted-joint")]
+)
+def test_shared_factors_are_saved_once_and_loaded_shared(name, form, tmp_path):
+    model, groups, batch = joined(name, group_form=form)
     ties = shared_parameters(model)
     assert len(ties) == sum(len(group) - 1 for group in groups)
     expected = output(model, batch)
@@ -494,3 +507,47 @@ def test_adapters_on_the_leaves_are_trained(leaves):
     assert float((tuned - expected).abs().max()) > 1e-4
     if leaves == ["second"]:  # adapters of a shared leaf cannot be merged into it: each has its own
         close(output(model.merge_and_unload(), batch), tuned, 1e-4)
+
+
+# -- pivoted -------------------------------------------------------------------------------------------
+
+
+def test_pivot_columns_are_chosen_from_the_input_factor_alone_and_keep_it_exact():
+    problems = [Problem(normal(height, 20, seed=height)) for height in (16, 6, 6)]
+    solved = factorize_jointly(problems)
+    numbers = 0
+    for rank in (1, 7, 20):
+        members = []
+        for problem, found in zip(problems, solved, strict=True):
+            left, right = found.truncated(rank)
+            member = PivotedJoint(20, len(problem.target), rank, bias=False).double()
+            assert member.store(left, right, None) is None
+            close(member.to_dense(), left @ right, 1e-10)
+            members.append(member)
+        first, *others = members
+        assert all(torch.equal(first.first.weight, other.first.weight) for other in others)
+        assert all(torch.equal(first.order, other.order) for other in others)
+        assert sorted(first.order.tolist()) == list(range(20))
+        if first.first.weight.numel():
+            assert float(first.first.weight.abs().max()) <= MAXVOL_TOLERANCE * (1 + 1e-9)
+        numbers = sum(member.second.weight.numel() for member in members) + first.first.weight.numel()
+        assert numbers == rank * (20 - rank) + rank * (16 + 6 + 6)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_input_factor_of_lower_rank_is_held_too(rank):
+    right = normal(5, 12)
+    right[rank:] = right[:1] * 0 if rank == 0 else right[:1]
+    left = normal(8, 5, seed=1)
+    member = PivotedJoint(12, 8, 5, bias=False).double()
+    assert member.store(left, right, None) is None
+    torch.testing.assert_close(member.to_dense().detach(), left @ right, rtol=0, atol=1e-10)
+
+
+def test_the_input_is_put_in_order_once_for_a_group():
+    model, x = pair(3, form="pivoted-joint"), given(4, 12)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        outputs = [member(x) for member in model]
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["aten::index_select"] == 1
+    check(model, x, outputs)

@@ -104,6 +104,16 @@ def test_a_loaded_pivoted_model_puts_outputs_in_order_by_one_constant_index(tmp_
     assert sum(found[key] for key in PRODUCTS) == products_of(model)
 
 
+def test_a_group_of_one_pivot_set_puts_its_input_in_order_once():
+    model, groups, batch = joined("llama", group_form="pivoted-joint", num_hidden_layers=1)
+    run, graphs = compiled(model)
+    with torch.no_grad():
+        close(output(run, batch), output(model, batch), 1e-5)
+    found = operations(graphs[0])
+    assert {key: found[key] for key in MOVES if found[key]} == {"index_select": len(groups)}
+    assert sum(found[key] for key in PRODUCTS) == products_of(model)
+
+
 class Parts(nn.Module):
     """Calls the members of a group, and changes their input in between."""
 

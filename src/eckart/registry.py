@@ -48,6 +48,7 @@ FORMS: Registry[Any] = Registry(
         "lowrank": "eckart.forms.lowrank:LowRank",
         "pivoted": "eckart.forms.pivoted:Pivoted",
         "joint": "eckart.forms.joint:Joint",
+        "pivoted-joint": "eckart.forms.pivoted_joint:PivotedJoint",
         "kronecker": "eckart.forms.kronecker:Kronecker",
         "shared-basis": "eckart.forms.shared_basis:SharedBasis",
         "sliced": "eckart.forms.sliced:Sliced",

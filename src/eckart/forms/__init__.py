@@ -20,6 +20,7 @@ from eckart.forms.lowrank import LowRank
 from eckart.forms.lowrank_embedding import LowRankEmbedding
 from eckart.forms.lowrank_sparse import LowRankSparse, MaskedLowRankSparse
 from eckart.forms.pivoted import Pivoted
+from eckart.forms.pivoted_joint import PivotedJoint
 from eckart.forms.safe_embedding import SafeEmbedding
 from eckart.forms.shared_basis import SharedBasis
 from eckart.forms.sliced import Sliced
@@ -43,6 +44,7 @@ __all__ = [
     "LowRankSparse",
     "MaskedLowRankSparse",
     "Pivoted",
+    "PivotedJoint",
     "SafeEmbedding",
     "SharedBasis",
     "Sliced",

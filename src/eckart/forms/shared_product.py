@@ -14,6 +14,7 @@ called as the module that it is.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -60,28 +61,32 @@ class SharedProduct:
         return type(None), ()  # no part of a copied or saved x
 
 
-def shared_product(leaf: nn.Linear, x: Tensor, readers: int) -> Tensor:
+def shared_product(
+    leaf: nn.Linear, x: Tensor, readers: int, product: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
     """`A x`, which is computed when the first of several modules asks for it.
 
     Args:
         leaf: of the module that asks; its weight A is the same parameter in all of them.
         x: (..., n).
         readers: how many modules share A.
+        product: makes it, with the leaf; None for the leaf itself.
 
     Returns:
         (..., k).
     """
+    compute = product or leaf
     if readers < 2:
-        return leaf(x)
+        return compute(x)
     if torch.compiler.is_dynamo_compiling():
         if not _CAN_TRACE:
-            return leaf(x)
+            return compute(x)
         from eckart.forms.traced_product import traced_product
 
-        return traced_product(leaf, x, readers)
+        return traced_product(leaf, x, readers, compute)
     state = _state(leaf, x)
     if state is None:
-        return leaf(x)
+        return compute(x)
     known: SharedProduct | None = x.__dict__.get(ATTRIBUTE)
     if (
         known is not None
@@ -94,7 +99,7 @@ def shared_product(leaf: nn.Linear, x: Tensor, readers: int) -> Tensor:
         if known.left < 1:
             x.__dict__.pop(ATTRIBUTE, None)
         return hidden
-    hidden = leaf(x)
+    hidden = compute(x)
     mark = _mark(x) if x.is_inference() else None
     x.__dict__[ATTRIBUTE] = SharedProduct(leaf.weight, state, hidden, readers - 1, mark)
     return hidden

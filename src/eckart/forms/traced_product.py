@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,16 +24,16 @@ ATTRIBUTE = "_eckart_traced_product"
 _seen = threading.local()
 
 
-def traced_product(leaf: nn.Linear, x: Tensor, readers: int) -> Tensor:
+def traced_product(leaf: nn.Linear, x: Tensor, readers: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """`A x`; arguments are those of :func:`eckart.forms.shared_product.shared_product`."""
     if torch.is_grad_enabled() or not is_plain_linear(leaf):
-        return leaf(x)
+        return compute(x)
     comptime(_look)
     known = getattr(x, ATTRIBUTE, None)
     if known is not None and _is_known() and known[0] is leaf.weight:
         setattr(x, ATTRIBUTE, (known[0], known[1], known[2] - 1) if known[2] > 1 else None)
         return known[1]
-    hidden = leaf(x)
+    hidden = compute(x)
     if _remember():
         setattr(x, ATTRIBUTE, (leaf.weight, hidden, readers - 1))
     return hidden

@@ -512,6 +512,7 @@ def test_adapters_on_the_leaves_are_trained(leaves):
 # -- pivoted -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_pivot_columns_are_chosen_from_the_input_factor_alone_and_keep_it_exact():
     problems = [Problem(normal(height, 20, seed=height)) for height in (16, 6, 6)]
     solved = factorize_jointly(problems)
@@ -529,7 +530,7 @@ def test_pivot_columns_are_chosen_from_the_input_factor_alone_and_keep_it_exact(
         assert all(torch.equal(first.order, other.order) for other in others)
         assert sorted(first.order.tolist()) == list(range(20))
         if first.first.weight.numel():
-            assert float(first.first.weight.abs().max()) <= MAXVOL_TOLERANCE * (1 + 1e-9)
+            assert float(first.first.weight.detach().abs().max()) <= MAXVOL_TOLERANCE * (1 + 1e-9)
         numbers = sum(member.second.weight.numel() for member in members) + first.first.weight.numel()
         assert numbers == rank * (20 - rank) + rank * (16 + 6 + 6)
 

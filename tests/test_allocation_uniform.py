@@ -119,6 +119,22 @@ def test_every_group_keeps_the_same_fraction(keep):
         assert choices["0.k"].rank > min(GROUPED["0.k"])
 
 
+@pytest.mark.parametrize("keep", [0.9, 0.5, 0.3])
+def test_a_group_of_pivot_columns_has_the_largest_rank_that_fits(keep):
+    """Its numbers are no multiple of the rank: k (n - k) once, k m_i and n of each."""
+    shapes = {"q": (24, 32), "k": (8, 32), "o": (32, 24)}
+    choices = shared_uniform(shapes, [("q", "k")], keep, "pivoted-joint")
+    rank = choices["q"].rank
+    assert choices["k"] == Choice("pivoted-joint", rank, basis="q")
+
+    def numbers(rank):
+        return rank * (32 - rank) + rank * 32 + 2 * 32
+
+    assert stored_elements({n: choices[n] for n in ("q", "k")}, shapes) == numbers(rank)
+    assert numbers(rank) <= keep * 32 * 32 < numbers(rank + 1)
+    assert choices["o"].form == "pivoted"
+
+
 def test_groups_name_the_smallest_keep_that_works():
     for shapes, bases in ((GROUPED, GROUPS), ({n: GROUPED[n] for n in GROUPS[1]}, GROUPS[1:])):
         with pytest.raises(OverBudgetError, match=r"the smallest keep that every .* can reach is") as refused:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from eckart.allocation.plan import DENSE, Choice
@@ -39,7 +40,7 @@ def shared_uniform(
     total = sum(rows * columns for rows, columns in shapes.values())
     most, tightest, least = 0, "", 0.0
     for group in bases:
-        elements, once = _elements(shapes, group, form)
+        elements, once = sum(shapes[name][0] * shapes[name][1] for name in group), _stored(shapes, group, form, 1)
         rank = largest_shared_rank(shapes, group, keep, form, multiples=multiples)
         if rank < 1:
             needed = -(-once * total // elements)
@@ -73,16 +74,20 @@ def largest_shared_rank(
     multiples: RankMultiples = EXACT,
 ) -> int:
     """The largest rank at which a group stores at most `keep` of its matrices, and less than all; 0 if none does."""
-    elements, once = _elements(shapes, group, form)
-    largest = (elements - 1) // once
-    fitting = min(largest, int(keep * elements // once))
+    outputs, columns = sum(shapes[name][0] for name in group), shapes[group[0]][1]
+    elements, ranks = outputs * columns, range(1, min(outputs, columns) + 1)
+
+    def count_fitting(numbers: float) -> int:
+        return bisect_right(ranks, numbers, key=lambda rank: _stored(shapes, group, form, rank))
+
+    largest = count_fitting(elements - 1)
+    fitting = min(largest, count_fitting(keep * elements))
     multiple = multiples.of((sum(shapes[name][0] for name in group), shapes[group[0]][1]), form)
     return max((rank for rank in rank_steps(largest, multiple) if rank <= fitting), default=fitting)
 
 
-def _elements(shapes: Mapping[str, tuple[int, int]], group: Sequence[str], form: str) -> tuple[int, int]:
-    """Numbers of a group's matrices, and those that it stores a rank: `n sum m_i` and `n + sum m_i`."""
+def _stored(shapes: Mapping[str, tuple[int, int]], group: Sequence[str], form: str, rank: int) -> int:
+    """Numbers that a group stores at a rank: the shared ones once. Of a shared factor, `k (n + sum m_i)`."""
     kind, columns = form_named(form), shapes[group[0]][1]
-    heights = [shapes[name][0] for name in group]
-    repeated = (len(group) - 1) * kind.shared_elements(columns, 1)
-    return sum(heights) * columns, sum(kind.size(rows, columns, 1).parameters for rows in heights) - repeated
+    each = sum(kind.size(shapes[name][0], columns, rank).parameters for name in group)
+    return each - (len(group) - 1) * kind.shared_elements(columns, rank)

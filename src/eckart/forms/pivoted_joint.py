@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -49,6 +50,11 @@ class PivotedJoint(FactoredLinear):
     def full_rank(cls, out_features: int, in_features: int, block: Block | None = None) -> int:
         """n: with all inputs as pivots any weights can be held."""
         return in_features
+
+    @classmethod
+    def rank_multiple(cls, out_features: int, in_features: int, wanted: int) -> int:
+        """One that n - k, the width of D, is a multiple of as well."""
+        return math.gcd(wanted, in_features)
 
     @classmethod
     def shared_elements(cls, in_features: int, rank: int) -> int:

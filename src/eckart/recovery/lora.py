@@ -61,7 +61,7 @@ class LoRA(Recovery):
         shared = {name.rpartition(".")[0] for name in (*ties, *ties.values())} & set(self.targets)
         if shared:
             self.targets = [name for name in self.targets if name not in shared]
-            context.notes.append(f"{len(shared)} leaves have no adapter: their weights are those of several modules")
+            context.notes.append(f"{len(shared)} leaves have no adapter: their weights are shared by several modules")
         if not self.targets:
             raise UsageError(
                 f"recovery lora: {type(model).__name__} holds no factor and no dense weight of its own to adapt; use "

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from eckart.allocation import RankMultiples
 from eckart.compression.context import CompressionContext
 from eckart.compression.curves import Shapes
+from eckart.compression.measure import copy_to_time
 from eckart.compression.options import dtype_of
 from eckart.compression.plan_builder import Solved
 from eckart.compression.pricing import layer_sizes
@@ -89,14 +89,11 @@ def _computes_in(context: CompressionContext, recipe: Recipe) -> torch.dtype:
     return dtype_of(recipe) or context.dtype_on_disk or context.model.dtype
 
 
-def forward_of(model: Any, context: CompressionContext, recipe: Recipe) -> Run:
+def forward_of(model: PreTrainedModel, context: CompressionContext, recipe: Recipe) -> Run:
     """One pass of a model in the type that the compressed model computes in."""
-    dtype = _computes_in(context, recipe)
-    if model.dtype != dtype:
-        model = copy.deepcopy(model).to(dtype)
-    return phases.prepare(
-        model.eval(), phases.phases_of(model, decode=False)[0], recipe.latency_batch_size, recipe.latency_length
-    )
+    model = copy_to_time(model, _computes_in(context, recipe), context.weights.device)
+    phase = phases.phases_of(model, decode=False)[0]
+    return phases.prepare(model, phase, recipe.latency_batch_size, recipe.latency_length)
 
 
 def _requests(shapes: Shapes, settings: Settings, solved: Solved, multiples: RankMultiples) -> Iterator[LayerRequest]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from eckart.calibration.layerwise import all_blocks
@@ -41,13 +42,20 @@ def time_models(context: CompressionContext, compressed: PreTrainedModel) -> dic
     workspace = context.workspace
     if workspace.streaming or workspace.processes.size > 1:
         return None
-    models = {}
-    for name, model in (("original", context.model), ("eckart", compressed)):
-        clone = shared_clone(model)
-        cast(clone, compressed.dtype)
-        fuse_experts(clone)  # of the original, which were separated to be factored
-        models[name] = clone.to(context.weights.device)  # type: ignore[arg-type]
+    models = {
+        name: copy_to_time(model, compressed.dtype, context.weights.device)
+        for name, model in (("original", context.model), ("eckart", compressed))
+    }
     data = context.data if context.held_out is None else context.held_out
     if data is None:
         return measure_latency(models)
     return compare_latency(models, next(iter(data)).inputs)
+
+
+def copy_to_time(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A copy of a model as it will run: in that type and place, experts that were separated to be factored fused."""
+    clone = shared_clone(model)
+    cast(clone, dtype)
+    fuse_experts(clone)
+    clone.to(device)  # type: ignore[arg-type]
+    return clone.eval()

@@ -143,6 +143,7 @@ def test_a_site_that_can_only_stay_dense_limits_no_other(form):
 def test_by_loss_any_rank_that_saves_something_may_be_asked_for(form):
     settings = Settings(METHODS["kfac"], form, "loss", refit=False)
     found = largest_choices(sites_of(SHAPES), settings, Recipe(), 0.1, budget_of(SHAPES, 0.1), EXACT)
+    form = FORMS[form].unshared_form if FORMS[form].shared_parameter else form  # of a site by itself
     limits = {name: choice.rank for name, (choice,) in found.items()}
     for name, (rows, columns) in SHAPES.items():
         assert Choice(form, limits[name]).stored(rows, columns) < rows * columns

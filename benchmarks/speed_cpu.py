@@ -22,7 +22,7 @@ from transformers import AutoModel, PreTrainedModel
 import eckart
 from eckart.checkpoint.source import resolve
 from eckart.forms import FORMS
-from eckart.speed.phases import DECODE
+from eckart.speed.phases import DECODE, random_inputs
 
 COLUMNS = ["model", "ms", "quartiles", "speed-up", "kept", "allowed", "reached / allowed"]
 
@@ -31,11 +31,12 @@ def copies(model: PreTrainedModel, keep: float, forms: list[str], plan: bool, si
     """Factored copies by name."""
     made: dict[str, Any] = {f"{form} {keep:g}": factored(model, form, keep) for form in forms}
     if plan:
-        result = eckart.compress(
-            model, method="svd", form="joint", allocation="loss", objective="latency", keep=keep,
-            batch_size=size[0], max_seq_length=size[1],
+        found = eckart.compress(
+            model, method="svd", form="joint", allocation="loss", refit=False, objective="latency", keep=keep,
+            latency_batch_size=size[0], latency_length=size[1], device="cpu",
+            data=[random_inputs(model, 2, size[1], seed) for seed in range(3)],
         )  # fmt: skip
-        made[f"latency {keep:g}"] = result.model
+        made[f"latency {keep:g}"] = found.model
     return made
 
 

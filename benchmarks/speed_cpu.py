@@ -54,11 +54,11 @@ def rows_of(
         others |= copies(model, keep, options.forms, options.plan, size)
     rounded = eckart.bench(  # the honest lines: no factors at all
         {"again": model}, model, batch_sizes=size[0], lengths=size[1], dtype=dtype, decode=False, device="cpu",
-        repeats=options.repeats, seconds=0,
+        repeats=options.repeats, seconds=0, clock=options.clock,
     )  # fmt: skip
     timed = eckart.bench(
         others, model, batch_sizes=size[0], lengths=size[1], dtype=dtype, decode=False, baselines=False, device="cpu",
-        repeats=options.repeats, seconds=options.seconds,
+        repeats=options.repeats, seconds=options.seconds, clock=options.clock,
     )  # fmt: skip
     found = [row for row in timed["rows"] if row["phase"] != DECODE]
     found += [row for row in rounded["rows"] if row["model"] in ("original bfloat16", "original int8")]
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--no-plan", dest="plan", action="store_false", help="leave `--objective latency` out")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--clock", default="wall", help="processor: on a busy machine, with one thread")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--output", type=Path)
@@ -103,7 +104,9 @@ def main() -> None:
             continue
         for dtype in options.dtypes.split(","):
             rows += rows_of(random[name][0], random[name][1](), dtype, (options.batch, 128), [options.keep], options)
-    show(f"speed on a CPU, batch {options.batch} x 64 or 128 tokens", COLUMNS, rows, options.output)
+    show(
+        f"speed on a CPU, batch {options.batch} x 64 or 128 tokens, {options.clock} time", COLUMNS, rows, options.output
+    )
 
 
 if __name__ == "__main__":

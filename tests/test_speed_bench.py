@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from eckart.model import find_sites, replace_module, separate_experts, share_par
 from eckart.speed import bench as benches
 from eckart.speed import kinds, memory, phases, subjects
 from eckart.speed.allowed import Allowed, find_allowed
-from eckart.speed.clock import Timing
+from eckart.speed.clock import Timing, take_processor
 from eckart.speed.latency import compare_latency
 from eckart.speed.module_times import own_seconds, time_modules
 from eckart.speed.recipe import BenchRecipe
@@ -481,7 +482,7 @@ def test_without_an_original_there_are_no_speedups(clock):
 def test_modules_are_timed_in_fewer_passes_where_they_last_long(clock, monkeypatch, seconds, passes):
     asked = []
 
-    def time_them(model, run, *, repeats, device):
+    def time_them(model, run, *, repeats, **more):
         asked.append(repeats)
         return {"": 1.0}
 
@@ -489,6 +490,29 @@ def test_modules_are_timed_in_fewer_passes_where_they_last_long(clock, monkeypat
     clock["model"] = seconds
     eckart.bench(BERT.model(), batch_sizes=1, lengths=4, baselines=False)
     assert asked == [passes]
+
+
+def test_the_processors_clock_is_for_one_thread_of_a_cpu(clock, monkeypatch):
+    model = BERT.model()
+    options = {"batch_sizes": 1, "lengths": 4, "baselines": False}
+    asked = []
+
+    def measure(runs, *, stopwatch, **more):
+        asked.append(stopwatch)
+        return {name: Timing(1.0, 1.0, 1.0, 1) for name in runs}
+
+    def mark_times(model, run, *, mark, **more):
+        asked.append(mark)
+        return {"": 1.0}
+
+    monkeypatch.setattr(benches, "measure_in_turn", measure)
+    monkeypatch.setattr(benches, "time_modules", mark_times)
+    assert eckart.bench(model, clock="processor", **options)["clock"] == "processor"
+    eckart.bench(model, **options)
+    assert asked == [take_processor, time.process_time, None, None]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(UsageError, match="2 threads compute on cpu"):
+        eckart.bench(model, clock="processor", **options)
 
 
 def test_models_are_named_by_the_end_of_their_path_where_that_tells_them_apart():
@@ -638,7 +662,7 @@ def test_the_table_says_what_was_measured():
 
     facts = {"dtype": "float32", "factored": 0, "held_bytes": 2_000_000, "file_bytes": None, "load_seconds": None}
     found = {
-        "device": "cpu", "device_name": "a processor", "threads": 2, "torch": "2",
+        "device": "cpu", "device_name": "a processor", "threads": 2, "torch": "2", "clock": "wall",
         "models": [
             {"name": "original", **facts},
             {"name": "small", **facts, "factored": 7, "file_bytes": 1_500_000, "load_seconds": 0.25},
@@ -670,6 +694,7 @@ def test_the_table_says_what_was_measured():
     alone = to_plain_text(render_bench(found), 140)
     assert ["2", "x", "8", "model", "4", "2-8", "4.00", "k"] in [line.split() for line in alone.splitlines()]
     assert "speed-up" not in alone
+    assert "torch 2, processor time" in to_plain_text(render_bench({**found, "clock": "processor"}), 140)
 
 
 @pytest.mark.parametrize("name", ["found.pdf", "nowhere/found.png", "folder.png"])

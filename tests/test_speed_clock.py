@@ -97,6 +97,14 @@ def test_the_clock_of_a_gpu_waits_once_a_turn(monkeypatch):
     assert found["a"].median == pytest.approx(2e-3)
 
 
+def test_the_clock_of_the_processor_does_not_count_sleep(monkeypatch):
+    passed = iter([10.0, 10.25])
+    monkeypatch.setattr("time.process_time", lambda: next(passed))
+    called = []
+    assert clock.take_processor(lambda: called.append(1), 3) == 0.25
+    assert called == [1] * 3
+
+
 def test_the_clock_of_the_cpu_counts_every_call():
     called = []
     seconds = clock._take(lambda: called.append(torch.ones(4).sum()), 3)

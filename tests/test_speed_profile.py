@@ -9,7 +9,7 @@ from torch import nn
 
 from eckart.errors import UsageError
 from eckart.speed import measure_profile as measuring
-from eckart.speed.clock import Timing
+from eckart.speed.clock import Timing, take_processor
 from eckart.speed.measure_profile import measure_profile
 from eckart.speed.profile import Curve, LayerRequest, Profile, grid_of_ranks
 
@@ -134,6 +134,13 @@ def test_every_distinct_layer_is_measured_once(rounds):
     assert profile.threads == torch.get_num_threads()
     assert profile.device_name
     assert profile.model_seconds is None
+
+
+@pytest.mark.parametrize(("threads", "stopwatch"), [(1, take_processor), (2, None)])
+def test_one_thread_is_timed_by_what_the_processor_works(rounds, monkeypatch, threads, stopwatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    measure_profile([("dense", 8, (4,))], tokens=5, dtype=torch.float32, forward=lambda: None)
+    assert [found["options"]["stopwatch"] for found in rounds] == [stopwatch] * 2
 
 
 @pytest.mark.parametrize(

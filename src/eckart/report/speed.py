@@ -47,7 +47,8 @@ def render_bench(found: Mapping[str, Any]) -> Group:
 def format_machine(found: Mapping[str, Any]) -> str:
     """Where times were taken."""
     threads = f"{found['threads']} thread{'s' * (found['threads'] > 1)}"
-    return f"{found['device']} ({found['device_name']}), {threads}, torch {found['torch']}"
+    clock = "" if found["clock"] == "wall" else f", {found['clock']} time"
+    return f"{found['device']} ({found['device_name']}), {threads}, torch {found['torch']}{clock}"
 
 
 def describe_latency(latency: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from eckart.config import merge_recipe, resolve_device
 from eckart.errors import UsageError
 from eckart.model import preserve_random_state
 from eckart.speed.allowed import find_allowed
-from eckart.speed.clock import Run, Timing, measure_in_turn
+from eckart.speed.clock import Run, Timing, measure_in_turn, take_processor
 from eckart.speed.kinds import add_up, find_kinds
 from eckart.speed.measure_profile import name_of_device
 from eckart.speed.memory import peak_bytes
@@ -54,11 +55,11 @@ def bench(
             recipe's field.
 
     Returns:
-        `device`, `device_name`, `threads`, `torch`; `models`: of each its `name`, `role`, `dtype`, seconds to load it,
-        bytes of its files and in memory; `rows`: for each phase, size, mode and model the `seconds` of one call
-        (median and quartiles), `tokens_per_second`, `peak_bytes`, `speedup` over the original, what is `allowed` and
-        `reached` of it; `shares`: of each kind of module in the time of a call; `verdict` and `notes`: sentences. All
-        plain JSON values.
+        `device`, `device_name`, `threads`, `clock`, `torch`; `models`: of each its `name`, `role`, `dtype`, seconds to
+        load it, bytes of its files and in memory; `rows`: for each phase, size, mode and model the `seconds` of one
+        call (median and quartiles), `tokens_per_second`, `peak_bytes`, `speedup` over the original, what is `allowed`
+        and `reached` of it; `shares`: of each kind of module in the time of a call; `verdict` and `notes`: sentences.
+        All plain JSON values.
 
         `allowed` = t / (t - t_linear (1 - kept)): t the time of the original, t_linear the time of those of its linear
         layers that the other model made smaller, taken by hooks in passes of their own, kept the fraction of their
@@ -69,6 +70,11 @@ def bench(
     """
     recipe = merge_recipe(BenchRecipe, recipe, options, "eckart.bench")
     device = resolve_device(recipe.device)
+    if recipe.clock == "processor" and (device.type != "cpu" or torch.get_num_threads() > 1):
+        raise UsageError(
+            f"clock = 'processor': here {torch.get_num_threads()} threads compute on {device}, whose seconds overlap; "
+            "set OMP_NUM_THREADS=1 and --device cpu, or use --clock wall."
+        )
     with preserve_random_state(), torch.no_grad():
         subjects = open_subjects(_named(models, against), recipe, device)
         made, notes = add_baselines(subjects, device) if recipe.baselines else ([], [])
@@ -90,6 +96,7 @@ def bench(
         "device": str(device),
         "device_name": name_of_device(device),
         "threads": torch.get_num_threads(),
+        "clock": recipe.clock,
         "torch": torch.__version__,
         "models": described,
         "rows": rows,
@@ -140,7 +147,7 @@ def _time_size(
             runs.pop(subject.name, None)
             notes.append(f"{subject.name} does not run and is left out: {str(error).splitlines()[0]}")
     # They have run once already.
-    timings = measure_in_turn(runs, repeats=recipe.repeats, min_seconds=recipe.seconds, warm_up=1, device=device)
+    timings = _measure(runs, recipe, device, warm_up=1)
     allowed: dict[str, dict[str, Any]] = {}
     shares = []
     by_name = {subject.name: subject for subject in subjects}
@@ -150,7 +157,8 @@ def _time_size(
         if subject.role == BASELINE:
             continue
         passes = min(PASSES, 1 + int(SECONDS / timings[subject.name].median))
-        parts[subject.name] = time_modules(subject.model, runs[subject.name], repeats=passes, device=device)
+        mark = time.process_time if recipe.clock == "processor" else None
+        parts[subject.name] = time_modules(subject.model, runs[subject.name], repeats=passes, device=device, mark=mark)
         seconds = add_up(parts[subject.name], find_kinds(subject.model, runs[subject.name]))
         total = sum(seconds.values())
         kinds = {kind: value / total for kind, value in seconds.items()}
@@ -161,9 +169,17 @@ def _time_size(
     rows = _rows(size, EAGER, timings, peaks, allowed)
     if recipe.compile:
         compiled = _compile(subjects, size, notes)
-        timings = measure_in_turn(compiled, repeats=recipe.repeats, min_seconds=recipe.seconds, device=device)
+        timings = _measure(compiled, recipe, device)
         rows += _rows(size, COMPILED, timings, {}, {})
     return rows, shares
+
+
+def _measure(runs: Mapping[str, Run], recipe: BenchRecipe, device: torch.device, warm_up: int = 2) -> dict[str, Timing]:
+    stopwatch = take_processor if recipe.clock == "processor" else None
+    repeats, seconds = recipe.repeats, recipe.seconds
+    return measure_in_turn(
+        runs, repeats=repeats, min_seconds=seconds, warm_up=warm_up, device=device, stopwatch=stopwatch
+    )
 
 
 def _rows(

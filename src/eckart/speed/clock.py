@@ -104,6 +104,14 @@ def _take(run: Run, calls: int) -> float:
     return time.perf_counter() - start
 
 
+def take_processor(run: Run, calls: int) -> float:
+    """Seconds that the processor works for this process: of one thread, what others on a busy machine do not add to."""
+    start = time.process_time()
+    for _ in range(calls):
+        run()
+    return time.process_time() - start
+
+
 def _take_cuda(run: Run, calls: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()

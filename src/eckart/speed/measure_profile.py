@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.forms import form_named
-from eckart.speed.clock import Run, measure_in_turn
+from eckart.speed.clock import Run, measure_in_turn, take_processor
 from eckart.speed.profile import DENSE, JOINT, SLICED, Curve, Key, LayerRequest, Profile, name_of_dtype
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ def measure_profile(
     """Measure every distinct layer of the requests on this device; all that read inputs of one width take turns.
 
     Layers have random numbers and run as in a model: without gradients, on an input of `tokens` rows, weights that
-    have left the cache. The global random state stays as it is.
+    have left the cache. The global random state stays as it is. With one thread on a CPU, the seconds are those that
+    the processor works, so that a busy machine changes them little.
 
     Args:
         requests: layers, or their fields as tuples (form, in_features, heights, ranks). What stands twice is measured
@@ -73,6 +74,7 @@ def measure_profile(
         request = request if isinstance(request, LayerRequest) else LayerRequest(*request)
         for key in request.keys:
             grids.setdefault(key, set()).update({0} if request.form == DENSE else request.ranks)
+    stopwatch = take_processor if device.type == "cpu" and torch.get_num_threads() == 1 else None
     seconds: dict[tuple[Key, int], float] = {}
     stream = torch.Generator(device).manual_seed(0)
     for width in sorted({width for _, width, _ in grids}):
@@ -80,13 +82,15 @@ def measure_profile(
         report_progress(f"measuring {len(points)} layers that read {width} features, {tokens} tokens at a time")
         x = torch.randn(tokens, width, generator=stream, device=device).to(dtype)
         runs = dict(_runs(points, x, bias, stream))
-        timings = measure_in_turn(runs, repeats=repeats, min_seconds=min_seconds, device=device)
+        timings = measure_in_turn(runs, repeats=repeats, min_seconds=min_seconds, device=device, stopwatch=stopwatch)
         seconds |= {point: timings[str(number)].median for number, point in enumerate(points)}
         del runs
     whole = None
     if forward is not None:
         report_progress("measuring the whole model")
-        whole = measure_in_turn({MODEL: forward}, repeats=repeats, min_seconds=min_seconds, device=device)[MODEL].median
+        whole = measure_in_turn(
+            {MODEL: forward}, repeats=repeats, min_seconds=min_seconds, device=device, stopwatch=stopwatch
+        )[MODEL].median
     return Profile(
         device=device.type,
         device_name=name_of_device(device),

@@ -25,6 +25,11 @@ class BenchRecipe(RecipeBase):
     baselines: bool = Field(True, description="Also time the original in bfloat16 and with int8 weights.")
     repeats: int = Field(7, ge=1, description="Turns of each model, at least.")
     seconds: float = Field(0.5, ge=0, description="Seconds that a model is timed for, at least, at every size.")
+    clock: Literal["wall", "processor"] = Field(
+        "wall",
+        description="Seconds that pass; or that the processor works for this process, which a busy machine changes "
+        "little: for one thread.",
+    )
     revision: str | None = Field(None, description="Revision of the models on the hub.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")

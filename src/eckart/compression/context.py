@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.allocation import Bases, RankMultiples, read_plan
+from eckart.allocation import DENSE, Bases, RankMultiples, read_plan
 from eckart.calibration import Calibration
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
@@ -175,8 +175,14 @@ class CompressionContext:
         return {site.name: site.shape for site in self.sites.chosen}
 
     def _planned_groups(self, plan: str, shared_by: str) -> JointGroups:
-        found = read_plan(Path(plan), self._shapes)
-        return [group for group in found.bases if form_named(found.choices[group[0]].form).shared_by == shared_by]
+        """Groups of a plan; one that has been edited may leave a site alone with the factor of its group."""
+        groups: dict[str, list[str]] = {}
+        for name, choice in read_plan(Path(plan), self._shapes).choices.items():
+            kind = None if choice.form == DENSE else form_named(choice.form)
+            if kind is not None and kind.shared_parameter is not None and kind.shared_by == shared_by:
+                groups.setdefault(choice.basis or name, []).append(name)
+        least = 1 if shared_by == "input" else 2
+        return [tuple(group) for group in groups.values() if len(group) >= least]
 
     def _groups_by_input(self) -> Mapping[str, Sequence[str]]:
         """Leader -> sites that read one tensor; without data, as a small pass through the model shows."""

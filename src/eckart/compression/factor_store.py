@@ -16,7 +16,7 @@ from eckart.compression.solve_joint import JointFactors
 from eckart.compression.solve_site import SiteFactors
 from eckart.compression.solve_slicing import SlicedLayer, layer_of
 from eckart.distributed import Processes
-from eckart.errors import ModelError
+from eckart.errors import ModelError, UsageError
 from eckart.forms import Block
 from eckart.model.neurons import NeuronLayer
 from eckart.storage.store import EntryStore
@@ -115,7 +115,10 @@ class FactorStore:
             if holder in content[JOINT]:
                 tensors = self.store.read(STAGE, name)[0]
                 return JointFactors.deserialize(tensors_of(tensors, f"{JOINT}/{holder}"), content[JOINT][holder])
-        raise KeyError(holder)
+        raise UsageError(
+            f"site {holder}: it and the sites that name it as their basis have no common input factor, because they "
+            "do not read one tensor inside one block, or no data reaches them. Give them another form in the plan."
+        )
 
     def sliced(self, reader: str) -> SlicedLayer:
         """The slicing of the layer whose neurons a site reads; on the first process only."""

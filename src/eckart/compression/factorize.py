@@ -200,7 +200,7 @@ class SiteFactorizer:
     def _solve_joint(self, known: Mapping[str, Moments | None], mine: Serialized) -> None:
         """Factor the sites of a group that data reached on one input factor, if that can save anything."""
         sites = [self.sites[name] for name in known]
-        if len(sites) < 2:
+        if len(sites) < (1 if self.planned else 2):
             return
         limit = largest_joint_rank([site.shape for site in sites], self.settings.joint_form, planned=self.planned)
         if limit < 1:
@@ -294,8 +294,10 @@ def _nothing() -> Serialized:
 
 
 def apart_from(layers: Layers, groups: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
-    """Groups of two sites or more without those that are in layers of neurons."""
+    """The groups without sites that are in layers of neurons; what is left alone by that is in no group."""
     inside = set(names_of(layers))
+    if not inside:
+        return groups
     found = (tuple(name for name in group if name not in inside) for group in groups)
     return [group for group in found if len(group) > 1]
 

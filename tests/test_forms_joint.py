@@ -226,6 +226,16 @@ def test_gradients_do_not_read_what_has_none():
     model[1](x).sum().backward()  # no inference tensor is saved for it
 
 
+def test_another_parameter_of_the_same_numbers_gets_its_own_gradient():
+    model, x = pair(2), given(4, 12)
+    kept = model[0](x)
+    model[1].first.weight = nn.Parameter(model[0].first.weight.detach())
+    model[1](x).sum().backward()
+    assert float(model[1].first.weight.grad.abs().max()) > 0
+    assert model[0].first.weight.grad is None
+    del kept
+
+
 def test_autocast_has_products_of_its_own():
     model = pair(3)
     with torch.no_grad():

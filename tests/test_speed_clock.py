@@ -97,6 +97,14 @@ def test_the_clock_of_a_gpu_waits_once_a_turn(monkeypatch):
     assert found["a"].median == pytest.approx(2e-3)
 
 
+def test_plans_are_made_by_a_steady_clock(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert clock.steady_stopwatch("cpu") is clock.take_processor
+    assert clock.steady_stopwatch("cuda") is None
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert clock.steady_stopwatch("cpu") is None
+
+
 def test_the_clock_of_the_processor_does_not_count_sleep(monkeypatch):
     passed = iter([10.0, 10.25])
     monkeypatch.setattr("time.process_time", lambda: next(passed))

@@ -24,7 +24,7 @@ from eckart.compression.pricing import Pricing, count_seconds, price_elements_an
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.errors import UsageError
-from eckart.speed.clock import measure_in_turn
+from eckart.speed.clock import measure_in_turn, steady_stopwatch
 from eckart.speed.profile import Profile
 from eckart.storage.store import MemoryStore
 
@@ -174,7 +174,8 @@ class PlanChoice:
                 "compressed": forward_of(model, self.context, self.recipe),
             }
             device = self.context.weights.device
-            timings = measure_in_turn(runs, min_seconds=0.5, device=device) if processes.main else {}
+            clock = steady_stopwatch(device)
+            timings = measure_in_turn(runs, min_seconds=0.5, device=device, stopwatch=clock) if processes.main else {}
         found = processes.broadcast(({}, {name: timing.median for name, timing in timings.items()}))[1]
         return found["dense"], found["compressed"]
 

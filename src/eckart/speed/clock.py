@@ -93,6 +93,15 @@ def measure_in_turn(
     return {name: Timing.of(values) for name, values in seconds.items()}
 
 
+def steady_stopwatch(device: torch.device | str) -> Stopwatch | None:
+    """For plans, which compare what was timed at different moments: one thread of a CPU by what the processor works.
+
+    None, the device's own clock, for several threads and other devices.
+    """
+    one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return take_processor if one_thread else None
+
+
 def _calls_of_a_turn(once: float, shortest: float) -> int:
     return min(CALLS, max(1, math.ceil(shortest / max(once, 1e-9))))
 

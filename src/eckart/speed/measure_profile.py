@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.forms import form_named
-from eckart.speed.clock import Run, measure_in_turn, take_processor
+from eckart.speed.clock import Run, measure_in_turn, steady_stopwatch
 from eckart.speed.profile import DENSE, JOINT, SLICED, Curve, Key, LayerRequest, Profile, name_of_dtype
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ def measure_profile(
         request = request if isinstance(request, LayerRequest) else LayerRequest(*request)
         for key in request.keys:
             grids.setdefault(key, set()).update({0} if request.form == DENSE else request.ranks)
-    stopwatch = take_processor if device.type == "cpu" and torch.get_num_threads() == 1 else None
+    stopwatch = steady_stopwatch(device)
     seconds: dict[tuple[Key, int], float] = {}
     stream = torch.Generator(device).manual_seed(0)
     for width in sorted({width for _, width, _ in grids}):

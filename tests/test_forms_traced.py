@@ -138,7 +138,11 @@ def test_a_traced_input_that_was_changed_is_another_input():
         run, graphs = compiled(model)
         for got, wanted in zip(run(x), expected, strict=True):
             close(got, wanted, 1e-6)
-    assert sum(operations(graphs[0])[key] for key in PRODUCTS) == 3 + 2
+        program = torch.export.export(model, (x,))
+        for got, wanted in zip(program.module()(x), expected, strict=True):
+            close(got, wanted, 1e-6)
+    for graph in (graphs[0], program.graph):
+        assert sum(operations(graph)[key] for key in PRODUCTS) == 3 + 2
 
 
 def test_what_a_graph_leaves_on_its_input_is_not_read_by_the_next():

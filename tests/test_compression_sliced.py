@@ -18,13 +18,13 @@ from torch import Tensor
 
 import eckart
 from eckart.checkpoint.load import load
-from eckart.compression import refit_slices
+from eckart.compression import refit, refit_slices
 from eckart.compression.input_pairs import widened
 from eckart.compression.neuron_layers import possible_layers
 from eckart.compression.result import load_lines
 from eckart.errors import ModelError, UsageError
 from eckart.evaluation.sizes import count_sizes
-from eckart.model import sliced_features
+from eckart.model import dense_weight, sliced_features
 from eckart.model.neurons import find_neurons
 from eckart.moments.input_shift import InputShift
 
@@ -194,8 +194,10 @@ def test_refit_comes_nearer_and_keeps_the_sizes(name, options):
     data, inputs = BY_NAME[name].batches(rows=8, count=20), BY_NAME[name].batches(rows=32, count=1, seed=9)[0]
     before = output(model, inputs)
     apart, found = [], []
-    for refit in (False, True):
-        result = eckart.compress(model, data=data, form="sliced", keep=0.6 + 0.1 * len(options), refit=refit, **options)
+    for fitted in (False, True):
+        result = eckart.compress(
+            model, data=data, form="sliced", keep=0.6 + 0.1 * len(options), refit=fitted, **options
+        )
         apart.append(float((output(result.model, inputs) - before).norm()))
         found.append(result)
     assert apart[1] < 0.99 * apart[0]
@@ -208,6 +210,42 @@ def test_refit_comes_nearer_and_keeps_the_sizes(name, options):
             assert one.weight.shape == other.weight.shape
             # What makes neurons in the first layer may read what it always did.
             assert choice.basis is not None or not torch.equal(one.weight, other.weight)
+
+
+@pytest.mark.parametrize(
+    ("distances", "kept"),
+    [((3, 2, 1), "partly"), ((3, 1, 2), "all"), ((1, 2, 3), "none"), ((1, 3, 2), "none")],
+    ids=["slices stay", "all", "worse", "both worse"],
+)
+def test_held_out_text_says_which_refit_is_kept(distances, kept, monkeypatch):
+    measured: list[Any] = []
+    measure = refit.measure_quality
+
+    def noting(*args: Any) -> Any:
+        measured.append(measure(*args))
+        return measured[-1]
+
+    monkeypatch.setattr(refit, "measure_quality", noting)
+    monkeypatch.setattr(
+        refit, "distance_to_original", lambda found: distances[next(i for i, m in enumerate(measured) if m is found)]
+    )
+    model, plain = compressed("llama", keep=0.6)
+    result = eckart.compress(model, data=BY_NAME["llama"].batches(rows=8, count=4), form="sliced", keep=0.6, refit=True)
+    assert len(measured) == 3
+    last = "model.layers.1.mlp.down_proj"
+    factored = next(n for n, c in plain.plan.choices.items() if "layers.1" in n and c.form not in ("sliced", "dense"))
+    for name, changed in ((last, kept == "all"), (factored, kept != "none")):
+        one, other = (dense_of(each.model.get_submodule(name)) for each in (plain, result))
+        assert torch.equal(one, other) != changed
+    notes = " ".join(result.report["notes"])
+    assert ("layers with fewer neurons were not refitted" in notes) == (kept == "partly")
+    assert ("the refit was left out" in notes) == (kept == "none")
+    quality = result.report["quality"]["agreement"]
+    assert quality == measured[("none", "all", "partly").index(kept)]["agreement"]
+
+
+def dense_of(module: Any) -> Tensor:
+    return module.to_dense() if hasattr(module, "to_dense") else dense_weight(module)
 
 
 # -- a plan file --------------------------------------------------------------------------------------

@@ -20,13 +20,13 @@ from eckart.compression.factor_store import FactorStore
 from eckart.compression.measure import measure_quality
 from eckart.compression.recipe import Recipe
 from eckart.compression.refit_groups import GroupRefit, refittable, share_bases
-from eckart.compression.settings import Settings
+from eckart.compression.settings import SLICED, Settings
 from eckart.distributed import OtherProcessError, Processes
 from eckart.distributed.memory import free_memory
 from eckart.errors import ModelError, NumericalError
 from eckart.evaluation.quality import distance_to_original
 from eckart.forms import form_named
-from eckart.model import WeightLoader, serialize_module, shared_clone
+from eckart.model import WeightLoader, replace_module, serialize_module, shared_clone
 from eckart.moments import Moments
 
 SPARE = 0.25
@@ -66,6 +66,8 @@ def refit_if_better(
             with context.timer.step("measuring"):
                 before = measured = measure_quality(context, compressed)
                 after = measure_quality(context, fitted)
+                fitted, after, more = _keep_slices_if_better(context, plan, compressed, fitted, after)
+            found += more
             if distance_to_original(after) > distance_to_original(before):
                 near, far = distance_to_original(before), distance_to_original(after)
                 found = [f"held-out distance to the original {near:.4g} before it, {far:.4g} after"]
@@ -77,6 +79,33 @@ def refit_if_better(
     if fitted is compressed:
         found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
     return fitted, measured, [*notes, *found]
+
+
+def _keep_slices_if_better(
+    context: CompressionContext, plan: Plan, compressed: PreTrainedModel, fitted: PreTrainedModel, after: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any], list[str]]:
+    """Leave layers with fewer neurons as they were, unless held-out text says that their refit is better.
+
+    Their weights were corrected for the neurons that went, and are of full rank: a refit has less to mend than in
+    factors, and what it fits to the text at hand can cost more than that.
+
+    Returns:
+        The better of two refitted models, its measured quality, and notes.
+    """
+    sliced = [name for name, choice in plan.choices.items() if choice.form == SLICED]
+    if not sliced:
+        return fitted, after, []
+    partly = shared_clone(fitted)
+    for name in sliced:
+        replace_module(partly, name, compressed.get_submodule(name))
+    measured = measure_quality(context, partly)
+    near, far = distance_to_original(measured), distance_to_original(after)
+    if far <= near:
+        return fitted, after, []
+    note = (
+        f"layers with fewer neurons were not refitted: held-out distance to the original {near:.4g}, with it {far:.4g}"
+    )
+    return partly, measured, [note]
 
 
 def refit_blocks(

@@ -26,6 +26,7 @@ from eckart.model import (
     factored_modules,
     find_sites,
     replace_module,
+    shared_parameters,
     sliced_features,
     store_factors,
 )
@@ -91,7 +92,7 @@ def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_pat
     assert len(changed) > len(recovery.fits) // 2
 
 
-@pytest.mark.parametrize(("name", "form"), [("llama", "lowrank"), ("gpt2", "pivoted")])
+@pytest.mark.parametrize(("name", "form"), [("llama", "lowrank"), ("gpt2", "pivoted"), ("llama", "joint")])
 def test_outputs_come_nearer_and_sizes_stay(name, form):
     architecture = BY_NAME[name]
     model = architecture.model()
@@ -101,6 +102,8 @@ def test_outputs_come_nearer_and_sizes_stay(name, form):
     assert {n: m.spec() for n, m in factored_modules(found).items()} == {
         n: m.spec() for n, m in factored_modules(student).items()
     }
+    assert shared_parameters(found) == shared_parameters(student)
+    assert bool(shared_parameters(student)) == (form == "joint")
     assert all(fit.after < fit.before for fit in recovery.fits.values())
     report = recovery.report()
     assert report["output_error"]["after"] < 0.9 * report["output_error"]["before"]

@@ -7,9 +7,10 @@ and gives x, the student gives x~, and each factored weight is solved again at i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from dataclasses import replace as with_changes
 from typing import Any, ClassVar
 
 import torch
@@ -25,7 +26,15 @@ from eckart.data.inference import device_of, evaluating, forward, progress
 from eckart.errors import ModelError, UsageError
 from eckart.forms import Factored, FactoredLinear, Sliced
 from eckart.methods import METHODS
-from eckart.model import Site, SlicedFeatures, dense_weight, factored_modules, find_sites, sliced_features
+from eckart.model import (
+    Site,
+    SlicedFeatures,
+    dense_weight,
+    factored_modules,
+    find_sites,
+    shared_parameters,
+    sliced_features,
+)
 from eckart.model.slicing import ATTRIBUTE
 from eckart.moments import Moments, common_calls, shared_inputs
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
@@ -67,7 +76,7 @@ class Refit(ClosedFormRecovery):
         teacher = context.teacher
         assert teacher is not None
         sites, self.left = self._sites(model, teacher)
-        choices = {name: _current_choice(model.get_submodule(name)) for name in sites}
+        choices = _current_choices(model, sites)
         self.fits: dict[str, Fit] = {}
         self.tokens = sum(batch.num_tokens for batch in batches)
         first = batches[0].rows(0, 1)
@@ -159,6 +168,20 @@ def _start_runner(
 
     first, device = batches[0].rows(0, 1), device_of(model)
     return start_runner(model, names, batches, first, store, context=context, device=device, name=name)
+
+
+def _current_choices(model: nn.Module, names: Collection[str]) -> dict[str, Choice]:
+    """Form and size of each site, and which other one holds what it shares."""
+    ties = shared_parameters(model)
+    choices: dict[str, Choice] = {}
+    for name in names:
+        module = model.get_submodule(name)
+        part = getattr(module, "shared_parameter", None)
+        source = ties.get(f"{name}.{part}")
+        holder = source.removesuffix(f".{part}") if source is not None else None
+        choice = _current_choice(module)
+        choices[name] = choice if holder is None else with_changes(choice, basis=holder)
+    return choices
 
 
 def _current_choice(module: Any) -> Choice:

@@ -24,7 +24,7 @@ from eckart.compression.memory_estimate import MemoryEstimate, estimate_memory
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.methods import method_named
-from eckart.model import dense_weight, factored_modules
+from eckart.model import dense_weight, factored_modules, shared_parameters
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 GB = 10**9
@@ -78,6 +78,7 @@ def alike(one: Any, other: Any, place: str = "report") -> None:
 CASES: dict[str, dict[str, Any]] = {
     "eckart": {},  # reads all that kfac and drone read
     "svd": {"method": "svd"},
+    "joint": {"form": "joint", "keep": 0.4},  # weights that share an input factor are refitted together
     "float16 in shards, another type is stored": {
         "method": "drone",
         "checkpoint": torch.float16,
@@ -103,6 +104,9 @@ def test_streamed_and_whole_give_the_same(case, workdir, tmp_path, monkeypatch):
     if case != "svd":
         assert streamed.report["calibrated"] == "block by block, 4 blocks"
     assert streamed.plan.choices == whole.plan.choices
+    ties = shared_parameters(streamed.model)
+    assert ties == shared_parameters(whole.model)
+    assert bool(ties) or case != "joint"
     alike(whole.report, streamed.report)
     expected, found = products(whole), products(streamed)
     assert expected.keys() == found.keys() != set()

@@ -21,7 +21,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "drone streamed": ("--method", "drone", "--stream", "on"),
     "kfac streamed": ("--method", "kfac", "--stream", "on"),
     "eckart": ("--refit", "--stream", "off"),
-    "eckart streamed": ("--refit", "--stream", "on"),
+    "eckart streamed": ("--refit", "--stream", "on", "--form", "joint", "--allocation", "uniform"),
     "basis-sharing streamed": ("--method", "basis-sharing", "--stream", "on"),
 }
 KILLED = -9

@@ -16,7 +16,8 @@ from tiny import Done, Server, Workdir, llama, make_workdir, place, published
 from eckart.storage.tensor_file import read_metadata
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-METHODS = {"drone": ("--method", "drone"), "kfac": ("--method", "kfac"), "eckart": ()}
+JOINT = ("--form", "joint", "--keep", "0.4", "--allocation", "uniform", "--refit")
+METHODS = {"drone": ("--method", "drone"), "kfac": ("--method", "kfac"), "eckart": (), "joint": JOINT}
 """One that walks forwards, one backwards, and the default: backwards, then both models forwards."""
 
 STREAM = ("--stream", "on")
@@ -200,9 +201,21 @@ def test_refitted_blocks_are_not_refitted_again(runs, tmp_path):
     assert len(entries(tmp_path, "refitted")) == LAYERS - 1
     done = runs.finish("eckart", tmp_path)
     assert done["solve_site"] == 0
-    assert 0 < done["factorize"] < whole["factorize"] / 2
+    plan = json.loads((tmp_path / "out/eckart/plan.json").read_text())["sites"]
+    last = [name for name, entry in plan.items() if entry["form"] != "dense" and f"layers.{LAYERS - 1}." in name]
+    assert 0 < done["factorize"] <= len(last)  # a joint group in one
+    assert done["factorize"] < whole["factorize"]
     assert done["LayerwiseRunner.capture_input"] == whole["LayerwiseRunner.capture_input"] / LAYERS
     assert done["LayerwiseRunner.run_block"] < whole["LayerwiseRunner.run_block"] / 2
+
+
+def test_what_was_refitted_together_is_shared_again(runs, tmp_path):
+    """The file holds each input factor once, as where nothing was interrupted."""
+    runs.unfinished("joint", runs.moment("joint", ">LayerwiseRunner.capture_input"), tmp_path)
+    assert len(entries(tmp_path, "refitted")) == LAYERS - 1
+    runs.finish("joint", tmp_path)
+    plan = json.loads((tmp_path / "out/eckart/plan.json").read_text())
+    assert any("basis" in entry for entry in plan["sites"].values())
 
 
 def test_nothing_is_computed_again_before_publishing(runs, tmp_path):

@@ -133,3 +133,20 @@ def test_configuration_of_several_widths():
     kept = {layer: torch.arange(layer.width) < (30 if layer.width == 48 else 20) for layer in layers}
     assert remove_neurons(model, kept) is None
     assert (model.config.encoder_ffn_dim, model.config.decoder_ffn_dim) == (30, 20)
+
+
+def test_the_experts_of_a_layer_are_brought_in_once():
+    model = with_separate_experts(BY_NAME["mixtral"].model())
+    inside, brought = [], []
+
+    @contextmanager
+    def hold(name):
+        if name.endswith("experts") and name not in inside:
+            brought.append(name)
+        inside.append(name)
+        yield
+        inside.pop()
+
+    layers, _ = find_neurons(model, find_sites(model).chosen, {"input_ids": torch.arange(8)[None]}, hold)
+    assert len(layers) == 8
+    assert brought == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]

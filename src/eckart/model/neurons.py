@@ -107,12 +107,13 @@ def find_neurons(
         for reader, before in _candidates(shapes, plain.order):
             tried.add(reader, before)
         for name, module in experts.items():
-            for number in range(len(module.each)):
-                members = (f"{name}.each.{number}.down", f"{name}.each.{number}.up")
-                if all(member in shapes for member in members):
-                    tried.arguments[name] = _random_call(module, number)
-                    tried.calls |= dict.fromkeys(members, 1)
-                    tried.add(members[0], [members[1]])
+            with hold(name):  # once for all of them
+                for number in range(len(module.each)):
+                    members = (f"{name}.each.{number}.down", f"{name}.each.{number}.up")
+                    if all(member in shapes for member in members):
+                        tried.arguments[name] = _random_call(module, number)
+                        tried.calls |= dict.fromkeys(members, 1)
+                        tried.add(members[0], [members[1]])
         return tried.found, tried.left
 
 

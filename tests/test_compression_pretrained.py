@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 import eckart
 from eckart.data.stdlib import documents
-from eckart.forms import Pivoted
+from eckart.forms import FactoredLinear
 
 SENTENCES = ["A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell."]
 
@@ -46,6 +46,6 @@ def test_pretrained_encoder_keeps_its_embeddings(minilm: Path, tmp_path: Path) -
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    assert sum(isinstance(module, Pivoted) for module in model.modules()) >= 15
+    assert sum(isinstance(module, FactoredLinear) for module in model.modules()) >= 15
     vectors = SentenceTransformer(str(folder), device="cpu").encode(SENTENCES)
     assert vectors[0] @ vectors[1] > vectors[0] @ vectors[2] + 0.2

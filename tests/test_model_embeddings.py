@@ -403,7 +403,7 @@ def test_budget_of_the_whole_model_counts_the_factored_embedding():
     plain = eckart.compress(model, data=architecture.batches(count=3), **options)
     small = eckart.compress(model, data=architecture.batches(count=3), embeddings="lowrank", **options)
     for result in (plain, small):
-        assert 0.7 < result.report["kept"]["of_model"] <= 0.75
+        assert 0.68 < result.report["kept"]["of_model"] <= 0.75
     assert small.report["kept"]["of_sites"] > plain.report["kept"]["of_sites"] + 0.02
 
 

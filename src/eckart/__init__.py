@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from eckart.checkpoint.export import export_dense as export
     from eckart.checkpoint.load import load
     from eckart.compression.compare import Comparison, compare
+    from eckart.compression.narrow_values import NarrowedModel, narrow_value_heads
     from eckart.compression.pipeline import compress
     from eckart.compression.recipe import Recipe
     from eckart.compression.result import Result
@@ -50,6 +51,7 @@ _PLACES = {
     "tune": "recovery.pipeline:tune",
     "inspect": "evaluation.inspection:inspect",
     "bench": "speed.bench:bench",
+    "narrow_value_heads": "compression.narrow_values:narrow_value_heads",
     "load": "checkpoint.load:load",
     "densify": "checkpoint.export:densify",
     "export": "checkpoint.export:export_dense",
@@ -62,6 +64,7 @@ _PLACES = {
     "Comparison": "compression.compare:Comparison",
     "Result": "compression.result:Result",
     "TuneResult": "recovery.result:TuneResult",
+    "NarrowedModel": "compression.narrow_values:NarrowedModel",
     "Plan": "allocation:Plan",
     "Choice": "allocation:Choice",
     # What methods, forms and recoveries are made of (docs/architecture.md shows how).
@@ -90,6 +93,7 @@ __all__ = [
     "InspectionRecipe",
     "Method",
     "Metric",
+    "NarrowedModel",
     "Plan",
     "Problem",
     "Recipe",
@@ -105,6 +109,7 @@ __all__ = [
     "export",
     "inspect",
     "load",
+    "narrow_value_heads",
     "register_form",
     "register_method",
     "register_recovery",

@@ -8,7 +8,7 @@ from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorize, 
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.shared_basis import shared_basis
-from eckart.linalg.slice import Slicing, slice_neurons, slicing_curve_under
+from eckart.linalg.slice import Slicing, slice_in_order, slice_neurons, slicing_curve_under
 from eckart.linalg.solve import Factorization, Problem, curve_under, factorize
 from eckart.linalg.sparse import (
     Split,
@@ -18,12 +18,14 @@ from eckart.linalg.sparse import (
     rows_above,
     smallest_masked,
 )
+from eckart.linalg.value_heads import NarrowedHeads, narrow_heads
 
 __all__ = [
     "WIDE",
     "BlockMetric",
     "Factorization",
     "Metric",
+    "NarrowedHeads",
     "PivotedFactors",
     "Problem",
     "Slicing",
@@ -42,12 +44,14 @@ __all__ = [
     "kronecker_curve_under",
     "kronecker_factorize",
     "low_rank_sparse_split",
+    "narrow_heads",
     "pivoted_factors",
     "rearranged",
     "rearranged_back",
     "require_finite",
     "rows_above",
     "shared_basis",
+    "slice_in_order",
     "slice_neurons",
     "slicing_curve_under",
     "smallest_masked",

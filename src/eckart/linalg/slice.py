@@ -121,8 +121,33 @@ def slice_neurons(problem: Problem, what: str = "weight") -> Slicing:
     inverse, notes = _inverted(activations, what)
     order = _order(inverse, _sandwich(left, weight), weight, left)
     del inverse
+    return _in_order(order, weight, activations, left, what, notes, silent=silent)
+
+
+def slice_in_order(problem: Problem, order: Tensor, what: str = "weight") -> Slicing:
+    """Correct the neurons that are kept for those that go, in an order that is given: see :func:`slice_neurons`.
+
+    Args:
+        problem: as there.
+        order: (w,) int64, the last one to be taken away first.
+        what: as there.
+    """
+    weight, left = problem.target.detach(), problem.left
+    require_finite(weight, what)
+    activations = _matrix(problem.right, weight.shape[1], weight)
+    require_finite(activations, f"{what}: metric of its neurons")
+    silent = not bool(activations.diagonal().amax() > 0)
+    if silent:
+        activations = torch.eye(len(activations), dtype=weight.dtype, device=weight.device)
+    _, notes = _inverted(activations, what)
+    return _in_order(order, weight, activations, left, what, notes, silent=silent)
+
+
+def _in_order(
+    order: Tensor, weight: Tensor, activations: Tensor, left: Metric, what: str, notes: tuple[str, ...], *, silent: bool
+) -> Slicing:
+    """Corrections and errors of every size, with an invertible C."""
     lower = _root(activations[order][:, order])
-    del activations
     mixed = weight[:, order] @ lower
     squared = (mixed * left.times(mixed)).sum(0, dtype=torch.float64).clamp_min(0)
     require_finite(squared, f"{what}: metric of its outputs")

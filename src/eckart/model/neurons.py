@@ -304,10 +304,11 @@ class _Trial:
         finally:
             for name, module in old.items():
                 replace_module(self.module, name[self.inner :], module)
-        return [one.shape for one in wanted] == [one.shape for one in found] and all(map(_near, found, wanted))
+        return [one.shape for one in wanted] == [one.shape for one in found] and all(map(is_near, found, wanted))
 
 
-def _near(found: Tensor, wanted: Tensor) -> bool:
+def is_near(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two tensors are equal up to :data:`CLOSE`."""
     if not wanted.is_floating_point() or not wanted.numel():
         return torch.equal(found, wanted)
     return bool((found - wanted).abs().amax() <= CLOSE.get(wanted.dtype, 1e-2) * wanted.abs().amax())

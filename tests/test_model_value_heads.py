@@ -198,6 +198,20 @@ def test_models_without_such_heads(name, message):
         find_head_width(model, possible, BY_NAME[name].batches(count=1)[0])
 
 
+class Scaled(YoutuForCausalLM):
+    """What is as wide as values without being rows or columns of a layer."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.scales = torch.nn.Parameter(torch.ones(config.v_head_dim))
+
+
+def test_other_tensors_of_that_width_are_refused():
+    model = scaled(Scaled(youtu().config)).eval()
+    with pytest.raises(UsageError, match=r"Scaled: .* no size of values of its own"):
+        found_in(model)
+
+
 def test_a_model_of_other_shapes_than_its_configuration_says_is_refused():
     model = youtu()
     model.config.intermediate_size = 40

@@ -128,7 +128,8 @@ class Settings:
         if method.needs and not form_named(form).weighted_exactly:
             method = with_changes(method, exact_for=f"nothing; form {form} is approximate for {method.exact_for}")
         others: tuple[str, ...] = ()
-        slices = form == SLICED
+        # The default method takes whatever is predicted to lose least, where no form is named.
+        slices = form == SLICED or (recipe.form is None and method.slices and allocation == "loss")
         if recipe.weighs_seconds:
             _check_seconds(allocation, recipe)
             if recipe.form is None and not slices and not method.fixed_form:  # whatever is fastest
@@ -146,7 +147,7 @@ class Settings:
         if self.method.name != default.name or self.method.metric is not default.metric:
             return self
         method = with_changes(self.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
-        return with_changes(self, method=method, allocation="uniform")
+        return with_changes(self, method=method, allocation="uniform", slices=self.form == SLICED)
 
     def needs(self, *, planned: bool = False) -> frozenset[str]:
         """Names of the statistics to gather. If ranks are `planned`, none are needed for curves of predicted loss."""

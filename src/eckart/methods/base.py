@@ -36,6 +36,7 @@ class Method:
         needs: statistics that the metric reads, names of :data:`eckart.registry.STATISTICS`; empty: no data.
         form: the stored form of the paper.
         smallest_form: the form to take where stored numbers count and speed does not; None for `form`.
+        slices: whether feed-forward layers may lose neurons where that is predicted to lose less, and no form is named.
         allocation: "uniform", "loss", or "paper": what `paper_sizes` says.
         centered: whether means are folded into the bias of sites that have one, and the metric is centered.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
@@ -52,6 +53,7 @@ class Method:
     needs: frozenset[str] = field(default_factory=frozenset)
     form: str = "lowrank"
     smallest_form: str | None = None
+    slices: bool = False
     allocation: str = "uniform"
     centered: bool = False
     refit: bool = False

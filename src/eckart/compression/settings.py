@@ -132,7 +132,7 @@ class Settings:
         slices = form == SLICED or (recipe.form is None and method.slices and allocation == "loss")
         if recipe.weighs_seconds:
             _check_seconds(allocation, recipe)
-            if recipe.form is None and not slices and not method.fixed_form:  # whatever is fastest
+            if recipe.form is None and form != SLICED and not method.fixed_form:  # whatever is fastest
                 others, slices = tuple({*TIMED_FORMS} - {form, kind.unshared_form}), True
         return cls(method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock)
 

@@ -8,8 +8,8 @@ from eckart.methods.kfac import metric
 METHOD = Method(
     name="eckart",
     title="eckart (KFAC metric, joint factors and sliced layers, allocated by loss, refitted)",
-    paper="this library: the metric of KFAC-SVD; one input factor for weights that read one input, and fewer neurons in "
-    "feed-forward layers, where that is predicted to lose less; ranks from one budget by the predicted loss, and a "
+    paper="this library: the metric of KFAC-SVD; one input factor for weights that read one input, and fewer neurons "
+    "in feed-forward layers, where that is predicted to lose less; ranks from one budget by the predicted loss, and a "
     "closed-form refit of every weight on the inputs that the compressed model gives it; where stored numbers count "
     "more than speed, the pivoted form of Zhao et al. (ICML 2025, arXiv 2501.19090)",
     metric=metric,

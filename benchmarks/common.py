@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +144,18 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], outp
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {platform.python_version()}\n")
     if output is not None:
         output.write_text(json.dumps({"title": title, "columns": list(columns), "rows": [list(r) for r in rows]}))
+
+
+def variants_of_default() -> list[Any]:
+    """The default method, and what each of its parts is worth."""
+    from eckart.methods import METHODS
+
+    default = METHODS["eckart"]
+    return [
+        replace(default, name="eckart, low-rank alone", form="lowrank", slices=False),
+        replace(default, name="eckart, low-rank or joint", slices=False),
+        replace(default, name="eckart without refit", refit=False),
+        default,
+        replace(default, name="eckart, pivoted alone", form="pivoted", slices=False),
+        replace(default, name="eckart, --optimise size", form="pivoted-joint"),
+    ]

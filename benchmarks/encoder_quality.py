@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import show
+from common import show, variants_of_default
 from transformers import AutoModel, AutoTokenizer
 
 import eckart
@@ -54,10 +54,9 @@ def main() -> None:
         distance = compare_embeddings(candidate, model, held, pooling)["cosine_distance"]
         return distance, score_similarity(candidate, tokenizer, task, pooling)["spearman"]
 
-    default = METHODS["eckart"]
     methods = [*(m for m in METHODS.values() if m.name != "eckart"),
                replace(METHODS["kfac"], name="kfac, allocated", allocation="loss"),
-               replace(default, name="eckart without refit", refit=False), default]  # fmt: skip
+               *variants_of_default()]  # fmt: skip
     table: list[list[object]] = [["dense", 1.0, 1.0, *measured(model), "-"]]
     names = [site.name for site in find_sites(model).chosen]
     elements = sum(site.elements for site in find_sites(model).chosen)
@@ -79,6 +78,7 @@ def main() -> None:
         batch_size=32,
         seed=options.seed,
         source_folder=folder,
+        target="none",
     ):
         found[name, keep] = (result.report["kept"]["of_sites"], *measured(result.model))
         print(f"{name} at {keep}: {found[name, keep]}", flush=True)

@@ -187,7 +187,7 @@ def test_flags_override_the_run_file(cli, folder, tmp_path):
 
 def test_compress_follows_an_edited_plan(cli, folder, published, tmp_path):
     plan = json.loads((published / "eckart/plan.json").read_text())
-    first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj"
+    first, second = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.k_proj"
     plan["sites"][first] = {"form": "dense"}
     plan["sites"][second] = {"form": "lowrank", "rank": 3}
     (tmp_path / "plan.json").write_text(json.dumps(plan))

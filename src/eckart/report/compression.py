@@ -118,7 +118,8 @@ def _sites(report: Mapping[str, Any]) -> Table:
     for kind, rows in kinds.items():
         factored = [row["rank"] for row in rows if row["form"] != "dense"]
         ranks = "-" if not factored else format_range(min(factored), max(factored))
-        full = format_range(min(min(r["shape"]) for r in rows), max(min(r["shape"]) for r in rows))
+        whole = [row.get("full_rank", min(row["shape"])) for row in rows]
+        full = format_range(min(whole), max(whole))
         totals = {
             side: {key: sum(row[side][key] for row in rows) for key in ("elements", "bytes", "multiply_adds")}
             for side in ("before", "after")

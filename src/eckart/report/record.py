@@ -12,7 +12,7 @@ from eckart.allocation import DENSE, Choice, Plan
 from eckart.evaluation.sizes import Size, Sizes
 from eckart.forms import form_named
 from eckart.methods import Method
-from eckart.model import Sites
+from eckart.model import Site, Sites
 
 FORMAT_VERSION = 1
 
@@ -52,6 +52,7 @@ def build_report(
                 "shape": list(site.shape),
                 "form": choice.form,
                 "rank": choice.rank if choice.form != DENSE else min(site.shape),
+                "full_rank": _full_rank(choice, site),
                 **({"block": list(choice.block)} if choice.block is not None else {}),
                 **({"basis": choice.basis} if choice.basis is not None else {}),
                 "before": before.modules[site.name].as_dict(),
@@ -94,6 +95,14 @@ def build_report(
         "notes": list(notes),
         "seconds": dict(seconds),
     }
+
+
+def _full_rank(choice: Choice, site: Site) -> int:
+    """What its rank would be if nothing was left out; of a layer that loses neurons, how many it had."""
+    if choice.form == DENSE or form_named(choice.form).shared_by != "neurons":
+        return min(site.shape)
+    assert choice.block is not None
+    return site.in_features if choice.basis is None else site.out_features // choice.block[0]
 
 
 def _without_basis(size: Size, choice: Choice, in_features: int) -> Size:

@@ -61,6 +61,9 @@ def main() -> None:
     parser.add_argument(
         "--windows", type=int, default=112, help="calibration windows; 8 more decide whether a refit is kept"
     )
+    parser.add_argument(
+        "--only", default="", help="rows whose names begin so, separated by commas, beside the reference"
+    )
     parser.add_argument("--held-tokens", type=int, default=131072)
     parser.add_argument("--output", type=Path, help="also write the table as JSON")
     options = parser.parse_args()
@@ -76,6 +79,8 @@ def main() -> None:
         )
         return float(measured["nll_per_token"])
 
+    begins = tuple(options.only.split(","))
+    methods = [method for method in rows() if method.name.startswith(begins) or method.name == REFERENCE]
     dense = score(model)
     found: dict[tuple[str, float], list[float]] = {}
     kept: dict[tuple[str, float], float] = {}
@@ -83,7 +88,7 @@ def main() -> None:
         results = eckart.compare(
             model,
             tokenizer,
-            methods=rows(),
+            methods=methods,
             keeps=keeps,
             data=options.calibration,
             num_samples=options.windows,
@@ -105,7 +110,7 @@ def main() -> None:
         table.append([name, "-", "-", math.exp(dense + excess), excess, "-"])
     for keep in keeps:
         reference = statistics.mean(found[REFERENCE, keep])
-        for method in rows():
+        for method in methods:
             excess = statistics.mean(found[method.name, keep])
             stored = kept[method.name, keep]
             table.append([method.name, keep, stored, math.exp(dense + excess), excess, f"{excess / reference:.3f}"])

@@ -3,9 +3,9 @@
     python benchmarks/speed_cpu.py --model all-MiniLM-L6-v2 --threads 1
 
 all-MiniLM-L6-v2 in float32 at 32 x 64 tokens; BERT-base and SmolLM2-135M by their shapes, with random weights, in
-float32 and bfloat16 at 32 x 128. Forms have the ranks of one `keep` for all weights; `default` is what the default method
-makes of that size without a refit, which changes no size, and `latency` what it makes with `--objective latency` and a
-profile of this machine; both on made-up text, or of MiniLM on `--text`. All copies of a model take turns.
+float32 and bfloat16 at 32 x 128. Forms have the ranks of one `keep` for all weights; `default` is what the default
+method makes of that size without a refit, which changes no size, and `latency` what it makes with `--objective latency`
+and a profile of this machine; both on made-up text, or of MiniLM on `--text`. All copies of a model take turns.
 """
 
 from __future__ import annotations

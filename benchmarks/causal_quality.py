@@ -62,7 +62,9 @@ def main() -> None:
         "--windows", type=int, default=112, help="calibration windows; 8 more decide whether a refit is kept"
     )
     parser.add_argument(
-        "--only", default="", help="rows whose names begin so, separated by commas, beside the reference"
+        "--only",
+        default="",
+        help="rows by name, separated by semicolons; the reference is always there, beside the reference",
     )
     parser.add_argument("--held-tokens", type=int, default=131072)
     parser.add_argument("--output", type=Path, help="also write the table as JSON")
@@ -79,8 +81,8 @@ def main() -> None:
         )
         return float(measured["nll_per_token"])
 
-    begins = tuple(options.only.split(","))
-    methods = [method for method in rows() if method.name.startswith(begins) or method.name == REFERENCE]
+    only = options.only.split(";") if options.only else [method.name for method in rows()]
+    methods = [method for method in rows() if method.name in (*only, REFERENCE)]
     dense = score(model)
     found: dict[tuple[str, float], list[float]] = {}
     kept: dict[tuple[str, float], float] = {}

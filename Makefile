@@ -16,7 +16,7 @@ DEV := .venv/.installed-dev
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       compress the bundled model, offline, in about a minute"
+	@echo "make demo       compress the bundled model, offline, in a minute or two"
 	@echo "make test       the checks of make lint, then all tests"
 	@echo "make lint       style, types, directions of imports, the picture of them"
 	@echo "make format     fix what ruff can fix, draw docs/architecture.svg again"

@@ -314,3 +314,12 @@ def test_a_cast_that_overflows_is_refused_by_name(model):
 def test_only_a_transformers_model_is_taken(wrong):
     with pytest.raises(UsageError, match=r"model: .* from_pretrained"):
         eckart.compress(wrong, method="svd")
+
+
+@pytest.mark.parametrize("form", ["joint", "pivoted-joint"])
+def test_rows_of_sites_add_up_to_the_sizes_of_all(model, batches, form):
+    """What is shared, and a product that is computed once, counts at one site."""
+    report = eckart.compress(model, data=batches, form=form, allocation="uniform", method="drone", keep=0.5).report
+    assert form in report["form"]
+    for key in ("elements", "multiply_adds"):
+        assert sum(row["after"][key] for row in report["sites"]) == report["sizes"]["sites"]["after"][key]

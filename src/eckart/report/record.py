@@ -106,8 +106,14 @@ def _full_rank(choice: Choice, site: Site) -> int:
 
 
 def _without_basis(size: Size, choice: Choice, in_features: int) -> Size:
-    """What a site stores itself: a basis that it shares counts once, in `sizes`."""
+    """What a site stores and computes itself: a basis that it shares counts once, in `sizes`, with a shared product."""
     if choice.basis is None:
         return size
     basis = form_named(choice.form).shared_elements(in_features, choice.rank)
-    return replace(size, elements=size.elements - basis, bytes=size.bytes - basis * size.bytes // size.elements)
+    product = basis if form_named(choice.form).shared_by == "input" else 0
+    return replace(
+        size,
+        elements=size.elements - basis,
+        bytes=size.bytes - basis * size.bytes // size.elements,
+        multiply_adds=size.multiply_adds - product,
+    )

@@ -269,6 +269,7 @@ def test_what_is_no_share_is_refused(text):
         ({"speedup": 1.5, "keep": 0.5}, "--keep and --speedup"),
         ({"speedup": 1.5, "max_loss": "1%"}, "--speedup and --max-loss"),
         ({"max_loss": "1%", "plan": "plan.json"}, "--plan and --max-loss"),
+        ({"profile": "profile.json"}, "--profile profile.json: no seconds are weighed"),
         ({"objective": "latency", "method": "drone"}, "--objective latency with --allocation uniform"),
         ({"speedup": 2.0, "method": "svd"}, "--speedup with --allocation uniform"),
     ],

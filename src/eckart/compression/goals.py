@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.compression.context import CompressionContext
 from eckart.compression.measure import measure_quality
 from eckart.data import CalibrationData, model_kind
-from eckart.data.inference import evaluating, forward
 from eckart.errors import UsageError
-from eckart.evaluation.divergence import negative_log_likelihood
+from eckart.evaluation.quality import score_classes, score_next_tokens
 
 
 def parse_loss(text: str) -> float:
@@ -49,7 +46,7 @@ def loss_of(context: CompressionContext, compressed: PreTrainedModel) -> float:
     if causal or _has_classes(context, held):
         if processes.main:
             try:
-                score = perplexity if causal else accuracy
+                score = score_next_tokens if causal else score_classes
                 found = {"before": score(context.model, held), "after": score(compressed, held)}
             except Exception as error:
                 failed = error
@@ -69,28 +66,3 @@ def _has_classes(context: CompressionContext, held: CalibrationData) -> bool:
         return False
     labels = held.batches[0].inputs["labels"]
     return labels.dim() == 1 and not labels.is_floating_point()
-
-
-def perplexity(model: nn.Module, held: CalibrationData) -> float:
-    """Of a causal model on its next tokens, padding left out."""
-    total, count = 0.0, 0
-    with evaluating(model):
-        for batch in held:
-            logits = forward(model, batch.inputs).logits[:, :-1]
-            ids = batch.inputs["input_ids"][:, 1:].to(logits.device)
-            mask = batch.masks()[batch.inputs["input_ids"].shape[1]][:, 1:].to(logits.device)
-            total += float(negative_log_likelihood(logits[mask], ids[mask]).sum())
-            count += int(mask.sum())
-    return math.exp(min(total / max(count, 1), 700.0))
-
-
-def accuracy(model: nn.Module, held: CalibrationData) -> float:
-    """Of a classifier on rows with labels."""
-    right, count = 0, 0
-    with evaluating(model):
-        for batch in held:
-            labels = batch.inputs["labels"]
-            logits = forward(model, {k: v for k, v in batch.inputs.items() if k != "labels"}).logits
-            right += int(torch.eq(logits.argmax(-1).cpu(), labels.cpu()).sum())
-            count += len(labels)
-    return right / max(count, 1)

@@ -197,6 +197,10 @@ class Recipe(RecipeBase):
         if len(goals) > 1:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in goals)
             raise ValueError(f"{flags} each say how large the model becomes: give one of them.")
+        if self.profile is not None and not self.weighs_seconds:
+            raise ValueError(
+                f"--profile {self.profile}: no seconds are weighed. Add --objective latency or --speedup, or remove it."
+            )
         return self
 
     @property

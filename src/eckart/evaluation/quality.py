@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import nn
 
 from eckart.data import CalibrationData, Pooling
+from eckart.data.inference import evaluating, forward
 from eckart.errors import NumericalError
 from eckart.evaluation.agreement import compare_embeddings, compare_predictions, predicts_distribution
+from eckart.evaluation.divergence import negative_log_likelihood
 
 
 def measure_quality(
@@ -46,3 +50,28 @@ def distance_to_original(measured: dict[str, Any]) -> float:
     if "agreement" in measured:
         return float(measured["agreement"]["kl"])
     return float(measured["embedding"]["cosine_distance"])
+
+
+def score_next_tokens(model: nn.Module, held: CalibrationData) -> float:
+    """Perplexity of a causal model on the next tokens of batches, padding left out."""
+    total, count = 0.0, 0
+    with evaluating(model):
+        for batch in held:
+            logits = forward(model, batch.inputs).logits[:, :-1]
+            ids = batch.inputs["input_ids"][:, 1:].to(logits.device)
+            mask = batch.masks()[batch.inputs["input_ids"].shape[1]][:, 1:].to(logits.device)
+            total += float(negative_log_likelihood(logits[mask], ids[mask]).sum())
+            count += int(mask.sum())
+    return math.exp(min(total / max(count, 1), 700.0))
+
+
+def score_classes(model: nn.Module, held: CalibrationData) -> float:
+    """Accuracy of a classifier on batches whose rows have labels."""
+    right, count = 0, 0
+    with evaluating(model):
+        for batch in held:
+            labels = batch.inputs["labels"]
+            logits = forward(model, {k: v for k, v in batch.inputs.items() if k != "labels"}).logits
+            right += int(torch.eq(logits.argmax(-1).cpu(), labels.cpu()).sum())
+            count += len(labels)
+    return right / max(count, 1)

@@ -14,7 +14,6 @@ from torch import nn
 from tuning_problem import bert, logits, prepare_model, train
 
 import eckart
-from eckart.checkpoint.export import export_dense
 from eckart.checkpoint.save import save
 from eckart.checkpoint.stored import stored_size, stored_tensors
 from eckart.errors import CheckpointError, UsageError
@@ -125,7 +124,7 @@ def test_where_the_configuration_cannot_say_it_each_attention_does(tmp_path):
     inputs = BY_NAME["llama"].batches(count=1)[0]
     assert torch.equal(output(again, inputs), output(model, inputs))
     assert eckart.load(tmp_path / "out", auto_class="AutoModel").layers[0].self_attn.k_proj.out_features == 24
-    export_dense(tmp_path / "out", tmp_path / "dense")
+    eckart.export(tmp_path / "out", tmp_path / "dense")
     config = json.loads((tmp_path / "dense" / "config.json").read_text())
     assert "quantization_config" not in config
     dense = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "dense").eval()

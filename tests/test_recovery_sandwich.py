@@ -223,7 +223,7 @@ def test_a_tuned_model_is_published_loaded_trained_on_and_exported(place, tmp_pa
     assert torch.equal(output(loaded.eval(), ids), expected)
     again = eckart.tune(tmp_path / "out", recovery="distil", **options)  # trained on, it stays shared
     assert shared_parameters(again.model) == shared_parameters(result.model)
-    plain = eckart.checkpoint.export.export_dense(tmp_path / "out", tmp_path / "plain")
+    plain = eckart.export(tmp_path / "out", tmp_path / "plain")
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
     assert torch.equal(output(eckart.load(plain), ids), expected)
 

@@ -14,8 +14,6 @@ from eckart.errors import EckartError
 
 if TYPE_CHECKING:
     from eckart.allocation import Choice, Plan
-    from eckart.checkpoint.export import densify
-    from eckart.checkpoint.export import export_dense as export
     from eckart.checkpoint.load import load
     from eckart.compression.compare import Comparison, compare
     from eckart.compression.narrow_values import NarrowedModel, narrow_value_heads
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from eckart.evaluation.inspection import inspect
     from eckart.evaluation.pipeline import evaluate
     from eckart.evaluation.recipe import EvaluationRecipe, InspectionRecipe
+    from eckart.exports.densify import densify
+    from eckart.exports.pipeline import export
     from eckart.forms import register_form
     from eckart.forms.base import Factored
     from eckart.forms.linear import FactoredLinear
@@ -53,8 +53,8 @@ _PLACES = {
     "bench": "speed.bench:bench",
     "narrow_value_heads": "compression.narrow_values:narrow_value_heads",
     "load": "checkpoint.load:load",
-    "densify": "checkpoint.export:densify",
-    "export": "checkpoint.export:export_dense",
+    "densify": "exports.densify:densify",
+    "export": "exports.pipeline:export",
     # What goes in, and what comes out.
     "Recipe": "compression.recipe:Recipe",
     "EvaluationRecipe": "evaluation.recipe:EvaluationRecipe",

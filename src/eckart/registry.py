@@ -92,6 +92,14 @@ RECOVERIES: Registry[Any] = Registry(
 )
 """Ways to make quality come back (`--recovery`)."""
 
+EXPORTS: Registry[Any] = Registry(
+    "format",
+    {
+        "dense": "eckart.exports.densify:Dense",
+    },
+)
+"""Folders for programs without eckart (`eckart export --format`)."""
+
 
 def register_method(method: T) -> T:
     """Make a :class:`eckart.Method` of your own known under its `name`, in this process."""

@@ -77,33 +77,89 @@ def save(
         CheckpointError: the folder cannot be published, or what was written is not the model.
         UsageError: the model is no ``PreTrainedModel``, or has adapters.
     """
+    check_savable(model, source_folder)
+    size = stored_bytes(model)
+    inputs = [*inputs, source_folder, model.config.name_or_path]
+    with publish(output_dir, overwrite=overwrite, inputs=inputs, needed_bytes=size + size // 20, lock=lock) as staging:
+        write(model, staging, tokenizer=tokenizer, processor=processor, source_folder=source_folder,
+              max_shard_size=max_shard_size)  # fmt: skip
+        _write_records(staging, recipe_yaml, plan, report, report_html)
+        if card is not None:
+            (staging / "README.md").write_text(card, encoding="utf-8")
+    return output_path(output_dir)
+
+
+def check_savable(model: PreTrainedModel, source_folder: str | Path | None = None) -> None:
+    """Refuse a model that is no checkpoint of its own, or whose folder holds pickled modules.
+
+    Raises:
+        CheckpointError: a module of the source folder is pickled.
+        UsageError: the model is no ``PreTrainedModel``, or has adapters.
+    """
     if not isinstance(model, PreTrainedModel) or has_adapters(model):
         raise UsageError(
             f"{type(model).__name__} cannot be published as a checkpoint of its own. Give the transformers "
             "model; merge adapters first: model.merge_and_unload()."
         )
+    if source_folder is not None:
+        _refuse_pickled_modules(Path(source_folder))
+
+
+def stored_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the tensors that a checkpoint of the model holds."""
+    return sum(tensor.numel() * tensor.element_size() for _, tensor in _state(model))
+
+
+def write(
+    model: PreTrainedModel,
+    staging: Path,
+    *,
+    tokenizer: Any = None,
+    processor: Any = None,
+    source_folder: str | Path | None = None,
+    max_shard_size: int | str = "50GB",
+) -> Path:
+    """Write weights, config, tokenizer and what the source has beside them into a folder, and check what was written.
+
+    Args:
+        model: as of :func:`save`, like the other arguments.
+        staging: an empty folder.
+        tokenizer: saved with it.
+        processor: saved with it.
+        source_folder: where the model came from.
+        max_shard_size: of a file of weights.
+
+    Returns:
+        The folder inside ``staging`` that holds ``config.json``.
+
+    Raises:
+        CheckpointError: what was written is not the model.
+    """
     (attach_config if is_special(model) else detach_config)(model)
     source = Path(source_folder) if source_folder is not None else None
     inner = model_folder(source).relative_to(source) if source is not None else Path()
+    home = staging / inner
+    home.mkdir(parents=True, exist_ok=True)
+    with _shard_by_shard(model):
+        model.save_pretrained(home, max_shard_size=max_shard_size)
+    write_companions(staging, tokenizer=tokenizer, processor=processor, source_folder=source)
+    _verify(model, home)
+    return home
+
+
+def write_companions(
+    staging: Path, *, tokenizer: Any = None, processor: Any = None, source_folder: str | Path | None = None
+) -> None:
+    """Write what goes beside a model: tokenizer, processor, and the source's own files that are not there yet."""
+    source = Path(source_folder) if source_folder is not None else None
+    inner = model_folder(source).relative_to(source) if source is not None else Path()
+    home = staging / inner
+    home.mkdir(parents=True, exist_ok=True)
+    for part in (tokenizer, processor):
+        if part is not None:
+            part.save_pretrained(home)
     if source is not None:
-        _refuse_pickled_modules(source)
-    size = sum(tensor.numel() * tensor.element_size() for _, tensor in _state(model))
-    inputs = [*inputs, source, model.config.name_or_path]
-    with publish(output_dir, overwrite=overwrite, inputs=inputs, needed_bytes=size + size // 20, lock=lock) as staging:
-        home = staging / inner
-        home.mkdir(parents=True, exist_ok=True)
-        with _shard_by_shard(model):
-            model.save_pretrained(home, max_shard_size=max_shard_size)
-        for part in (tokenizer, processor):
-            if part is not None:
-                part.save_pretrained(home)
-        if source is not None:
-            _carry(source, staging, inner, () if tokenizer is None else _tokenizer_files(tokenizer))
-        _verify(model, home)
-        _write_records(staging, recipe_yaml, plan, report, report_html)
-        if card is not None:
-            (staging / "README.md").write_text(card, encoding="utf-8")
-    return output_path(output_dir)
+        _carry(source, staging, inner, () if tokenizer is None else _tokenizer_files(tokenizer))
 
 
 def _write_records(

@@ -1,0 +1,1 @@
+"""Folders for programs without eckart: stock transformers, vLLM, ONNX Runtime, OpenVINO."""

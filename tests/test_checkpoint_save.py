@@ -16,6 +16,7 @@ from eckart.checkpoint.save import save
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import factored_modules
 from eckart.report.card import render_model_card
+from eckart.report.loading import Loading
 
 
 def write(folder: Path, *names: str) -> None:
@@ -217,7 +218,7 @@ def test_card_states_what_it_was_given():
     card = render_model_card(
         "me/smol-70",
         base_model="HuggingFaceTB/SmolLM2-135M",
-        auto_class="AutoModelForCausalLM",
+        loading=Loading("AutoModelForCausalLM"),
         method="drone",
         form="pivoted",
         command="eckart compress HuggingFaceTB/SmolLM2-135M --keep 0.7",
@@ -256,8 +257,11 @@ def test_card_without_numbers_has_none(tmp_path):
     assert not re.search(r"\d", card.replace("smol-70", "").split("---", 2)[2])
 
 
+SENTENCE = Loading("SentenceTransformer", "sentence_transformers", "", library="sentence-transformers")
+
+
 def test_card_for_sentence_transformers():
-    card = render_model_card("me/minilm", library_name="sentence-transformers", measured={"cosine": 0.987654})
+    card = render_model_card("me/minilm", loading=SENTENCE, measured={"cosine": 0.987654})
     assert metadata(card)["library_name"] == "sentence-transformers"
     assert 'SentenceTransformer("me/minilm")' in card
     assert "| cosine | 0.9877 |" in card

@@ -164,7 +164,7 @@ def test_compress_prints_table_folder_and_lines_to_load(cli, folder, tmp_path):
     text = cli("compress", folder / "bert", "--keep", 0.5, "--data", folder / "text.txt", *SMALL, "--form", "lowrank",
                "--output-dir", tmp_path / "out")  # fmt: skip
     for words in ("kind of site", "whole model", "keep 0.5", f"published in {tmp_path / 'out'}",
-                  f"AutoModel.from_pretrained('{tmp_path / 'out'}')"):  # fmt: skip
+                  f'AutoModel.from_pretrained("{tmp_path / "out"}")'):  # fmt: skip
         assert words in text
 
 
@@ -304,7 +304,7 @@ def test_compress_and_eval_a_sentence_transformers_folder(cli, folder, tmp_path)
     text = cli(
         "compress", source, "--keep", 0.6, "--data", folder / "text.txt", *SMALL, "--output-dir", tmp_path / "out"
     )
-    assert f"SentenceTransformer('{tmp_path / 'out'}')" in text
+    assert f'SentenceTransformer("{tmp_path / "out"}")' in text
     assert (tmp_path / "out/0_Transformer/model.safetensors").is_file()
     text = cli("eval", tmp_path / "out", "--against", source, "--data", folder / "rows.csv",
                "--data-column", "sentence", "--data-target-column", "other",

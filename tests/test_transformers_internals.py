@@ -27,6 +27,7 @@ TRANSFORMERS = {
     "_keep_in_fp32_modules_strict": "transformers.modeling_utils:PreTrainedModel",
     "_keep_in_fp32_modules": "transformers.modeling_utils:PreTrainedModel",
     "_tied_weights_keys": "transformers.modeling_utils:PreTrainedModel",
+    "_model_mapping": "transformers:AutoModel",
     "_apply_gate": "transformers.integrations.moe",
     "HF_DEACTIVATE_ASYNC_LOAD": "transformers.core_model_loading",
 }

@@ -6,30 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
-from yaml import YAMLError
 
 from eckart.allocation import Plan
-from eckart.checkpoint.description import is_special
 from eckart.checkpoint.save import save
 from eckart.compression.recipe import Recipe
 from eckart.report.card import render_model_card
-from eckart.report.compression import list_card_rows, render_compression
+from eckart.report.compression import list_card_rows, list_quality, render_compression
+from eckart.report.loading import find_loading
+from eckart.report.origin import origin_of
+from eckart.report.results import list_results
 from eckart.report.words import to_plain_text
 from eckart.storage.lock import OutputLock
-
-# Class name ending -> the Auto class that loads it, for the code example of the model card.
-AUTO_CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForImageClassification": "AutoModelForImageClassification",
-}
 
 
 @dataclass
@@ -80,18 +68,19 @@ class Result:
         Raises:
             CheckpointError: if it cannot be published; then nothing is.
         """
-        sentence = self.source_folder is not None and (self.source_folder / "modules.json").exists()
+        loading = find_loading(self.model, self.source_folder)
+        origin = origin_of(self.source_folder)
+        task = origin.get("pipeline_tag") or loading.task
         original = self.recipe.model or getattr(self.model.config, "name_or_path", None)
         card = render_model_card(
             Path(output_dir).name,
             base_model=original or None,
-            auto_class=auto_class_of(type(self.model).__name__),
-            library_name="sentence-transformers" if sentence else "transformers",
+            loading=loading,
             method=self.report["method"],
             form=self.report["form"],
-            alone=not is_special(self.model),
             measured=list_card_rows(self.report),
-            **origin_of(self.source_folder),
+            results=list_results(list_quality(self.report), self.report["data"], "held-out part", task),
+            **origin,
         )
         return save(
             self.model,
@@ -111,27 +100,4 @@ class Result:
 
 def load_lines(result: Result, folder: Path) -> str:
     """Return the lines of Python that load a published folder."""
-    if result.source_folder is not None and (result.source_folder / "modules.json").exists():
-        library, name, call = "sentence_transformers", "SentenceTransformer", f"SentenceTransformer({str(folder)!r})"
-    else:
-        library, name = "transformers", auto_class_of(type(result.model).__name__)
-        call = f"{name}.from_pretrained({str(folder)!r})"
-    lines = f"from {library} import {name}\nmodel = {call}"
-    return f"import eckart  # registers the checkpoint format\n{lines}" if is_special(result.model) else lines
-
-
-def origin_of(folder: Path | None) -> dict[str, Any]:
-    """Read licence, language and task of the original from its model card."""
-    file = folder / "README.md" if folder is not None else None
-    if file is None or not file.is_file():
-        return {}
-    try:
-        stated = ModelCard.load(file).data.to_dict()
-    except (ValueError, YAMLError):  # a card without metadata, or with broken metadata, states nothing
-        return {}
-    return {key: stated[key] for key in ("license", "language", "pipeline_tag") if stated.get(key)}
-
-
-def auto_class_of(name: str) -> str:
-    """Return the name of the Auto class that loads a model class."""
-    return next((auto for ending, auto in AUTO_CLASSES.items() if name.endswith(ending)), "AutoModel")
+    return find_loading(result.model, result.source_folder).lines(folder)

@@ -1,5 +1,6 @@
 """Calibration text and labeled tasks. What comes from the hub imports `datasets`, and only when it is asked for."""
 
+from eckart.data.auto_classes import head_classes
 from eckart.data.batch import Batch, CalibrationData
 from eckart.data.digest import digest_batches, digest_rows
 from eckart.data.loading import load_data
@@ -16,6 +17,7 @@ __all__ = [
     "TaskRow",
     "digest_batches",
     "digest_rows",
+    "head_classes",
     "load_data",
     "load_task",
     "max_positions",

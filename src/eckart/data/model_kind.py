@@ -13,16 +13,23 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from eckart.data.auto_classes import head_classes
+
 ModelKind = Literal["causal", "encoder", "encoder-decoder"]
 """`causal` reads packed windows of text, `encoder` separate padded texts, `encoder-decoder` pairs of them."""
 
-HEADS_ON_SEPARATE_TEXTS = (
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-    "ForMultipleChoice",
-)
-"""Ends of class names of models that read separate texts (or pairs), whatever their body is."""
+HEADS_ON_SEPARATE_TEXTS = {
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForDocumentQuestionAnswering",
+    "AutoModelForTableQuestionAnswering",
+    "AutoModelForVisualQuestionAnswering",
+    "AutoModelForMultipleChoice",
+    "AutoModelForNextSentencePrediction",
+    "AutoModelForAudioClassification",
+}
+"""What loads heads that read separate texts (or pairs, or sounds), whatever their body is."""
 
 UNLIMITED = 1_000_000
 """A larger `model_max_length` is no limit: tokenizers without one have 1e30."""
@@ -37,13 +44,14 @@ def model_kind(config: PretrainedConfig, model: nn.Module | None = None) -> Mode
         config: The model's configuration.
         model: The model, if it is loaded: its class decides what a configuration leaves open.
     """
-    names = [type(model).__name__] if model is not None else list(config.architectures or [])
-    if any(name.endswith(HEADS_ON_SEPARATE_TEXTS) for name in names):
+    classes = [type(model)] if model is not None else list(config.architectures or [])
+    heads = {auto for one in classes for auto in head_classes(config, one)}
+    if heads & HEADS_ON_SEPARATE_TEXTS:
         return "encoder"
     if config.is_encoder_decoder:
         return "encoder-decoder"
     text = config.get_text_config(decoder=True)
-    if any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names) or getattr(text, "is_decoder", False):
+    if "AutoModelForCausalLM" in heads or getattr(text, "is_decoder", False):
         return "causal"
     reads_on = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     fills_in = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT and others are in both

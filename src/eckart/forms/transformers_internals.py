@@ -116,3 +116,11 @@ def set_own_ties(module: nn.Module, ties: Mapping[str, str]) -> None:
 def apply_gate(experts: Any, inner: Tensor) -> Tensor:
     """Gate and activation of a module of fused experts, where its class has its own."""
     return experts._apply_gate(inner)
+
+
+def auto_mapping(auto_class: Any) -> Any:
+    """Class of configurations -> the class, or classes, that an Auto class of models builds; None for other classes.
+
+    The tables behind it are public, but not which table is whose, nor what `AutoModel.register` has added.
+    """
+    return getattr(auto_class, "_model_mapping", None)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.description import attach_config, described
 from eckart.checkpoint.save import save
-from eckart.compression.result import auto_class_of, origin_of
 from eckart.model import cast, shared_parameters
 from eckart.recovery.base import Recovery
 from eckart.recovery.recipe import TuneRecipe
@@ -24,6 +23,9 @@ from eckart.recovery.student import Student
 from eckart.recovery.training import Scorer, TrainingData, is_better
 from eckart.recovery.training.scorer import Scores
 from eckart.report.card import render_model_card
+from eckart.report.loading import find_loading
+from eckart.report.origin import origin_of
+from eckart.report.results import list_results
 from eckart.report.training import list_tuning_card_rows, render_tuning
 from eckart.report.words import to_plain_text
 from eckart.storage.lock import OutputLock
@@ -74,18 +76,22 @@ class TuneResult:
         source = self.source_folder
         if source is not None and self.report["new_head"] and (source / "modules.json").exists():
             source = None  # a classifier is not a sentence-transformers model
-        sentence = source is not None and (source / "modules.json").exists()
+        loading = find_loading(self.model, source)
+        origin = origin_of(self.source_folder, same_task=not self.report["new_head"])
         forms = sorted({spec["form"] for spec in described(self.model).values()})
         card = render_model_card(
             Path(output_dir).name,
             base_model=self.recipe.model or getattr(self.model.config, "name_or_path", None) or None,
-            auto_class=auto_class_of(type(self.model).__name__),
-            library_name="sentence-transformers" if sentence else "transformers",
+            loading=loading,
             method=_in_words(self.recipe.recovery, self.report["recovery_settings"]),
             form=", ".join(forms) or "dense",
-            alone=not forms,
             measured=list_tuning_card_rows(self.report),
-            **origin_of(self.source_folder),
+            results=list_results(
+                self.report["scores"][self.report["kept"]],
+                *_scored_on(self.recipe, self.report["data"]),
+                origin.get("pipeline_tag") or loading.task,
+            ),
+            **origin,
         )
         self.folder = save(
             self.model, output_dir, tokenizer=self.tokenizer, source_folder=source,
@@ -168,6 +174,14 @@ class Clock:
 def _in_words(name: str, settings: dict[str, Any]) -> str:
     words = ", ".join(f"{key}={value}" for key, value in settings.items() if value not in (None, ""))
     return f"recovery {name}{f' ({words})' if words else ''}"
+
+
+def _scored_on(recipe: TuneRecipe, data: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """What the scores are of: a description of data as in the report, and which part of them."""
+    if recipe.eval_data is None:
+        return data, "held-out part"
+    hub = {} if Path(recipe.eval_data).exists() else {"config": recipe.data_config, "split": recipe.eval_split}
+    return {"source": recipe.eval_data} | hub, None
 
 
 def _plan(folder: Path | None) -> dict[str, Any] | None:

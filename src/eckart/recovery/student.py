@@ -13,7 +13,7 @@ from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
-from eckart.data import Pooling, TaskData, model_kind
+from eckart.data import Pooling, TaskData, head_classes, model_kind
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import cast, factored_modules, has_output_head, shared_clone, unshare_storage
 from eckart.recovery.base import ClosedFormRecovery, Recovery
@@ -27,14 +27,6 @@ AUTO_CLASSES = {
     "causal": "AutoModelForCausalLM",
 }
 """Task -> the class that loads a model with an output head for it."""
-
-CLASS_ENDINGS = {
-    "classification": ("ForSequenceClassification",),
-    "regression": ("ForSequenceClassification",),
-    "masked": ("ForMaskedLM", "ForPreTraining"),
-    "causal": ("ForCausalLM", "LMHeadModel"),
-}
-"""Task -> how the names of model classes with an output head for it end."""
 
 
 @dataclass
@@ -105,7 +97,7 @@ def open_student(recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: An
             "folder (tokenizer.save_pretrained), or pass tokenizer=..."
         )
     task, rows = find_task(recipe, model, data)
-    if task != "embedding" and not type(model).__name__.endswith(CLASS_ENDINGS[task]):
+    if task != "embedding" and not _has_head_for(model, task):
         if folder is None:
             raise UsageError(
                 f"task {task}: {type(model).__name__} has no output head for it. Load the model with "
@@ -122,6 +114,14 @@ def open_student(recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: An
     if task in ("classification", "regression"):
         _set_up_classifier(model, task, tokenizer)
     return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows, original)
+
+
+def _has_head_for(model: PreTrainedModel, task: str) -> bool:
+    """Whether a model's class has an output head that fits a task."""
+    heads = head_classes(model.config, type(model))
+    if task == "masked":  # BART's head is also said to fill in words; heads for pretraining alone do, and more
+        return heads[:1] in (("AutoModelForMaskedLM",), ("AutoModelForPreTraining",))
+    return AUTO_CLASSES[task] in heads
 
 
 def _set_up_classifier(model: PreTrainedModel, task: str, tokenizer: Any) -> None:
@@ -169,7 +169,7 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
     name, config = type(model).__name__, model.config
     task: str | None = recipe.task if recipe.task != "auto" else None
     if task is None:
-        if name.endswith("ForSequenceClassification"):
+        if _has_head_for(model, "classification"):
             task = "regression" if config.num_labels == 1 else "classification"
         elif (
             recipe.data_label_column is None
@@ -178,7 +178,7 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
         ):
             task = "embedding"
         elif recipe.data_label_column is None and has_output_head(model):
-            if name.endswith(CLASS_ENDINGS["masked"]):
+            if _has_head_for(model, "masked"):
                 task = "masked"
             elif model_kind(config, model) == "causal":
                 task = "causal"
@@ -192,7 +192,7 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[st
         _check_pooled(model)
     if task in ("masked", "causal", "embedding"):
         return task, None
-    label2id = getattr(config, "label2id", None) if name.endswith("ForSequenceClassification") else None
+    label2id = getattr(config, "label2id", None) if _has_head_for(model, "classification") else None
     rows = load_labeled(recipe, data, label2id=label2id, task=task)
     if task is None:
         task = "regression" if any(isinstance(row.label, float) for row in rows) else "classification"
@@ -252,7 +252,7 @@ def open_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrain
     if student.task == "embedding":
         bare: Any = model.base_model
         model = bare if has_output_head(model) else model
-    elif not type(model).__name__.endswith(CLASS_ENDINGS[student.task]):
+    elif not _has_head_for(model, student.task):
         raise UsageError(
             f"--teacher {name}: {type(model).__name__} has no output head for task {student.task}. Train the teacher "
             "on the task first (eckart tune TEACHER --recovery full), or give one that has been."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from eckart.data import model_kind
+from eckart.data import head_classes, model_kind
 from eckart.errors import UsageError
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.comparison import AgreementScorer, EmbeddingScorer
@@ -45,7 +45,7 @@ def _choose_absolute_task(model: PreTrainedModel, context: EvaluationContext) ->
     """The task that scores the model alone; None where only a comparison fits."""
     recipe = context.recipe
     labeled = recipe.data_label_column is not None
-    if type(model).__name__.endswith("ForSequenceClassification"):
+    if "AutoModelForSequenceClassification" in head_classes(model.config, type(model)):
         if labeled or context.data is not None:
             return "regression" if model.config.num_labels == 1 else "classification"
     elif model_kind(model.config, model) == "causal" and has_output_head(model):

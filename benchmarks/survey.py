@@ -266,7 +266,7 @@ def tasks(options: argparse.Namespace) -> Iterator[Task]:
             yield Task(name, "causal", folder, train, calibration, calibration, held, {}, options.windows)
     if options.encoder and options.mrpc:
         train, valid = parted(options.mrpc / "train.tsv", options.work)
-        columns = {"data_column": "#1 String", "data_pair_column": "#2 String", "data_label_column": "Quality"}
+        columns = {"data_column": "#1 String", "data_target_column": "#2 String", "data_label_column": "Quality"}
         held = options.mrpc / "test.tsv"
         pairs = options.rows // 2  # of two sentences each
         yield Task("mrpc", "classification", options.encoder, train, train, valid, held, columns, pairs)

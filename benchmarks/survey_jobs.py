@@ -93,9 +93,8 @@ def compared(
 
 
 def _calibration(task: Task, samples: int, seed: int) -> dict[str, Any]:
-    columns = {"data_column": "data_column", "data_target_column": "data_pair_column"}
-    columns |= {"data_label_column": "data_label_column"}
-    named = {key: task.columns[name] for key, name in columns.items() if name in task.columns}
+    columns = ("data_column", "data_target_column", "data_label_column")
+    named = {name: task.columns[name] for name in columns if name in task.columns}
     return {
         "data": str(task.calibration), **named, "num_samples": samples, "max_seq_length": task.length,
         "batch_size": 16, "seed": seed, "dtype": "float32",
@@ -135,7 +134,7 @@ def scored(folder: Path, dense: Path, task: Task, tokens: int, repeats: int) -> 
     tokenizer = AutoTokenizer.from_pretrained(dense)
     model = eckart.load(folder, dtype=torch.float32).eval()
     if task.kind == "classification":
-        names = {"column": "data_column", "pair_column": "data_pair_column", "label": "data_label_column"}
+        names = {"column": "data_column", "pair_column": "data_target_column", "label": "data_label_column"}
         columns = {key: task.columns[n] for key, n in names.items() if n in task.columns}
         rows = load_task(str(task.held), **columns, num_samples=tokens // 4)
         value = score_classification(model, tokenizer, rows, max_seq_length=task.length, disable=True)["accuracy"]

@@ -482,7 +482,7 @@ def test_ready_batches_of_an_encoder_decoder_are_told_apart():
 @pytest.mark.parametrize(
     ("bad", "parts"),
     [
-        ([{"input_ids": torch.arange(4)}], ("batch 0", "DataLoader")),
+        ([{"input_ids": torch.zeros(2, 3)}, {"input_ids": torch.arange(4)}], ("batch 1", "DataLoader")),
         ([{"input_ids": torch.zeros(2, 3), "text": ["a", "b"]}], ("batch 0", "'text'", "remove")),
         ([{"input_ids": torch.zeros(2, 3), "attention_mask": torch.zeros(1, 3)}], ("batch 0", "agree")),
         ([{"input_ids": torch.zeros(2, 3)}, "x"], ("batch 1", "str")),
@@ -585,7 +585,7 @@ def test_local_paths_that_do_not_work(tmp_path):
         (["x"], {"label_column": "label"}, "label_column"),
         (["x"], {"target_column": "target"}, "target_column"),
         (3, {}, "holds no rows"),
-        ({"text": ["x"]}, {}, "holds no rows"),
+        ({"text": ["x"], "label": [0, 1]}, {}, "holds no rows"),
     ],
 )
 def test_what_makes_no_sense_is_refused(data, options, message):
@@ -594,7 +594,7 @@ def test_what_makes_no_sense_is_refused(data, options, message):
 
 
 def test_items_of_no_use_are_named():
-    with pytest.raises(DataError, match="item 1: a int"):
+    with pytest.raises(DataError, match="item 1: an int"):
         load_data(["x", 3], **CAUSAL)
 
 

@@ -302,7 +302,7 @@ def test_a_training_that_fails_before_its_first_state_leaves_nothing(place, tmp_
 def test_a_bare_factored_encoder_gets_an_output_head_and_reloads(place, tmp_path):
     output = tmp_path / "classifier"
     words = ["tune", place / "bert", "--recovery", "full", "--data", place / "rows.tsv", "--data-column", "text",
-             "--data-pair-column", "other", "--data-label-column", "label", "--epochs", 12, "--batch-size", 8,
+             "--data-target-column", "other", "--data-label-column", "label", "--epochs", 12, "--batch-size", 8,
              "--learning-rate", 0.01, "--output-dir", output]  # fmt: skip
     done = CliRunner().invoke(app, [str(word) for word in words])
     assert done.exit_code == 0, done.output

@@ -21,7 +21,7 @@ PANELS = {
     "What": (),
     "Speed": ("optimise", "target", "rank_multiple", "objective", "speedup", "max_loss", "latency_batch_size",
               "latency_length", "profile", "stock"),
-    "Data": ("data", "data_config", "data_split", "data_column", "data_target_column", "data_pair_column",
+    "Data": ("data", "data_config", "data_split", "data_column", "data_target_column",
              "data_label_column", "data_revision", "eval_data", "eval_split", "eval_samples", "num_samples",
              "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
     "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",

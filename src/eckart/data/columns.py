@@ -6,17 +6,17 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from eckart.data.rows import DataRow, is_number
+from eckart.data.chat import read_chat, write_chat
+from eckart.data.names import LABEL_NAMES, PAIR_NAMES, TEXT_NAMES, normalize_name
+from eckart.data.rows import DataRow
+from eckart.data.table import is_number
 from eckart.errors import DataError
-
-TEXT_NAMES = ("text", "sentence", "content")
-"""Names of a text column, used if the user names none."""
-
-LABEL_NAMES = ("label", "labels", "score")
-"""Names of a label column, used if the user names none."""
 
 PEEK = 100
 """Number of rows that are read to find a column."""
+
+TOOLS = "tools"
+"""The column that describes the functions that a chat may call."""
 
 
 def peek_rows(rows: Iterator[DataRow], source: str) -> tuple[list[DataRow], Iterator[DataRow]]:
@@ -50,7 +50,9 @@ def find_text_column(
         taken: Columns that hold something else.
 
     Returns:
-        The column that was named; else the one called text, sentence or content; else the only one of text.
+        The column that was named; else the one called text, sentence or content, or a chat's usual name; else the only
+        one of text; else the first of two that belong together, such as sentence1 and sentence2; else one called by
+        another usual name.
 
     Raises:
         DataError: If that leaves none or several; the message lists the columns.
@@ -59,12 +61,31 @@ def find_text_column(
     if asked is not None:
         return _existing(asked, columns, source)
     free = [name for name in columns if name not in taken]
-    named = [name for name in free if name.lower() in TEXT_NAMES]
     textual = [name for name in free if _is_textual(first, name)]
-    for choice in (named, textual):
+    pairs = [pair for pair in _known_pairs(columns) if set(pair) <= set(textual)]
+    named = [[name for name in free if normalize_name(name) in names] for names in TEXT_NAMES]
+    named = [[name for name in found if name in textual] or found for found in named]
+    for choice in (*named[:2], textual, [pair[0] for pair in pairs], *named[2:]):
         if len(choice) == 1:
             return choice[0]
     raise DataError(f"{source}: which column holds the text? There are {_listed(columns)}: name one with --data-column")
+
+
+def find_pair_column(first: Sequence[DataRow], column: str, *, taken: Sequence[str | None] = ()) -> str | None:
+    """Find the column of the second text of a pair by its name.
+
+    Args:
+        first: The first rows.
+        column: The column of the first text.
+        taken: Columns that hold something else.
+
+    Returns:
+        The column that is known to belong to the first, such as sentence2 to sentence1; None if there is none.
+    """
+    for one, other in _known_pairs(_columns(first)):
+        if one == column and other not in taken and _is_textual(first, other):
+            return other
+    return None
 
 
 def find_label_column(
@@ -79,7 +100,8 @@ def find_label_column(
         taken: Columns that hold something else.
 
     Returns:
-        The column that was named; else the one called label, labels or score; else the only one of numbers.
+        The column that was named; else the one called label, labels or score, or by another usual name; else the only
+        one of numbers.
 
     Raises:
         DataError: If that leaves none or several; the message lists the columns.
@@ -88,12 +110,14 @@ def find_label_column(
     if asked is not None:
         return _existing(asked, columns, source)
     free = [name for name in columns if name not in taken]
-    named = [name for name in free if name.lower() in LABEL_NAMES]
+    named = [[name for name in free if normalize_name(name) in names] for names in LABEL_NAMES]
     numeric = [name for name in free if all(is_number(row.values.get(name)) for row in first)]
-    for choice in (named, numeric):
+    for choice in (named[0], numeric, *named[1:], [name for name in named[0] if name in numeric]):
         if len(choice) == 1:
             return choice[0]
-    raise DataError(f"{source}: which column holds the label? There are {_listed(columns)}: name it (label_column)")
+    raise DataError(
+        f"{source}: which column holds the label? There are {_listed(columns)}: name one with --data-label-column"
+    )
 
 
 def require_column(column: str, first: Sequence[DataRow], source: str) -> str:
@@ -103,6 +127,11 @@ def require_column(column: str, first: Sequence[DataRow], source: str) -> str:
         DataError: If it does not; the message lists the columns.
     """
     return _existing(column, _columns(first), source)
+
+
+def has_column(column: str, first: Sequence[DataRow]) -> bool:
+    """Whether one of the first rows has a value in a column."""
+    return any(row.values.get(column) is not None for row in first)
 
 
 def cell_value(row: DataRow, column: str) -> Any:
@@ -123,8 +152,8 @@ def text_of(row: DataRow, column: str, tokenizer: Any = None) -> tuple[str, bool
     """Return the text of a row; the tokenizer's chat template turns chat messages into text.
 
     Args:
-        row: The row.
-        column: The column that holds text or a list of `{role, content}` messages.
+        row: The row; its column `tools` describes what a chat may call.
+        column: The column that holds text or a chat, see :func:`eckart.data.chat.read_chat`.
         tokenizer: Only its chat template is used.
 
     Returns:
@@ -134,28 +163,37 @@ def text_of(row: DataRow, column: str, tokenizer: Any = None) -> tuple[str, bool
         DataError: If the cell holds something else, or there is no chat template.
     """
     value = cell_value(row, column)
+    chat = read_chat(value)
+    if chat is not None:
+        where = f"{row.where}: column {column!r}"
+        return replace_surrogates(write_chat(chat, row.values.get(TOOLS), tokenizer, where)), True
     if isinstance(value, str):
-        return value, False
-    if not _is_chat(value):
-        raise DataError(
-            f"{row.where}: column {column!r} holds a {type(value).__name__}, not text nor a list of "
-            "{role, content} messages: name a column of text"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{row.where}: column {column!r} holds chat messages, but the tokenizer has no chat template: "
-            "set tokenizer.chat_template, or name a column of plain text"
-        )
+        return replace_surrogates(value), False
+    raise DataError(
+        f"{row.where}: column {column!r} holds a {type(value).__name__}, not text nor a list of "
+        "{role, content} messages: name a column of text"
+    )
+
+
+def replace_surrogates(text: str) -> str:
+    """A text that can be written as UTF-8: the halves of a surrogate pair joined, and U+FFFD for one that is alone.
+
+    JSON may hold a half of a pair, as a text does that was cut in UTF-16; tokenizers do not take it.
+    """
     try:
-        return tokenizer.apply_chat_template(value, tokenize=False), True
-    except Exception as error:  # templates raise whatever their author wrote
-        raise DataError(
-            f"{row.where}: the chat template cannot write column {column!r} ({error}): correct or remove the row"
-        ) from error
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _columns(first: Sequence[DataRow]) -> list[str]:
     return list(dict.fromkeys(name for row in first for name in row.values))
+
+
+def _known_pairs(columns: Sequence[str]) -> list[tuple[str, str]]:
+    known = {normalize_name(name): name for name in columns}
+    return [(known[one], known[other]) for one, other in PAIR_NAMES if one in known and other in known]
 
 
 def _existing(column: str, columns: list[str], source: str) -> str:
@@ -170,14 +208,6 @@ def _listed(columns: list[str]) -> str:
 
 def _is_textual(first: Sequence[DataRow], column: str) -> bool:
     values = [value for row in first if (value := row.values.get(column)) is not None]
-    textual = [value for value in values if isinstance(value, str) or _is_chat(value)]
+    textual = [value for value in values if isinstance(value, str) or read_chat(value) is not None]
     # Every cell of a .csv is a string: a column of numbers is not text.
     return bool(values) and len(textual) == len(values) and not all(is_number(value) for value in values)
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) and "role" in message and "content" in message for message in value)
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,18 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, default_samples
 from eckart.data.batch import CalibrationData
-from eckart.data.columns import find_text_column, peek_rows, require_column
+from eckart.data.columns import find_pair_column, find_text_column, has_column, peek_rows, require_column
 from eckart.data.digest import digest_batches
-from eckart.data.examples import TextExample, choose_rows, example_of
-from eckart.data.model_kind import ModelKind, model_kind, pad_token, sequence_length
+from eckart.data.draw import choose_rows, draw_rows
+from eckart.data.examples import TextExample, example_of
+from eckart.data.items import first_item
+from eckart.data.model_kind import ModelKind, max_positions, model_kind, pad_token, reads_pairs, sequence_length
 from eckart.data.model_ready import is_model_ready, model_ready_batches
+from eckart.data.names import TEXT_NAMES, normalize_name
 from eckart.data.padding import encoder_batches, seq2seq_batches, shift_of
-from eckart.data.source import RowSource, first_item, open_source
+from eckart.data.ready_examples import example_batches, is_ready_example
+from eckart.data.rows import DataRow
+from eckart.data.source import RowSource, open_source
 from eckart.data.task import class_labels
 from eckart.data.windows import POOL, choose_windows, token_stream, window_batches
 from eckart.errors import DataError, UsageError
@@ -40,6 +45,7 @@ def load_data(
     label_column: str | None = None,
     revision: str | None = None,
     num_samples: int | None = None,
+    extra_samples: int = 0,
     max_seq_length: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
@@ -54,7 +60,8 @@ def load_data(
     Args:
         data: A .txt, .jsonl, .csv or .tsv file, a folder of such files, "stdlib" (the source of Python's library),
             "self" (text that a causal model samples), a hub identifier, a `datasets.Dataset`, an iterable of
-            strings, rows or chats, or an iterable of model-ready batches. None for WikiText-2 from the hub.
+            strings, rows, chats or rows of token ids, a data frame, or an iterable of model-ready batches. None for
+            WikiText-2 from the hub.
         tokenizer: The model's tokenizer; needed for everything but model-ready batches.
         model: The model: needed for "self"; otherwise it decides what its configuration leaves open.
         model_config: The configuration, if the model itself is not loaded.
@@ -62,11 +69,12 @@ def load_data(
         split: The hub data set's split.
         column: The column that holds text or chat messages.
         target_column: A second column: the other half of a sentence pair for encoders, the target for
-            encoder-decoders.
+            encoder-decoders. A classifier's is found if neither column is named and both have usual names.
         label_column: The label, for models with a classification or regression head.
         revision: The hub data set's revision.
         num_samples: Windows (128 by default) or texts (1,024); of model-ready batches, rows (all by default, or 1,024
             if their number is not known).
+        extra_samples: So many on top of `num_samples` or its default, to measure on.
         max_seq_length: Tokens in a window or text: 512 by default, never more than the model has positions for.
         batch_size: Rows in a batch, 8 by default; model-ready batches stay as they are.
         seed: For the choice among more data than are needed, and for sampling "self".
@@ -85,17 +93,19 @@ def load_data(
         return data
     model_config = model_config if model_config is not None else getattr(model, "config", None)
     first, data = first_item(data)
-    if is_model_ready(first):
-        return _load_ready(data, model, model_config, tokenizer, num_samples)
-    if tokenizer is None:
-        raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
+    if is_model_ready(first) and not is_ready_example(first):
+        rows_wanted = None if num_samples is None else num_samples + extra_samples
+        return _load_ready(data, model, model_config, tokenizer, rows_wanted)
     if model_config is None:
         raise UsageError("model_config: it decides how text is cut: pass the model or its configuration")
 
     kind = kind or model_kind(model_config, model)
+    if tokenizer is None and not is_ready_example(first):
+        raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
     _check_columns(kind, model_config, label_column, target_column)
     length = sequence_length(max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=model_config, model=model)
-    amount = _Amount(num_samples or default_samples(kind), length, batch_size or DEFAULT_BATCH_SIZE, seed)
+    count = (num_samples or default_samples(kind)) + extra_samples
+    amount = _Amount(count, length, batch_size or DEFAULT_BATCH_SIZE, seed)
     settings: dict[str, Any] = {"kind": kind, "max_seq_length": length, "seed": seed}
     if isinstance(data, str) and data == "self":
         return _describe(_load_sampled(model, kind, tokenizer, amount, disable), {"source": "self"}, settings)
@@ -110,9 +120,15 @@ def load_data(
         seed=seed,
     )
     first_rows, source.rows = peek_rows(source.rows, source.name)
-    column = find_text_column(
-        first_rows, source.name, asked=column or source.column, taken=(target_column, label_column)
-    )
+    if _holds_examples(first_rows, column or source.column):
+        loaded = _load_examples(source, model, model_config, tokenizer, amount, label_column, max_seq_length)
+        return _describe(loaded, source.description, settings)
+    if tokenizer is None:
+        raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
+    asked = column or source.column
+    column = find_text_column(first_rows, source.name, asked=asked, taken=(target_column, label_column))
+    if asked is None and target_column is None and reads_pairs(model_config, model):
+        target_column = find_pair_column(first_rows, column, taken=(label_column,))
     for other in (target_column, label_column):
         if other is not None:
             require_column(other, first_rows, source.name)
@@ -189,6 +205,41 @@ def _load_ready(
     if not loaded.num_examples:
         raise DataError("data: no batch holds a row: pass at least one")
     return _describe(loaded, {"source": "model-ready batches"})
+
+
+def _holds_examples(first: Sequence[DataRow], column: str | None) -> bool:
+    """Whether rows hold token ids or features and no text; a text beside them goes before token ids."""
+    if column is not None and column != "input_ids":
+        return False
+    texts = [name for names in TEXT_NAMES for name in names]
+    if column is None and any(has_column(name, first) for name in first[0].values if normalize_name(name) in texts):
+        return False
+    return is_ready_example(first[0].values)
+
+
+def _load_examples(
+    source: RowSource,
+    model: PreTrainedModel | None,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    amount: _Amount,
+    label_column: str | None,
+    max_length: int | None,
+) -> CalibrationData:
+    rows = draw_rows(source.rows, amount.num_samples, amount.seed, in_order=source.sampled)
+    limit = max_positions(config, model)
+    length = amount.length if max_length is not None else limit
+    batches = example_batches(
+        rows,
+        model=model,
+        batch_size=amount.batch_size,
+        max_length=length,
+        pad_id=pad_token(tokenizer, config),
+        shift=shift_of(model, config) if model_kind(config, model) == "encoder-decoder" else None,
+        labels=None if label_column is None else class_labels(rows, label_column, config),
+    )
+    found = list(batches)
+    return CalibrationData(found, {"sha256": digest_batches(found)})
 
 
 def _load_sampled(

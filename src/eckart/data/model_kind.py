@@ -58,6 +58,17 @@ def model_kind(config: PretrainedConfig, model: nn.Module | None = None) -> Mode
     return "causal" if reads_on and not fills_in else "encoder"
 
 
+def reads_pairs(config: PretrainedConfig, model: nn.Module | None = None) -> bool:
+    """Whether a model is made for one label of a text or of two texts together.
+
+    Args:
+        config: The model's configuration.
+        model: The model, if it is loaded.
+    """
+    names = [type(model).__name__] if model is not None else list(config.architectures or [])
+    return any(name.endswith("ForSequenceClassification") for name in names)
+
+
 def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
     """Return how many tokens a model has positions for.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
-from eckart.data.padding import IGNORED, Shift, decoder_inputs
+from eckart.data.padding import IGNORED, Shift, decoder_inputs, pad
 from eckart.errors import DataError
 
 ROW_KEYS = (
@@ -31,16 +31,24 @@ def is_model_ready(item: Any) -> bool:
         item: The first item of the data.
 
     Returns:
-        True for a `Batch`, or a mapping that holds tensors, arrays, or lists of lists of token ids.
+        True for a `Batch`, a mapping that holds tensors, arrays, or lists of lists of token ids, or these ids alone.
     """
     if isinstance(item, Batch):
         return True
+    if isinstance(item, Tensor | numpy.ndarray):
+        return item.ndim == 2 and _is_whole(item)
+    if isinstance(item, list | tuple):  # of a `TensorDataset`
+        return len(item) == 1 and isinstance(item[0], Tensor) and is_model_ready(item[0])
     if not isinstance(item, Mapping):
         return False
     if any(isinstance(value, Tensor | numpy.ndarray) for value in item.values()):
         return True
     ids = item.get("input_ids")
     return isinstance(ids, list) and bool(ids) and isinstance(ids[0], list)
+
+
+def _is_whole(values: Tensor | numpy.ndarray) -> bool:
+    return not values.is_floating_point() if isinstance(values, Tensor) else values.dtype.kind in "iu"
 
 
 def model_ready_batches(
@@ -76,29 +84,59 @@ def model_ready_batches(
 
 
 def _from_mapping(item: Any, number: int, first: int, shift: Shift | None, pad_id: int) -> Batch:
+    where = f"data, batch {number}"
+    if isinstance(item, list | tuple) and len(item) == 1:
+        item = item[0]
+    if isinstance(item, Tensor | numpy.ndarray) and item.ndim == 2 and _is_whole(item):
+        item = {"input_ids": item}
     if not isinstance(item, Mapping):
-        raise DataError(f"data, batch {number}: a {type(item).__name__} is not a batch: pass dictionaries of tensors")
+        raise DataError(f"{where}: a {type(item).__name__} is not a batch: pass dictionaries of tensors")
     inputs: dict[str, Tensor] = {}
-    for name, value in item.items():
-        if value is None:
-            continue
+    lists = {str(name): value for name, value in item.items() if value is not None}
+    if "attention_mask" not in lists and _is_ragged(lists.get("input_ids")):
+        lists["attention_mask"] = [[1] * len(row) for row in lists["input_ids"]]
+    for name, value in lists.items():
         try:
-            inputs[str(name)] = torch.as_tensor(value).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
+            if _is_ragged(value):
+                fill = pad_id if name in ("input_ids", "decoder_input_ids") else IGNORED if name == "labels" else 0
+                value = pad(value, fill)
+            inputs[name] = torch.as_tensor(value).detach().cpu()
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise DataError(
-                f"data, batch {number}: {name!r} is not a tensor ({error}): remove columns that the model does not take"
+                f"{where}: {name!r} is not a tensor ({error}): remove columns that the model does not take"
             ) from error
+    return make_batch(inputs, where, first, shift, pad_id)
+
+
+def _is_ragged(value: Any) -> bool:
+    """Whether lists of numbers differ in length, as a tokenizer returns them without padding."""
+    return isinstance(value, list) and all(isinstance(row, list) for row in value) and len(set(map(len, value))) > 1
+
+
+def make_batch(inputs: dict[str, Tensor], where: str, first: int, shift: Shift | None, pad_id: int) -> Batch:
+    """Make a batch of tensors.
+
+    Args:
+        inputs: keyword arguments of the model's forward.
+        where: what the batch is called in messages.
+        first: number of its first example.
+        shift: for encoder-decoders: makes decoder inputs from labels, if there are labels only.
+        pad_id: the decoder's padding token.
+
+    Raises:
+        DataError: if there is no row for each example.
+    """
     key = next((name for name in ROW_KEYS if name in inputs), next(iter(inputs), None))
     if key is None or inputs[key].dim() < 2 or inputs[key].shape[0] == 0:
         raise DataError(
-            f"data, batch {number}: {key or 'nothing'!r} has no rows: every tensor needs a first dimension for the "
+            f"{where}: {key or 'nothing'!r} has no rows: every tensor needs a first dimension for the "
             "batch; wrap single examples in a DataLoader"
         )
     rows = inputs[key].shape[0]
     for ids, mask in (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask")):
         if ids in inputs and mask in inputs and inputs[ids].shape[:1] != inputs[mask].shape[:1]:
             raise DataError(
-                f"data, batch {number}: {ids!r} is {tuple(inputs[ids].shape)} and {mask!r} "
+                f"{where}: {ids!r} is {tuple(inputs[ids].shape)} and {mask!r} "
                 f"{tuple(inputs[mask].shape)}: make them agree"
             )
     return Batch(_separate_sides(inputs, shift, pad_id), tuple(range(first, first + rows)))

@@ -6,13 +6,15 @@ does not say which line of a file is wrong.
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from eckart.data.table import PEEK, BadRowError, column_names, find_separator, has_header, read_cells
 from eckart.errors import DataError
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".tsv")
@@ -64,7 +66,23 @@ def _files(path: Path) -> list[Path]:
         return files
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(f"{path}: unknown suffix {path.suffix!r}: convert it to one of {works}")
+    require_regular(path)
     return [path]
+
+
+def require_regular(path: Path) -> None:
+    """Refuse what is no file on a disk: a pipe waits for its writer, a device such as /dev/zero never ends.
+
+    Raises:
+        DataError: naming it.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}): check the path and its permissions") from error
+    if not stat.S_ISREG(mode):
+        kind = "a pipe" if stat.S_ISFIFO(mode) else "a device" if stat.S_ISCHR(mode) else "not a file on a disk"
+        raise DataError(f"{path}: {kind}, which may have no end: write the text to a file, and name that")
 
 
 def _read_file(path: Path, asked: Sequence[str], whole_text: bool) -> Iterator[tuple[dict[str, Any], int]]:
@@ -77,7 +95,7 @@ def _read_file(path: Path, asked: Sequence[str], whole_text: bool) -> Iterator[t
         return (({"text": line.rstrip("\r\n")}, number) for line, number in lines)
     if suffix == ".jsonl":
         return _read_jsonl(path)
-    return _read_table(path, asked, delimiter="\t" if suffix == ".tsv" else ",")
+    return _read_table(path, asked, "\t" if suffix == ".tsv" else ",")
 
 
 def _lines(path: Path) -> Iterator[tuple[str, int]]:
@@ -101,7 +119,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
             continue
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{number}: not valid JSON ({error}): correct or remove the line") from error
         if not isinstance(values, dict):
             raise DataError(
@@ -110,55 +128,29 @@ def _read_jsonl(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         yield values, number
 
 
-def _read_table(path: Path, asked: Sequence[str], delimiter: str) -> Iterator[tuple[dict[str, Any], int]]:
-    # Quotes in .tsv files (MRPC, GLUE) are plain characters, often unbalanced. In .csv an unbalanced quote would
-    # swallow the rows after it in silence, hence strict.
-    quoting: Literal[0, 3] = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    reader = csv.reader(
-        (line for line, _ in _lines(path)), delimiter=delimiter, quoting=quoting, strict=delimiter == ","
-    )
-    header: list[str] | None = None
-    start = 1
+def _read_table(path: Path, asked: Sequence[str], usual: str) -> Iterator[tuple[dict[str, Any], int]]:
+    lines = (line for line, _ in _lines(path))
+    first_lines = list(islice(lines, PEEK))
+    separator = find_separator(first_lines, usual)
+    cells = read_cells(chain(first_lines, lines), separator)
     try:
-        for cells in reader:
-            line, start = start, reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = cells if _is_header(cells, asked) else []
-                if header:
-                    continue
-            if header and len(cells) > len(header):
+        first = list(islice(cells, PEEK))
+        if not first:
+            return
+        header = has_header([row for row, _ in first], asked, f"{path}:{first[0][1]}")
+        width = len(first[0][0])
+        names = [str(place) for place in range(width)]
+        by_number = bool(asked) and all(name.isdigit() and name not in first[0][0] for name in asked)
+        if header and not by_number:
+            names = column_names(first[0][0], f"{path}:{first[0][1]}")
+        for row, line in chain(first[header:], cells):
+            if len(row) > width:
                 raise DataError(
-                    f"{path}:{line}: {len(cells)} cells under {len(header)} columns ({', '.join(header)}): "
+                    f"{path}:{line}: {len(row)} cells under {width} columns ({', '.join(names)}): "
                     "quote or remove the surplus separator"
                 )
-            names: Iterable[str] = header or map(str, range(len(cells)))
-            yield dict(zip(names, cells, strict=False)), line
-    except csv.Error as error:
+            yield dict(zip(names, row, strict=False)), line
+    except BadRowError as error:
         raise DataError(
-            f"{path}:{start}: not valid CSV ({error}): double the quotes inside cells, or convert to .jsonl"
+            f"{path}:{error.line}: not valid CSV ({error}): double the quotes inside cells, or convert to .jsonl"
         ) from error
-
-
-def _is_header(cells: list[str], asked: Sequence[str]) -> bool:
-    """Whether the first row of a table is a header.
-
-    It is one if it holds a column that the user named. If the user named columns by number, only a row of nothing but
-    numbers that holds them is a header: a first row of data may well hold the label 1. Otherwise it is one unless a
-    cell is empty, repeated or a number.
-    """
-    if asked and all(name.isdigit() for name in asked):
-        return all(name in cells for name in asked) and all(cell.isdigit() for cell in cells)
-    if any(name in cells for name in asked):
-        return True
-    return len(set(cells)) == len(cells) and all(cell.strip() and not is_number(cell) for cell in cells)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a cell holds a number, or text that spells one."""
-    try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return True

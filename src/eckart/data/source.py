@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eckart.data import hub, stdlib
+from eckart.data.items import DATASETS, as_items, as_row, is_from_datasets
 from eckart.data.rows import SUFFIXES, DataRow, read_path
-from eckart.errors import DataError, UsageError
+from eckart.errors import DataError
 
 SHUFFLE_ABOVE = 100_000
 """A data set of more rows than this is read in random order, and only as far as needed."""
-
-DATASETS = ("Dataset", "IterableDataset")
-"""Classes of the library `datasets` that hold rows."""
 
 SHUFFLE_BUFFER = 1_000
 """Buffer in which a streamed data set is shuffled, in rows."""
@@ -83,19 +79,14 @@ def open_source(
         return source
     if isinstance(data, str | os.PathLike):
         return _from_name(os.fspath(data), config, split, revision, asked, whole_text, seed)
-    if _is_from_datasets(data, "DatasetDict", "IterableDatasetDict"):
+    if is_from_datasets(data, "DatasetDict", "IterableDatasetDict"):
         if split not in data:
             raise DataError(f"data: no split {split!r}: name one of {', '.join(map(str, data))}")
         data = data[split]
-    if _is_from_datasets(data, *DATASETS):
+    if is_from_datasets(data, *DATASETS):
         note = {"source": f"datasets.{type(data).__name__}", "split": str(data.split) if data.split else None}
         return _from_dataset(data, "data set", note, seed)
-    if isinstance(data, Mapping) or not isinstance(data, Iterable):
-        raise UsageError(
-            f"data: a {type(data).__name__} holds no rows: pass a file, a hub identifier, a list of strings, "
-            "or a list of model-ready batches"
-        )
-    rows = (_as_row(item, index) for index, item in enumerate(data))
+    rows = (as_row(item, index) for index, item in enumerate(as_items(data)))
     return RowSource(rows, "data", {"source": type(data).__name__}, sampled=not isinstance(data, Sized))
 
 
@@ -147,57 +138,3 @@ def _from_dataset(
         indexed = enumerate(data)
     rows = (DataRow(dict(values), f"{name}, row {index}", index) for index, values in indexed)
     return RowSource(rows, name, note, sampled=sampled, running=running)
-
-
-def _as_row(item: Any, index: int) -> DataRow:
-    where = f"data, item {index}"
-    if isinstance(item, str):
-        return DataRow({"text": item}, where, index)
-    if isinstance(item, Mapping):
-        return DataRow(dict(item), where, index)
-    if isinstance(item, list) and item and isinstance(item[0], Mapping):
-        return DataRow({"messages": item}, where, index)
-    raise DataError(
-        f"{where}: a {type(item).__name__} is neither text, a row nor a batch: pass strings, dictionaries of columns, "
-        "or dictionaries of tensors"
-    )
-
-
-def first_item(data: Any) -> tuple[Any, Any]:
-    """Read the first item of an iterable without consuming it.
-
-    Args:
-        data: As for :func:`open_source`.
-
-    Returns:
-        The first item (None if `data` is not a plain iterable or is empty), and an equivalent of `data`.
-    """
-    named = data is None or isinstance(data, str | os.PathLike | Mapping)
-    if named or _is_from_datasets(data, *DATASETS) or not isinstance(data, Iterable):
-        return None, data
-    if isinstance(data, list | tuple):
-        return (data[0] if data else None), data
-    items = iter(data)
-    first = next(items, None)
-    rest = chain([first], items) if first is not None else iter(())
-    return first, _SizedIterator(rest, len(data)) if isinstance(data, Sized) else rest
-
-
-def _is_from_datasets(data: Any, *classes: str) -> bool:
-    """Whether an object is of one of these classes of `datasets`, without importing it: who has one did that."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(data, tuple(getattr(datasets, name) for name in classes))
-
-
-@dataclass
-class _SizedIterator:
-    """An iterator whose number of items is known."""
-
-    items: Iterator[Any]
-    length: int
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.items
-
-    def __len__(self) -> int:
-        return self.length

@@ -10,10 +10,18 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from eckart.data.columns import cell_value, find_label_column, find_text_column, peek_rows, require_column
+from eckart.data.columns import (
+    cell_value,
+    find_label_column,
+    find_pair_column,
+    find_text_column,
+    peek_rows,
+    require_column,
+)
 from eckart.data.examples import TextExample, example_of
-from eckart.data.rows import DataRow, is_number
+from eckart.data.rows import DataRow
 from eckart.data.source import open_source
+from eckart.data.table import is_number
 from eckart.errors import DataError
 
 
@@ -75,10 +83,11 @@ def load_task(
     """Read labeled rows.
 
     Args:
-        data: A .tsv, .csv or .jsonl file, a folder of such files, a hub identifier, a `datasets.Dataset` or a list
-            of dictionaries. Tables without a header have their columns by number: "0", "1".
+        data: A .tsv, .csv or .jsonl file, a folder of such files, a hub identifier, a `datasets.Dataset`, a data frame
+            or a list of dictionaries. Tables without a header have their columns by number: "0", "1".
         column: The text; None for the column called text, sentence or content, or the only textual one.
-        pair_column: The second text, where there is one.
+        pair_column: The second text, where there is one; None for the column that belongs to the first by its name,
+            such as sentence2 to sentence1, if that was not named either.
         label: The label; None for the column called label, labels or score, or the only one of numbers.
         label2id: Maps labels that are words: the model's `config.label2id`.
         regression: True for scores, False for classes, None to tell by the labels (scores if one has a fraction
@@ -97,7 +106,10 @@ def load_task(
     asked = tuple(name for name in (column, pair_column, label) if name is not None)
     source = open_source(data, config=config, split=split, revision=revision, asked=asked)
     first, rows = peek_rows(source.rows, source.name)
+    named = column
     column = find_text_column(first, source.name, asked=column, taken=(pair_column, label))
+    if named is None and pair_column is None:
+        pair_column = find_pair_column(first, column, taken=(label,))
     label = find_label_column(first, source.name, asked=label, taken=(column, pair_column))
     if pair_column is not None:
         require_column(pair_column, first, source.name)

@@ -134,7 +134,7 @@ def score_similarity(
     pairs = []
     for row in task:
         if row.text.pair is None:
-            raise DataError(f"{row.text.where}: no second sentence: name its column (pair_column)")
+            raise DataError(f"{row.text.where}: no second sentence: name its column (--data-target-column)")
         pairs.append(tuple(sentences.setdefault(text, len(sentences)) for text in (row.text.text, row.text.pair)))
     texts = [TextExample(text, "sentence", index) for text, index in sentences.items()]
     found: dict[int, Tensor] = {}

@@ -27,7 +27,7 @@ class TuneRecipe(RecipeBase):
     `recovery_option`.
     """
 
-    renamed: ClassVar[Mapping[str, str]] = {"method": "recovery"}
+    renamed: ClassVar[Mapping[str, str]] = {"method": "recovery", "data_pair_column": "data_target_column"}
 
     model: str | None = Field(None, description="Folder or hub name of the model to train, factored or dense.")
     revision: str | None = Field(None, description="Revision of the model on the hub.")
@@ -44,7 +44,9 @@ class TuneRecipe(RecipeBase):
     data_config: str | None = Field(None, description="Configuration of the hub data set.")
     data_split: str = Field("train", description="Split of the hub data set.")
     data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")
-    data_pair_column: str | None = Field(None, description="Column that holds the second text of a pair.")
+    data_target_column: str | None = Field(
+        None, description="Second column: of a sentence pair, or the target of an encoder-decoder."
+    )
     data_label_column: str | None = Field(None, description="Column that holds the label or score.")
     data_revision: str | None = Field(None, description="Revision of the hub data set.")
     eval_data: str | None = Field(

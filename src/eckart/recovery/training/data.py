@@ -78,7 +78,7 @@ def load_labeled(recipe: Any, data: Any, *, label2id: Any, task: str | None, eva
     return load_task(
         data,
         column=recipe.data_column,
-        pair_column=recipe.data_pair_column,
+        pair_column=recipe.data_target_column,
         label=recipe.data_label_column,
         label2id=label2id,
         regression=None if task is None else task == "regression",
@@ -200,7 +200,7 @@ def _texts(
     def read(source: Any, split: str, count: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         loaded = load_data(
             source, tokenizer=tokenizer, model=model, config=recipe.data_config, split=split,
-            column=recipe.data_column, target_column=recipe.data_pair_column, revision=recipe.data_revision,
+            column=recipe.data_column, target_column=recipe.data_target_column, revision=recipe.data_revision,
             num_samples=count or MAX_TEXTS, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
         )  # fmt: skip
         found = sorted(loaded, key=lambda batch: batch.examples)

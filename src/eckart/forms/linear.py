@@ -43,6 +43,8 @@ class FactoredLinear(Factored):
         shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers; "input", those
             that read one and the same tensor, and so share their product with it; "neurons" where weights make and read
             the same ones.
+        rounded_as: of a form whose numbers lose too much when they are rounded to integers, the form of two factors that
+            holds the same matrix and does not; None where the form's own numbers can be rounded.
         own_module: whether its modules have this class; else they are ordinary ones of another size.
         sharers: how many modules hold the shared parameter, this one included.
     """
@@ -54,6 +56,7 @@ class FactoredLinear(Factored):
     shared_parameter: ClassVar[str | None] = None
     unshared_form: ClassVar[str] = "lowrank"
     shared_by: ClassVar[str] = "layers"
+    rounded_as: ClassVar[str | None] = None
     own_module: ClassVar[bool] = True
     sharers: int = 1
 
@@ -147,6 +150,14 @@ class FactoredLinear(Factored):
     def dense_bias(self) -> Tensor | None:
         """b, (out,), as the dense layer had it."""
         raise NotImplementedError
+
+    def two_factors(self) -> tuple[Tensor, Tensor] | None:
+        """B (out, k) and A (k, in) of the `B A` in W', in float64; None for a form that is no such product.
+
+        A form that has them, and no `rounded_as`, stores A as the weight of `first` and B as that of `second`, and any
+        other B and A of the same product can stand there.
+        """
+        return None
 
     # -- sharing: a part that is stored once for several modules -----------------------------------------
 

@@ -40,6 +40,10 @@ class LowRank(FactoredLinear):
             copy_into(self.second.bias, bias, "bias")
         return None
 
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """B and A as they are stored."""
+        return self.second.weight.detach().double(), self.first.weight.detach().double()
+
     def to_dense(self) -> Tensor:
         """`B A`."""
         dtype = compute_dtype(self.first.weight.dtype)

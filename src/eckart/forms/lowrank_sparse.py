@@ -90,6 +90,10 @@ class LowRankSparse(FactoredLinear):
         if bias is not None:
             copy_into(self.second.bias, bias, "bias")
 
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """B and A as they are stored."""
+        return self.second.weight.detach().double(), self.first.weight.detach().double()
+
     def to_dense(self) -> Tensor:
         """`B A`, and S added at its rows."""
         dtype = compute_dtype(self.first.weight.dtype)

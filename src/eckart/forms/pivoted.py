@@ -48,6 +48,7 @@ class Pivoted(FactoredLinear):
 
     form: ClassVar[str] = "pivoted"
     paper: ClassVar[str] = "Zhao et al., ICML 2025, arXiv 2501.19090"
+    rounded_as: ClassVar[str | None] = "lowrank"
     order: Tensor
     inverse: Tensor
 
@@ -91,6 +92,12 @@ class Pivoted(FactoredLinear):
             copy_into(self.second.bias, bias.double()[factors.order[self.rank :]] - stored, "bias")
         self.refresh()
         return None
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """`[I; C]` in row order, and P."""
+        pivots, rest = self.first.weight.detach().double(), self.second.weight.detach().double()
+        eye = torch.eye(self.rank, dtype=pivots.dtype, device=pivots.device)
+        return torch.cat([eye, rest])[self._index()], pivots
 
     def to_dense(self) -> Tensor:
         """`[P; C P]` in row order."""

@@ -30,6 +30,7 @@ class PivotedJoint(FactoredLinear):
     shared_parameter: ClassVar[str | None] = "first.weight"
     shared_by: ClassVar[str] = "input"
     unshared_form: ClassVar[str] = "pivoted"
+    rounded_as: ClassVar[str | None] = "joint"
     order: Tensor
 
     def __init__(
@@ -77,6 +78,12 @@ class PivotedJoint(FactoredLinear):
         if bias is not None:
             copy_into(self.second.bias, bias, "bias")
         return None
+
+    def two_factors(self) -> tuple[Tensor, Tensor]:
+        """B, and `[I D]` in column order."""
+        rest = self.first.weight.detach().double()
+        eye = torch.eye(self.rank, dtype=rest.dtype, device=rest.device)
+        return self.second.weight.detach().double(), torch.cat([eye, rest], dim=1)[:, torch.argsort(self.order)]
 
     def to_dense(self) -> Tensor:
         """`[B, B D]` in column order."""

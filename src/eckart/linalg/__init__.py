@@ -1,5 +1,6 @@
 """The numerical core: tensors in, tensors out. Knows torch and nothing of models."""
 
+from eckart.linalg.balance import balance_for_rounding, balanced, flat_rotation
 from eckart.linalg.block_metric import BlockMetric, stack_metrics
 from eckart.linalg.decompose import WIDE, checked_eigh, checked_svd, require_finite
 from eckart.linalg.embedding import TableFactors, in_blocks, smoothed, table_factors, tied_factors
@@ -32,6 +33,8 @@ __all__ = [
     "Split",
     "TableFactors",
     "averaged_importance",
+    "balance_for_rounding",
+    "balanced",
     "checked_eigh",
     "checked_svd",
     "cubic_fraction",
@@ -39,6 +42,7 @@ __all__ = [
     "factorize",
     "factorize_jointly",
     "factorize_stacked",
+    "flat_rotation",
     "group_curve_under",
     "in_blocks",
     "kronecker_curve_under",

@@ -43,8 +43,8 @@ class FactoredLinear(Factored):
         shared_by: of a form that shares, which weights do: "layers", of one role in adjacent layers; "input", those
             that read one and the same tensor, and so share their product with it; "neurons" where weights make and read
             the same ones.
-        rounded_as: of a form whose numbers lose too much when they are rounded to integers, the form of two factors that
-            holds the same matrix and does not; None where the form's own numbers can be rounded.
+        rounded_as: of a form whose numbers lose too much when they are rounded to integers, the form of two factors
+            that holds the same matrix and does not; None where the form's own numbers can be rounded.
         own_module: whether its modules have this class; else they are ordinary ones of another size.
         sharers: how many modules hold the shared parameter, this one included.
     """

@@ -3,10 +3,10 @@
 `W' = B A = (B M^-1)(M A)` for every invertible M (k, k), and rounding sees which one was taken. Here M is chosen in two
 steps, both without data and without a cost when the model runs:
 
-1. Balanced: `B = U S^1/2`, `A = S^1/2 V^T` of the singular value decomposition `B A = U S V^T`. Of all M this one has the
-   least `||B|| ||A||` (Frobenius), to which the error of rounding both factors with scales of their own is proportional.
-2. Rotated: `B Q^T`, `Q A` for an orthogonal Q whose entries are all about 1 / sqrt(k), with random signs. The columns of
-   the balanced B, and what `A x` puts in, fall from the first to the last; after the rotation they are all alike, so
+1. Balanced: `B = U S^1/2`, `A = S^1/2 V^T` of the singular value decomposition `B A = U S V^T`. Of all M this one has
+   the least `||B|| ||A||` (Frobenius), to which the error of rounding both factors is proportional.
+2. Rotated: `B Q^T`, `Q A` for an orthogonal Q whose entries are all about 1 / sqrt(k), with random signs. The columns
+   of the balanced B, and what `A x` puts in, fall from the first to the last; after the rotation they are all alike, so
    that no scale, of a row of B, of a group of it or of a token's activations, is spent on a few large numbers. QuaRot
    (Ashkboos et al., NeurIPS 2024, arXiv 2404.00456) rotates by Hadamard matrices, which most ranks have none of; the
    Hartley transform is of every size, and no entry is above sqrt(2 / k).

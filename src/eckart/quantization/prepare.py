@@ -8,6 +8,7 @@ numbers and round well. Then the factors are balanced and their space is rotated
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -47,11 +48,11 @@ def prepare(model: PreTrainedModel, kind: str) -> list[str]:
     converted: Counter[tuple[str, str]] = Counter()
     added = 0
     for group in _groups(model):
-        form, before = group[0][1].form, _count(model, group)
+        form, before = group[0][1].form, _count([module for _, module in group])
         now = _round_ready(model, group)
         if now != form:
             converted[form, now] += len(group)
-            added += _count(model, [(name, model.get_submodule(name)) for name, _ in group]) - before
+            added += _count([model.get_submodule(name) for name, _ in group]) - before
     changed = [f"{count} of form {form} are now {now}" for (form, now), count in converted.items()]
     if not changed:
         return []
@@ -124,9 +125,7 @@ def _share(model: nn.Module, group: Group) -> None:
     share_parameters(model, {f"{other}.first.weight": f"{first}.first.weight" for other, _ in others})
 
 
-def _count(model: nn.Module, group: Group) -> int:
-    """Numbers that the weights of a group store, a shared one once."""
-    stored = {
-        id(tensor): tensor.numel() for _, module in group for tensor in module.state_dict(keep_vars=True).values()
-    }
-    return sum(stored.values())
+def _count(group: Sequence[nn.Module]) -> int:
+    """Numbers that modules store, a shared one once."""
+    tensors = [tensor for module in group for tensor in module.state_dict(keep_vars=True).values()]
+    return sum({id(tensor): tensor.numel() for tensor in tensors}.values())

@@ -39,6 +39,27 @@ def test_from_pretrained_finds_the_format_in_a_fresh_process(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+QUANTIZERS_FIRST = """
+import sys
+import eckart
+from transformers import AutoConfig
+config = AutoConfig.from_pretrained(sys.argv[1])
+assert "transformers.modeling_utils" not in sys.modules, "the case is another one now"
+from transformers.quantizers import AutoQuantizationConfig
+assert type(AutoQuantizationConfig.from_dict(config.quantization_config)).__name__ == "EckartConfig"
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("eckart")], "the finder is left"
+"""
+
+
+def test_who_reads_the_quantization_before_any_model_finds_the_format(tmp_path):
+    """lm_eval does: it asks for the class of `quantization_config` first."""
+    eckart.compress(llama(num_hidden_layers=1), method="svd", form="lowrank", keep=0.5).save_pretrained(tmp_path / "m")
+    done = subprocess.run(
+        [sys.executable, "-c", QUANTIZERS_FIRST, str(tmp_path / "m")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_format_is_registered_at_once_where_transformers_is_imported_already():
     for _ in range(2):
         AUTO_QUANTIZER_MAPPING.pop("eckart", None)

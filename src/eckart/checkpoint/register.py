@@ -6,6 +6,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -13,6 +14,8 @@ from typing import Any
 
 # Whoever calls `from_pretrained` has imported it: every model class is defined on what it holds.
 WATCHED = "transformers.modeling_utils"
+# Who reads a config's quantization without a model imports this alone, as lm_eval does before it loads one.
+EARLIER = "transformers.quantizers"
 
 
 def register_when_imported() -> None:
@@ -60,25 +63,25 @@ class _AfterImport(MetaPathFinder):
 
 
 class _Finder(MetaPathFinder):
-    """Finds the watched module as the other finders do, and registers the format once it is executed."""
+    """Finds the watched modules as the other finders do, and registers the format once one is executed."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != WATCHED:
+        if fullname not in (WATCHED, EARLIER):
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self)
+            spec.loader = _Loader(spec.loader, self, fullname)
         return spec
 
 
 class _Loader(Loader):
-    """The watched module's own loader, with the registration after it."""
+    """A watched module's own loader, with the registration after it."""
 
-    def __init__(self, loader: Loader, finder: _Finder) -> None:
-        self.loader, self.finder = loader, finder
+    def __init__(self, loader: Loader, finder: _Finder, name: str) -> None:
+        self.loader, self.finder, self.name = loader, finder, name
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -88,6 +91,11 @@ class _Loader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self.loader
         self.loader.exec_module(module)
+        if self.name == EARLIER:
+            if WATCHED not in sys.modules:  # else it is what imports this one, and not executed yet
+                with suppress(ImportError):
+                    importlib.import_module(WATCHED)
+            return
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
         _register()

@@ -14,6 +14,7 @@ from eckart.cli.console import set_up_logging
 from eckart.cli.demo import demo
 from eckart.cli.evaluate import evaluate_folder
 from eckart.cli.export import export
+from eckart.cli.harness import HANDED_ON, lm_eval
 from eckart.cli.inspect import inspect
 from eckart.cli.methods import methods
 from eckart.cli.threads import wait_passively
@@ -43,6 +44,7 @@ for name, command in (
     ("demo", demo),
 ):
     app.command(name)(command)
+app.command("lm-eval", context_settings=HANDED_ON)(lm_eval)
 
 
 def _version(asked: bool) -> None:

@@ -116,6 +116,7 @@ def _quieten_libraries() -> None:
     level = logging.INFO if _verbose() else logging.ERROR
     huggingface_hub.utils.logging.set_verbosity(level)
     transformers.logging.set_verbosity(level)
+    logging.getLogger("lm_eval").setLevel(level)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
 

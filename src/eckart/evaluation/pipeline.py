@@ -50,9 +50,9 @@ def evaluate(
     Returns:
         `task`, `protocol`, `data`; `scores`: name -> {column: number}; `sizes`: elements, bytes and multiply-adds a
         token -> {column: number}; `latency`: of one forward pass of the original and of the model on random inputs, as
-        :func:`eckart.speed.latency.compare_latency` gives it, or None; `device`: where it was computed; `notes`. The
-        columns are "original", "eckart" ("model" for one that is not factored), "int8" and "int4". All plain JSON
-        values.
+        :func:`eckart.speed.latency.compare_latency` gives it, or None; `device`: where it was computed; `notes`;
+        `details`: column -> what lm_eval says of it, where its tasks were asked for. The columns are "original",
+        "eckart" ("model" for one that is not factored), "int8" and "int4". All plain JSON values.
 
     Raises:
         EckartError: naming what cannot be read or does not fit.
@@ -66,10 +66,13 @@ def evaluate(
         scorer = build_scorer(task, context)
         scores: dict[str, dict[str, float]] = {}
         sizes: dict[str, dict[str, int]] = {}
+        details: dict[str, Any] = {}
         for column, scored, size in _list_columns(context):
             itself = scorer.compares and column == "original"
             for name, score in ({} if itself else scorer.score(scored)).items():
                 scores.setdefault(name, {})[column] = score
+            if scorer.detail:
+                details[column] = scorer.detail
             for name, number in size.as_dict().items():
                 sizes.setdefault(name, {})[column] = number
         latency = _time(context) if recipe.latency else None
@@ -83,6 +86,7 @@ def evaluate(
         "scores": scores,
         "sizes": sizes,
         "latency": latency,
+        **({"details": details} if details else {}),
         "notes": [*scorer.notes, *_list_notes(context, scorer)],
     }
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from eckart.config import RecipeBase
 
 Task = Literal["perplexity", "classification", "regression", "similarity", "agreement", "embedding"]
 TASKS: tuple[str, ...] = get_args(Task)
+HARNESS = {"limit", "num_fewshot", "include_path", "apply_chat_template"}
+OWN_DATA = {"task", "data", "data_config", "data_split", "data_column", "data_target_column", "data_label_column",
+            "data_revision", "num_samples", "max_tokens"}  # fmt: skip
 
 
 class EvaluationRecipe(RecipeBase):
@@ -41,11 +44,30 @@ class EvaluationRecipe(RecipeBase):
     max_seq_length: int | None = Field(None, ge=2, description="Tokens of a window or text.")
     max_tokens: int | None = Field(None, ge=1, description="Score only this many tokens of running text.")
     batch_size: int | None = Field(None, ge=1, description="Windows or texts that run at a time.")
+    lm_eval: str | None = Field(
+        None, description="Tasks of lm_eval to score instead, as its --tasks: names with commas between, or files."
+    )
+    limit: float | None = Field(
+        None, gt=0, description="With --lm-eval: rows of each task to score; below 1, which part of them."
+    )
+    num_fewshot: int | None = Field(None, ge=0, description="With --lm-eval: examples that the prompt holds.")
+    include_path: str | None = Field(None, description="With --lm-eval: folder with tasks of your own.")
+    apply_chat_template: bool = Field(False, description="With --lm-eval: write the prompts as a chat.")
     baselines: bool = Field(True, description="Score the original rounded to int8 and int4 as well.")
     latency: bool = Field(True, description="Also time a forward pass of each model, all in turn.")
     revision: str | None = Field(None, description="Revision of the models on the hub.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        given = [name for name in self.model_fields_set if getattr(self, name) not in (None, False)]
+        others = sorted(set(given) & (OWN_DATA if self.lm_eval is not None else HARNESS))
+        if others and self.lm_eval is not None:
+            raise ValueError(f"lm_eval: its tasks bring their own data, and {', '.join(others)} is of no use to them")
+        if others:
+            raise ValueError(f"{', '.join(others)}: only tasks of lm_eval have it; name them with lm_eval")
+        return self
 
 
 class InspectionRecipe(RecipeBase):

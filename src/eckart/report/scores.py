@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from eckart.evaluation.scorers.harness import describe_errors
 from eckart.report.speed import describe_latency
 from eckart.report.words import add_columns, format_count, format_number, format_share, make_table
 
@@ -46,6 +47,9 @@ def render_scores(found: Mapping[str, Any]) -> Group:
     lines: list[Any] = [Text(f"{found['task']} on {where}", style="bold"), Text(found["protocol"]), Text(), table]
     if rounded:
         lines.append(Text(ROUNDED, style="dim"))
+    errors = describe_errors(found["details"][own]) if found.get("details") else None
+    if errors is not None:
+        lines.append(Text(f"{errors} ({own})", style="dim"))
     if latency is not None:
         lines.append(Text(f"latency: {describe_latency(latency)}", style="dim"))
     return Group(*lines, *(Text(f"note: {note}", style="yellow") for note in found["notes"]))

@@ -45,6 +45,7 @@ class TaskScorer:
         data: what the data is, as JSON values.
         protocol: how it is scored, in words; complete once a model is scored.
         notes: what the reader of the scores must know.
+        detail: what else the last scores came with, as JSON values; empty where nothing did.
     """
 
     compares: ClassVar[bool] = False
@@ -53,6 +54,7 @@ class TaskScorer:
         self.data = data
         self.protocol = protocol
         self.notes: list[str] = []
+        self.detail: dict[str, Any] = {}
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         """Name -> number."""

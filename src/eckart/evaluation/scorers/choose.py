@@ -8,6 +8,7 @@ from eckart.data import head_classes, model_kind
 from eckart.errors import UsageError
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.comparison import AgreementScorer, EmbeddingScorer
+from eckart.evaluation.scorers.harness import HarnessScorer
 from eckart.evaluation.scorers.labeled import ClassificationScorer, RegressionScorer, SimilarityScorer
 from eckart.evaluation.scorers.perplexity import PerplexityScorer
 from eckart.model import has_output_head
@@ -17,6 +18,7 @@ ABSOLUTE = {
     "classification": ClassificationScorer,
     "regression": RegressionScorer,
     "similarity": SimilarityScorer,
+    "lm-eval": HarnessScorer,
 }
 COMPARING = {"agreement": AgreementScorer, "embedding": EmbeddingScorer}
 
@@ -27,6 +29,8 @@ def choose_task(context: EvaluationContext) -> str:
     Raises:
         UsageError: if all that fits is a comparison with an original, and none is given.
     """
+    if context.recipe.lm_eval is not None:
+        return "lm-eval"
     if context.recipe.task is not None:
         return context.recipe.task
     model = context.model.model

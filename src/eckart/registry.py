@@ -96,6 +96,7 @@ EXPORTS: Registry[Any] = Registry(
     "format",
     {
         "dense": "eckart.exports.densify:Dense",
+        "remote-code": "eckart.exports.remote_code.exporter:RemoteCode",
     },
 )
 """Folders for programs without eckart (`eckart export --format`)."""

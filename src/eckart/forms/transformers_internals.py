@@ -103,6 +103,11 @@ def modules_kept_in_float32(model: nn.Module, *, half: bool) -> set[str]:
     return kept | (set(getattr(model, "_keep_in_fp32_modules", None) or ()) if half else set())
 
 
+def declared_ties_of(model_class: Any) -> dict[str, str]:
+    """The ties that a class of models declares, target -> source."""
+    return dict(getattr(model_class, TIES, None) or {})
+
+
 def own_ties(module: nn.Module) -> Mapping[str, str] | None:
     """The ties that were set on this very module or model, not those of its class; None where none were set."""
     return vars(module).get(TIES)

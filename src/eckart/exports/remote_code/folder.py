@@ -1,0 +1,179 @@
+"""Weights, config.json and the Python file of a model, in one folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from eckart.errors import ModelError
+from eckart.exports.remote_code.describe import WAY_OUT, Described, built_by_class, describe
+from eckart.exports.remote_code.parallel import Parallel, plan_parallel
+from eckart.exports.remote_code.write_text import ModelNames, entries, in_base, names_of, write_text
+
+UNSPECIFIC = {"AutoModelForPreTraining", "AutoModelWithLMHead", "AutoModelForTextEncoding"}
+"""Auto classes that load what others load as well."""
+
+NOT_CARRIED = {"architectures", "auto_map", "model_type", "quantization_config", "transformers_version"}
+"""Of the configuration: what is written anew."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        names: the classes.
+        parallel: how it is split among processes.
+        auto_classes: names of those that load it: of the model, then, if it has a head, of its base model.
+        unserved: why vLLM cannot serve it; "" if nothing is known that hinders.
+    """
+
+    names: ModelNames
+    parallel: Parallel
+    auto_classes: list[str]
+    unserved: str
+
+
+def write_model(model: PreTrainedModel, home: Path) -> Written:
+    """Write a model as remote code.
+
+    Args:
+        model: in evaluation mode, on the CPU.
+        home: an empty folder.
+
+    Raises:
+        ModelError: its modules cannot be replaced in the `__init__` of its class.
+    """
+    names = names_of(model)
+    described = describe(model)
+    inside = in_base(names, described.replacements)
+    counts, outside = names.split(described.head_counts)
+    if outside:
+        raise ModelError(f"{next(iter(outside))}: heads are gone outside of the base model. {WAY_OUT}")
+    stock = built_by_class(model)
+    class_plan = dict(getattr(names.config, "base_model_tp_plan", None) or {})
+    parallel = plan_parallel(
+        stock.base_model, class_plan, inside, heads_are_gone=bool(counts),
+        plan_of_parts=any(getattr(part, "tp_plan", None) for part in stock.base_model.children()),
+    )  # fmt: skip
+    text = write_text(names, described, parallel, class_plan)
+    file = home / f"{names.module}.py"
+    file.write_text(text, encoding="utf-8")
+    auto_classes = [_auto_classes(names, one) for one in (type(model), *([names.base] if names.head else []))]
+    if not auto_classes[0]:
+        raise ModelError(f"No Auto class of transformers loads {type(model).__name__}. {WAY_OUT}")
+    with _imported(file) as module:
+        exported = _filled(model, module, names, described)
+        exported.config.auto_map = _auto_map(names, auto_classes)
+        # By the names in the model: transformers knows older names only of classes that it has itself.
+        exported.save_pretrained(home, save_original_format=False)
+    return Written(
+        names, parallel, [one[0] for one in auto_classes if one], _unserved(model, names, described, parallel)
+    )
+
+
+def _unserved(model: PreTrainedModel, names: ModelNames, described: Described, parallel: Parallel) -> str:
+    if parallel.engine_reason:
+        return parallel.refusal
+    if names.split(described.replacements)[1]:
+        return "vLLM builds the head itself, and this one has other modules."
+    if not getattr(model, "_supports_attention_backend", False):
+        return f"vLLM's transformers backend does not take {type(model).__name__}: its attention cannot be replaced."
+    return ""
+
+
+def _filled(model: PreTrainedModel, module: ModuleType, names: ModelNames, described: Described) -> PreTrainedModel:
+    """The exported class with the model's tensors."""
+    config = _config(model, module, names, described)
+    made: Any = getattr(module, names.exported)
+    with torch.device("meta"):
+        try:
+            exported: PreTrainedModel = made(config)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"The modules of {type(model).__name__} cannot be replaced in the __init__ of its class "
+                f"({type(error).__name__}: {error}). {WAY_OUT}"
+            ) from error
+    state = exported.state_dict()
+    shapes = {name: tuple(tensor.shape) for name, tensor in described.tensors.items()}
+    wrong = [name for name in {*state, *shapes} if name not in state or shapes.get(name) != tuple(state[name].shape)]
+    if wrong:
+        raise ModelError(
+            f"{type(model).__name__} with its modules replaced in the __init__ of its class has other tensors than the "
+            f"model: {', '.join(sorted(wrong)[:4])}. {WAY_OUT}"
+        )
+    exported.load_state_dict(described.tensors, strict=True, assign=True)
+    exported.tie_weights()
+    if hasattr(exported, "generation_config"):
+        exported.generation_config = model.generation_config
+    return exported.eval()
+
+
+def _config(model: PreTrainedModel, module: ModuleType, names: ModelNames, described: Described) -> Any:
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in NOT_CARRIED}
+    outside = names.split(described.replacements)[1]
+    counts, _ = names.split(described.head_counts)
+    fields["factored_modules"] = entries(in_base(names, described.replacements))
+    if outside:
+        fields["factored_head_modules"] = entries(outside)
+    if counts:
+        fields["head_counts"] = counts
+    if described.unties:
+        fields["tie_word_embeddings"] = False
+    config = getattr(module, names.exported_config)(**fields)
+    config.dtype = model.config.dtype
+    return config
+
+
+def _auto_classes(names: ModelNames, wanted: type) -> list[str]:
+    """Names of the Auto classes that load a class, the one that says most of its task first."""
+    found = [
+        name
+        for name, auto in sorted(vars(modeling_auto).items())
+        if name.startswith("AutoModel") and name not in UNSPECIFIC and _loads(auto, names.config, wanted)
+    ]
+    return sorted(found, key=lambda name: name == "AutoModelForMaskedLM")  # which some generating models are in too
+
+
+def _loads(auto: Any, config: type, wanted: type) -> bool:
+    mapping = getattr(auto, "_model_mapping", None)
+    if mapping is None or config not in mapping:
+        return False
+    classes = mapping[config]
+    return wanted in (classes if isinstance(classes, tuple) else (classes,))
+
+
+def _auto_map(names: ModelNames, auto_classes: list[list[str]]) -> dict[str, str]:
+    exported = (names.exported, names.exported_base)
+    made = {auto: f"{names.module}.{one}" for autos, one in zip(auto_classes, exported, strict=False) for auto in autos}
+    return {"AutoConfig": f"{names.module}.{names.exported_config}"} | made
+
+
+@contextmanager
+def _imported(file: Path) -> Iterator[ModuleType]:
+    """The generated file as a module, under a name of its own while it is used."""
+    name = f"eckart_export_{uuid.uuid4().hex}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    written = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # the folder is published as it is
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.dont_write_bytecode = written
+        del sys.modules[name]

@@ -32,6 +32,7 @@ from eckart.calibration.progress import show_steps
 from eckart.calibration.site_calls import calls_on_common_inputs, group_by_input
 from eckart.calibration.whole_passes import WholePasses, one_example_each
 from eckart.data import Batch, CalibrationData, Pooling
+from eckart.data.explain import explaining
 from eckart.data.inference import forward
 from eckart.distributed import Processes
 from eckart.errors import ModelError
@@ -130,7 +131,7 @@ def calibrate(
     context = forward_context(model, weights, blocks)
     loss = choose_loss(model, data, needs, curvature, seed, pooling)
     example = data.batches[0].rows(0, 1)
-    with context(None):
+    with context(None), explaining(model, example.inputs):
         groups = group_by_input(model, names, example, blocks if hidden_states is not None else ())
         common = calls_on_common_inputs(model, names, example)
     found = Calibration(groups, loss.name, frozenset(common))

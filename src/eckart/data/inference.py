@@ -11,6 +11,9 @@ import torch
 from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
+from eckart.data.explain import explaining
+from eckart.data.last_token import told_padding
+
 T = TypeVar("T")
 
 
@@ -51,6 +54,8 @@ def device_of(model: nn.Module) -> torch.device:
 def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
     """Run a model on its own device, without a key-value cache.
 
+    Its configuration stays as it is: classes with labels would write into it what kind of task they believe to have.
+
     Args:
         model: The model.
         inputs: Its keyword arguments; labels are left out, floating-point inputs get the model's dtype: that of its
@@ -70,7 +75,24 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
     for name in ("use_cache", "use_mems"):  # XLNet has another name for it
         if name in inspect.signature(model.forward).parameters:
             more.setdefault(name, False)
-    return model(**moved, **more)
+    config: Any = getattr(model, "config", None)
+    problem = getattr(config, "problem_type", None)
+    try:
+        with told_padding(model, moved) as told:
+            return model(**told, **more)
+    finally:
+        if getattr(config, "problem_type", None) != problem:
+            config.problem_type = problem
+
+
+def run(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
+    """Run a model as :func:`forward` does; what its own code raises on these inputs is explained.
+
+    Raises:
+        EckartError: see :func:`eckart.data.explain.explaining`.
+    """
+    with explaining(model, inputs):
+        return forward(model, inputs, **more)
 
 
 def progress(items: Iterable[T], *, what: str, total: int | None = None, disable: bool | None = None) -> Iterable[T]:

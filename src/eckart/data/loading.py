@@ -17,8 +17,9 @@ from eckart.data.columns import find_pair_column, find_text_column, has_column, 
 from eckart.data.digest import digest_batches
 from eckart.data.draw import choose_rows, draw_rows
 from eckart.data.examples import TextExample, example_of
+from eckart.data.explain import require_known_tokens
 from eckart.data.items import first_item
-from eckart.data.model_kind import ModelKind, max_positions, model_kind, pad_token, reads_pairs, sequence_length
+from eckart.data.model_kind import ModelKind, has_head, max_positions, model_kind, pad_token, sequence_length
 from eckart.data.model_ready import is_model_ready, model_ready_batches
 from eckart.data.names import TEXT_NAMES, normalize_name
 from eckart.data.padding import encoder_batches, seq2seq_batches, shift_of
@@ -127,7 +128,7 @@ def load_data(
         raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
     asked = column or source.column
     column = find_text_column(first_rows, source.name, asked=asked, taken=(target_column, label_column))
-    if asked is None and target_column is None and reads_pairs(model_config, model):
+    if asked is None and target_column is None and has_head(model_config, model, "AutoModelForSequenceClassification"):
         target_column = find_pair_column(first_rows, column, taken=(label_column,))
     for other in (target_column, label_column):
         if other is not None:
@@ -158,6 +159,7 @@ def load_data(
                 labels=None if label_column is None else class_labels(rows, label_column, model_config),
             )
         loaded = CalibrationData(list(batches), {"sha256": _digest_texts(examples)})
+    require_known_tokens(loaded, model, model_config, tokenizer)
     return _describe(loaded, source.description, settings)
 
 
@@ -201,6 +203,7 @@ def _load_ready(
     two_sided = config is not None and model_kind(config, model) == "encoder-decoder"
     shift = shift_of(model, config) if two_sided else None
     batches = list(model_ready_batches(data, limit=limit, shift=shift, pad_id=pad_token(tokenizer, config)))
+    require_known_tokens(batches, model, config, tokenizer)
     loaded = CalibrationData(batches, {"sha256": digest_batches(batches)})
     if not loaded.num_examples:
         raise DataError("data: no batch holds a row: pass at least one")
@@ -239,6 +242,7 @@ def _load_examples(
         labels=None if label_column is None else class_labels(rows, label_column, config),
     )
     found = list(batches)
+    require_known_tokens(found, model, config, tokenizer)
     return CalibrationData(found, {"sha256": digest_batches(found)})
 
 

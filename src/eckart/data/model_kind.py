@@ -50,23 +50,27 @@ def model_kind(config: PretrainedConfig, model: nn.Module | None = None) -> Mode
         return "encoder"
     if config.is_encoder_decoder:
         return "encoder-decoder"
+    return "causal" if "AutoModelForCausalLM" in heads or reads_on(config) else "encoder"
+
+
+def reads_on(config: PretrainedConfig) -> bool:
+    """Whether the body of a model reads from left to right, whatever its head is."""
     text = config.get_text_config(decoder=True)
-    if "AutoModelForCausalLM" in heads or getattr(text, "is_decoder", False):
-        return "causal"
-    reads_on = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    named = text.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     fills_in = text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES  # BERT and others are in both
-    return "causal" if reads_on and not fills_in else "encoder"
+    return bool(getattr(text, "is_decoder", False)) or (named and not fills_in)
 
 
-def reads_pairs(config: PretrainedConfig, model: nn.Module | None = None) -> bool:
-    """Whether a model is made for one label of a text or of two texts together.
+def has_head(config: PretrainedConfig, model: nn.Module | None, *names: str) -> bool:
+    """Whether a model's class is one that one of these auto classes gives, such as "AutoModelForCausalLM".
 
     Args:
         config: The model's configuration.
-        model: The model, if it is loaded.
+        model: The model; None where it is not loaded, and the configuration's classes count.
+        names: Auto classes.
     """
-    names = [type(model).__name__] if model is not None else list(config.architectures or [])
-    return any(name.endswith("ForSequenceClassification") for name in names)
+    classes = [type(model)] if model is not None else list(config.architectures or [])
+    return not {auto for one in classes for auto in head_classes(config, one)}.isdisjoint(names)
 
 
 def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
@@ -134,12 +138,13 @@ def pad_token(tokenizer: Any, config: PretrainedConfig | None) -> int:
         config: The model's configuration, or None.
 
     Returns:
-        A token id; 0 if neither has one (padding is always masked).
+        A token id that the model has an embedding for; 0 if neither has one (padding is always masked).
     """
     text = config.get_text_config() if config is not None else None
+    rows = getattr(text, "vocab_size", None)
     for holder, name in ((text, "pad_token_id"), (tokenizer, "pad_token_id"), (tokenizer, "eos_token_id")):
         value = getattr(holder, name, None)
-        if isinstance(value, int) and value >= 0:
+        if isinstance(value, int) and value >= 0 and (not isinstance(rows, int) or value < rows):
             return value
     return 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.data.batch import Batch
-from eckart.data.inference import evaluating, forward, progress
+from eckart.data.inference import evaluating, progress, run
 from eckart.data.pooling import Pooling
 from eckart.errors import DataError, UsageError
 from eckart.evaluation.divergence import compare_distributions
@@ -116,7 +116,7 @@ def embed_sentences(model: nn.Module, batch: Batch, pooling: Pooling | None = No
         (B, d) in float64 on the CPU.
     """
     backbone = getattr(model, "base_model", model)
-    output = forward(backbone, batch.inputs)
+    output = run(backbone, batch.inputs)
     return (pooling or Pooling())(output, batch.inputs.get("attention_mask")).double().cpu()
 
 
@@ -127,7 +127,7 @@ def predicts_distribution(model: nn.Module, batch: Batch) -> bool:
 
 
 def _find_logits(model: nn.Module, batch: Batch) -> Tensor | None:
-    logits = getattr(forward(model, batch.inputs), "logits", None)
+    logits = getattr(run(model, batch.inputs), "logits", None)
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] == 1:
         return None
     return logits

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from eckart.config import DEFAULT_BATCH_SIZE
-from eckart.data.inference import evaluating, forward, progress
+from eckart.data.columns import replace_surrogates
+from eckart.data.explain import require_known_tokens
+from eckart.data.inference import evaluating, progress, run
 from eckart.data.model_kind import UNLIMITED, max_positions
 from eckart.data.windows import adds_bos
 from eckart.errors import DataError, UsageError
@@ -71,7 +73,7 @@ def measure_perplexity(
     """
     bos = adds_bos(tokenizer)
     window, stride = _settle(model, tokenizer, window, stride, bos, batch_size, max_tokens)
-    documents = [text] if isinstance(text, str) else list(text)
+    documents = [replace_surrogates(each) for each in ([text] if isinstance(text, str) else text)]
     ids, byte_ends = _tokenize(documents, tokenizer, max_tokens)
     windows = _windows(len(ids), window - bos, stride, context=0 if bos else 1)
     scored = sum(part.end - part.scored for part in windows)
@@ -79,12 +81,13 @@ def measure_perplexity(
         raise DataError(f"text: {len(ids)} tokens leave none to score: pass a longer text")
 
     tokens = torch.tensor(ids, dtype=torch.long)
+    require_known_tokens([{"input_ids": tokens}], model, getattr(model, "config", None), tokenizer)
     first = torch.tensor([tokenizer.bos_token_id] if bos else [], dtype=torch.long)
     total, nonfinite = 0.0, 0
     with evaluating(model):
         for group in progress(_groups(windows, batch_size), what="perplexity", disable=disable):
             rows = torch.stack([torch.cat([first, tokens[part.start : part.end]]) for part in group])  # (B, T)
-            output = forward(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})
+            output = run(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})
             logits = getattr(output, "logits", None)
             if logits is None or logits.shape[:2] != rows.shape:
                 raise UsageError(f"{type(model).__name__} returns no logits a token: load it with AutoModelForCausalLM")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from eckart.data import CalibrationData, Pooling
-from eckart.data.inference import evaluating, forward
+from eckart.data.inference import evaluating, run
 from eckart.errors import NumericalError
 from eckart.evaluation.agreement import compare_embeddings, compare_predictions, predicts_distribution
 from eckart.evaluation.divergence import negative_log_likelihood
@@ -57,7 +57,7 @@ def score_next_tokens(model: nn.Module, held: CalibrationData) -> float:
     total, count = 0.0, 0
     with evaluating(model):
         for batch in held:
-            logits = forward(model, batch.inputs).logits[:, :-1]
+            logits = run(model, batch.inputs).logits[:, :-1]
             ids = batch.inputs["input_ids"][:, 1:].to(logits.device)
             mask = batch.masks()[batch.inputs["input_ids"].shape[1]][:, 1:].to(logits.device)
             total += float(negative_log_likelihood(logits[mask], ids[mask]).sum())
@@ -71,7 +71,7 @@ def score_classes(model: nn.Module, held: CalibrationData) -> float:
     with evaluating(model):
         for batch in held:
             labels = batch.inputs["labels"]
-            logits = forward(model, {k: v for k, v in batch.inputs.items() if k != "labels"}).logits
+            logits = run(model, {k: v for k, v in batch.inputs.items() if k != "labels"}).logits
             right += int(torch.eq(logits.argmax(-1).cpu(), labels.cpu()).sum())
             count += len(labels)
     return right / max(count, 1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from eckart.config import DEFAULT_TOKENS
 from eckart.data.batch import Batch
 from eckart.data.examples import TextExample
-from eckart.data.inference import evaluating, forward, progress
+from eckart.data.explain import require_known_tokens
+from eckart.data.inference import evaluating, progress, run
 from eckart.data.model_kind import pad_token, sequence_length
 from eckart.data.padding import encoder_batches
 from eckart.data.pooling import Pooling
@@ -182,16 +183,13 @@ def _head_logits(
     model: nn.Module, tokenizer: Any, task: TaskData, batch_size: int, max_seq_length: int | None, disable: bool | None
 ) -> Tensor:
     """Return the logits of all rows (N, C), in the task's order."""
-    config: Any = model.config
-    if config.get_text_config().pad_token_id is None:
-        batch_size = 1  # heads on causal models find a text's end by its padding, or take one text at a time
     found: dict[int, Tensor] = {}
     # A row's place in the task, not in the data, as what it is known by: rows may come from several files.
     texts = [TextExample(row.text.text, row.text.where, place, pair=row.text.pair) for place, row in enumerate(task)]
     with evaluating(model):
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
         for batch in progress(batches, what="task", disable=disable):
-            logits = getattr(forward(model, batch.inputs), "logits", None)
+            logits = getattr(run(model, batch.inputs), "logits", None)
             if not isinstance(logits, Tensor) or logits.dim() != 2:
                 raise UsageError(
                     f"{type(model).__name__} gives no logits a text: load it with AutoModelForSequenceClassification"
@@ -208,4 +206,6 @@ def _batches(
     config: Any = model.config
     length = sequence_length(max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=config, model=model)
     pad_id = pad_token(tokenizer, config)
-    return list(encoder_batches(texts, tokenizer, max_length=length, batch_size=batch_size, pad_id=pad_id))
+    batches = list(encoder_batches(texts, tokenizer, max_length=length, batch_size=batch_size, pad_id=pad_id))
+    require_known_tokens(batches, model, config, tokenizer)
+    return batches

@@ -68,6 +68,11 @@ def build_scorer(task: str, context: EvaluationContext) -> TaskScorer:
     """
     if isinstance(context.data, str) and context.data == "self":
         raise UsageError("--data self: a model's own text says little of its quality. Pass a file or a data set.")
+    if task == "perplexity" and (kind := model_kind(context.model.model.config, context.model.model)) != "causal":
+        raise UsageError(
+            f"--task perplexity: {type(context.model.model).__name__} is no causal model but of kind {kind}, and gives "
+            "running text no probability. Compare it with the original: --task agreement --against MODEL."
+        )
     if task in ABSOLUTE:
         return ABSOLUTE[task](context)
     if context.original is None:

@@ -1,6 +1,6 @@
 """`python -m eckart`."""
 
-from eckart.cli.app import main
+from eckart.cli.start import main
 
 if __name__ == "__main__":
     main()

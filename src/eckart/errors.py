@@ -7,6 +7,8 @@ key, field) and the remedy. The command line prints the message without a traceb
 
 from __future__ import annotations
 
+import errno
+
 
 class EckartError(Exception):
     """A run that could not go on. The message names the place and the remedy."""
@@ -38,3 +40,22 @@ class OtherProcessError(EckartError):
 
 class NumericalError(EckartError):
     """Numbers that are not finite, or a decomposition that failed even in float64."""
+
+
+# How allocators say it where the error has no type of its own: the CPU's, CUDA's, cuBLAS's.
+NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
+
+LESS_MEMORY = (
+    "Lower --batch-size, --max-seq-length or --num-samples, or work block by block: --stream on; or use a machine with "
+    "more memory."
+)
+"""What helps against errors of memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on the CPU or on an accelerator."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it may not be imported
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)

@@ -17,6 +17,7 @@ from eckart.cli.export import export
 from eckart.cli.harness import HANDED_ON, lm_eval
 from eckart.cli.inspect import inspect
 from eckart.cli.methods import methods
+from eckart.cli.terminal import encode_anything
 from eckart.cli.threads import wait_passively
 from eckart.cli.tune import tune
 
@@ -64,7 +65,8 @@ def eckart(
     set_up_logging(verbose)
 
 
-def main() -> None:
-    """Run the command line and exit."""
+def run() -> None:
+    """Run the command line and exit; :func:`eckart.cli.start.main` does."""
     wait_passively()  # before torch is imported, which commands do
+    encode_anything()
     app()

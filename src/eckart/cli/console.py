@@ -4,42 +4,43 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
+from eckart.cli.start import INTERRUPTED, TERMINATED, Terminated
+from eckart.cli.terminal import OutputLostError, print_message, print_results
 from eckart.distributed import is_main
-from eckart.errors import EckartError, OtherProcessError
+from eckart.errors import LESS_MEMORY, EckartError, OtherProcessError, is_out_of_memory
+from eckart.storage.publish import PUBLISHED
 from eckart.storage.report_file import check_report_file, write_report
 
-WIDTH = 120
-"""Columns of the output where it does not go to a terminal."""
+LONGEST = 600
+"""Characters of an error of another library that are shown."""
 
-INTERRUPTED = 130
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def show(*renderables: Any) -> None:
-    """Print results on stdout; of several processes one does."""
-    if not is_main():
-        return
-    width = None if sys.stdout.isatty() else WIDTH
-    console = Console(width=width, highlight=False)
-    for renderable in renderables:
-        console.print(Text(renderable) if isinstance(renderable, str) else renderable)
+    """Print results on stdout; of several processes one does.
+
+    Raises:
+        OutputLostError: stdout is closed or full.
+    """
+    if is_main():
+        print_results(*renderables)
 
 
 def say(message: str, style: str = "") -> None:
     """Print progress or an error on stderr; of several processes one prints progress, all print their errors."""
-    if style != "red" and not is_main():
-        return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(Text(message, style=style))
+    if style == "red" or is_main():
+        print_message(message, style)
 
 
 def say_device(name: str) -> None:
@@ -50,52 +51,66 @@ def say_device(name: str) -> None:
 
 
 def guarded(function: F) -> F:
-    """Turn an exception into a message and an exit code without a traceback: 1, 2, or 130 after Ctrl-C."""
+    """Turn an exception into a message and an exit code without a traceback: 1, 2, 130 after Ctrl-C, 143 after `kill`.
+
+    What goes wrong once a folder is published is told as that; results that cannot be printed then are no failure.
+    """
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
+        before = len(PUBLISHED)
         try:
             _quieten_libraries()
             return function(*args, **kwargs)
+        except OutputLostError as error:
+            done = PUBLISHED[before:]
+            if done:
+                say(f"warning: {error}. {done[-1]} is published, and whole.", "yellow")
+                return None
+            say(f"error: {error}.", "red")
+            raise typer.Exit(error.exit_code) from error
         except EckartError as error:
             if is_main() or not isinstance(error, OtherProcessError):
-                say(f"error: {error}", "red")
+                say(f"error: {error}{_published_before(before)}", "red")
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stopped:
+            published = _published_before(before) or "; nothing was published"
             say(
-                "interrupted; nothing was published. A run that works block by block, and a training, resume when the "
-                "same command is given again.",
+                f"interrupted{published}. A run that works block by block, and a training, resume when the same "
+                "command is given again.",
                 "red",
             )
-            raise typer.Exit(INTERRUPTED) from None
-        except MemoryError as error:
-            _say_out_of_memory(error)
-            raise typer.Exit(EckartError.exit_code) from error
-        except OSError as error:
-            say(f"error: {error}; nothing was published. Free space or choose another place, and run again.", "red")
-            raise typer.Exit(EckartError.exit_code) from error
-        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if type(error).__name__ == "OutOfMemoryError":  # torch's, a RuntimeError; torch may not be imported
-                _say_out_of_memory(error)
+            raise typer.Exit(TERMINATED if isinstance(stopped, Terminated) else INTERRUPTED) from None
+        except Exception as error:
+            if is_out_of_memory(error):
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                say(f"error: out of memory ({reason[:200]}). {LESS_MEMORY}{_published_before(before)}", "red")
                 raise typer.Exit(EckartError.exit_code) from error
             if _verbose():
                 raise
-            say(
-                f"error: {type(error).__name__}: {error}. Nothing was published; "
-                "`eckart --verbose ...` shows where it came from.",
-                "red",
-            )
+            say(f"error: {describe_unforeseen(error)}{_published_before(before) or '; nothing was published'}", "red")
             raise typer.Exit(EckartError.exit_code) from error
 
     return run  # type: ignore[return-value]
 
 
-def _say_out_of_memory(error: BaseException) -> None:
-    say(
-        f"error: out of memory ({error or type(error).__name__}). Lower --batch-size, --max-seq-length or "
-        "--num-samples, or use a machine with more memory.",
-        "red",
+def describe_unforeseen(error: Exception) -> str:
+    """What is known of an error that no check has foreseen: what it says, and which step of eckart it stopped."""
+    if isinstance(error, OSError):
+        return f"{error}. Free space, choose another place or mend its permissions, and run again"
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if f"{os.sep}eckart{os.sep}" in frame.filename]
+    place = f" while {own[-1].name.strip('_').replace('_', ' ')} ({Path(own[-1].filename).name})" if own else ""
+    said = " ".join(str(error).split())
+    said = said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."
+    return (
+        f"{type(error).__name__}{place}: {said}. This was not foreseen: check the model's files and the options; "
+        "`eckart --verbose ...` shows where it came from"
     )
+
+
+def _published_before(count: int) -> str:
+    done = PUBLISHED[count:]
+    return f" ({done[-1]} was published before that, and is whole)" if done else ""
 
 
 def set_up_logging(verbose: bool) -> None:
@@ -117,7 +132,7 @@ def _quieten_libraries() -> None:
     huggingface_hub.utils.logging.set_verbosity(level)
     transformers.logging.set_verbosity(level)
     logging.getLogger("lm_eval").setLevel(level)
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
 
 

@@ -9,19 +9,10 @@ from typing import Any
 
 import torch
 
+from eckart.errors import is_out_of_memory
 from eckart.moments.current_batch import BatchLike
 
 logger = logging.getLogger(__name__)
-
-# How allocators say it where the error has no type of its own: the CPU's, CUDA's, cuBLAS's.
-WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on the CPU or on an accelerator."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in WORDS)
 
 
 def release() -> None:

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 
 
+HELD: set[Path] = set()
+"""Outputs that this process has locked: it must not end without letting go of them."""
+
+
 def output_path(output_dir: str | Path) -> Path:
     """The absolute path of an output folder, ``~`` and ``..`` resolved but links kept.
 
@@ -78,6 +82,7 @@ class OutputLock:
                 "Choose another --output-dir or change the permissions."
             ) from error
         self._recover(_read(self._file))
+        HELD.add(self.target)
         self._record = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
         self._write()
         return self
@@ -90,6 +95,7 @@ class OutputLock:
             self.path.unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+            HELD.discard(self.target)
 
     def note(self, **leftovers: str | None) -> None:
         """Record what would be left behind if the process were killed now.

@@ -19,6 +19,10 @@ from eckart.storage.manifest import not_published, write_manifest
 logger = logging.getLogger(__name__)
 
 
+PUBLISHED: list[Path] = []
+"""Folders that this process has put in place: what goes wrong after that must not say that nothing was published."""
+
+
 def check_output(
     output_dir: str | Path,
     *,
@@ -155,6 +159,7 @@ def _place(staging: Path, target: Path, aside: Path, overwrite: bool) -> None:
             f"{target} cannot be put in place ({error.strerror}); nothing was published. Check the "
             f"permissions of {target.parent}, or choose another --output-dir."
         ) from error
+    PUBLISHED.append(target)
     sync_folder(target.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eckart.moments import Gatherer, Moments, gather, halving, is_out_of_memory, sampled_loss, shared_inputs
+from eckart.errors import is_out_of_memory
+from eckart.moments import Gatherer, Moments, gather, halving, sampled_loss, shared_inputs
 from eckart.moments.absolute import Absolute
 from eckart.moments.fisher import Fisher
 from eckart.moments.gradients import GradientGram

@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 
 from eckart.calibration.layerwise import LayerwiseError
-from eckart.errors import DataError, EckartError
-from eckart.moments import is_out_of_memory
+from eckart.errors import DataError, EckartError, is_out_of_memory
 
 NO_GRADIENTS = (RuntimeError, NotImplementedError)
 """What autograd raises where an operation has no derivative, or an output does not depend on differentiable inputs."""

@@ -4,7 +4,7 @@ from eckart.moments.calls import common_calls, shared_inputs
 from eckart.moments.current_batch import BatchLike, real_tokens
 from eckart.moments.curvature import generator, labeled_loss, sampled_loss
 from eckart.moments.gatherer import Gatherer, Step, gather
-from eckart.moments.halving import Halving, is_out_of_memory, release
+from eckart.moments.halving import Halving, release
 from eckart.moments.norms import reading_norms
 from eckart.moments.site import Moments, deserialize, serialize
 from eckart.moments.statistic import (
@@ -30,7 +30,6 @@ __all__ = [
     "deserialize",
     "gather",
     "generator",
-    "is_out_of_memory",
     "labeled_loss",
     "needs_backward",
     "reading_norms",

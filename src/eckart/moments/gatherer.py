@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eckart.errors import NumericalError
+from eckart.errors import NumericalError, is_out_of_memory
 from eckart.moments.calls import argument
 from eckart.moments.current_batch import BatchLike, CurrentBatch, Update
-from eckart.moments.halving import is_out_of_memory, release
+from eckart.moments.halving import release
 from eckart.moments.site import Moments
 from eckart.moments.statistic import GradientStatistic, InputStatistic, SequenceStatistic, Statistic, needs_backward
 

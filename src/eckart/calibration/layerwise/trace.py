@@ -15,7 +15,7 @@ from eckart.calibration.layerwise.block_forward import BlockChain
 from eckart.calibration.layerwise.blocks import LayerwiseError, schedule_of
 from eckart.calibration.layerwise.hidden_states import HiddenStateStore
 from eckart.calibration.layerwise.runner import LayerwiseRunner
-from eckart.moments import is_out_of_memory
+from eckart.errors import is_out_of_memory
 
 # Both run the same operations on the same numbers; what differs beyond rounding was computed from something else.
 TOLERANCE = 1e-4

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eckart.data.batch import Batch
-from eckart.errors import DataError, EckartError, UsageError
-from eckart.moments import is_out_of_memory
+from eckart.errors import DataError, EckartError, UsageError, is_out_of_memory
 
 NOT_DATA = ("labels", "use_cache", "past_key_values", "return_dict", "cache_position", "logits_to_keep", "use_mems",
             "mems")  # fmt: skip

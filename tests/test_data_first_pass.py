@@ -99,8 +99,13 @@ def test_padding_is_never_read_as_the_end_of_a_text(make, pad, side):
 def test_a_decoder_that_classifies_is_compressed_without_a_padding_token():
     model = build(LlamaForSequenceClassification, llama_config(pad_token_id=None, num_labels=1, vocab_size=30)).eval()
     before = model.config.to_dict()
-    result = eckart.compress(model, word_tokenizer(), data=TEXTS, keep=0.6, batch_size=4)
+    result = eckart.compress(model, word_tokenizer(), data=TEXTS, keep=0.6, batch_size=4, latency=True)
     assert result.report["quality"]["examples"]
+    assert result.report["latency"]["batch"] == 4
+    scores = eckart.evaluate(
+        model, model, word_tokenizer(), data=[{"text": text, "label": len(text)} for text in TEXTS]
+    )
+    assert scores["latency"]["speedup"]
     assert model.config.to_dict() == before
     assert result.model.config.pad_token_id is None
 

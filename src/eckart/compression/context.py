@@ -23,7 +23,7 @@ from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings, check_metric_shares
 from eckart.compression.workspace import Workspace
 from eckart.data import CalibrationData, Pooling
-from eckart.data.inference import forward
+from eckart.data.inference import dummy_inputs, forward
 from eckart.errors import UsageError
 from eckart.forms import form_named
 from eckart.model import Sites, WeightLoader
@@ -157,7 +157,7 @@ class CompressionContext:
         if not (SLICED in {choice.form for choice in planned.values()} if planned else settings.slices):
             return ()
         if self._neuron_layers is None:
-            model, inputs = self.model, dict(self.model.dummy_inputs)
+            model, inputs = self.model, dummy_inputs(self.model)
             if self.data is not None:
                 inputs = self.data.batches[0].rows(0, 1).inputs
             try:
@@ -191,9 +191,7 @@ class CompressionContext:
         model = self.model
         try:
             with forward_context(model, self.weights, all_blocks(model))(None):
-                return shared_inputs(
-                    model, self.names, lambda: forward(model, dict(model.dummy_inputs)), all_blocks(model)
-                )
+                return shared_inputs(model, self.names, lambda: forward(model, dummy_inputs(model)), all_blocks(model))
         except Exception as error:
             self.calibration.note(f"no weights have one input factor: no small pass runs through the model ({error})")
             return {}
@@ -203,9 +201,7 @@ class CompressionContext:
         inputs = self.data.batches[0].rows(0, 1).inputs if self.data is not None else None
         try:
             with forward_context(model, self.weights, all_blocks(model))(None):
-                return reading_a_norm(
-                    self.sites.chosen, model, lambda: forward(model, inputs or dict(model.dummy_inputs))
-                )
+                return reading_a_norm(self.sites.chosen, model, lambda: forward(model, inputs or dummy_inputs(model)))
         except Exception as error:
             if inputs is not None:
                 raise

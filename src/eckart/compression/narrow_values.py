@@ -17,6 +17,7 @@ from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options
 from eckart.compression.prepare import prepare
 from eckart.compression.settings import Settings
+from eckart.data.inference import dummy_inputs
 from eckart.errors import UsageError
 from eckart.linalg import Problem, narrow_heads
 from eckart.methods import Method, method_named
@@ -142,7 +143,7 @@ def _small_batch(model: PreTrainedModel) -> dict[str, Tensor]:
     Raises:
         UsageError: it reads none.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in model.dummy_inputs.items()}
+    inputs = {name: tensor.to(model.device) for name, tensor in dummy_inputs(model).items()}
     try:
         with torch.no_grad():
             model(**inputs)

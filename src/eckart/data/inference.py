@@ -12,7 +12,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from eckart.data.explain import explaining
-from eckart.data.last_token import told_padding
+from eckart.data.last_token import padding_named, tell_padding
 
 T = TypeVar("T")
 
@@ -78,11 +78,17 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
     config: Any = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     try:
-        with told_padding(model, moved) as told:
-            return model(**told, **more)
+        moved, padding = tell_padding(model, moved)
+        with padding_named(model, padding):
+            return model(**moved, **more)
     finally:
         if getattr(config, "problem_type", None) != problem:
             config.problem_type = problem
+
+
+def dummy_inputs(model: Any) -> dict[str, Tensor]:
+    """One row of the inputs that transformers makes up for a model."""
+    return {name: value[:1] for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:

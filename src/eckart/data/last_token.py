@@ -17,41 +17,44 @@ from torch import Tensor, nn
 from eckart.data.model_kind import reads_on
 
 
-@contextmanager
-def told_padding(model: nn.Module, inputs: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Inputs whose padding the model knows, and a configuration that names its id, for as long as the body runs.
+def tell_padding(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], int | None]:
+    """Inputs whose padding a model can tell.
 
     Args:
         model: any; only classifiers that read the last token are told.
         inputs: its keyword arguments.
 
-    Yields:
-        The inputs, with other ids where nothing is to be read.
+    Returns:
+        The inputs, with other ids where nothing is to be read; and the id that the configuration has to name, see
+        :func:`padding_named`, or None if it names one or needs none.
     """
     config: Any = getattr(model, "config", None)
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if config is None or ids is None or ids.dim() != 2 or not reads_last_token(model):
-        yield inputs
-        return
-    text = config.get_text_config()
-    known = text.pad_token_id
-    padded = mask is not None and mask.shape == ids.shape and not bool(mask.all())
-    if known is not None or len(ids) == 1:
-        if known is None or not padded or mask is None:
-            yield _without_padding(inputs) if known is None and padded else inputs
-        else:
-            yield inputs | {"input_ids": ids.masked_fill(~mask.bool(), known)}
-        return
-    real = mask.bool() if mask is not None and mask.shape == ids.shape else torch.ones_like(ids, dtype=torch.bool)
-    places = torch.arange(ids.shape[1], device=ids.device)
-    last = ids.gather(1, (places * real).argmax(1, keepdim=True))
-    ends = set(last.flatten().tolist())
-    unused = next(token for token in range(len(ends) + 1) if token not in ends)
-    holders = [holder for holder in (text, config) if getattr(holder, "pad_token_id", None) is None]
+        return inputs, None
+    if mask is None or mask.shape != ids.shape:
+        mask = torch.ones_like(ids)
+    known = config.get_text_config().pad_token_id
+    if known is None:
+        places = torch.arange(ids.shape[1], device=ids.device)
+        last = ids.gather(1, (places * mask.bool()).argmax(1, keepdim=True))
+        ends = set(last.flatten().tolist())
+        known = unused = next(token for token in range(len(ends) + 1) if token not in ends)
+    else:
+        unused = None
+    return inputs | {"input_ids": ids.masked_fill(~mask.bool(), known)}, unused
+
+
+@contextmanager
+def padding_named(model: nn.Module, token: int | None) -> Iterator[None]:
+    """A configuration that names this id of padding while the body runs; as it is for None."""
+    config: Any = getattr(model, "config", None)
+    holders = [] if token is None else [config.get_text_config(), config]
+    holders = [holder for holder in holders if getattr(holder, "pad_token_id", None) is None]
     for holder in holders:
-        holder.pad_token_id = unused
+        holder.pad_token_id = token
     try:
-        yield inputs | {"input_ids": ids.masked_fill(~real, unused)}
+        yield
     finally:
         for holder in holders:
             holder.pad_token_id = None
@@ -67,13 +70,3 @@ def reads_last_token(model: nn.Module) -> bool:
         and not getattr(config, "is_encoder_decoder", False)
         and reads_on(config)
     )
-
-
-def _without_padding(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One text without its padding: a classifier that knows of none reads the last place."""
-    real = inputs["attention_mask"][0].bool()
-    length = len(real)
-    return {
-        name: value[:, real.to(value.device)] if value.dim() == 2 and value.shape[1] == length else value
-        for name, value in inputs.items()
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.data.inference import device_of, evaluating
+from eckart.data.last_token import padding_named, tell_padding
 from eckart.data.model_kind import max_positions
 from eckart.speed.clock import measure_in_turn
 from eckart.speed.phases import MADE_UP, random_inputs
@@ -63,7 +65,10 @@ def compare_latency(
         if name != "labels"
     }
     shape = next(iter(moved.values())).shape
-    with evaluating(*models.values()):
+    moved, padding = tell_padding(first, moved)
+    with evaluating(*models.values()), ExitStack() as stack:
+        for model in models.values():
+            stack.enter_context(padding_named(model, padding))
         runs = {name: partial(model, **moved, **_without_cache(model)) for name, model in models.items()}
         timings = measure_in_turn(runs, repeats=repeats, min_seconds=min_seconds, device=device)
     dense = next(iter(timings.values())).median

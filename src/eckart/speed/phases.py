@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from eckart.data import model_kind
 from eckart.data.inference import device_of
+from eckart.data.last_token import padding_named, tell_padding
 from eckart.data.model_kind import max_positions, pad_token
 from eckart.errors import UsageError
 from eckart.speed.clock import Run
@@ -59,7 +60,13 @@ def prepare(model: PreTrainedModel, phase: str, batch: int, length: int, call: C
     inputs, call = random_inputs(model, batch, length), model if call is None else call
     if phase == FORWARD:
         plain = {"use_cache": False} if "use_cache" in _parameters(model) else {}
-        return lambda: call(**inputs, **plain)
+        inputs, padding = tell_padding(model, inputs)
+
+        def forward() -> Any:
+            with padding_named(model, padding):
+                return call(**inputs, **plain)
+
+        return forward
     if phase == PREFILL:
         last = {"logits_to_keep": 1} if "logits_to_keep" in _parameters(model) else {}
         return lambda: call(**inputs, use_cache=True, **last)

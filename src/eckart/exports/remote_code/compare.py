@@ -127,7 +127,7 @@ def probe_inputs(model: PreTrainedModel) -> dict[str, Tensor]:
     ids = torch.randint(vocabulary, (2, 10), generator=stream)
     mask = torch.ones_like(ids)
     if model.config.is_encoder_decoder:
-        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids.clone()}
     mask[1, 7:] = 0
     return {"input_ids": ids, "attention_mask": mask}
 

@@ -20,6 +20,7 @@ from eckart.errors import ModelError
 from eckart.exports.remote_code.describe import WAY_OUT, Described, built_by_class, describe
 from eckart.exports.remote_code.parallel import Parallel, plan_parallel
 from eckart.exports.remote_code.write_text import ModelNames, entries, in_base, names_of, write_text
+from eckart.model import pruned_heads
 
 UNSPECIFIC = {"AutoModelForPreTraining", "AutoModelWithLMHead", "AutoModelForTextEncoding"}
 """Auto classes that load what others load as well."""
@@ -58,13 +59,13 @@ def write_model(model: PreTrainedModel, home: Path) -> Written:
     names = names_of(model)
     described = describe(model)
     inside = in_base(names, described.replacements)
-    counts, outside = names.split(described.head_counts)
+    outside = names.split(described.head_counts)[1]
     if outside:
         raise ModelError(f"{next(iter(outside))}: heads are gone outside of the base model. {WAY_OUT}")
     stock = built_by_class(model)
     class_plan = dict(getattr(names.config, "base_model_tp_plan", None) or {})
     parallel = plan_parallel(
-        stock.base_model, class_plan, inside, heads_are_gone=bool(counts),
+        stock.base_model, class_plan, inside, heads_are_gone=bool(pruned_heads(model)),
         plan_of_parts=any(getattr(part, "tp_plan", None) for part in stock.base_model.children()),
     )  # fmt: skip
     text = write_text(names, described, parallel, class_plan)

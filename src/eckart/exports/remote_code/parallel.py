@@ -102,6 +102,8 @@ def plan_parallel(
         unchanged = any(one.form in AS_IT_IS for one in here) or len(here) < _count(base, role)
         if unchanged and plan is not None:
             plan[role] = style
+    if heads_are_gone:  # a part of so many rows may end within a head
+        reason = reason or "its layers have different numbers of attention heads"
     if any(one.form == "experts" for one in replacements.values()):
         reason = reason or "experts are separate modules"
     if not class_plan and any(one.form not in AS_IT_IS for one in replacements.values()):

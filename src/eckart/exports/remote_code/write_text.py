@@ -22,6 +22,8 @@ from eckart.forms.transformers_internals import declared_ties_of
 
 TEMPLATE = Path(__file__).with_name("modeling.py.jinja")
 PREFIX = "Factored"
+WIDTH = 119
+"""Characters in a line of the file."""
 CLASSES = {
     "linear": "nn.Linear",
     "conv1d": "make_conv1d",
@@ -202,8 +204,8 @@ def _asks_for_weights(base: type) -> bool:
     return re.search(r"\.weight\.(dtype|device)\b", source) is not None
 
 
-def _imports(classes: list[Any], *, conv1d: bool) -> dict[str, list[str]]:
-    """Module -> names to import from it: from `transformers` where they are there."""
+def _imports(classes: list[Any], *, conv1d: bool) -> list[str]:
+    """The lines that import classes: from `transformers` where they are there."""
     found: dict[str, set[str]] = {}
     for known in classes:
         if known is not None:
@@ -211,7 +213,12 @@ def _imports(classes: list[Any], *, conv1d: bool) -> dict[str, list[str]]:
             found.setdefault("transformers" if public else known.__module__, set()).add(known.__name__)
     if conv1d:
         found.setdefault("transformers.pytorch_utils", set()).add("Conv1D")
-    return {module: sorted(names) for module, names in sorted(found.items())}
+    lines: list[str] = []
+    for module, names in sorted(found.items()):
+        line = f"from {module} import {', '.join(sorted(names))}"
+        short = len(line) <= WIDTH
+        lines += [line] if short else [f"from {module} import (", *(f"    {name}," for name in sorted(names)), ")"]
+    return lines
 
 
 def entries(replacements: Mapping[str, Replacement]) -> dict[str, Any]:

@@ -75,6 +75,20 @@ BAD_PLANS = {
     "rank negative": (plan_with(form="lowrank", rank=-3), "site a: rank -3"),
     "rank is true": (plan_with(form="lowrank", rank=True), "site a: rank True"),
     "rank is a fraction": (plan_with(form="lowrank", rank=3.0), r"site a: rank 3\.0"),
+    "all sites dense": ({"format_version": 1, "sites": {}}, "every site stays dense, so nothing would be factored"),
+    "unknown key": ({**PLAN.to_json(), "sitez": {}}, "'sitez' is not read from a plan; did you mean 'sites'"),
+    "unknown key of a site": (plan_with(form="lowrank", rnak=3), "site a: 'rnak' is not read .* did you mean 'rank'"),
+    "site twice": (
+        '{"format_version": 1, "sites": {"a": {"form": "dense"}, "a": {"form": "dense"}}}',
+        "'a' stands twice",
+    ),
+    "key twice": (
+        '{"format_version": 1, "sites": {"a": {"form": "lowrank", "rank": 1, "rank": 2}}}',
+        "'rank' stands twice",
+    ),
+    "no number": ('{"format_version": 1, "sites": {"a": {"form": "lowrank", "rank": NaN}}}', "it holds NaN"),
+    "nested too deeply": ("[" * 99_999 + "]" * 99_999, "it is nested too deeply"),
+    "thousands of digits": ('{"format_version": ' + "9" * 5000 + "}", "Mend it, or have the plan made again"),
     "rank is text": (plan_with(form="lowrank", rank="3"), "site a: rank '3'"),
 }
 
@@ -91,6 +105,8 @@ def test_plan_that_cannot_be_read_names_the_file(tmp_path):
         read_plan(tmp_path / "nowhere.json", SHAPES)
     with pytest.raises(UsageError, match="cannot be read"):
         read_plan(tmp_path, SHAPES)
+    with pytest.raises(UsageError, match="it is a pipe or a device, not a file"):
+        read_plan(Path("/dev/zero"), SHAPES)
     (tmp_path / "plan.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match="cannot be read"):
         read_plan(tmp_path / "plan.json", SHAPES)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from architectures import Architecture
+from architectures import BY_NAME, Architecture
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import eckart
@@ -71,9 +71,15 @@ def test_plan_is_replayed_to_the_bit(model, batches, tmp_path):
     made = eckart.compress(model, data=batches, keep=0.5)
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(made.plan.to_json()))
-    again = eckart.compress(model, data=batches, keep=0.5, plan=str(file))
+    again = eckart.compress(model, data=batches, plan=str(file))
     assert again.plan.choices == made.plan.choices
     assert same(made.model, again.model)
+
+
+def test_a_multiple_larger_than_any_rank_is_refused():
+    model = BY_NAME["llama"].model()
+    with pytest.raises(UsageError, match=r"--rank-multiple 99,999,999: the largest rank .* is \d+"):
+        eckart.compress(model, method="svd", keep=0.5, rank_multiple=99_999_999)
 
 
 def test_plan_of_another_model_is_refused(model, batches, tmp_path):

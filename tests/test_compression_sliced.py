@@ -59,7 +59,9 @@ print(json.dumps(answers))
 
 def compressed(name: str, **options: Any) -> tuple[Any, eckart.Result]:
     model = BY_NAME[name].model()
-    options = {"form": "sliced", "keep": 0.7, "refit": False, **options}
+    if "plan" not in options:
+        options = {"form": "sliced", "keep": 0.7, **options}
+    options = {"refit": False, **options}
     return model, eckart.compress(model, data=BY_NAME[name].batches(rows=8, count=4), **options)
 
 
@@ -256,7 +258,7 @@ def test_a_plan_makes_the_same_model_and_what_cannot_be_is_refused(tmp_path):
     file = tmp_path / "plan.json"
     plan = first.plan.to_json()
     file.write_text(json.dumps(plan))
-    _, again = compressed("llama", form=None, plan=str(file))
+    _, again = compressed("llama", plan=str(file))
     assert again.plan.choices == first.plan.choices
     inputs = BY_NAME["llama"].batches(count=1)[0]
     close(output(again.model, inputs), output(first.model, inputs), 1e-6)
@@ -278,7 +280,7 @@ def test_a_plan_makes_the_same_model_and_what_cannot_be_is_refused(tmp_path):
         }
         file.write_text(json.dumps({**plan, "sites": sites}))
         with pytest.raises(UsageError, match=message):
-            compressed("llama", form=None, plan=str(file))
+            compressed("llama", plan=str(file))
 
 
 # -- stock checkpoints ---------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def test_kngpt2_halves_the_odd_blocks():
 def test_by_loss_across_shapes_of_block_and_replayed(tmp_path):
     architecture = MODELS["llama"]
     model, data = architecture.model(), architecture.batches(rows=4, count=3)
-    options = {"data": data, "keep": 0.5, "targets": ["mlp.up_proj", "k_proj"]}
-    made_ = eckart.compress(model, method="eckart", form="kronecker", **options)
+    options = {"data": data, "targets": ["mlp.up_proj", "k_proj"]}
+    made_ = eckart.compress(model, method="eckart", form="kronecker", keep=0.5, **options)
     assert made_.report["kept"]["of_sites"] <= 0.5
     assert len({choice.block for choice in made_.plan.choices.values()}) > 1
     notes = made_.report["notes"]
@@ -128,7 +128,7 @@ def test_a_plan_may_mix_forms_and_the_refit_leaves_blocks_alone(tmp_path):
     }
     file = tmp_path / "plan.json"
     file.write_text(json.dumps({"format_version": 1, "sites": sites}))
-    result = eckart.compress(model, data=data, keep=0.5, plan=str(file), refit=True)
+    result = eckart.compress(model, data=data, plan=str(file), refit=True)
     forms = {n: m.form for n, m in result.model.named_modules() if hasattr(m, "form")}
     assert forms == {name: "kronecker", other: "pivoted"}
     assert f"{name}: not refitted, form kronecker cannot be" in result.report["notes"]

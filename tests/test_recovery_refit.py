@@ -74,8 +74,8 @@ def test_it_is_the_answer_of_compress(name, form, centered, monkeypatch, tmp_pat
     model = architecture.model()
     batches = batches_of(architecture, model)
     method = with_changes(METHODS["drone"], name=f"drone-{centered}", centered=centered)
-    asked = {"data": batches, "method": method, "form": form, "keep": 0.5}
-    plan = eckart.compress(model, refit=False, **asked).plan.to_json()
+    asked = {"data": batches, "method": method}
+    plan = eckart.compress(model, refit=False, form=form, keep=0.5, **asked).plan.to_json()
     plan["sites"][list(plan["sites"])[4]] = {"form": DENSE}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     before, wanted = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
@@ -28,6 +29,15 @@ DEFAULT_TOKENS = 512
 
 DEFAULT_BATCH_SIZE = 8
 """Windows or texts that run at a time."""
+
+LARGEST = 2**32 - 1
+"""The largest whole number that an option may be: that of a seed."""
+
+LARGEST_FILE = 1 << 20
+"""Bytes of a file of options; the largest that people write have some thousand."""
+
+UNFIT = re.compile("[\0\ud800-\udfff]")
+SHOWN = 200  # characters of a value in a message
 
 INPUTS = ("model", "teacher", "data", "eval_data", "plan")
 """Fields of recipes that name what a run reads."""
@@ -58,6 +68,16 @@ class RecipeBase(BaseModel):
         annotation = cls.model_fields[info.field_name].annotation
         if isinstance(value, bool) and {int, float} & {annotation, *get_args(annotation)}:
             raise ValueError("must be a number, not a boolean")
+        if isinstance(value, str) and UNFIT.search(value):
+            raise ValueError("holds characters that no name and no path can have (NUL, or half a character)")
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _number_of_ordinary_size(cls, value: Any) -> Any:
+        """Larger ones overflow in torch, numpy or the tokenizer, each with an error of its own."""
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise ValueError(f"must be at most {LARGEST:,}")
         return value
 
     @field_validator("device", check_fields=False, mode="before")
@@ -68,8 +88,8 @@ class RecipeBase(BaseModel):
         import torch
 
         try:
-            torch.empty(0, device=value)
-        except (RuntimeError, AssertionError, TypeError) as error:
+            torch.zeros(1, device=value).item()  # a device without numbers, such as meta, cannot compute
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(f"no such device here ({reason}); use auto, cpu, or a device that torch finds") from None
         return str(value)
@@ -112,7 +132,7 @@ def check_recipe(kind: type[R], options: Mapping[str, Any], where: str = "option
     if unknown:
         near = difflib.get_close_matches(str(unknown[0]), known, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
-        raise UsageError(f"{where}: {unknown[0]!r} is not an option; {hint}")
+        raise UsageError(f"{where}: {_shown(unknown[0])} is not an option; {hint}")
     try:
         return kind(**options)
     except ValidationError as error:
@@ -122,7 +142,7 @@ def check_recipe(kind: type[R], options: Mapping[str, Any], where: str = "option
             raise UsageError(f"{where}: {message}") from None
         field = ".".join(str(part) for part in first["loc"])
         help_text = known[field.split(".")[0]].description
-        raise UsageError(f"{where}: {field} = {first['input']!r}: {message} ({help_text})") from None
+        raise UsageError(f"{where}: {field} = {_shown(first['input'])}: {message} ({help_text})") from None
 
 
 def merge_recipe(kind: type[R], recipe: R | None, options: Mapping[str, Any], where: str) -> R:
@@ -156,11 +176,14 @@ def resolve_device(name: str | None = "auto") -> torch.device:
 def read_config(path: str | Path) -> dict[str, Any]:
     """Read the options of a `--config` YAML file.
 
+    Of YAML, plain values, lists and mappings are read; true and false are the only booleans, so that `stream: on` is a
+    word, and numbers are decimal.
+
     Raises:
-        UsageError: naming the file and line; tags, duplicate keys and anything but a mapping are refused.
+        UsageError: naming the file and line; tags, aliases, duplicate keys and anything but a mapping are refused.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
+        content = yaml.load(read_text_file(path, LARGEST_FILE), Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: cannot be read ({error}); give the path of a YAML file.") from None
     except yaml.YAMLError as error:
@@ -168,11 +191,33 @@ def read_config(path: str | Path) -> dict[str, Any]:
         line = f" at line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or error
         raise UsageError(f"--config {path}{line}: {problem}. Only plain YAML keys and values are read.") from None
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"--config {path}: {what}. Only plain YAML keys and values are read.") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: holds a {type(content).__name__}, not `option: value` lines.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def read_text_file(path: str | Path, limit: int) -> str:
+    """The text of an ordinary file: a pipe that nobody writes to, or a device that never ends, would be read for ever.
+
+    Raises:
+        OSError: it is no ordinary file, larger than the limit, or cannot be read.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    path = Path(path)
+    if UNFIT.search(str(path)):
+        raise OSError("no path can have such characters")
+    if path.exists() and not path.is_dir() and not path.is_file():
+        raise OSError("it is a pipe or a device, not a file")
+    with path.open("rb") as file:
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise OSError(f"it is larger than {limit:,} bytes")
+    return raw.decode("utf-8-sig")
 
 
 def _refuse_former_names(kind: type[RecipeBase], options: Mapping[str, Any], where: str) -> None:
@@ -191,16 +236,35 @@ def _spell(field: str, value: Any) -> str:
     return f"{field}: {value} (--{field.replace('_', '-')} {value})"
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, as far as it helps."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits; lists in lists
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe loader; a key that stands twice is refused."""
+    """YAML's safe loader without what a file of options has no need of; a key that stands twice is refused."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        mark = event.start_mark
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+            # 400 bytes of aliases stand for more values than any memory holds.
+            raise yaml.MarkedYAMLError(problem=f"&{event.anchor} or *{event.anchor}: write it out", problem_mark=mark)
+        if getattr(event, "tag", None) is not None:
+            raise yaml.MarkedYAMLError(problem=f"the tag {event.tag} is not read", problem_mark=mark)
+        return super().compose_node(parent, index)
 
 
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
         key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise yaml.MarkedYAMLError(problem=f"key {key!r} is not a name", problem_mark=key_node.start_mark)
+        if not isinstance(key, str) or key == "<<":
+            raise yaml.MarkedYAMLError(problem=f"key {_shown(key)} is not a name", problem_mark=key_node.start_mark)
         key = key.replace("-", "_")  # spelled as the flag or as the field, it is one option
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} stands twice", problem_mark=key_node.start_mark)
@@ -208,4 +272,23 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     return loader.construct_mapping(node, deep=True)
 
 
+def _decimal(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    """YAML 1.1 would read 0100 as 64, and 1:30 as 90."""
+    return int(loader.construct_scalar(node))
+
+
+_PLAIN = {
+    "null": ("~|null|Null|NULL|", "~nN"),
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+", "-+0123456789"),
+    "float": (r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+              "-+.0123456789"),
+}  # fmt: skip
+"""What stands for something else than text: the core of YAML 1.2, where on, off, yes, no and dates are text."""
+
+_StrictLoader.yaml_implicit_resolvers = {}
+for _name, (_pattern, _first) in _PLAIN.items():
+    _firsts = [*_first, ""] if _name == "null" else [*_first]
+    _StrictLoader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _firsts)
+_StrictLoader.add_constructor("tag:yaml.org,2002:int", _decimal)
 _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)

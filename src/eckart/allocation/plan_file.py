@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eckart.allocation.plan import DENSE, FORMAT_VERSION, Choice, Plan
+from eckart.config import read_text_file
 from eckart.errors import UsageError
 from eckart.forms import Block, form_named
+
+LARGEST_FILE = 64 << 20
+"""Bytes of a plan; that of a model of 50,000 experts has 10 million."""
+
+TOP = ("format_version", "model", "sites")
+ENTRY = ("form", "rank", "block", "basis", "predicted_loss", "reason")
+"""What is read of a plan, and of a site."""
 
 
 def read_plan(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Plan:
@@ -19,12 +28,20 @@ def read_plan(path: Path, shapes: Mapping[str, tuple[int, int]]) -> Plan:
         UsageError: if the file cannot be read or is not a plan for these sites.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(
+            read_text_file(path, LARGEST_FILE), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--plan {path}: cannot be read ({error}); give the path of a plan.json.") from None
     except json.JSONDecodeError as error:
         raise UsageError(f"--plan {path}: not JSON at line {error.lineno}: {error.msg}; mend that line.") from None
-    return parse_plan(content, str(path), shapes)
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"--plan {path}: {what}. Mend it, or have the plan made again.") from None
+    plan = parse_plan(content, str(path), shapes)
+    if all(choice.form == DENSE for choice in plan.choices.values()):
+        raise UsageError(f"{path}: every site stays dense, so nothing would be factored. Give one a form and a rank.")
+    return plan
 
 
 def parse_plan(content: Any, where: str, shapes: Mapping[str, tuple[int, int]]) -> Plan:
@@ -46,6 +63,7 @@ def parse_plan(content: Any, where: str, shapes: Mapping[str, tuple[int, int]]) 
             f"{where}: format_version is {version!r}, this eckart reads {FORMAT_VERSION}; "
             "make the plan again or update eckart."
         )
+    _refuse_unknown(content, TOP, where)
     unknown = sorted(set(content["sites"]) - set(shapes))
     if unknown:
         raise UsageError(
@@ -67,6 +85,7 @@ def parse_plan(content: Any, where: str, shapes: Mapping[str, tuple[int, int]]) 
 def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
     if not isinstance(entry, dict) or "form" not in entry:
         raise UsageError(f"{where}: needs an object with 'form' and 'rank', not {entry!r}.")
+    _refuse_unknown(entry, ENTRY, where)
     if entry["form"] == DENSE:
         return Choice(DENSE)
     try:
@@ -84,6 +103,27 @@ def _choice(entry: Any, where: str, shape: tuple[int, int]) -> Choice:
     if basis is not None and not (isinstance(basis, str) and shares):
         raise UsageError(f"{where}: basis {basis!r} means nothing to this form; remove it, or name a form that shares.")
     return Choice(entry["form"], rank, block, basis)
+
+
+def _refuse_unknown(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}."
+            raise UsageError(f"{where}: {name!r} is not read from a plan; {hint}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name!r} stands twice")
+        content[name] = value
+    return content
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
 
 
 def _check_basis(

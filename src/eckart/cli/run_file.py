@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eckart.config import read_config
+from eckart.config import UNFIT, read_config
 from eckart.errors import UsageError
+
+WORDS = {"yes": True, "on": True, "no": False, "off": False}
+"""How YAML files spell true and false besides."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ def read_run(config: Path | None) -> tuple[dict[str, Any], OutputSettings]:
         return {}, OutputSettings()
     content = read_config(config)
     folder, overwrite = content.pop("output_dir", None), content.pop("overwrite", False)
+    overwrite = WORDS.get(overwrite, overwrite) if isinstance(overwrite, str) else overwrite
+    if isinstance(folder, str) and UNFIT.search(folder):
+        raise UsageError(f"--config {config}: output_dir {folder!r} holds characters that no path can have. Mend it.")
     if not isinstance(folder, str | None) or not isinstance(overwrite, bool):
         raise UsageError(f"--config {config}: output_dir is the path of a folder, overwrite is true or false.")
     return content, OutputSettings(Path(folder) if folder is not None else None, overwrite)

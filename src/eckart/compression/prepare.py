@@ -106,6 +106,12 @@ def _all_needs(rows: Sequence[Settings], recipe: Recipe) -> frozenset[str]:
 def _check_budget(context: CompressionContext, settings: Settings, recipe: Recipe) -> None:
     """Refuse a budget that is too small, for embeddings too, or a plan file that does not fit."""
     sites, model = context.sites, context.model
+    largest = max(min(site.shape) for site in sites.chosen)
+    if recipe.rank_multiple is not None and recipe.rank_multiple > largest:
+        raise UsageError(
+            f"--rank-multiple {recipe.rank_multiple:,}: the largest rank that a weight of this model can have is "
+            f"{largest:,}, so no rank is a multiple of it. Give a smaller one, such as --rank-multiple 8."
+        )
     if settings.stock and recipe.plan is None:  # which layers can lose neurons shows when the model runs
         return
     by_name = {site.name: site for site in sites.chosen}

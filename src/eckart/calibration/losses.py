@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.data import Batch, CalibrationData, Pooling, model_kind
@@ -70,9 +70,10 @@ def sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None) -> 
     """
     problem = _problem(model)
     device = device_of(model)
+    body: nn.Module = model.base_model if pooling is not None else model  # a head on it is not read
 
     def step(batch: Batch) -> Tensor | None:
-        outputs = forward(model, batch.inputs)
+        outputs = forward(body, batch.inputs)
         mask = batch.inputs.get("attention_mask")
         masks = {length: mask.to(device) for length, mask in batch.masks().items()}
         loss = sampled_loss(outputs, masks, batch.examples, seed, pooling=pooling, attention_mask=mask, problem=problem)

@@ -42,7 +42,7 @@ def loss_of(context: CompressionContext, compressed: PreTrainedModel) -> float:
     processes = context.workspace.processes
     found: dict[str, Any] = {}
     failed: BaseException | None = None
-    causal = model_kind(context.model.config, context.model) == "causal"
+    causal = context.pooling is None and model_kind(context.model.config, context.model) == "causal"
     if causal or _has_classes(context, held):
         if processes.main:
             try:

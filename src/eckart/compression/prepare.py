@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,10 @@ from eckart.compression.settings import Settings
 from eckart.config import DEFAULT_BATCH_SIZE, default_samples
 from eckart.data import CalibrationData, Pooling, digest_batches, load_data, model_kind
 from eckart.errors import CheckpointError, UsageError
+from eckart.evaluation.sentence import find_pooling
 from eckart.forms import form_named
 from eckart.linalg import require_finite
-from eckart.model import WeightLoader, find_sites, has_output_head, saved_embedding_parameters, with_separate_experts
+from eckart.model import WeightLoader, find_sites, saved_embedding_parameters, with_separate_experts
 from eckart.moments import needs_backward
 
 TEXT = "text"
@@ -59,7 +61,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         data=None,
         held_out=None,
         calibration=calibrate_without_data(model, names),
-        pooling=Pooling.from_folder(folder) if folder is not None and not has_output_head(model) else None,
+        pooling=_find_pooling(folder, model, run.tokenizer),
         source_folder=folder,
         fingerprint=fingerprint(model),
         dtype_on_disk=stored_dtype(stored_tensors(folder)) if folder is not None else None,
@@ -76,7 +78,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
     if not needs and data is None:
         return context
     with context.timer.step("data"):
-        context.data, context.held_out = _load(model, run.tokenizer, data, recipe)
+        context.data, context.held_out = _load(context, data, recipe)
         _check_same_text(context)
     if needs:
         with context.timer.step("calibration"):
@@ -136,17 +138,21 @@ def _check_budget(context: CompressionContext, settings: Settings, recipe: Recip
     )  # refuses what cannot be
 
 
-def _load(
-    model: PreTrainedModel, tokenizer: Any, data: Any, recipe: Recipe
-) -> tuple[CalibrationData, CalibrationData | None]:
+def _find_pooling(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -> Pooling | None:
+    pooling = find_pooling(folder, model)
+    return pooling.reading(tokenizer) if pooling is not None and tokenizer is not None else pooling
+
+
+def _load(context: CompressionContext, data: Any, recipe: Recipe) -> tuple[CalibrationData, CalibrationData | None]:
     """Batches to calibrate on, and others to measure on: of N samples asked for, N calibrate."""
-    size = recipe.batch_size or DEFAULT_BATCH_SIZE
-    wanted = recipe.num_samples or default_samples(model_kind(model.config, model))
+    model, size = context.model, recipe.batch_size or DEFAULT_BATCH_SIZE
+    kind = model_kind(model.config, model) if context.pooling is None else "encoder"
+    wanted = recipe.num_samples or default_samples(kind)
     batches = -(-wanted // size)
     extra = max(1, batches // 8)
     loaded = load_data(
         data,
-        tokenizer=tokenizer,
+        tokenizer=context.tokenizer,
         model=model,
         config=recipe.data_config,
         split=recipe.data_split,
@@ -159,6 +165,7 @@ def _load(
         max_seq_length=recipe.max_seq_length,
         batch_size=size,
         seed=recipe.seed,
+        pooling=context.pooling,
     )
     return hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from eckart.data.model_kind import ModelKind, has_head, max_positions, model_kin
 from eckart.data.model_ready import is_model_ready, model_ready_batches
 from eckart.data.names import TEXT_NAMES, normalize_name
 from eckart.data.padding import encoder_batches, seq2seq_batches, shift_of
+from eckart.data.pooling import Pooling
 from eckart.data.ready_examples import example_batches, is_ready_example
 from eckart.data.rows import DataRow
 from eckart.data.source import RowSource, open_source
@@ -51,6 +52,7 @@ def load_data(
     batch_size: int | None = None,
     seed: int = 0,
     kind: ModelKind | None = None,
+    pooling: Pooling | None = None,
     disable: bool | None = None,
 ) -> CalibrationData:
     """Load calibration data.
@@ -80,6 +82,8 @@ def load_data(
         batch_size: Rows in a batch, 8 by default; model-ready batches stay as they are.
         seed: For the choice among more data than are needed, and for sampling "self".
         kind: What the model reads; None decides by its class.
+        pooling: Of a model of sentence embeddings: it reads separate texts, with the prompt, the case and the length
+            that this says.
         disable: No progress bar.
 
     Returns:
@@ -100,11 +104,13 @@ def load_data(
     if model_config is None:
         raise UsageError("model_config: it decides how text is cut: pass the model or its configuration")
 
-    kind = kind or model_kind(model_config, model)
+    kind = kind or ("encoder" if pooling is not None else model_kind(model_config, model))
     if tokenizer is None and not is_ready_example(first):
         raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
     _check_columns(kind, model_config, label_column, target_column)
-    length = sequence_length(max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=model_config, model=model)
+    limit = (pooling.max_seq_length if pooling is not None else None) or DEFAULT_TOKENS
+    default = min(limit, DEFAULT_TOKENS)
+    length = sequence_length(max_seq_length, default, tokenizer=tokenizer, config=model_config, model=model)
     count = (num_samples or default_samples(kind)) + extra_samples
     amount = _Amount(count, length, batch_size or DEFAULT_BATCH_SIZE, seed)
     settings: dict[str, Any] = {"kind": kind, "max_seq_length": length, "seed": seed}
@@ -139,6 +145,8 @@ def load_data(
     else:
         rows = choose_rows(source, column, tokenizer, amount.num_samples, seed)
         examples = [example_of(row, column, target_column, tokenizer) for row in rows]
+        if pooling is not None:
+            examples = [replace(example, text=pooling.text(example.text)) for example in examples]
         pad_id = pad_token(tokenizer, model_config)
         if kind == "encoder-decoder":
             batches = seq2seq_batches(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.config import resolve_device
 from eckart.data import Pooling
 from eckart.evaluation.recipe import EvaluationRecipe
+from eckart.evaluation.sentence import find_pooling
 from eckart.evaluation.sizes import Size, count_sizes
-from eckart.model import cast, factored_modules, has_output_head, shared_clone
+from eckart.model import cast, factored_modules, shared_clone
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +49,10 @@ class EvaluatedModel:
     def factored(self) -> bool:
         return bool(factored_modules(self.model))
 
-    @property
+    @cached_property
     def pooling(self) -> Pooling | None:
-        """How its folder says that tokens become a sentence embedding; None where nothing says so."""
-        if self.folder is None or has_output_head(self.model):
-            return None
-        return Pooling.from_folder(self.folder)
+        """How its folder says that a sentence embedding is made; None where nothing says so."""
+        return find_pooling(self.folder, self.model)
 
 
 def open_model(model: PreTrainedModel | str | Path, recipe: EvaluationRecipe) -> EvaluatedModel:

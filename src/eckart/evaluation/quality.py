@@ -33,7 +33,7 @@ def measure_quality(
         NumericalError: if the compressed model's output is not finite.
         UsageError: if the outputs of the two models differ in shape.
     """
-    if predicts_distribution(original, next(iter(held))):
+    if pooling is None and predicts_distribution(original, next(iter(held))):
         name, values = "agreement", compare_predictions(model, original, held)
     else:
         name, values = "embedding", compare_embeddings(model, original, held, pooling)

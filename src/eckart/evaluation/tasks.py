@@ -14,7 +14,7 @@ from eckart.data.batch import Batch
 from eckart.data.examples import TextExample
 from eckart.data.explain import require_known_tokens
 from eckart.data.inference import evaluating, progress, run
-from eckart.data.model_kind import pad_token, sequence_length
+from eckart.data.model_kind import UNLIMITED, max_positions, pad_token, sequence_length
 from eckart.data.padding import encoder_batches
 from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData
@@ -122,7 +122,8 @@ def score_similarity(
         task: Pairs of sentences with scores.
         pooling: How tokens become a sentence; None for the mean over real tokens.
         batch_size: Sentences at once.
-        max_seq_length: Tokens a sentence; None for 512 or as many as the model has positions for.
+        max_seq_length: Tokens a sentence; None for what the pooling or the tokenizer says, of a model without either
+            512 or as many as it has positions for.
         disable: No progress bar.
 
     Returns:
@@ -137,10 +138,13 @@ def score_similarity(
         if row.text.pair is None:
             raise DataError(f"{row.text.where}: no second sentence: name its column (--data-target-column)")
         pairs.append(tuple(sentences.setdefault(text, len(sentences)) for text in (row.text.text, row.text.pair)))
-    texts = [TextExample(text, "sentence", index) for text, index in sentences.items()]
+    texts = [
+        TextExample(text if pooling is None else pooling.text(text), "sentence", index)
+        for text, index in sentences.items()
+    ]
     found: dict[int, Tensor] = {}
     with evaluating(model):
-        batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
+        batches = _batches(model, tokenizer, texts, batch_size, max_seq_length, pooling)
         for batch in progress(batches, what="embeddings", disable=disable):
             found |= dict(zip(batch.examples, embed_sentences(model, batch, pooling), strict=True))
     first = torch.stack([found[one] for one, _ in pairs])
@@ -199,12 +203,20 @@ def _head_logits(
 
 
 def _batches(
-    model: nn.Module, tokenizer: Any, texts: list[TextExample], batch_size: int, max_seq_length: int | None
+    model: nn.Module,
+    tokenizer: Any,
+    texts: list[TextExample],
+    batch_size: int,
+    max_seq_length: int | None,
+    pooling: Pooling | None = None,
 ) -> list[Batch]:
     if not texts:
         raise DataError("task: no rows to score: pass data that hold some")
     config: Any = model.config
-    length = sequence_length(max_seq_length, DEFAULT_TOKENS, tokenizer=tokenizer, config=config, model=model)
+    default = DEFAULT_TOKENS if pooling is None else pooling.max_seq_length or UNLIMITED
+    length = sequence_length(max_seq_length, default, tokenizer=tokenizer, config=config, model=model)
+    if pooling is not None and pooling.max_seq_length is not None and max_seq_length is None:
+        length = min(pooling.max_seq_length, max_positions(config, model) or pooling.max_seq_length)
     pad_id = pad_token(tokenizer, config)
     batches = list(encoder_batches(texts, tokenizer, max_length=length, batch_size=batch_size, pad_id=pad_id))
     require_known_tokens(batches, model, config, tokenizer)

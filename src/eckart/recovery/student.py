@@ -230,7 +230,7 @@ def find_pooling(recipe: TuneRecipe, student: Student, teacher: Any) -> Pooling:
     if not isinstance(teacher, PreTrainedModel):
         folders.append(resolve(str(teacher), recipe.teacher_revision, trust_remote_code=recipe.trust_remote_code))
     found = (Pooling.from_folder(folder) for folder in folders if folder is not None)
-    return next((pooling for pooling in found if pooling is not None), Pooling())
+    return next((pooling for pooling in found if pooling is not None), Pooling()).reading(student.tokenizer)
 
 
 def open_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrainedModel:

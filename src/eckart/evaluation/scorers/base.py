@@ -33,8 +33,9 @@ class EvaluationContext:
 
     @property
     def pooling(self) -> Pooling | None:
-        """How tokens become a sentence embedding; None for the mean over real tokens."""
-        return self.model.pooling or (self.original.pooling if self.original is not None else None)
+        """How a sentence embedding is made; None for the mean over real tokens."""
+        pooling = self.model.pooling or (self.original.pooling if self.original is not None else None)
+        return pooling.reading(self.tokenizer) if pooling is not None else None
 
 
 class TaskScorer:

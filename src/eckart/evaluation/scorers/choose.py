@@ -42,7 +42,7 @@ def choose_task(context: EvaluationContext) -> str:
             f"{type(model).__name__} is scored by comparison with the original, or on labeled rows: pass --against "
             "MODEL, or --data FILE with --data-column, --data-target-column (pairs) and --data-label-column."
         )
-    return "agreement" if has_output_head(model) else "embedding"
+    return "agreement" if has_output_head(model) and context.pooling is None else "embedding"
 
 
 def _choose_absolute_task(model: PreTrainedModel, context: EvaluationContext) -> str | None:
@@ -52,9 +52,9 @@ def _choose_absolute_task(model: PreTrainedModel, context: EvaluationContext) ->
     if "AutoModelForSequenceClassification" in head_classes(model.config, type(model)):
         if labeled or context.data is not None:
             return "regression" if model.config.num_labels == 1 else "classification"
-    elif model_kind(model.config, model) == "causal" and has_output_head(model):
-        return "perplexity"
-    elif not has_output_head(model) and labeled and recipe.data_target_column is not None:
+    elif has_output_head(model) and context.pooling is None:
+        return "perplexity" if model_kind(model.config, model) == "causal" else None
+    elif labeled:
         return "similarity"
     return None
 

@@ -13,13 +13,19 @@ from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 
 
 class AgreementScorer(TaskScorer):
-    """Divergence of the predictions from the original's."""
+    """Divergence of the predictions from the original's.
+
+    Class attributes:
+        pools: whether sentence embeddings are compared.
+    """
 
     compares: ClassVar[bool] = True
+    pools: ClassVar[bool] = False
 
     def __init__(self, context: EvaluationContext, original: EvaluatedModel) -> None:
         recipe = context.recipe
         self.original = original
+        self.read_as = context.pooling if self.pools else None
         self.batches = load_data(
             context.data,
             tokenizer=context.tokenizer,
@@ -32,6 +38,7 @@ class AgreementScorer(TaskScorer):
             num_samples=recipe.num_samples,
             max_seq_length=recipe.max_seq_length,
             batch_size=recipe.batch_size,
+            pooling=self.read_as,
         )
         read = f"{self.batches.num_examples} examples, {self.batches.num_tokens} tokens"
         super().__init__(self.batches.description, f"{read}, each compared with the original")
@@ -43,12 +50,10 @@ class AgreementScorer(TaskScorer):
 class EmbeddingScorer(AgreementScorer):
     """Cosine distance of the sentence embeddings from the original's."""
 
-    def __init__(self, context: EvaluationContext, original: EvaluatedModel) -> None:
-        super().__init__(context, original)
-        self.pooling = context.pooling
+    pools: ClassVar[bool] = True
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
-        found = compare_embeddings(model, self.original.model, self.batches, self.pooling)
+        found = compare_embeddings(model, self.original.model, self.batches, self.read_as)
         return {"1 - cosine to the original": found["cosine_distance"], "worst 1 - cosine": found["worst"]}
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from eckart.data import load_task
+from eckart.data.sentence_folder import why_not_embedded
 from eckart.errors import UsageError
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.tasks import score_classification, score_regression, score_similarity
@@ -73,6 +74,18 @@ class SimilarityScorer(LabeledScorer):
     """Correlation of the cosine of two sentence embeddings with gold scores."""
 
     how = "cosine of the two embeddings against the gold score"
+
+    def __init__(self, context: EvaluationContext) -> None:
+        for opened in filter(None, (context.model, context.original)):
+            reason = why_not_embedded(opened.folder) if opened.folder is not None else None
+            if reason is not None:
+                raise UsageError(
+                    f"--task similarity: {opened.name} is a sentence-transformers model of which a part is not "
+                    f"computed here ({reason}), so its score would be another model's. Score it with "
+                    "sentence_transformers.SentenceTransformer itself, or compare it with its original: "
+                    "--task embedding --against MODEL."
+                )
+        super().__init__(context)
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         return _correlations(score_similarity(model, self.tokenizer, self.rows, self.pooling, **self.options))

@@ -183,7 +183,9 @@ def _sentences(
     teacher: PreTrainedModel,
     pooling: Pooling,
 ) -> TrainingData:
-    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
+    if recipe.max_seq_length is None and pooling.max_seq_length is not None:
+        length = min(length, pooling.max_seq_length)
+    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length, pooling)
     pad_id = pad_token(tokenizer, model.config)
     groups = by_length([len(row["input_ids"]) for row in held], SCORING_BATCH)
     batches = [Batch(collate([held[i] for i in group], pad_id), tuple(group)) for group in groups]
@@ -193,7 +195,13 @@ def _sentences(
 
 
 def _texts(
-    recipe: Any, data: Any, eval_data: Any, model: PreTrainedModel, tokenizer: Any, length: int
+    recipe: Any,
+    data: Any,
+    eval_data: Any,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    length: int,
+    pooling: Pooling | None = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any], list[str]]:
     """Separate texts, tokenized: to train on, held out, what they are, and notes."""
 
@@ -202,6 +210,7 @@ def _texts(
             source, tokenizer=tokenizer, model=model, config=recipe.data_config, split=split,
             column=recipe.data_column, target_column=recipe.data_target_column, revision=recipe.data_revision,
             num_samples=count or MAX_TEXTS, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
+            pooling=pooling,
         )  # fmt: skip
         found = sorted(loaded, key=lambda batch: batch.examples)
         return [{name: value[0].tolist() for name, value in b.inputs.items()} for b in found], loaded.description

@@ -153,6 +153,34 @@ def test_index_without_a_map(content, sharded):
     refused(sharded, "model.safetensors.index.json", "Download")
 
 
+@pytest.mark.parametrize("content", [{}, {"metadata": None}])
+def test_index_that_transformers_cannot_read_is_told_what_to_add(content, sharded):
+    mapping = {"a.weight": "model-1.safetensors", "b.weight": "model-2.safetensors"}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping, **content}))
+    refused(sharded, "model.safetensors.index.json", 'Add "metadata": {}')
+
+
+READ_TOO = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "vocab.txt", "modeling.py", "LICENSE",
+            "additional_chat_templates/rag.jinja", "1_Pooling/config.json"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READ_TOO)
+def test_no_file_that_is_read_or_carried_over_is_a_link_to_elsewhere(name, single, tmp_path):
+    (tmp_path / "secret").write_text("{}")
+    (single / "modules.json").write_text('[{"path": ""}, {"path": "1_Pooling"}]')
+    (single / name).parent.mkdir(exist_ok=True)
+    (single / name).symlink_to(tmp_path / "secret")
+    refused(single, str(single / name), str(tmp_path / "secret"), "Copy")
+    with pytest.raises(CheckpointError, match="outside the folder"):
+        resolve(str(single))  # which every command begins with
+    (single / name).unlink()
+    (single / "inside").write_text("{}")
+    (single / name).symlink_to(single / "inside")
+    (single / "training.log").symlink_to(tmp_path / "secret")  # which nothing reads
+    assert resolve(str(single)) == single
+    inspect_source(single)
+
+
 def test_shard_linked_from_outside(sharded, tmp_path):
     outside = tmp_path / "outside.safetensors"
     (sharded / "model-2.safetensors").rename(outside)
@@ -184,6 +212,11 @@ def test_hub_cache_links_are_fine(tmp_path):
     (repository / "secret").write_bytes((repository / "blobs" / "2").read_bytes())
     (snapshot / "model.safetensors").symlink_to("../../secret")
     refused(snapshot, "model.safetensors", "outside")
+    (snapshot / "model.safetensors").unlink()
+    (snapshot / "model.safetensors").symlink_to("../../blobs/2")
+    (repository / "blobs").rename(tmp_path / "private")
+    (repository / "blobs").symlink_to(tmp_path / "private")  # a folder that is a link opens all that is in it
+    refused(snapshot, "outside")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
@@ -217,6 +250,10 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"w": F32, "v": F32 | {"data_offsets": [4, 12]}}, bytes(12), ["'v'", "overlaps"]),
         ({"w": F32, "v": F32 | {"data_offsets": [12, 20]}}, bytes(20), ["'v'", "gap"]),
         ({"w": F32}, bytes(9), ["no tensor owns"]),
+        ({"w": F32, "__metadata__": {"a": {"b": 1}}}, bytes(8), ["__metadata__ is not of texts"]),
+        ({"w": F32, "__metadata__": []}, bytes(8), ["__metadata__ is not of texts"]),
+        (json.dumps({"w": F32}).encode("utf-16"), bytes(8), ["garbled"]),
+        (b'{"\\ud800": %s}' % json.dumps(F32).encode(), bytes(8), ["garbled", "surrogates"]),
     ],
 )
 def test_garbled_header(header, data, words, single):

@@ -14,7 +14,8 @@ from eckart.errors import CheckpointError, NumericalError
 from eckart.storage import journal as journals
 from eckart.storage import run_key, tensor_file
 from eckart.storage.cache import Cache
-from eckart.storage.journal import Journal
+from eckart.storage.files import write_file
+from eckart.storage.journal import Journal, remove_unfinished
 from eckart.storage.lock import OutputLock
 from eckart.storage.publish import check_output, publish
 
@@ -362,6 +363,44 @@ def test_folder_of_somebody_else_is_left_alone(made, restart, tmp_path):
     with refused(r"out\.partial", "not made by eckart", "found: ", "Move it away", "--output-dir"):
         again(tmp_path, restart=restart)
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("part", ["entries", "files", "entries/solved", "files/waiting"])
+def test_links_inside_a_journal_are_not_followed(part, tmp_path):
+    """What is damaged or left over is removed: through a link, of another folder."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/000000-precious.safetensors").write_bytes(b"precious")
+    place = Journal.open(tmp_path / "out", {"seed": 0}).folder / part
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match=f"{part} is a symbolic link"):
+        Journal.open(tmp_path / "out", {"seed": 0})
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["000000-precious.safetensors"]
+
+
+def test_file_beside_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "file.tmp").symlink_to(tmp_path / "victim")
+    write_file(tmp_path / "file", [b"new"])
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_unfinished_run_goes_when_another_run_has_published(tmp_path, caplog):
+    journal = Journal.open(tmp_path / "out", {"seed": 0})
+    journal.write("solved", "a", {"x": torch.ones(2)}, {})
+    remove_unfinished(tmp_path / "out")
+    assert not journal.folder.exists()
+    assert "an unfinished run of the same output, is removed" in caplog.text
+    remove_unfinished(tmp_path / "out")  # nothing there
+    journal.folder.mkdir()
+    (journal.folder / "novel.txt").write_text("of somebody else")
+    remove_unfinished(tmp_path / "out")
+    assert (journal.folder / "novel.txt").exists()
+    Journal.open(tmp_path / "other", {"seed": 0})
+    (tmp_path / "other.partial" / "novel.txt").write_text("of somebody else")
+    remove_unfinished(tmp_path / "other")
+    assert (tmp_path / "other.partial" / "novel.txt").exists()
 
 
 def test_places_that_cannot_be_used(tmp_path):

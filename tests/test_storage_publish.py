@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, UsageError
 from eckart.storage import publish as publishing
 from eckart.storage.lock import OutputLock
 from eckart.storage.manifest import write_manifest
-from eckart.storage.publish import check_output, publish
+from eckart.storage.publish import PROBE, check_output, probe_folder, publish
 
 
 class BodyError(Exception):
@@ -193,20 +194,93 @@ def test_output_without_space_or_permission_is_refused(tmp_path, monkeypatch):
     with refused(str(tmp_path / "file"), "cannot be written to", "--output-dir"):
         check_output(tmp_path / "file" / "out")
 
-    def denied(self, *_, **__):
+    def denied(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "mkdir", denied)
+    monkeypatch.setattr(os, "open", denied)
     with refused(str(tmp_path), "Permission denied", "--output-dir"):
         check_output(tmp_path / "out")
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space"), "safetensors"])
-def test_full_disk_clears_the_staging_folder(error, tmp_path):
-    if error == "safetensors":
-        from safetensors import SafetensorError
+@pytest.mark.parametrize("nameless", [True, False], ids=["a file without a name", "a file with one"])
+def test_trying_whether_a_folder_can_be_written_leaves_nothing_for_ever(nameless, tmp_path, monkeypatch):
+    """A process that is killed at any moment leaves nothing, or one file that the next run removes."""
+    own, opened = os.open, []
 
-        error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def opening(path, flags, *more, **named):
+        if not nameless and flags & getattr(os, "O_TMPFILE", 0) == getattr(os, "O_TMPFILE", -1):
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        opened.append(own(path, flags, *more, **named))
+        if len(opened) == 1 and not nameless:
+            raise KeyboardInterrupt  # in place of a kill: nothing after this runs
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", opening)
+    if nameless:
+        probe_folder(tmp_path)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            probe_folder(tmp_path)
+        assert contents(tmp_path) == {PROBE}
+        probe_folder(tmp_path)
+        os.close(opened[0])
+    assert contents(tmp_path) == set()
+    (tmp_path / PROBE).symlink_to(tmp_path / "victim")
+    if not nameless:
+        with pytest.raises(OSError, match="symbolic"):
+            probe_folder(tmp_path)
+    assert not (tmp_path / "victim").exists()
+
+
+def test_names_that_cannot_be_are_refused_before_any_work(tmp_path):
+    with refused("is a name of 240 bytes", "Choose a shorter --output-dir"):
+        check_output(tmp_path / ("x" * 240))
+    with refused("is a name of 240 bytes"):
+        check_output(tmp_path / ("x" * 240) / "out")
+    with refused("is a name of 2[0-9][0-9] bytes"):
+        check_output(tmp_path / ("é" * 120))
+    with refused("cannot be a path", "File name too long", "--output-dir"):
+        check_output(tmp_path / "/".join(["x" * 200] * 40))
+    with pytest.raises(UsageError, match="cannot be a path"):
+        check_output(f"{tmp_path}/a\0b")
+    check_output(tmp_path / ("x" * 200))
+
+
+def test_mount_point_is_refused_before_any_work(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    with refused("where a disk is mounted", "--output-dir .*disk/model"):
+        check_output(tmp_path / "disk", overwrite=True)
+    assert check_output(tmp_path / "disk" / "model")
+
+
+FAILED_WRITES = {
+    "full": OSError(errno.ENOSPC, "No space"),
+    "full, says Rust": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    "full, says tokenizers": Exception("No space left on device (os error 28)"),
+    "over the quota": OSError(errno.EDQUOT, "Quota"),
+    "over the quota, says Rust": SafetensorError("I/O error: Disk quota exceeded (os error 122)"),
+}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EFBIG, "File too large"), OSError(errno.EIO, "Input/output error"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+        Exception("Input/output error (os error 5)"),
+    ],
+)  # fmt: skip
+def test_file_that_cannot_be_written_is_told_as_that(error, tmp_path):
+    with refused(str(tmp_path / "out"), "(File too large|Input/output error)", "nothing was published", "ulimit"):  # noqa: SIM117
+        with publish(tmp_path / "out") as staging:
+            fill(staging, "new")
+            raise error
+    assert contents(tmp_path) == set()
+
+
+@pytest.mark.parametrize("error", FAILED_WRITES.values(), ids=FAILED_WRITES)
+def test_full_disk_clears_the_staging_folder(error, tmp_path):
     with refused("full", "nothing was published", "--output-dir"), publish(tmp_path / "out") as staging:
         fill(staging, "new")
         raise error

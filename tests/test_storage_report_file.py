@@ -61,7 +61,7 @@ def test_report_that_cannot_be_written_is_refused_before_the_work(tmp_path, monk
     def denied(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.touch", denied)
+    monkeypatch.setattr("os.open", denied)
     with refused("Permission denied", "another file"):
         check_report_file(tmp_path / "report.json")
     monkeypatch.undo()

@@ -491,6 +491,15 @@ def test_folder_of_somebody_else_is_never_removed(more, runs, tmp_path):
     assert tree(mine) == {"thesis.tex": b"years"}
 
 
+def test_run_that_works_as_a_whole_leaves_no_unfinished_one_behind(runs, tmp_path):
+    home = runs.unfinished("drone", runs.moment("drone", "<Journal.write", 0.5), tmp_path)
+    assert "out.partial" in listed(home)
+    done = runs.server(runs.words(home, "drone", "--stream", "off"))
+    assert done.code == 0, done.said
+    assert listed(home) == ["out"]
+    assert "an unfinished run of the same output, is removed" in done.message
+
+
 @pytest.mark.parametrize("more", [("--data", "gone.txt"), ("--keep", 0.001)])
 def test_what_is_refused_before_any_work_leaves_no_journal(more, runs, tmp_path):
     done = runs.server(runs.words(tmp_path, "drone", *more))

@@ -242,7 +242,9 @@ def _full() -> None:
     own = Path.open
 
     def opened(self: Path, mode: str = "r", *args: Any, **more: Any) -> Any:
-        return own(Path("/dev/full") if "w" in mode else self, mode, *args, **more)
+        if set(mode) & set("wx"):
+            return own(Path("/dev/full"), mode.replace("x", "w"), *args, **more)
+        return own(self, mode, *args, **more)
 
     Path.open = opened  # type: ignore[method-assign, assignment]
 
@@ -252,7 +254,7 @@ def _denied() -> None:
     own = Path.open
 
     def opened(self: Path, mode: str = "r", *args: Any, **more: Any) -> Any:
-        if "w" in mode:
+        if set(mode) & set("wx"):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
         return own(self, mode, *args, **more)
 

@@ -183,6 +183,7 @@ def _write(tensors: dict[str, Tensor], path: Path, *, lasting: bool) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # a link under that name would be followed
         save_file(tensors, partial, metadata={"format": "pt"})
         if lasting:
             with partial.open("rb") as file:

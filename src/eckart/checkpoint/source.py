@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from eckart.errors import CheckpointError, ModelError
-from eckart.storage.layout import model_folder, read_json, sentence_modules
+from eckart.storage.layout import model_folder, read_json, require_files_inside, sentence_modules
 from eckart.storage.shards import TensorEntry, read_weights
 
 WANTED = [
@@ -73,6 +73,7 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
     """
     if not Path(folder).is_dir():
         raise CheckpointError(f"{folder} is not a folder. Check the path, or use a name on the hub: org/model.")
+    require_files_inside(Path(folder))
     folder = model_folder(Path(folder))
     path = folder / "config.json"
     if not path.is_file():
@@ -132,6 +133,7 @@ def resolve(
     if path.is_dir():
         if not (model_folder(path) / "config.json").is_file():
             raise CheckpointError(_no_config(path))
+        require_files_inside(path)
         return path
     if path.exists():
         raise CheckpointError(f"{path} is a file. Give the model's folder: {path.parent}")
@@ -167,6 +169,7 @@ def resolve(
             "revision that has them (--revision refs/pr/N of the hub's conversion bot), or convert the "
             "model and give the folder."
         )
+    require_files_inside(folder)
     return folder
 
 

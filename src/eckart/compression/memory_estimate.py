@@ -29,7 +29,7 @@ from eckart.distributed.memory import PeakMemory, free_memory, rss
 from eckart.errors import UsageError
 from eckart.evaluation.divergence import PIECE
 from eckart.forms import form_named
-from eckart.model import Sites, find_sites, with_separate_experts
+from eckart.model import Sites, find_sites, saved_embedding_parameters, with_separate_experts
 from eckart.moments import needs_backward, statistics_named
 from eckart.moments.memory import RECTANGLE, slicing_bytes, solving_bytes, statistics_bytes
 
@@ -43,6 +43,9 @@ USABLE = 0.8
 
 FLOAT32 = 4
 
+FILLED = 0.9
+"""The part of a budget that a plan spends at least: ranks are whole numbers."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -55,6 +58,7 @@ class MemoryEstimate:
         modules: the part of it that every process has.
         blocks: how many there are.
         at_once: how many blocks' statistics fit, where a model must be run as a whole.
+        result: what will be published, at least.
     """
 
     whole: PeakMemory
@@ -63,6 +67,23 @@ class MemoryEstimate:
     modules: int
     blocks: int
     at_once: int
+    result: int = 0
+
+
+def estimate_result(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Bytes of the weights that will be published, at least: what is no site stays as it is.
+
+    Args:
+        model: with single experts; may be on the meta device.
+        recipe: what is asked for.
+    """
+    elements = sum(p.numel() for p in model.parameters())
+    if recipe.plan is not None or recipe.speedup is not None or recipe.max_loss is not None:
+        return 0  # the size is not known before
+    sites = find_sites(model, recipe.targets, recipe.ignore)
+    kept = Budget.of_recipe(model, sites, recipe).elements
+    saved = saved_embedding_parameters(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
+    return _stored(recipe, max(0, elements - saved - sum(site.elements for site in sites.chosen)) + int(kept * FILLED))
 
 
 def estimate_memory(
@@ -110,6 +131,7 @@ def estimate_memory(
     in_block = max((sum(factors[n] for n in own) for own in groups.values()), default=0)
     budget = Budget.of_recipe(model, sites, recipe)
     stored = _stored(recipe, elements - sum(site.elements for site in sites.chosen) + budget.elements)
+    result = estimate_result(model, recipe)
     text = _text(model, recipe)
     cache = int((recipe.cache_memory if recipe.cache_memory is not None else CACHE_MEMORY) * 1e9)
     width = max(columns for _, columns in shapes.values())
@@ -141,7 +163,9 @@ def estimate_memory(
     disk = _disk(model, sites, settings, recipe, factors, stored, text)
     # Inputs' statistics wait for the last layer of their group.
     disk += sum(statistics_bytes([shapes[n] for n in g[:-1]], [[i] for i in range(len(g) - 1)], needs) for g in bases)
-    return MemoryEstimate(whole, streamed, disk, stored * (2 if settings.refit else 1), len(blocks), max(1, at_once))
+    return MemoryEstimate(
+        whole, streamed, disk, stored * (2 if settings.refit else 1), len(blocks), max(1, at_once), result
+    )
 
 
 def try_estimate(

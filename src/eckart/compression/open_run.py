@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.open import find_checkpoint, open_model
+from eckart.checkpoint.save import check_savable
+from eckart.compression.memory_estimate import estimate_result
 from eckart.compression.open_workspace import open_workspace
 from eckart.compression.options import device_of
 from eckart.compression.recipe import Recipe
@@ -22,11 +25,13 @@ from eckart.compression.workspace import Workspace
 from eckart.config import resolve_device
 from eckart.distributed import silence_other_processes, start_processes
 from eckart.errors import UsageError
-from eckart.model import shared_clone
+from eckart.model import shared_clone, with_separate_experts
 from eckart.model.preserve import preserve_state
-from eckart.storage.journal import Journal
+from eckart.storage.journal import Journal, remove_unfinished
 from eckart.storage.lock import OutputLock, output_path
-from eckart.storage.publish import check_output
+from eckart.storage.publish import check_output, check_space
+
+logger = logging.getLogger(__name__)
 
 WHOLE_SHARD, STREAMED_SHARD = "50GB", "2GB"
 """The largest file of weights that is written; the numbers of one file are in memory while it is."""
@@ -90,19 +95,34 @@ def open_run(
             report_progress=report_progress,
         )  # fmt: skip
     elif isinstance(model, PreTrainedModel):
-        check_output(output_dir, overwrite=overwrite, inputs=[source_folder, *inputs, *recipe.inputs])
+        check_savable(model, source_folder)
+        target = check_output(output_dir, overwrite=overwrite, inputs=[source_folder, *inputs, *recipe.inputs])
+        check_space(target, _result_bytes(model, recipe))
         with OutputLock(output_dir) as lock:
             run = open_in_memory(
                 model, tokenizer, data, recipe, rows, source_folder=source_folder, workspace=workspace,
                 report_progress=report_progress,
             )  # fmt: skip
             yield with_changes(run, publish=_publisher(output_dir, run.workspace, overwrite, lock))
+            remove_unfinished(output_dir)
     else:
         with _from_folder(
             recipe, rows[0], output_dir, tokenizer, data, overwrite=overwrite, restart=restart, inputs=inputs,
             report_progress=report_progress,
         ) as run:  # fmt: skip
             yield run
+
+
+def _result_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
+    """What will be published at least of a model in memory; what cannot be known before is refused where it is met."""
+    own = recipe.dtype or str(model.dtype).removeprefix("torch.")
+    try:
+        return estimate_result(with_separate_experts(model), recipe.model_copy(update={"dtype": own}))
+    except UsageError:
+        raise
+    except Exception as error:
+        logger.info("the size of the result is not known before it is made (%s)", error)
+        return 0
 
 
 def open_in_memory(
@@ -175,9 +195,8 @@ def _from_folder(
             check_output(output_dir, overwrite=overwrite, inputs=[*inputs, *recipe.inputs])
         found = find_checkpoint(recipe.model, recipe.revision, trust_remote_code=recipe.trust_remote_code)
         recipe = _with_dtype(recipe, found.dtype)
-        needed = int(recipe.keep * found.elements) * getattr(torch, str(recipe.dtype)).itemsize
         if processes.main:
-            check_output(output_dir, overwrite=overwrite, inputs=[found.folder], needed_bytes=needed)
+            check_output(output_dir, overwrite=overwrite, inputs=[found.folder])
     with ExitStack() as stack:
         with processes.failing_together():
             lock = stack.enter_context(OutputLock(output_dir)) if processes.main else None

@@ -22,8 +22,9 @@ from eckart.distributed.memory import format_bytes
 from eckart.errors import CheckpointError, EckartError
 from eckart.model import ComputePlacement
 from eckart.storage.cache import Cache
-from eckart.storage.journal import Journal
+from eckart.storage.journal import Journal, remove_unfinished
 from eckart.storage.lock import output_path
+from eckart.storage.publish import check_space
 from eckart.storage.run_key import KEY_FILE
 
 FREE_TO_CHANGE = (
@@ -63,8 +64,15 @@ def open_workspace(
     # Each process sees its own memory; all do as the first one does.
     streaming, at_once = processes.broadcast([streaming, at_once])
     size = f"its memory cannot be estimated ({unknown})" if estimate is None else None
+    with processes.failing_together():
+        if estimate is not None and processes.main:
+            beside = sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".json", ".txt", ".model"))
+            check_space(target, estimate.result + beside)
     if not streaming:
         yield Workspace(processes=processes), f"in memory, as a whole: {size or estimate.whole}"  # type: ignore[union-attr]
+        if processes.main:
+            remove_unfinished(target)
+            _remove_others(target)
         return
     journal = _open_journal(folder, target, recipe, processes, restart)
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import shutil
 import sys
 import zlib
@@ -28,7 +29,8 @@ def write_file(
     temporary = path.with_name(path.name + TEMPORARY)
     size = checksum = 0
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # a link under that name is not followed
             for piece in pieces:
                 file.write(piece)
                 checksum = zlib.crc32(piece, checksum) if checksum_at is not None else 0
@@ -72,12 +74,19 @@ def exchange(one: Path, other: Path) -> bool:
     return swap(here, os.fsencode(one), here, os.fsencode(other), both_ways) == 0
 
 
+def system_error(error: BaseException) -> OSError | None:
+    """What the system has said, also where a library's own error only quotes it; None for others."""
+    if isinstance(error, OSError):
+        return error
+    # safetensors and tokenizers are written in Rust, whose errors are text: "File too large (os error 27)".
+    found = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, Exception) else None
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
 def disk_full(error: BaseException) -> bool:
     """Whether an error says that there is no space left, on the disk or in the user's quota."""
-    # safetensors raises an error of its own, which has the code in its text only.
-    return (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)) or (
-        type(error).__name__ == "SafetensorError" and "os error 28" in str(error)
-    )
+    said = system_error(error)
+    return said is not None and said.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def describe_failed_write(error: OSError, folder: Path, what: str, needed: int, then: str) -> str:

@@ -21,7 +21,7 @@ from eckart.errors import CheckpointError, NumericalError
 from eckart.storage.files import TEMPORARY, describe_failed_write, sync_folder
 from eckart.storage.layout import unsafe
 from eckart.storage.lock import output_path
-from eckart.storage.run_key import KEY_FILE, begin, discard, is_continued
+from eckart.storage.run_key import KEY_FILE, begin, discard, is_continued, is_journal
 from eckart.storage.tensor_file import SUFFIX, find_damage, read_metadata, read_tensors, tensor_bytes, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -65,11 +65,12 @@ class Journal:
         folder = target.with_name(f"{target.name}.partial")
         plain: dict[str, Any] = json.loads(json.dumps(dict(key), allow_nan=False))
         try:
-            if folder.is_symlink():
-                raise CheckpointError(
-                    f"{folder} is a symbolic link. Remove it, or choose another --output-dir: eckart keeps "
-                    "unfinished runs there."
-                )
+            for path in (folder, *_places_inside(folder)):
+                if path.is_symlink():
+                    raise CheckpointError(
+                        f"{path} is a symbolic link. Remove it, or choose another --output-dir: eckart keeps "
+                        "unfinished runs there, and removes what is left of them."
+                    )
             if not folder.is_dir() or not is_continued(folder, plain, restart):
                 begin(folder, plain)
             (folder / (KEY_FILE + TEMPORARY)).unlink(missing_ok=True)
@@ -204,6 +205,25 @@ class Journal:
         except OSError as error:
             logger.warning("%s, no longer needed, cannot be removed (%s).", self.folder, error)
         self._entries.clear()
+
+
+def remove_unfinished(output_dir: str | Path) -> None:
+    """Remove the unfinished run of an output that has been published by another one: nothing will resume it.
+
+    A folder under its name that is no journal of eckart is left alone.
+    """
+    target = output_path(output_dir)
+    folder = target.with_name(f"{target.name}.partial")
+    if folder.is_symlink() or not is_journal(folder):
+        return
+    logger.warning("%s, an unfinished run of the same output, is removed: the output is published.", folder)
+    Journal(folder, {}).remove()
+
+
+def _places_inside(folder: Path) -> list[Path]:
+    """The folders of a journal that files are written to and removed from."""
+    homes = [folder / "entries", folder / "files"]
+    return homes + [path for home in homes if home.is_dir() and not home.is_symlink() for path in home.iterdir()]
 
 
 def _check_stage(folder: Path) -> dict[str, Path]:

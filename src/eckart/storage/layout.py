@@ -8,6 +8,10 @@ from typing import Any
 
 from eckart.errors import CheckpointError
 
+READ = {".json", ".jinja", ".model", ".tiktoken", ".spm", ".bpe", ".vocab", ".txt", ".safetensors", ".py", ".md"}
+LICENSES = ("LICENSE", "NOTICE")
+"""What of a model folder is read or carried over."""
+
 JSON_LIMIT = 256 * 1024 * 1024
 
 
@@ -51,8 +55,29 @@ def stays_inside(path: Path, folder: Path) -> bool:
     for start in (folder.absolute(), home):
         for part in (start, *start.parents):
             if part.name == "snapshots" and part.parent.name.startswith("models--"):
-                return real.parent == (part.parent / "blobs").resolve()
+                blobs = part.parent / "blobs"  # as a link it could lead anywhere
+                return not blobs.is_symlink() and real.parent == blobs.resolve()
     return False
+
+
+def require_files_inside(folder: Path) -> None:
+    """Refuse a model folder with a link to a file elsewhere: what is read there would be published with the model.
+
+    Args:
+        folder: the model folder; the folders that its modules lie in are looked at as well.
+
+    Raises:
+        CheckpointError: naming the link and where it leads.
+    """
+    named = [name for name in sentence_modules(folder) or () if name]
+    for part in (folder, *(folder / name for name in (*named, "additional_chat_templates"))):
+        for path in sorted(part.iterdir()) if part.is_dir() else ():
+            read = path.suffix.lower() in READ or path.name.startswith(LICENSES)
+            if read and path.is_symlink() and not stays_inside(path, folder):
+                raise CheckpointError(
+                    f"{path} is a link to {path.resolve()}, outside the folder. Copy the file into the folder if you "
+                    "trust it, or remove the link."
+                )
 
 
 def sentence_modules(folder: Path) -> list[str] | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from eckart.errors import CheckpointError
+from eckart.errors import CheckpointError, UsageError
 
 try:
     import fcntl
@@ -38,7 +38,12 @@ def output_path(output_dir: str | Path) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        UsageError: no path can be so.
     """
+    if "\0" in os.fspath(output_dir):
+        raise UsageError(f"{os.fspath(output_dir)!r} cannot be a path. Choose another --output-dir.")
     return Path(os.path.abspath(os.path.expanduser(output_dir)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -11,13 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from eckart.errors import CheckpointError
-from eckart.storage.files import disk_full, exchange, sync_folder
+from eckart.errors import CheckpointError, is_out_of_memory
+from eckart.storage.files import disk_full, exchange, sync_folder, system_error
 from eckart.storage.lock import OutputLock, output_path
 from eckart.storage.manifest import not_published, write_manifest
 
 logger = logging.getLogger(__name__)
 
+
+PROBE = ".eckart-probe"
+BESIDE = len(".partial-01234567")  # the longest of what is added to a name
+SHOWN = 120  # characters of a path in a message
 
 PUBLISHED: list[Path] = []
 """Folders that this process has put in place: what goes wrong after that must not say that nothing was published."""
@@ -50,28 +55,86 @@ def check_output(
         CheckpointError: it is there already, is or touches an input, or cannot be written.
     """
     target = output_path(output_dir)
+    check_name(target)
     if target.is_symlink():
         raise CheckpointError(f"{target} is a symbolic link. Give the folder it points to: {target.resolve()}")
     _check_apart(target, inputs)
     if target.exists():
+        if os.path.ismount(target):
+            raise CheckpointError(
+                f"{target} is where a disk is mounted, and cannot be put in place as a whole. Choose a folder inside "
+                f"it: --output-dir {target / 'model'}"
+            )
         _check_replaceable(target, overwrite)
     home = next(parent for parent in target.parents if parent.exists())
-    probe = home / f".eckart-{uuid.uuid4().hex}"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        probe_folder(home)
     except OSError as error:
         raise CheckpointError(
             f"{home} cannot be written to ({error.strerror}), so {target.name} cannot be placed there. "
             "Choose another --output-dir or change the permissions."
         ) from error
+    check_space(target, needed_bytes)
+    return target
+
+
+def check_name(target: Path) -> None:
+    """Refuse an output whose name leaves no room for those of the folders that are made beside it.
+
+    Raises:
+        CheckpointError: naming the limit.
+    """
+    home = target.parent
+    try:
+        while not home.exists():
+            home = home.parent
+        target.exists()
+        longest = os.pathconf(home, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{str(target)[:SHOWN]!r} cannot be a path ({getattr(error, 'strerror', None) or error}). Choose another "
+            "--output-dir."
+        ) from error
+    for name in target.relative_to(home).parts:
+        if len(os.fsencode(name)) > longest - BESIDE:
+            raise CheckpointError(
+                f"{name[:40]}... is a name of {len(os.fsencode(name))} bytes; {home} takes {longest}, {BESIDE} of "
+                "which are for the folders that a run makes beside it. Choose a shorter --output-dir."
+            )
+
+
+def probe_folder(folder: Path) -> None:
+    """Try whether a file can be made in a folder, in a way that leaves none behind, killed or not.
+
+    Raises:
+        OSError: it cannot.
+    """
+    nameless = getattr(os, "O_TMPFILE", None)
+    if nameless is not None:
+        try:
+            os.close(os.open(folder, nameless | os.O_WRONLY, 0o600))
+            return
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
+                raise
+    probe = folder / PROBE  # one name for all: what a killed run has left is removed by the next
+    os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600))
+    probe.unlink(missing_ok=True)
+
+
+def check_space(target: Path, needed_bytes: int) -> None:
+    """Refuse an output that does not fit on its disk.
+
+    Raises:
+        CheckpointError: with both numbers.
+    """
+    home = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(home).free
     if needed_bytes > free:
         raise CheckpointError(
             f"{target} needs {needed_bytes:,} bytes and {home} has {free:,} free. Free some, or choose "
             "another --output-dir."
         )
-    return target
 
 
 @contextmanager
@@ -129,6 +192,11 @@ def _staged(target: Path, overwrite: bool, lock: OutputLock) -> Iterator[Path]:
                 f"The disk of {target.parent} is full; nothing was published. Free some space, or choose "
                 "another --output-dir, and run again."
             ) from error
+        if (said := system_error(error)) is not None and not is_out_of_memory(error):
+            raise CheckpointError(
+                f"{target} cannot be written ({said.strerror}); nothing was published. Check the disk and the limits "
+                "of its files (ulimit -f, quota), or choose another --output-dir, and run again."
+            ) from error
         raise
     finally:
         lock.note(staging=None, aside=None)
@@ -172,8 +240,8 @@ def existing_inputs(inputs: Sequence[Any]) -> Iterator[tuple[Path, Path]]:
     for given in inputs:
         if not isinstance(given, str | os.PathLike):
             continue
-        path = output_path(os.fspath(given))
         try:
+            path = output_path(os.fspath(given))
             if path.exists():
                 yield path, path.resolve()
         except (OSError, ValueError):  # too long for a path, or with a NUL: it names something else

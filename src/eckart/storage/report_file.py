@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import math
 import stat
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from eckart.errors import UsageError
 from eckart.storage.files import write_file
-from eckart.storage.publish import existing_inputs
+from eckart.storage.publish import existing_inputs, probe_folder
 
 MARK = {"written_by": "eckart"}
 """What a report begins with; a file that does not is never replaced."""
@@ -42,10 +41,8 @@ def check_report_file(path: str | Path, inputs: Sequence[Any] = ()) -> None:
         raise UsageError(f"{path} is there already and is not a report of eckart. Choose another file for the report.")
     if not target.parent.is_dir():
         raise UsageError(f"{path} cannot be written: there is no folder {target.parent}. Make it, or choose another.")
-    probe = target.parent / f".eckart-{uuid.uuid4().hex}"
     try:
-        probe.touch()
-        probe.unlink()
+        probe_folder(target.parent)
     except OSError as error:
         raise UsageError(
             f"{path} cannot be written ({error.strerror}). Choose another file for the report, or change the "

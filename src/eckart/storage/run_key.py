@@ -16,13 +16,14 @@ logger = logging.getLogger(__name__)
 KEY_FILE = "journal.json"
 FORMAT = "eckart journal"
 VERSION = 2
+PARTS = ("entries", "files")
 SHOWN = 60  # characters of a value in a message
 
 
 def is_continued(folder: Path, key: dict[str, Any], restart: bool) -> bool:
     """Whether a folder holds the run with this key; if not, it is emptied, or refused."""
     file = folder / KEY_FILE
-    ours = {KEY_FILE, KEY_FILE + TEMPORARY, "entries", "files"}
+    ours = {KEY_FILE, KEY_FILE + TEMPORARY, *PARTS}
     names = {path.name for path in folder.iterdir()}
     if not names - {KEY_FILE + TEMPORARY}:
         return False
@@ -57,6 +58,14 @@ def is_continued(folder: Path, key: dict[str, Any], restart: bool) -> bool:
         return True
     discard(folder)
     return False
+
+
+def is_journal(folder: Path) -> bool:
+    """Whether a folder is a journal of eckart and holds nothing else."""
+    file = folder / KEY_FILE
+    if not file.is_file() or {path.name for path in folder.iterdir()} - {KEY_FILE, KEY_FILE + TEMPORARY, *PARTS}:
+        return False
+    return (_json_object(file.read_bytes()) or {}).get("format") == FORMAT
 
 
 def begin(folder: Path, key: dict[str, Any] | None) -> None:

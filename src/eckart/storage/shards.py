@@ -77,12 +77,18 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}). Check its permissions.") from error
     try:
-        header = json.loads(raw, object_pairs_hook=_unique)
+        header = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_unique
+        )  # bytes could be UTF-16, which others refuse
+        for name in header:
+            name.encode()  # half a character can be no name
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The safetensors header of {path} is garbled ({error}). {AGAIN}") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"The safetensors header of {path} is garbled (not an object). {AGAIN}")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"The safetensors header of {path} is garbled (__metadata__ is not of texts). {AGAIN}")
     spans = {name: _span(path, name, entry) for name, entry in header.items()}
     position = 0
     for name, (start, end) in sorted(spans.items(), key=lambda item: item[1]):
@@ -201,9 +207,15 @@ def _against_index(
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    mapping = read_json(index).get("weight_map")
+    content = read_json(index)
+    mapping = content.get("weight_map")
     if not isinstance(mapping, dict) or not mapping:
         raise CheckpointError(f"{index} has no weight_map. {AGAIN}")
+    if not isinstance(content.get("metadata"), dict):
+        raise CheckpointError(
+            f'{index} has no "metadata", without which transformers does not read it. Add "metadata": {{}} to it, or '
+            "download the file again."
+        )
     for tensor, name in mapping.items():
         if not isinstance(name, str) or unsafe(name):
             raise CheckpointError(

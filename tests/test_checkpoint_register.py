@@ -26,7 +26,8 @@ assert not {"torch", "transformers"} & set(sys.modules), "imported too early"
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[2])
 assert type(model.model.layers[0].mlp.up_proj).__module__.startswith("eckart.forms"), model
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("eckart")], "the finder is left"
+left = [finder for finder in sys.meta_path if type(finder).__module__.startswith("eckart")]
+assert [finder.watched for finder in left] == ["peft.tuners.lora.model"], "the finder is left"
 """
 
 
@@ -42,21 +43,26 @@ def test_from_pretrained_finds_the_format_in_a_fresh_process(tmp_path):
 QUANTIZERS_FIRST = """
 import sys
 import eckart
+assert not {"peft", "torch", "transformers"} & set(sys.modules), "imported too early"
 from transformers import AutoConfig
 config = AutoConfig.from_pretrained(sys.argv[1])
 assert "transformers.modeling_utils" not in sys.modules, "the case is another one now"
 from transformers.quantizers import AutoQuantizationConfig
 assert type(AutoQuantizationConfig.from_dict(config.quantization_config)).__name__ == "EckartConfig"
-assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("eckart")], "the finder is left"
+import peft
+from transformers import AutoModelForCausalLM
+model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(sys.argv[1]), peft.LoraConfig())
+assert type(model.base_model.model.model.layers[0].self_attn.q_proj).__name__ == "FactoredLora"
+assert not [finder for finder in sys.meta_path if type(finder).__module__.startswith("eckart")], "a finder is left"
 """
 
 
-def test_who_reads_the_quantization_before_any_model_finds_the_format(tmp_path):
-    """lm_eval does: it asks for the class of `quantization_config` first."""
+def test_who_reads_the_quantization_before_any_model_finds_the_format_and_peft_imported_later_is_told(tmp_path):
+    """lm_eval asks for the class of `quantization_config` first."""
+    pytest.importorskip("peft", reason="pip install 'eckart[peft]'")
     eckart.compress(llama(num_hidden_layers=1), method="svd", form="lowrank", keep=0.5).save_pretrained(tmp_path / "m")
-    done = subprocess.run(
-        [sys.executable, "-c", QUANTIZERS_FIRST, str(tmp_path / "m")], capture_output=True, text=True, check=False
-    )
+    words = [sys.executable, "-c", QUANTIZERS_FIRST, str(tmp_path / "m")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -67,7 +73,8 @@ def test_format_is_registered_at_once_where_transformers_is_imported_already():
         register.register_when_imported()
         assert "eckart" in AUTO_QUANTIZER_MAPPING
         assert "eckart" in AUTO_QUANTIZATION_CONFIG_MAPPING
-    assert not any(type(finder).__module__ == register.__name__ for finder in sys.meta_path)
+    finders = [finder for finder in sys.meta_path if type(finder).__module__ == register.__name__]
+    assert not [finder for finder in finders if finder.watched == register.WATCHED]
     assert modeling_utils.__name__ == register.WATCHED
 
 
@@ -81,9 +88,10 @@ def watched(tmp_path, monkeypatch):
     registered = []
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(register, "WATCHED", "stand_in.models")
-    monkeypatch.setattr(register, "_register", lambda: registered.append(sys.modules["stand_in.models"].finished))
+    monkeypatch.setattr(register, "PLUGINS", {"stand_in.models": "none"})
+    monkeypatch.setattr(register, "_register", lambda _: registered.append(sys.modules["stand_in.models"].finished))
     yield registered
-    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != "_Finder"]
+    sys.meta_path[:] = [finder for finder in sys.meta_path if getattr(finder, "watched", "") != "stand_in.models"]
     for name in [name for name in sys.modules if name.startswith("stand_in")]:
         del sys.modules[name]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -64,11 +66,38 @@ class EckartConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.modules = dict(modules or {})
         self.ties = dict(ties or {})
+        self._model: weakref.ref[PreTrainedModel] | None = None
+
+    def follow(self, model: PreTrainedModel) -> None:
+        """Describe the model as it is whenever the description is written: adapters may have changed its layers."""
+        self._model = weakref.ref(model)
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in ``config.json``: without ties where there are none."""
-        content: dict[str, Any] = super().to_dict()
-        return content if self.ties else {key: value for key, value in content.items() if key != "ties"}
+        model = self._model() if self._model is not None else None
+        if model is not None and getattr(model.config, "quantization_config", None) is self and not _adapted(model):
+            modules, ties = described(model), shared_parameters(model)
+            if (modules, ties) != (self.modules, self.ties):
+                self.modules, self.ties, self.format_version = modules, ties, 2 if ties else 1
+        content: dict[str, Any] = {"quant_method": self.quant_method, "format_version": self.format_version,
+                                   "modules": copy.deepcopy(self.modules)}  # fmt: skip
+        return content | {"ties": dict(self.ties)} if self.ties else content
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EckartConfig:
+        """Copied with its model, it describes the copy; copied alone, it stays as it is."""
+        new = EckartConfig(copy.deepcopy(self.modules), dict(self.ties), self.format_version)
+        copied = memo.get(id(self._model())) if self._model is not None else None
+        if copied is not None:
+            new.follow(copied)
+        return new
+
+
+def _adapted(model: PreTrainedModel) -> bool:
+    """Whether adapters stand beside factored layers, which then have other names."""
+    return any(name.endswith(".base_layer") for name in factored_modules(model))
 
 
 def _are_ties(ties: Any) -> bool:
@@ -102,7 +131,9 @@ def attach_config(model: PreTrainedModel) -> None:
             )
     specs = described(model)
     set_guard(model, None if specs else guard_of(ties))
-    model.config.quantization_config = EckartConfig(specs, ties)
+    description = EckartConfig(specs, ties)
+    description.follow(model)
+    model.config.quantization_config = description
 
 
 def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:

@@ -16,7 +16,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from eckart.checkpoint.description import METHOD, EckartConfig, attach_config
+from eckart.checkpoint.description import METHOD, EckartConfig, attach_config, detach_config, is_special
 from eckart.checkpoint.guard import guard_of
 from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out, take_neurons_out
 from eckart.errors import CheckpointError
@@ -177,7 +177,10 @@ class EckartQuantizer(HfQuantizer):
                 "with random numbers. Download the folder again."
             )
         forget_quantization(model)
-        attach_config(model)
+        if is_special(model):
+            attach_config(model)
+        else:  # adapters were merged into dense layers, and the description was left empty
+            detach_config(model)
         return model
 
 

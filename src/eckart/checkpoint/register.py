@@ -1,4 +1,4 @@
-"""Register the checkpoint format with transformers as soon as transformers is imported, and without importing it."""
+"""Register the format with transformers, and the layers with peft, as soon as these are imported by others."""
 
 from __future__ import annotations
 
@@ -16,30 +16,38 @@ from typing import Any
 WATCHED = "transformers.modeling_utils"
 # Who reads a config's quantization without a model imports this alone, as lm_eval does before it loads one.
 EARLIER = "transformers.quantizers"
+# peft is told how an adapter stands beside a factored layer.
+ADAPTERS = "peft.tuners.lora.model"
+PLUGINS = {WATCHED: "eckart.checkpoint.plugin", ADAPTERS: "eckart.model.lora"}
+"""Module of another library -> ours, whose `register` is called right after that one is imported."""
 
 
 def register_when_imported() -> None:
-    """Let ``from_pretrained`` load factored checkpoints: now if transformers is imported, or right after it is.
+    """Let ``from_pretrained`` load factored checkpoints, and peft adapt them: now where they are imported, or then.
 
-    Neither transformers nor torch is imported here. Calling it again does no harm.
+    Neither transformers nor peft nor torch is imported here. Calling it again does no harm.
     """
-    if WATCHED in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    for watched in PLUGINS:
+        if watched in sys.modules:
+            _register(watched)
+        elif not any(isinstance(finder, _Finder) and finder.watched == watched for finder in sys.meta_path):
+            sys.meta_path.insert(0, _Finder(watched))
 
 
-def _register() -> None:
+def _register(watched: str) -> None:
     try:
-        importlib.import_module("eckart.checkpoint.plugin").register()
+        importlib.import_module(PLUGINS[watched]).register()
     except Exception as error:  # whatever a version of transformers may raise must not break `import transformers`
         if isinstance(error, ImportError) and _being_imported():
-            sys.meta_path.insert(0, _AfterImport())
+            sys.meta_path.insert(0, _AfterImport(watched))
             return
+        if watched == ADAPTERS:
+            what, lost = "its layers with peft", "adapters are put on their factors alone"
+        else:
+            what, lost = "its checkpoint format with transformers", "from_pretrained does not load factored checkpoints"
         warnings.warn(
-            f"eckart cannot register its checkpoint format with transformers ({type(error).__name__}: {error}), so "
-            "from_pretrained does not load factored checkpoints. Install versions that work together: "
-            "pip install -U eckart transformers",
+            f"eckart cannot register {what} ({type(error).__name__}: {error}), so {lost}. Install versions that work "
+            f"together: pip install -U eckart transformers{' peft' * (watched == ADAPTERS)}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -56,19 +64,25 @@ def _being_imported() -> bool:
 class _AfterImport(MetaPathFinder):
     """Finds nothing; registers the format at the first import after eckart's own modules are executed."""
 
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
+
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
         if self in sys.meta_path and not _being_imported():
             sys.meta_path.remove(self)
-            _register()
+            _register(self.watched)
 
 
 class _Finder(MetaPathFinder):
-    """Finds the watched modules as the other finders do, and registers the format once one is executed."""
+    """Finds a watched module as the other finders do, and registers what belongs to it once it is executed."""
+
+    def __init__(self, watched: str) -> None:
+        self.watched = watched
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in (WATCHED, EARLIER):
+        if fullname != self.watched and not (fullname == EARLIER and self.watched == WATCHED):
             return None
         others = (finder for finder in list(sys.meta_path) if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(fullname, path, target))), None)
@@ -98,7 +112,7 @@ class _Loader(Loader):
             return
         if self.finder in sys.meta_path:
             sys.meta_path.remove(self.finder)
-        _register()
+        _register(self.name)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.loader, name)

@@ -12,7 +12,7 @@ from eckart.errors import UsageError
 HANDED_ON = {
     "ignore_unknown_options": True,
     "allow_extra_args": True,
-    "help_option_names": [],
+    "allow_interspersed_args": False,  # after the first word, --help too is lm_eval's
     "token_normalize_func": str,  # --model_args stays as it is
 }
 """Settings of a command that reads nothing of its words itself."""
@@ -22,7 +22,8 @@ HANDED_ON = {
 def lm_eval(context: typer.Context) -> None:
     """Run lm_eval on a folder that eckart published: every word is handed on to lm_eval.
 
-    `eckart eval DIR --lm-eval TASKS` scores the same tasks, beside the original.
+    `eckart lm-eval run --help` shows its options. `eckart eval DIR --lm-eval TASKS` scores the same tasks, beside the
+    original.
 
     Example: eckart lm-eval run --model hf --model_args pretrained=smol-70 --tasks arc_easy
     """

@@ -83,6 +83,18 @@ class Factored(nn.Module):
         self.refresh()
         return super().train(mode)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; a weight or bias that the factors make is not set, unless to what it is.
+
+        Who puts a module in another's place hands both on, as peft does when it takes its adapters off.
+        """
+        if isinstance(getattr(type(self), name, None), property) and name in ("weight", "bias"):
+            own = getattr(self, name)
+            if value is own or (value is not None and own is not None and torch.equal(value, own)):
+                return
+            raise AttributeError(f"{name} of the form {self.form} is made of its factors: set those, or call store().")
+        super().__setattr__(name, value)
+
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
         return {"form": self.form} | {name: getattr(self, name) for name in self.sizes}

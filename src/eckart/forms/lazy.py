@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _FREE = frozenset(
     {
@@ -20,6 +20,7 @@ _FREE = frozenset(
         Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
         Tensor.size,
         Tensor.dim,
+        Tensor.data_ptr,
         Tensor.numel,
         Tensor.is_floating_point,
         Tensor.__len__,
@@ -34,9 +35,15 @@ class LazyWeight(Tensor):
 
     @staticmethod
     def of(dense: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> LazyWeight:
-        """A lazy weight of `shape`, with the dtype and device of `like`."""
+        """A lazy weight of `shape`, with the dtype, device and place in memory of `like`.
+
+        So the weights of two modules lie in one place where their numbers do, which is how peft sees that they are
+        tied.
+        """
         # A stride of zero: one stored element stands for the whole shape until it is asked for.
-        lazy = like.detach().new_empty(()).expand(shape).as_subclass(LazyWeight)
+        plain = like.numel() > 0 and type(like) in (Tensor, nn.Parameter)
+        one = like.detach().as_strided((), ()) if plain else like.detach().new_empty(())
+        lazy = one.expand(shape).as_subclass(LazyWeight)
         lazy._dense = dense
         return lazy
 

@@ -20,6 +20,7 @@ from eckart.errors import ModelError
 from eckart.exports.remote_code.describe import WAY_OUT, Described, built_by_class, describe
 from eckart.exports.remote_code.parallel import Parallel, plan_parallel
 from eckart.exports.remote_code.write_text import ModelNames, entries, in_base, names_of, write_text
+from eckart.forms.transformers_internals import auto_mapping
 from eckart.model import pruned_heads
 
 UNSPECIFIC = {"AutoModelForPreTraining", "AutoModelWithLMHead", "AutoModelForTextEncoding"}
@@ -148,7 +149,7 @@ def _auto_classes(names: ModelNames, wanted: type) -> list[str]:
 
 
 def _loads(auto: Any, config: type, wanted: type) -> bool:
-    mapping = getattr(auto, "_model_mapping", None)
+    mapping = auto_mapping(auto)
     if mapping is None or config not in mapping:
         return False
     classes = mapping[config]

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from eckart.data import Batch, CalibrationData, Pooling, model_kind
 from eckart.data.inference import device_of, forward
+from eckart.data.model_kind import head_problem
 from eckart.errors import NumericalError
 from eckart.moments import Step, labeled_loss, needs_backward, sampled_loss
 
@@ -68,7 +69,7 @@ def sampled_step(model: PreTrainedModel, seed: int, pooling: Pooling | None) -> 
     Raises:
         NumericalError: it is not finite.
     """
-    problem = _problem(model)
+    problem = head_problem(model)
     device = device_of(model)
     body: nn.Module = model.base_model if pooling is not None else model  # a head on it is not read
 
@@ -110,13 +111,3 @@ def _finite(loss: Tensor, batch: Batch) -> Tensor:
             "Load the model in float32 or bfloat16, or look at this text."
         )
     return loss
-
-
-def _problem(model: PreTrainedModel) -> str | None:
-    """Return "regression" or "multi_label_classification" where the head is one."""
-    config = model.config
-    if "ForSequenceClassification" not in type(model).__name__:
-        return None
-    if getattr(config, "problem_type", None) is not None:
-        return config.problem_type if config.problem_type != "single_label_classification" else None
-    return "regression" if getattr(config, "num_labels", 2) == 1 else None

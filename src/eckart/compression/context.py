@@ -81,6 +81,7 @@ class CompressionContext:
         dtype_on_disk: the type of the original's stored numbers, if it came from a folder.
         workspace: where to compute and to keep intermediate results.
         weights: brings the original's weights to where they compute.
+        unmeasured: why outputs cannot be compared, once that has shown.
         timer: seconds of every step.
         profiles: forms -> seconds measured on this machine, where they were asked for.
     """
@@ -98,6 +99,7 @@ class CompressionContext:
     workspace: Workspace
     weights: WeightLoader
     warnings: tuple[str, ...] = ()
+    unmeasured: str | None = None
     timer: Timer = field(default_factory=Timer)
     profiles: dict[tuple[str, ...], Profile] = field(default_factory=dict)
     _reading_a_norm: frozenset[str] | None = None

@@ -55,6 +55,8 @@ def loss_of(context: CompressionContext, compressed: PreTrainedModel) -> float:
         before, after = found["before"], found["after"]
         return after / before - 1 if causal else max(0.0, 1 - after / before) if before else 0.0
     measured = measure_quality(context, compressed)
+    if not measured:
+        raise UsageError(f"--max-loss: {context.unmeasured}. Ask for a size instead: --keep 0.7")
     if "agreement" in measured:
         return math.expm1(min(measured["agreement"]["kl"], 700.0))
     return float(measured["embedding"]["cosine_distance"])

@@ -9,14 +9,22 @@ from transformers import PreTrainedModel
 
 from eckart.calibration.layerwise import all_blocks
 from eckart.compression.context import CompressionContext
+from eckart.errors import DataError, UsageError
 from eckart.evaluation import quality
 from eckart.model import WeightLoader, cast, fuse_experts, shared_clone
 from eckart.speed.latency import compare_latency, measure_latency
 
 
 def measure_quality(context: CompressionContext, compressed: PreTrainedModel) -> dict[str, Any]:
-    """Compare outputs on the held-out batches; the first process does, for all of them."""
+    """Compare outputs on the held-out batches; the first process does, for all of them.
+
+    Returns:
+        What was measured; nothing where the model puts out nothing that can be compared, which `context.unmeasured`
+        then says: what took hours to compute is not thrown away for that.
+    """
     assert context.held_out is not None
+    if context.unmeasured is not None:
+        return {}
     processes = context.workspace.processes
     measured: dict[str, Any] = {}
     failed: BaseException | None = None
@@ -26,10 +34,15 @@ def measure_quality(context: CompressionContext, compressed: PreTrainedModel) ->
         try:
             with context.weights.streaming(blocks), smaller.streaming(blocks):
                 measured = quality.measure_quality(compressed, context.model, context.held_out, context.pooling)
+        except (UsageError, DataError) as error:
+            measured = {"unmeasured": str(error)}
         except Exception as error:
             failed = error
     processes.raise_if_any_failed(failed)
     found: dict[str, Any] = processes.broadcast(measured)
+    if "unmeasured" in found:
+        context.unmeasured = f"the quality was not measured: {found['unmeasured']}"
+        return {}
     return found
 
 

@@ -182,7 +182,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
         attach_config(compressed)
     with timer.step("measuring"):
         if context.held_out is not None and measured is None:
-            measured = measure_quality(context, compressed)
+            measured = measure_quality(context, compressed) or None
+    notes += [context.unmeasured] if context.unmeasured is not None else []
 
     # 10. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)

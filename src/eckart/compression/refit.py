@@ -65,6 +65,8 @@ def refit_if_better(
         if context.held_out is not None and fitted is not compressed:
             with context.timer.step("measuring"):
                 before = measured = measure_quality(context, compressed)
+                if not before:
+                    return _unchecked(recipe, compressed, fitted, [*notes, *found])
                 after = measure_quality(context, fitted)
                 fitted, after, more = _keep_slices_if_better(context, plan, compressed, fitted, after)
             found += more
@@ -79,6 +81,15 @@ def refit_if_better(
     if fitted is compressed:
         found = [reason if "left out" in reason else f"the refit was left out: {reason}" for reason in found]
     return fitted, measured, [*notes, *found]
+
+
+def _unchecked(
+    recipe: Recipe, compressed: PreTrainedModel, fitted: PreTrainedModel, notes: list[str]
+) -> tuple[PreTrainedModel, None, list[str]]:
+    """The refitted model where that was asked for; else the one before, since nothing says which is better."""
+    if recipe.refit:
+        return fitted, None, notes
+    return compressed, None, [*notes, "the refit was left out: its outputs cannot be compared to check it by"]
 
 
 def _keep_slices_if_better(

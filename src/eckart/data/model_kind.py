@@ -73,6 +73,31 @@ def has_head(config: PretrainedConfig, model: nn.Module | None, *names: str) -> 
     return not {auto for one in classes for auto in head_classes(config, one)}.isdisjoint(names)
 
 
+CLASSIFIERS = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForImageClassification",
+    "AutoModelForAudioClassification",
+    "AutoModelForVideoClassification",
+)
+"""What loads heads with one answer for each input, of which a configuration says the kind."""
+
+
+def head_problem(model: Any) -> str | None:
+    """Return the `problem_type` of a model's head, or None if it has no such head.
+
+    Args:
+        model: The model.
+
+    Returns:
+        "regression", "multi_label_classification" or "single_label_classification".
+    """
+    config = model.config
+    if not has_head(config, model, *CLASSIFIERS):
+        return None
+    named = getattr(config, "problem_type", None)
+    return named or ("regression" if getattr(config, "num_labels", 2) == 1 else "single_label_classification")
+
+
 def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:
     """Return how many tokens a model has positions for.
 

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 
 from eckart.data.batch import Batch
 from eckart.data.inference import evaluating, progress, run
-from eckart.data.pooling import Pooling
+from eckart.data.model_kind import head_problem
+from eckart.data.pooling import Pooling, find_hidden_state
 from eckart.errors import DataError, UsageError
-from eckart.evaluation.divergence import compare_distributions
+from eckart.evaluation.divergence import compare_distributions, compare_labels
+
+MULTI_LABEL = "multi_label_classification"
 
 
 def compare_predictions(
@@ -22,7 +25,8 @@ def compare_predictions(
     """Compare the predictions of two models.
 
     For models with logits a token (causal, masked, encoder-decoder, token classification) every real token counts,
-    padding does not; for classifiers every row.
+    padding does not; for classifiers every row; for models that mark a span its start and its end, among the real
+    tokens of a row. Of a classifier of several labels at once each label is a distribution of its own: yes or no.
 
     Args:
         model: The compressed model.
@@ -32,27 +36,26 @@ def compare_predictions(
 
     Returns:
         `kl`: mean KL(reference || model) in nats; `top1`: share of positions where the most likely class is the
-        same; `tokens` (positions compared); `finite`: False where a value is not, which is kept.
+        same; `tokens` (positions compared, or labels); `finite`: False where a value is not, which is kept.
 
     Raises:
         UsageError: If the models return no logits of several classes, or logits of different shapes.
         DataError: If there is nothing to compare.
     """
     total, same, count = 0.0, 0, 0
+    compare = compare_labels if head_problem(reference) == MULTI_LABEL else compare_distributions
     with evaluating(model, reference):
         for batch in progress(batches, what="agreement", disable=disable):
-            logits, truth = _logits(model, batch), _logits(reference, batch)
-            if logits.shape != truth.shape:
-                raise UsageError(
-                    f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
-                    "compare a model with the one it was made from"
-                )
-            divergence, equal = compare_distributions(
-                _compared(logits, batch), _compared(truth.to(logits.device), batch)
-            )
-            total += float(divergence.sum())
-            same += int(equal.sum())
-            count += len(equal)
+            for logits, truth in zip(_logits(model, batch), _logits(reference, batch), strict=True):
+                if logits.shape != truth.shape:
+                    raise UsageError(
+                        f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
+                        "compare a model with the one it was made from"
+                    )
+                divergence, equal = compare(_compared(logits, batch), _compared(truth.to(logits.device), batch))
+                total += float(divergence.sum())
+                same += int(equal.sum())
+                count += equal.numel()
     if count == 0:
         raise DataError("batches: no real token to compare: pass batches that hold text")
     return {"kl": total / count, "top1": same / count, "tokens": count, "finite": math.isfinite(total)}
@@ -121,21 +124,34 @@ def embed_sentences(model: nn.Module, batch: Batch, pooling: Pooling | None = No
 
 
 def predicts_distribution(model: nn.Module, batch: Batch) -> bool:
-    """Whether a model puts out logits of several classes, a token (B, T, V) or a row (B, C)."""
+    """Whether a model puts out logits of classes, a token (B, T, V) or a row (B, C), or of a span."""
     with evaluating(model):
-        return _find_logits(model, batch) is not None
+        return bool(_find_logits(model, batch))
 
 
-def _find_logits(model: nn.Module, batch: Batch) -> Tensor | None:
-    logits = getattr(run(model, batch.inputs), "logits", None)
-    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or logits.shape[-1] == 1:
-        return None
-    return logits
+def puts_out_tokens(model: nn.Module, batch: Batch) -> bool:
+    """Whether a model, or its body, puts out token embeddings (B, T, d)."""
+    with evaluating(model):
+        return find_hidden_state(run(getattr(model, "base_model", model), batch.inputs)) is not None
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
+def _find_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
+    output = run(model, batch.inputs)
+    ends = (getattr(output, name, None) for name in ("start_logits", "end_logits"))
+    span = [logits for logits in ends if isinstance(logits, Tensor) and logits.dim() == 2]
+    if len(span) == 2:
+        mask = batch.masks().get(span[0].shape[1])
+        return span if mask is None else [logits.masked_fill(~mask.to(logits.device), -torch.inf) for logits in span]
+    logits = getattr(output, "logits", None)
+    problem = head_problem(model)
+    if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or problem == "regression":
+        return []
+    return [logits] if logits.shape[-1] > 1 or problem == MULTI_LABEL else []
+
+
+def _logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     logits = _find_logits(model, batch)
-    if logits is None:
+    if not logits:
         raise UsageError(
             f"{type(model).__name__} returns no logits of several classes to compare: load it with its head "
             "(AutoModelForCausalLM, ...), compare embeddings, or compare the task scores of a model with one output"

@@ -50,6 +50,24 @@ def compare_distributions(logits: Tensor, reference: Tensor) -> tuple[Tensor, Te
     return torch.cat(divergences), torch.cat(same)
 
 
+def compare_labels(logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Compare two models of several labels at once, each of which holds or does not by the sigmoid of its logit.
+
+    Args:
+        logits: The model's (N, C).
+        reference: What it is held against (N, C).
+
+    Returns:
+        KL(reference || model) in nats, summed over the labels of a row and shared out among them (N, C), float64, and
+        whether a label is more likely than not in both or neither (N, C), bool.
+    """
+    model, truth = logits.double(), reference.double()
+    log_sigmoid = torch.nn.functional.logsigmoid
+    held = truth.sigmoid() * (log_sigmoid(truth) - log_sigmoid(model))
+    not_held = (-truth).sigmoid() * (log_sigmoid(-truth) - log_sigmoid(-model))
+    return held + not_held, (logits > 0) == (reference > 0)
+
+
 def _pieces(logits: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, PIECE // max(1, logits.shape[-1]))
     for start in range(0, len(logits), rows):

@@ -11,14 +11,17 @@ from torch import nn
 from eckart.data import CalibrationData, Pooling
 from eckart.data.inference import evaluating, run
 from eckart.errors import NumericalError
-from eckart.evaluation.agreement import compare_embeddings, compare_predictions, predicts_distribution
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions, predicts_distribution, puts_out_tokens
 from eckart.evaluation.divergence import negative_log_likelihood
+from eckart.evaluation.outputs import compare_outputs
 
 
 def measure_quality(
     model: nn.Module, original: nn.Module, held: CalibrationData, pooling: Pooling | None
 ) -> dict[str, Any]:
-    """Compare the predictions; the embeddings of a model that predicts no distribution (features, one score, spans).
+    """Compare the predictions, or the embeddings of a model that predicts no distribution (features, scores).
+
+    Of a model that puts out neither (two towers, maps) all outputs are compared.
 
     Args:
         model: the compressed model.
@@ -33,10 +36,13 @@ def measure_quality(
         NumericalError: if the compressed model's output is not finite.
         UsageError: if the outputs of the two models differ in shape.
     """
-    if pooling is None and predicts_distribution(original, next(iter(held))):
+    first = next(iter(held))
+    if pooling is None and predicts_distribution(original, first):
         name, values = "agreement", compare_predictions(model, original, held)
-    else:
+    elif pooling is not None or puts_out_tokens(original, first):
         name, values = "embedding", compare_embeddings(model, original, held, pooling)
+    else:
+        name, values = "embedding", compare_outputs(model, original, held)
     if not values["finite"]:
         raise NumericalError(
             f"the compressed {type(model).__name__}'s output on held-out text is not finite ({values}); it is not "

@@ -7,8 +7,9 @@ from typing import ClassVar
 from transformers import PreTrainedModel
 
 from eckart.data import CalibrationData, load_data
-from eckart.evaluation.agreement import compare_embeddings, compare_predictions
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions, puts_out_tokens
 from eckart.evaluation.model import EvaluatedModel
+from eckart.evaluation.outputs import compare_outputs
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 
 
@@ -53,7 +54,11 @@ class EmbeddingScorer(AgreementScorer):
     pools: ClassVar[bool] = True
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
-        found = compare_embeddings(model, self.original.model, self.batches, self.read_as)
+        original = self.original.model
+        if self.read_as is not None or puts_out_tokens(original, next(iter(self.batches))):
+            found = compare_embeddings(model, original, self.batches, self.read_as)
+        else:
+            found = compare_outputs(model, original, self.batches)
         return {"1 - cosine to the original": found["cosine_distance"], "worst 1 - cosine": found["worst"]}
 
 

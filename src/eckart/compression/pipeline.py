@@ -107,7 +107,8 @@ def compress(
         settings = context.adapt_settings(settings)
 
         # 4. The factors of every site; 5. to 10. the smaller model made of them; 11. the published folder.
-        factors = make_factors(context, settings, run.recipe, recipe.keep)
+        largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
+        factors = make_factors(context, settings, run.recipe, largest)
         result = build_model(context, settings, run.recipe, factors)
         return run.publish(result)
 

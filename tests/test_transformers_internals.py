@@ -50,7 +50,7 @@ PRIVATE_OF_TRAINER = ("_get_train_sampler", "_save_checkpoint", "_load_from_chec
 MODULE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_hooks", "_forward_pre_hooks",
           "_state_dict_hooks", "_apply"}  # fmt: skip
 TENSOR = {"_version"}
-OTHERS = {"_C": "torch", "_functorch": "torch._C", "_pytree": "torch.utils"}
+OTHERS = {"_exit": "os", "_C": "torch", "_functorch": "torch._C", "_pytree": "torch.utils"}
 STORAGE = {"_cdata"}
 
 

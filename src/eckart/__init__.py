@@ -15,6 +15,7 @@ from eckart.errors import EckartError
 if TYPE_CHECKING:
     from eckart.allocation import Choice, Plan
     from eckart.checkpoint.load import load
+    from eckart.checkpoint.push import push_folder
     from eckart.compression.compare import Comparison, compare
     from eckart.compression.narrow_values import NarrowedModel, narrow_value_heads
     from eckart.compression.pipeline import compress
@@ -55,6 +56,7 @@ _PLACES = {
     "load": "checkpoint.load:load",
     "densify": "exports.densify:densify",
     "export": "exports.pipeline:export",
+    "push_folder": "checkpoint.push:push_folder",
     # What goes in, and what comes out.
     "Recipe": "compression.recipe:Recipe",
     "EvaluationRecipe": "evaluation.recipe:EvaluationRecipe",
@@ -110,6 +112,7 @@ __all__ = [
     "inspect",
     "load",
     "narrow_value_heads",
+    "push_folder",
     "register_form",
     "register_method",
     "register_recovery",

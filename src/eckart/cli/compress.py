@@ -11,10 +11,13 @@ from eckart.cli.options import (
     ConfigOption,
     OutputOption,
     OverwriteOption,
+    PrivateOption,
+    PushOption,
     options_of,
     recipe_from_cli,
     recipe_options,
 )
+from eckart.cli.push import check, push_published
 from eckart.cli.run_file import read_run
 from eckart.compression.recipe import Recipe
 from eckart.distributed import is_main
@@ -27,6 +30,8 @@ def compress(
     model: Annotated[str | None, typer.Argument(help="Hub name or folder of the model to compress.")] = None,
     output_dir: OutputOption = None,
     overwrite: OverwriteOption = None,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Discard what an interrupted run on this output has done.",
@@ -47,6 +52,7 @@ def compress(
     if recipe.model is None:
         raise UsageError("MODEL is missing. Name a folder or a model on the hub: eckart compress MODEL ...")
     folder, replace = output.override(output_dir, overwrite)
+    check(push_to_hub, private)
 
     from eckart.compression.pipeline import compress as compress_model
     from eckart.compression.result import load_lines
@@ -63,3 +69,4 @@ def compress(
     if is_main():
         lines = load_lines(result, result.folder or folder)
         show(render_compression(result.report), "", f"published in {result.folder}; to load it:", "", lines)
+    push_published(result.folder, push_to_hub, private)

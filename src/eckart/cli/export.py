@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from eckart.cli.console import guarded, show
+from eckart.cli.options import PrivateOption, PushOption
+from eckart.cli.push import check, push_published
 from eckart.registry import EXPORTS
 
 HELP = "Write a folder that programs without eckart load.\n\n" + "\n\n".join(
@@ -21,18 +23,23 @@ def export(
     output_dir: Annotated[Path, typer.Option(help="Folder to publish; it must not exist yet.")],
     format: Annotated[str, typer.Option(help=f"One of: {', '.join(EXPORTS)}.")] = "dense",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that eckart published.")] = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the hub.")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow the model's own Python code to run.")
     ] = False,
 ) -> None:
     """(see HELP)."""
+    check(push_to_hub, private)
+
     from eckart.exports.pipeline import export
 
     published = export(
         folder, output_dir, format=format, revision=revision, overwrite=overwrite, trust_remote_code=trust_remote_code
     )
     show(f"published in {published}; it loads without eckart")
+    push_published(published, push_to_hub, private)
 
 
 export.__doc__ = HELP + "\n\nExample: eckart export smol-70 --output-dir smol-70-dense"

@@ -41,6 +41,14 @@ OverwriteOption = Annotated[
     bool | None,
     typer.Option("--overwrite", help="Replace a folder that eckart published.", rich_help_panel="Output"),
 ]
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="NAME", help="Also push the folder to the Hugging Face hub, as user/model.",
+                 rich_help_panel="Output"),
+]  # fmt: skip
+PrivateOption = Annotated[
+    bool, typer.Option("--private", help="With --push-to-hub: make the repository private.", rich_help_panel="Output")
+]
 ConfigOption = Annotated[
     Path | None,
     typer.Option(help="A YAML file of these options (data_column: text); flags override it.", rich_help_panel="Output"),

@@ -11,10 +11,13 @@ from eckart.cli.options import (
     ConfigOption,
     OutputOption,
     OverwriteOption,
+    PrivateOption,
+    PushOption,
     options_of,
     recipe_from_cli,
     recipe_options,
 )
+from eckart.cli.push import check, push_published
 from eckart.cli.run_file import read_run
 from eckart.recovery.recipe import TuneRecipe
 from eckart.storage.publish import check_output
@@ -26,6 +29,8 @@ def tune(
     model: Annotated[str | None, typer.Argument(help="Folder of the model to train, factored or dense.")] = None,
     output_dir: OutputOption = None,
     overwrite: OverwriteOption = None,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     restart: Annotated[
         bool,
         typer.Option("--restart", help="Discard what an interrupted training on this output has done.",
@@ -50,6 +55,7 @@ def tune(
     content, output = read_run(config)
     recipe = recipe_from_cli(TuneRecipe, model, options, content, f"--config {config}")
     folder, replace = output.override(output_dir, overwrite)
+    check(push_to_hub, private)
 
     from eckart.recovery.pipeline import tune as run
     from eckart.report.training import render_tuning
@@ -58,3 +64,4 @@ def tune(
     say_device(recipe.device)
     result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart)
     show(render_tuning(result.report), "", f"published in {result.folder}")
+    push_published(result.folder, push_to_hub, private)

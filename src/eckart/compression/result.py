@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.allocation import Plan
+from eckart.checkpoint.push import push_result
 from eckart.checkpoint.save import save
 from eckart.compression.recipe import Recipe
 from eckart.report.card import render_model_card
@@ -96,6 +97,25 @@ class Result:
             max_shard_size=max_shard_size,
             lock=lock,
         )
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Push the model to the Hugging Face hub, as :func:`eckart.push_folder` does.
+
+        What was published is pushed from its folder; a result that was not is written to a temporary one.
+
+        Args:
+            name: of the repository, `user/model`.
+            private: whether only its owner sees it.
+            token: of the hub; None for the one that `hf auth login` stored.
+
+        Returns:
+            The address of the model's page.
+
+        Raises:
+            CheckpointError: the push failed.
+            UsageError: there is no such name, or nobody is logged in.
+        """
+        return push_result(self.save_pretrained, self.folder, name, private=private, token=token)
 
 
 def load_lines(result: Result, folder: Path) -> str:

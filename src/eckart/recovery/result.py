@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.description import attach_config, described
+from eckart.checkpoint.push import push_result
 from eckart.checkpoint.save import save
 from eckart.model import cast, shared_parameters
 from eckart.recovery.base import Recovery
@@ -99,6 +100,14 @@ class TuneResult:
             inputs=self.recipe.inputs, overwrite=overwrite, lock=lock,
         )  # fmt: skip
         return self.folder
+
+    def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Push the model to the hub: see :meth:`eckart.compression.result.Result.push_to_hub`."""
+        folder = self.folder
+        try:
+            return push_result(self.save_pretrained, folder, name, private=private, token=token)
+        finally:
+            self.folder = folder
 
 
 def choose_better(

@@ -16,6 +16,7 @@ INTERNALS = SOURCE / "forms/transformers_internals.py"
 # name -> where transformers defines it: an attribute of a class, or a word in the text of a module
 TRANSFORMERS = {
     "_is_hf_initialized": "transformers.initialization",
+    "_keys_to_ignore_on_load_missing": "transformers.modeling_utils:PreTrainedModel",
     "_keys_to_ignore_on_load_unexpected": "transformers.modeling_utils:PreTrainedModel",
     "_keys_to_ignore_on_save": "transformers.modeling_utils:PreTrainedModel",
     "_adjust_bias": "transformers.modeling_utils:PreTrainedModel",

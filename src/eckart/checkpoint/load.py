@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,9 +13,11 @@ import transformers
 from transformers import PreTrainedModel
 
 from eckart.checkpoint import plugin  # noqa: F401  registers the format
+from eckart.checkpoint.compare_files import compare_with_files, listed_by_caller
 from eckart.checkpoint.description import METHOD
+from eckart.checkpoint.model_config import describe_unbuildable, read_model_config, require_countable
 from eckart.checkpoint.source import resolve
-from eckart.errors import CheckpointError, UsageError
+from eckart.errors import CheckpointError, EckartError, UsageError
 from eckart.forms.transformers_internals import model_from_config
 from eckart.storage.layout import model_folder, read_json
 from eckart.storage.shards import read_weights
@@ -58,19 +61,25 @@ def load(
     """
     home = model_folder(resolve(str(folder), revision, trust_remote_code=trust_remote_code))
     config = read_json(home / "config.json")
-    read_weights(home, config.get("transformers_weights"))
+    tensors = read_weights(home, config.get("transformers_weights")).tensors
+    read = read_model_config(home, trust_remote_code=trust_remote_code, settings=settings)
     architectures = config.get("architectures") or []
     remote = _remote_class(config, architectures) if trust_remote_code and auto_class is None else None
     chosen = remote or _class(auto_class, architectures, home)
-    model, info = chosen.from_pretrained(
-        home,
-        dtype=dtype or "auto",
-        device_map=device_map,
-        trust_remote_code=trust_remote_code,  # False instead of a question on the terminal
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
-        **(settings or {}),
-    )
+    if not config.get("quantization_config") or _is_factored(config):
+        require_countable(read, home, len(tensors))
+        whole = new_head is None and auto_class is None and not _is_factored(config)
+        compare_with_files(_on_meta(chosen, read, home, trust_remote_code), tensors, home, whole=whole)
+    with listed_by_caller():
+        model, info = chosen.from_pretrained(
+            home,
+            config=read,
+            dtype=dtype or "auto",
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,  # False instead of a question on the terminal
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
+        )
     missing = sorted(info["missing_keys"])
     if new_head is not None:
         new_head += [key for key in missing if _of_head(model, key)]
@@ -113,11 +122,23 @@ def blank(folder: str | Path, *, trust_remote_code: bool = False) -> PreTrainedM
     content = read_json(home / "config.json")
     architectures = content.get("architectures") or []
     remote = _remote_class(content, architectures) if trust_remote_code else None
-    config = transformers.AutoConfig.from_pretrained(home, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        if remote is not None:
-            return remote.from_config(config, trust_remote_code=True)
-        return model_from_config(_class(None, architectures, home), config)
+    config = read_model_config(home, trust_remote_code=trust_remote_code)
+    require_countable(config, home, len(read_weights(home, content.get("transformers_weights")).tensors))
+    return _on_meta(remote or _class(None, architectures, home), config, home, trust_remote_code)
+
+
+def _on_meta(chosen: Any, config: Any, home: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """A model of a class without numbers; the class is one of transformers, or an Auto class."""
+    try:
+        with torch.device("meta"):
+            if hasattr(chosen, "from_config"):
+                built: PreTrainedModel = chosen.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+                return built
+            return model_from_config(chosen, copy.deepcopy(config))
+    except EckartError:
+        raise
+    except Exception as error:  # whatever a class makes of a configuration
+        raise describe_unbuildable(home, chosen.__name__, error) from error
 
 
 def _of_head(model: PreTrainedModel, key: str) -> bool:
@@ -143,7 +164,10 @@ def _class(auto_class: type | str | None, architectures: list[str], home: Path) 
     if isinstance(auto_class, type):
         return auto_class
     if auto_class is None and not architectures:
-        raise CheckpointError(f"{home / 'config.json'} names no architectures. Give the class: auto_class='AutoModel'.")
+        raise CheckpointError(
+            f"{home / 'config.json'} names no architectures. Add the class that the model was saved with, such as "
+            '"architectures": ["LlamaForCausalLM"], or give it from Python: auto_class="AutoModel".'
+        )
     name = auto_class or architectures[0]
     found = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):

@@ -8,6 +8,7 @@ Nothing is quantized, and the loaded model is left an ordinary one that can be c
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from eckart.checkpoint.compare_files import compare_with_files, require_filled
 from eckart.checkpoint.description import METHOD, EckartConfig, attach_config, detach_config, is_special
 from eckart.checkpoint.guard import guard_of
 from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out, take_neurons_out
@@ -41,6 +43,7 @@ from eckart.model import (
 from eckart.model.attention_heads import FORM as HEADS
 from eckart.model.experts import FORM as EXPERTS
 from eckart.model.slicing import FORM as SLICED
+from eckart.storage.shards import read_header
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -67,7 +70,9 @@ class EckartQuantizer(HfQuantizer):
         """Training is always possible."""
         return True
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> None:
         assert isinstance(self.quantization_config, EckartConfig)
         factored = {}
         guarded: list[str] = []  # names of the empty tensors
@@ -104,6 +109,9 @@ class EckartQuantizer(HfQuantizer):
             guarded.append(guard)
             self._expect_guard(model, guard)
         self._tie_on_loading(model)
+        files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        stored = {name: entry for file in files for name, entry in read_header(file).items()}
+        compare_with_files(model, stored, Path(str(model.config.name_or_path)), whole=False)
         if guarded:
             prefix = re.escape(model.base_model_prefix)
             names = "|".join(re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in guarded)
@@ -175,6 +183,14 @@ class EckartQuantizer(HfQuantizer):
                 f"{len(lost)} tensors of factored modules are missing from the weights of "
                 f"{model.config.name_or_path}: {', '.join(lost)}. Without them the model would be filled "
                 "with random numbers. Download the folder again."
+            )
+        require_filled(model)
+        damaged = {name: damage for name, form in forms.items() if (damage := form.find_damage()) is not None}
+        if damaged:
+            name, damage = next(iter(damaged.items()))
+            raise CheckpointError(
+                f"The weights of {model.config.name_or_path} are damaged: in module {name} {damage} ({len(damaged)} "
+                "such modules). Download the folder again."
             )
         forget_quantization(model)
         if is_special(model):

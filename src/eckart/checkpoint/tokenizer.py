@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from eckart.checkpoint.model_config import read_model_config
 from eckart.errors import CheckpointError
 from eckart.storage.layout import model_folder
 
@@ -32,6 +33,10 @@ def load_tokenizer(folder: str | Path, *, trust_remote_code: bool = False) -> An
     homes = dict.fromkeys([model_folder(Path(folder)), Path(folder)])
     for home in homes:
         if any((home / name).is_file() for name in FILES) or any(any(home.glob(pattern)) for pattern in PATTERNS):
+            if (
+                home / "config.json"
+            ).is_file():  # the tokenizer's class reads it, and its faults are not the tokenizer's
+                read_model_config(home, trust_remote_code=trust_remote_code)
             try:
                 return AutoTokenizer.from_pretrained(home, local_files_only=True, trust_remote_code=trust_remote_code)
             except Exception as error:  # each tokenizer library raises its own

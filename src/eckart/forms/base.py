@@ -78,6 +78,10 @@ class Factored(nn.Module):
         Turning to training or evaluation does so too.
         """
 
+    def find_damage(self) -> str | None:
+        """What is wrong with stored indices, in words; None where there are none, or they are what they can be."""
+        return None
+
     def train(self, mode: bool = True) -> Self:
         """As of any module; also :meth:`refresh`."""
         self.refresh()
@@ -98,6 +102,13 @@ class Factored(nn.Module):
     def spec(self) -> dict[str, Any]:
         """All that :func:`eckart.forms.build` needs to rebuild the module, as JSON values."""
         return {"form": self.form} | {name: getattr(self, name) for name in self.sizes}
+
+
+def describe_bad_order(order: Tensor) -> str | None:
+    """What is wrong with an index that must name every place once; None for an order, or for one without numbers."""
+    if order.is_meta or torch.equal(torch.sort(order.long()).values, torch.arange(len(order), device=order.device)):
+        return None
+    return f"order does not name each of 0..{len(order) - 1} once"
 
 
 def _write_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:

@@ -56,6 +56,14 @@ class LowRankSparse(FactoredLinear):
         """Multiply-adds per token."""
         return self.size(self.out_features, self.in_features, self.rank, rows=self.rows).multiply_adds
 
+    def find_damage(self) -> str | None:
+        """The places must be as many different outputs, ascending."""
+        return None if self.places.is_meta or self._may_be(self.places.cpu()) else "places are not outputs in order"
+
+    def _may_be(self, places: Tensor) -> bool:
+        inside = len(places) == self.rows and int(places[0]) >= 0 and int(places[-1]) < self.out_features
+        return inside and not bool((places.diff() <= 0).any())
+
     def store(self, left: Tensor, right: Tensor, bias: Tensor | None) -> str | None:
         """Fill the module with `W' = left @ right`: the rows of S that there are become zero."""
         zero = right.new_zeros(self.rows, self.in_features)
@@ -76,8 +84,7 @@ class LowRankSparse(FactoredLinear):
             UsageError: if the places are not distinct outputs in ascending order, or a number does not fit the dtype.
         """
         host = places.detach().long().cpu()
-        inside = len(host) == self.rows and int(host[0]) >= 0 and int(host[-1]) < self.out_features
-        if not inside or bool((host.diff() <= 0).any()):
+        if not self._may_be(host):
             raise UsageError(
                 f"form {self.form}: the places of {self.rows} sparse rows must be as many different outputs in "
                 f"0..{self.out_features - 1}, ascending; sort them."

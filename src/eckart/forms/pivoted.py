@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from eckart.forms.base import StoredSize, compute_dtype, copy_into, is_plain_linear
+from eckart.forms.base import StoredSize, compute_dtype, copy_into, describe_bad_order, is_plain_linear
 from eckart.forms.linear import Block, FactoredLinear
 from eckart.linalg import pivoted_factors
 
@@ -125,6 +125,10 @@ class Pivoted(FactoredLinear):
         if key[0] == "expanded":
             return functional.linear(functional.linear(x, self.first.weight), tensor, bias)
         return self._gathered(x, tensor)
+
+    def find_damage(self) -> str | None:
+        """The order must name every place once: another index would compute something else without a word."""
+        return describe_bad_order(self.order)
 
     # -- the order of the outputs ----------------------------------------------------------------------
 

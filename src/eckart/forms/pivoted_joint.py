@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from eckart.forms.base import StoredSize, compute_dtype, copy_into
+from eckart.forms.base import StoredSize, compute_dtype, copy_into, describe_bad_order
 from eckart.forms.linear import Block, FactoredLinear
 from eckart.forms.shared_product import shared_product
 from eckart.linalg import Factorization, Problem, factorize_stacked, pivoted_factors
@@ -84,6 +84,10 @@ class PivotedJoint(FactoredLinear):
         rest = self.first.weight.detach().double()
         eye = torch.eye(self.rank, dtype=rest.dtype, device=rest.device)
         return self.second.weight.detach().double(), torch.cat([eye, rest], dim=1)[:, torch.argsort(self.order)]
+
+    def find_damage(self) -> str | None:
+        """The order must name every place once: another index would compute something else without a word."""
+        return describe_bad_order(self.order)
 
     def to_dense(self) -> Tensor:
         """`[B, B D]` in column order."""

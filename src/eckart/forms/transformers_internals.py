@@ -6,6 +6,7 @@ transformers itself is not imported here: these are attributes of its models, mo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,11 @@ def ignore_unexpected(model: Any, pattern: str) -> None:
 def expect_again(model: Any, pattern: str | None) -> None:
     """Undo :func:`ignore_unexpected`."""
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) - {pattern}
+
+
+def missing_ignored(model: Any, name: str) -> bool:
+    """Whether the class says that a tensor may be missing from its files."""
+    return any(re.search(pattern, name) for pattern in model._keys_to_ignore_on_load_missing or ())
 
 
 def names_not_saved(model: Any) -> set[str]:

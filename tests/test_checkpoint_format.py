@@ -219,9 +219,37 @@ def test_base_model_of_a_checkpoint_with_a_head_and_the_reverse(make, head, tmp_
 def test_config_holds_plain_specs(saved):
     folder, model = saved
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    assert config["quant_method"] == "eckart"
+    assert config["quant_method"].startswith("eckart: ")
     assert config["format_version"] == 1 <= FORMAT_VERSION  # nothing is shared
     assert config["modules"] == {name: form.spec() for name, form in factored_modules(model).items()}
+
+
+def test_folders_written_with_the_bare_name_load(saved, tmp_path):
+    content = json.loads((saved[0] / "config.json").read_text())["quantization_config"]
+    old = edited(saved[0], tmp_path / "old", lambda config: config["quantization_config"].update(quant_method="eckart"))
+    assert same(logits(load(old)), logits(saved[1]))
+    load(old).save_pretrained(tmp_path / "new")
+    again = json.loads((tmp_path / "new/config.json").read_text())["quantization_config"]
+    assert again == content
+
+
+STOCK = """
+import sys
+from transformers import AutoModelForCausalLM
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except RuntimeError:
+    assert "eckart" not in sys.modules
+else:
+    raise AssertionError("loaded without eckart")
+"""
+
+
+def test_transformers_without_eckart_says_what_to_install_before_anything_else(saved, server):
+    said = server.run_code(STOCK, saved[0], bare=True)
+    told = said.index("`pip install eckart`, and `import eckart`")
+    assert said[:told].count("\n") <= 1  # a progress bar at most
+    assert told < said.index("MISMATCH")
 
 
 def test_registering_twice_does_no_harm(saved):

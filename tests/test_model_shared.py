@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 import eckart
 from eckart.calibration.layerwise import all_blocks
-from eckart.checkpoint.description import EckartConfig, attach_config, detach_config
+from eckart.checkpoint.description import WRITTEN, EckartConfig, attach_config, detach_config
 from eckart.errors import CheckpointError, ModelError
 from eckart.evaluation.sizes import count_sizes
 from eckart.model import cast, share_parameters, shared_clone, shared_parameters, unshare_parameters
@@ -67,7 +67,7 @@ def test_shared_parameters_are_saved_once_and_loaded_shared(name, tmp_path, serv
     written = tensors(tmp_path / "m")
     assert sum(t.numel() for t in written.values()) == count_sizes(model).model.elements == before - block_size(model)
     config = json.loads((tmp_path / "m" / "config.json").read_text())["quantization_config"]
-    assert config == {"quant_method": "eckart", "format_version": 2, "modules": {}, "ties": ties}
+    assert config == {"quant_method": WRITTEN, "format_version": 2, "modules": {}, "ties": ties}
     if name == "gpt2":
         torch.save(batch, tmp_path / "m" / "batch.pt")
         *_, keys, size = server.run_code(LOAD, type(model).__name__, tmp_path / "m").splitlines()

@@ -14,6 +14,11 @@ from eckart.errors import CheckpointError, ModelError
 from eckart.model import factored_modules, pruned_heads, separate_experts, shared_parameters, sliced_features
 
 METHOD = "eckart"
+WRITTEN = "eckart: run `pip install eckart`, and `import eckart` before you load this"
+"""What ``config.json`` says as the method. transformers without eckart knows no such method and prints it first of all,
+before it lists every weight that has another shape; so do vLLM and others. It is part of the format: what is written is
+read for ever, as the bare name is.
+"""
 FORMAT_VERSION = 2
 """The newest that is read. Written is 1 where nothing is shared, so that what has no need of 2 loads everywhere."""
 
@@ -25,7 +30,7 @@ class EckartConfig(QuantizationConfigMixin):
         modules: module name -> spec, as :func:`eckart.forms.build` takes it.
         ties: target -> source, names of parameters: what the file leaves out, and whose numbers it gets.
         format_version: version of this description; None for the oldest that holds it.
-        quant_method: always ``"eckart"``.
+        quant_method: ``"eckart"``, or what is written in its place.
         unknown: fields that this version does not know, which is an error.
     """
 
@@ -52,7 +57,7 @@ class EckartConfig(QuantizationConfigMixin):
                 "-U eckart"
             )
         wrong = {
-            f"quant_method {quant_method!r}": quant_method != METHOD,
+            f"quant_method {quant_method!r}": not is_ours(quant_method),
             "modules": not isinstance(modules or {}, dict),
             "ties": not _are_ties(ties or {}) or (bool(ties) and format_version < 2),
         }
@@ -79,7 +84,7 @@ class EckartConfig(QuantizationConfigMixin):
             modules, ties = described(model), shared_parameters(model)
             if (modules, ties) != (self.modules, self.ties):
                 self.modules, self.ties, self.format_version = modules, ties, 2 if ties else 1
-        content: dict[str, Any] = {"quant_method": self.quant_method, "format_version": self.format_version,
+        content: dict[str, Any] = {"quant_method": WRITTEN, "format_version": self.format_version,
                                    "modules": copy.deepcopy(self.modules)}  # fmt: skip
         return content | {"ties": dict(self.ties)} if self.ties else content
 
@@ -93,6 +98,11 @@ class EckartConfig(QuantizationConfigMixin):
         if copied is not None:
             new.follow(copied)
         return new
+
+
+def is_ours(quant_method: Any) -> bool:
+    """Whether ``quant_method`` of a ``config.json`` is eckart's."""
+    return quant_method in (METHOD, WRITTEN)
 
 
 def _adapted(model: PreTrainedModel) -> bool:

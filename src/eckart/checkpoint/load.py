@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint import plugin  # noqa: F401  registers the format
 from eckart.checkpoint.compare_files import compare_with_files, listed_by_caller
-from eckart.checkpoint.description import METHOD
+from eckart.checkpoint.description import is_ours
 from eckart.checkpoint.model_config import describe_unbuildable, read_model_config, require_countable
 from eckart.checkpoint.source import resolve
 from eckart.errors import CheckpointError, EckartError, UsageError
@@ -149,7 +149,7 @@ def _of_head(model: PreTrainedModel, key: str) -> bool:
 
 def _is_factored(config: dict[str, Any]) -> bool:
     quantization = config.get("quantization_config")
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    return isinstance(quantization, dict) and is_ours(quantization.get("quant_method"))
 
 
 def _remote_class(config: dict[str, Any], architectures: list[str]) -> Any:

@@ -1,6 +1,6 @@
 """The checkpoint format inside transformers: importing this module registers it.
 
-``config.json`` says ``quantization_config: {quant_method: "eckart", format_version, modules, ties}``; transformers
+``config.json`` says ``quantization_config: {quant_method: "eckart: ...", format_version, modules, ties}``; transformers
 asks the quantizer registered under that name to put the forms in place before it loads the weights.
 Nothing is quantized, and the loaded model is left an ordinary one that can be cast, trained and saved.
 """
@@ -18,7 +18,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from eckart.checkpoint.compare_files import compare_with_files, require_filled
-from eckart.checkpoint.description import METHOD, EckartConfig, attach_config, detach_config, is_special
+from eckart.checkpoint.description import METHOD, WRITTEN, EckartConfig, attach_config, detach_config, is_special
 from eckart.checkpoint.guard import guard_of
 from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out, take_neurons_out
 from eckart.errors import CheckpointError
@@ -202,10 +202,11 @@ class EckartQuantizer(HfQuantizer):
 
 def register() -> None:
     """Tell transformers of the format; calling it again, or reloading the module, does no harm."""
-    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
-    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
-    auto.register_quantization_config(METHOD)(EckartConfig)
-    auto.register_quantizer(METHOD)(EckartQuantizer)
+    for name in (METHOD, WRITTEN):
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(name, None)
+        auto.AUTO_QUANTIZER_MAPPING.pop(name, None)
+        auto.register_quantization_config(name)(EckartConfig)
+        auto.register_quantizer(name)(EckartQuantizer)
 
 
 def _without_guard(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

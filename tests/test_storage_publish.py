@@ -185,6 +185,7 @@ def test_output_never_is_holds_or_lies_inside_an_input(tmp_path, monkeypatch):
     with refused("holds the current folder", "--output-dir"):
         check_output("..", overwrite=True)
     assert check_output("out") == home / "input/out"
+    assert check_output("out", inputs=[""]) == home / "input/out"  # the name of a model that was built, not loaded
 
 
 def test_output_without_space_or_permission_is_refused(tmp_path, monkeypatch):

@@ -238,7 +238,7 @@ def _place(staging: Path, target: Path, aside: Path, overwrite: bool) -> None:
 def existing_inputs(inputs: Sequence[Any]) -> Iterator[tuple[Path, Path]]:
     """Of what a run reads, the paths that exist: as they were given, and with links followed."""
     for given in inputs:
-        if not isinstance(given, str | os.PathLike):
+        if not isinstance(given, str | os.PathLike) or not os.fspath(given):  # a model that was built has the name ""
             continue
         try:
             path = output_path(os.fspath(given))

@@ -92,7 +92,7 @@ def require_countable(config: Any, home: Path, tensors: int) -> None:
 
 def _unreadable(path: Path, error: Exception) -> str:
     said = " ".join(str(error).split())[:300]
-    if "trust_remote_code" in said:
+    if "trust_remote_code" in str(error):
         return (
             f"{path} needs the model's own Python code. Read that code and pass --trust-remote-code "
             "(trust_remote_code=True)."

@@ -12,7 +12,7 @@ from eckart.compression.context import CompressionContext
 from eckart.errors import DataError, UsageError
 from eckart.evaluation import quality
 from eckart.model import WeightLoader, cast, fuse_experts, shared_clone
-from eckart.speed.latency import compare_latency, measure_latency
+from eckart.speed.latency import compare_latency, measure_latency, time_where_memory_allows
 
 
 def measure_quality(context: CompressionContext, compressed: PreTrainedModel) -> dict[str, Any]:
@@ -55,14 +55,16 @@ def time_models(context: CompressionContext, compressed: PreTrainedModel) -> dic
     workspace = context.workspace
     if workspace.streaming or workspace.processes.size > 1:
         return None
-    models = {
-        name: copy_to_time(model, compressed.dtype, context.weights.device)
-        for name, model in (("original", context.model), ("eckart", compressed))
-    }
     data = context.data if context.held_out is None else context.held_out
-    if data is None:
-        return measure_latency(models)
-    return compare_latency(models, next(iter(data)).inputs)
+
+    def measure() -> dict[str, Any] | None:
+        models = {
+            name: copy_to_time(model, compressed.dtype, context.weights.device)
+            for name, model in (("original", context.model), ("eckart", compressed))
+        }
+        return measure_latency(models) if data is None else compare_latency(models, next(iter(data)).inputs)
+
+    return time_where_memory_allows(measure)
 
 
 def copy_to_time(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:

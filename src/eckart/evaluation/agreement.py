@@ -15,6 +15,7 @@ from eckart.data.model_kind import head_problem
 from eckart.data.pooling import Pooling, find_hidden_state
 from eckart.errors import DataError, UsageError
 from eckart.evaluation.divergence import compare_distributions, compare_labels
+from eckart.moments import run_in_halves
 
 MULTI_LABEL = "multi_label_classification"
 
@@ -44,18 +45,23 @@ def compare_predictions(
     """
     total, same, count = 0.0, 0, 0
     compare = compare_labels if head_problem(reference) == MULTI_LABEL else compare_distributions
+
+    def compare_batch(batch: Batch) -> list[tuple[float, int, int]]:
+        found = []
+        for logits, truth in zip(_logits(model, batch), _logits(reference, batch), strict=True):
+            if logits.shape != truth.shape:
+                raise UsageError(
+                    f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
+                    "compare a model with the one it was made from"
+                )
+            divergence, equal = compare(_compared(logits, batch), _compared(truth.to(logits.device), batch))
+            found.append((float(divergence.sum()), int(equal.sum()), equal.numel()))
+        return found
+
     with evaluating(model, reference):
-        for batch in progress(batches, what="agreement", disable=disable):
-            for logits, truth in zip(_logits(model, batch), _logits(reference, batch), strict=True):
-                if logits.shape != truth.shape:
-                    raise UsageError(
-                        f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
-                        "compare a model with the one it was made from"
-                    )
-                divergence, equal = compare(_compared(logits, batch), _compared(truth.to(logits.device), batch))
-                total += float(divergence.sum())
-                same += int(equal.sum())
-                count += equal.numel()
+        for found in run_in_halves(progress(batches, what="agreement", disable=disable), compare_batch):
+            for cost, equal, size in found:
+                total, same, count = total + cost, same + equal, count + size
     if count == 0:
         raise DataError("batches: no real token to compare: pass batches that hold text")
     return {"kl": total / count, "top1": same / count, "tokens": count, "finite": math.isfinite(total)}
@@ -86,16 +92,18 @@ def compare_embeddings(
         UsageError: If the models put out no token embeddings.
         DataError: If there is nothing to compare.
     """
-    distances = []
+
+    def compare_batch(batch: Batch) -> Tensor:
+        mine, truth = embed_sentences(model, batch, pooling), embed_sentences(reference, batch, pooling)
+        if mine.shape != truth.shape:
+            raise UsageError(
+                f"the models' embeddings differ in shape, {tuple(mine.shape)} and {tuple(truth.shape)}: "
+                "compare a model with the one it was made from"
+            )
+        return 1 - torch.nn.functional.cosine_similarity(mine, truth, dim=-1)
+
     with evaluating(model, reference):
-        for batch in progress(batches, what="embeddings", disable=disable):
-            mine, truth = embed_sentences(model, batch, pooling), embed_sentences(reference, batch, pooling)
-            if mine.shape != truth.shape:
-                raise UsageError(
-                    f"the models' embeddings differ in shape, {tuple(mine.shape)} and {tuple(truth.shape)}: "
-                    "compare a model with the one it was made from"
-                )
-            distances.append(1 - torch.nn.functional.cosine_similarity(mine, truth, dim=-1))
+        distances = list(run_in_halves(progress(batches, what="embeddings", disable=disable), compare_batch))
     if not distances:
         raise DataError("batches: no sentence to compare: pass batches that hold text")
     all_ = torch.cat(distances)

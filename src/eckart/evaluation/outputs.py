@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eckart.data.batch import Batch
 from eckart.data.inference import evaluating, progress, run
 from eckart.errors import DataError, UsageError
+from eckart.moments import run_in_halves
 
 
 def compare_outputs(
@@ -34,20 +35,25 @@ def compare_outputs(
     """
     distances: dict[str, list[Tensor]] = {}
     rows = 0
+
+    def compare_batch(batch: Batch) -> tuple[int, dict[str, Tensor]]:
+        mine, truth = (dict(list_outputs(run(each, batch.inputs), batch)) for each in (model, reference))
+        shapes = [{name: tuple(value.shape) for name, value in found.items()} for found in (mine, truth)]
+        if shapes[0] != shapes[1] or not mine:
+            raise UsageError(
+                f"the outputs of {type(model).__name__} cannot be compared: {shapes[0] or 'none'}, and "
+                f"{shapes[1] or 'none'} of the original. Compare a model with the one it was made from, by scores "
+                "of its own task."
+            )
+        return len(batch), {
+            name: 1 - nn.functional.cosine_similarity(value, truth[name], dim=-1) for name, value in mine.items()
+        }
+
     with evaluating(model, reference):
-        for batch in progress(batches, what="outputs", disable=disable):
-            mine, truth = (dict(list_outputs(run(each, batch.inputs), batch)) for each in (model, reference))
-            shapes = [{name: tuple(value.shape) for name, value in found.items()} for found in (mine, truth)]
-            if shapes[0] != shapes[1] or not mine:
-                raise UsageError(
-                    f"the outputs of {type(model).__name__} cannot be compared: {shapes[0] or 'none'}, and "
-                    f"{shapes[1] or 'none'} of the original. Compare a model with the one it was made from, by scores "
-                    "of its own task."
-                )
-            for name, value in mine.items():
-                cosine = nn.functional.cosine_similarity(value, truth[name], dim=-1)
-                distances.setdefault(name, []).append(1 - cosine)
-            rows += len(batch)
+        for size, found in run_in_halves(progress(batches, what="outputs", disable=disable), compare_batch):
+            rows += size
+            for name, values in found.items():
+                distances.setdefault(name, []).append(values)
     if not rows:
         raise DataError("batches: nothing to compare: pass batches that hold some")
     means = [torch.cat(found).mean() for found in distances.values()]

@@ -19,6 +19,7 @@ from eckart.data.model_kind import UNLIMITED, max_positions
 from eckart.data.windows import adds_bos
 from eckart.errors import DataError, UsageError
 from eckart.evaluation.divergence import negative_log_likelihood
+from eckart.moments import run_in_halves
 
 WINDOW = 1024
 """Tokens a window, where no number is asked for and the model has as many positions."""
@@ -83,20 +84,26 @@ def measure_perplexity(
     tokens = torch.tensor(ids, dtype=torch.long)
     require_known_tokens([{"input_ids": tokens}], model, getattr(model, "config", None), tokenizer)
     first = torch.tensor([tokenizer.bos_token_id] if bos else [], dtype=torch.long)
-    total, nonfinite = 0.0, 0
+
+    def score(group: _Group) -> tuple[float, int]:
+        rows = torch.stack([torch.cat([first, tokens[part.start : part.end]]) for part in group.examples])  # (B, T)
+        output = run(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})
+        logits = getattr(output, "logits", None)
+        if logits is None or logits.shape[:2] != rows.shape:
+            raise UsageError(f"{type(model).__name__} returns no logits a token: load it with AutoModelForCausalLM")
+        cost, nonfinite = 0.0, 0
+        for row, part in enumerate(group.examples):
+            # The logits at position i are about token i + 1.
+            at = part.scored - part.start + len(first)
+            costs = negative_log_likelihood(logits[row, at - 1 : -1], rows[row, at:].to(logits.device))
+            nonfinite += int((~torch.isfinite(costs)).sum())
+            cost += float(costs.sum())
+        return cost, nonfinite
+
+    groups = [_Group(tuple(group)) for group in _groups(windows, batch_size)]
     with evaluating(model):
-        for group in progress(_groups(windows, batch_size), what="perplexity", disable=disable):
-            rows = torch.stack([torch.cat([first, tokens[part.start : part.end]]) for part in group])  # (B, T)
-            output = run(model, {"input_ids": rows, "attention_mask": torch.ones_like(rows)})
-            logits = getattr(output, "logits", None)
-            if logits is None or logits.shape[:2] != rows.shape:
-                raise UsageError(f"{type(model).__name__} returns no logits a token: load it with AutoModelForCausalLM")
-            for row, part in enumerate(group):
-                # The logits at position i are about token i + 1.
-                at = part.scored - part.start + len(first)
-                costs = negative_log_likelihood(logits[row, at - 1 : -1], rows[row, at:].to(logits.device))
-                nonfinite += int((~torch.isfinite(costs)).sum())
-                total += float(costs.sum())
+        found = list(run_in_halves(progress(groups, what="perplexity", disable=disable), score))
+    total, nonfinite = sum(cost for cost, _ in found), sum(count for _, count in found)
     size = sum(byte_ends[part.end - 1] - (byte_ends[part.scored - 1] if part.scored else 0) for part in windows)
     mean = total / scored
     overlap = "non-overlapping" if stride == window - bos else f"stride {stride},"
@@ -115,6 +122,16 @@ def measure_perplexity(
             + (f", first {max_tokens} tokens" if max_tokens is not None else "")
         ),
     }
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Windows of one length, which run at once."""
+
+    examples: tuple[_Window, ...]
+
+    def rows(self, start: int, stop: int) -> _Group:
+        return _Group(self.examples[start:stop])
 
 
 def _settle(

@@ -19,7 +19,7 @@ from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.choose import build_scorer, choose_task
 from eckart.evaluation.sizes import Size
 from eckart.model import find_sites, preserve_random_state, with_separate_experts
-from eckart.speed.latency import measure_latency
+from eckart.speed.latency import measure_latency, time_where_memory_allows
 from eckart.storage.layout import model_folder, read_json
 
 BASELINE_BITS = (8, 4)
@@ -123,7 +123,7 @@ def _time(context: EvaluationContext) -> dict[str, Any] | None:
     """Latency of the original and the model. Rounded ones compute with the original's weights: they are no faster."""
     recipe = context.recipe
     timed = {name: opened.model for name, opened in _opened(context)}
-    return measure_latency(timed, recipe.batch_size, recipe.max_seq_length)
+    return time_where_memory_allows(lambda: measure_latency(timed, recipe.batch_size, recipe.max_seq_length))
 
 
 def _opened(context: EvaluationContext) -> Iterator[tuple[str, EvaluatedModel]]:

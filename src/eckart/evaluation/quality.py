@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from eckart.data import CalibrationData, Pooling
+from eckart.data.batch import Batch
 from eckart.data.inference import evaluating, run
 from eckart.errors import NumericalError
 from eckart.evaluation.agreement import compare_embeddings, compare_predictions, predicts_distribution, puts_out_tokens
 from eckart.evaluation.divergence import negative_log_likelihood
 from eckart.evaluation.outputs import compare_outputs
+from eckart.moments import run_in_halves
 
 
 def measure_quality(
@@ -36,7 +38,7 @@ def measure_quality(
         NumericalError: if the compressed model's output is not finite.
         UsageError: if the outputs of the two models differ in shape.
     """
-    first = next(iter(held))
+    first = next(iter(held)).rows(0, 1)
     if pooling is None and predicts_distribution(original, first):
         name, values = "agreement", compare_predictions(model, original, held)
     elif pooling is not None or puts_out_tokens(original, first):
@@ -60,24 +62,28 @@ def distance_to_original(measured: dict[str, Any]) -> float:
 
 def score_next_tokens(model: nn.Module, held: CalibrationData) -> float:
     """Perplexity of a causal model on the next tokens of batches, padding left out."""
-    total, count = 0.0, 0
+
+    def score(batch: Batch) -> tuple[float, int]:
+        logits = run(model, batch.inputs).logits[:, :-1]
+        ids = batch.inputs["input_ids"][:, 1:].to(logits.device)
+        mask = batch.masks()[batch.inputs["input_ids"].shape[1]][:, 1:].to(logits.device)
+        return float(negative_log_likelihood(logits[mask], ids[mask]).sum()), int(mask.sum())
+
     with evaluating(model):
-        for batch in held:
-            logits = run(model, batch.inputs).logits[:, :-1]
-            ids = batch.inputs["input_ids"][:, 1:].to(logits.device)
-            mask = batch.masks()[batch.inputs["input_ids"].shape[1]][:, 1:].to(logits.device)
-            total += float(negative_log_likelihood(logits[mask], ids[mask]).sum())
-            count += int(mask.sum())
+        found = list(run_in_halves(held, score))
+    total, count = sum(cost for cost, _ in found), sum(size for _, size in found)
     return math.exp(min(total / max(count, 1), 700.0))
 
 
 def score_classes(model: nn.Module, held: CalibrationData) -> float:
     """Accuracy of a classifier on batches whose rows have labels."""
-    right, count = 0, 0
+
+    def score(batch: Batch) -> tuple[int, int]:
+        labels = batch.inputs["labels"]
+        logits = run(model, {k: v for k, v in batch.inputs.items() if k != "labels"}).logits
+        return int(torch.eq(logits.argmax(-1).cpu(), labels.cpu()).sum()), len(labels)
+
     with evaluating(model):
-        for batch in held:
-            labels = batch.inputs["labels"]
-            logits = run(model, {k: v for k, v in batch.inputs.items() if k != "labels"}).logits
-            right += int(torch.eq(logits.argmax(-1).cpu(), labels.cpu()).sum())
-            count += len(labels)
+        found = list(run_in_halves(held, score))
+    right, count = sum(hits for hits, _ in found), sum(size for _, size in found)
     return right / max(count, 1)

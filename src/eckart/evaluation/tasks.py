@@ -20,6 +20,7 @@ from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData
 from eckart.errors import DataError, UsageError
 from eckart.evaluation.agreement import embed_sentences
+from eckart.moments import run_in_halves
 
 NO_ANSWER = -1
 """The class of a row whose logits are not finite."""
@@ -145,8 +146,9 @@ def score_similarity(
     found: dict[int, Tensor] = {}
     with evaluating(model):
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length, pooling)
-        for batch in progress(batches, what="embeddings", disable=disable):
-            found |= dict(zip(batch.examples, embed_sentences(model, batch, pooling), strict=True))
+        shown = progress(batches, what="embeddings", disable=disable)
+        for examples, rows in run_in_halves(shown, lambda part: (part.examples, embed_sentences(model, part, pooling))):
+            found |= dict(zip(examples, rows, strict=True))
     first = torch.stack([found[one] for one, _ in pairs])
     second = torch.stack([found[two] for _, two in pairs])
     return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), task)
@@ -190,15 +192,19 @@ def _head_logits(
     found: dict[int, Tensor] = {}
     # A row's place in the task, not in the data, as what it is known by: rows may come from several files.
     texts = [TextExample(row.text.text, row.text.where, place, pair=row.text.pair) for place, row in enumerate(task)]
+
+    def answer(batch: Batch) -> dict[int, Tensor]:
+        logits = getattr(run(model, batch.inputs), "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            raise UsageError(
+                f"{type(model).__name__} gives no logits a text: load it with AutoModelForSequenceClassification"
+            )
+        return dict(zip(batch.examples, logits.double().cpu(), strict=True))
+
     with evaluating(model):
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
-        for batch in progress(batches, what="task", disable=disable):
-            logits = getattr(run(model, batch.inputs), "logits", None)
-            if not isinstance(logits, Tensor) or logits.dim() != 2:
-                raise UsageError(
-                    f"{type(model).__name__} gives no logits a text: load it with AutoModelForSequenceClassification"
-                )
-            found |= dict(zip(batch.examples, logits.double().cpu(), strict=True))
+        for answers in run_in_halves(progress(batches, what="task", disable=disable), answer):
+            found |= answers
     return torch.stack([found[place] for place in range(len(task))])
 
 

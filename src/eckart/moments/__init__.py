@@ -4,7 +4,7 @@ from eckart.moments.calls import common_calls, shared_inputs
 from eckart.moments.current_batch import BatchLike, real_tokens
 from eckart.moments.curvature import generator, labeled_loss, sampled_loss
 from eckart.moments.gatherer import Gatherer, Step, gather
-from eckart.moments.halving import Halving, release
+from eckart.moments.halving import Halving, release, run_in_halves
 from eckart.moments.norms import reading_norms
 from eckart.moments.site import Moments, deserialize, serialize
 from eckart.moments.statistic import (
@@ -35,6 +35,7 @@ __all__ = [
     "reading_norms",
     "real_tokens",
     "release",
+    "run_in_halves",
     "sampled_loss",
     "serialize",
     "shared_inputs",

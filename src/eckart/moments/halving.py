@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 
 from eckart.errors import is_out_of_memory
 from eckart.moments.current_batch import BatchLike
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,24 @@ class Halving:
                 self.max_rows = size // 2
                 release()  # outside of the handler: the error that it held on to is gone
             todo += [part.rows(size // 2, size), part.rows(0, size // 2)]
+
+
+def run_in_halves(batches: Iterable[Any], call: Callable[[Any], T]) -> Iterator[T]:
+    """What a call makes of batches, in order; of parts of them where memory does not hold a whole one.
+
+    Args:
+        batches: with `examples` and `rows`.
+        call: works on some rows and changes nothing else: where memory runs out it is called again with fewer.
+
+    Yields:
+        What each call returned.
+    """
+    halving = Halving()
+    found: list[T] = []
+    for batch in batches:
+        halving.run(batch, lambda part: found.append(call(part)))
+        yield from found
+        found.clear()
 
 
 def _fits(part: BatchLike, call: Callable[[Any], None]) -> bool:

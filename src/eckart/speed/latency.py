@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,28 @@ from transformers import PreTrainedModel
 from eckart.data.inference import device_of, evaluating
 from eckart.data.last_token import padding_named, tell_padding
 from eckart.data.model_kind import max_positions
+from eckart.errors import is_out_of_memory
 from eckart.speed.clock import measure_in_turn
 from eckart.speed.phases import MADE_UP, random_inputs
 from eckart.speed.profile import name_of_dtype
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 BATCH, LENGTH = 8, 128
 """Of inputs that are made up; fewer tokens where the model has fewer positions."""
+
+
+def time_where_memory_allows(measure: Callable[[], T]) -> T | None:
+    """What is measured; None with a warning where memory runs out: what a run has found besides is not lost for it."""
+    try:
+        return measure()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    logger.warning("the speed is not measured: out of memory. Lower --batch-size or --max-seq-length to have it.")
+    return None
 
 
 def measure_latency(

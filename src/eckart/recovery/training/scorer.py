@@ -16,6 +16,7 @@ from eckart.evaluation.agreement import compare_embeddings
 from eckart.evaluation.divergence import negative_log_likelihood
 from eckart.evaluation.perplexity import measure_perplexity
 from eckart.evaluation.tasks import score_classification, score_regression
+from eckart.moments import run_in_halves
 from eckart.recovery.training.masking import mask_tokens
 
 EVAL_TOKENS = 65_536
@@ -116,16 +117,22 @@ def masked_scorer(tokenizer: Any, batches: Sequence[dict[str, Tensor]], seed: in
     """Exponential of the mean cost of masked tokens; the same tokens are masked each time."""
 
     def score(model: PreTrainedModel) -> Scores:
-        total, count = 0.0, 0
+
+        def cost_of(batch: Batch) -> tuple[float, int]:
+            masked = batch.inputs
+            logits = forward(model, masked).logits
+            chosen = masked["labels"] != -100
+            costs = negative_log_likelihood(
+                logits[chosen.to(logits.device)], masked["labels"][chosen].to(logits.device)
+            )
+            return float(costs.sum()), len(costs)
+
+        vocabulary = int(model.config.vocab_size)
+        masked = (mask_tokens(batch, tokenizer, vocabulary, seed + number) for number, batch in enumerate(batches))
         with evaluating(model):
-            for number, batch in enumerate(batches):
-                masked = mask_tokens(batch, tokenizer, int(model.config.vocab_size), seed + number)
-                logits = forward(model, masked).logits
-                chosen = masked["labels"] != -100
-                costs = negative_log_likelihood(
-                    logits[chosen.to(logits.device)], masked["labels"][chosen].to(logits.device)
-                )
-                total, count = total + float(costs.sum()), count + len(costs)
+            parts = (Batch(inputs, tuple(range(len(inputs["labels"])))) for inputs in masked)
+            found = list(run_in_halves(parts, cost_of))
+        total, count = sum(cost for cost, _ in found), sum(size for _, size in found)
         mean = total / max(count, 1)
         return Scores({"masked perplexity": math.exp(mean) if mean < 700 else math.inf if mean > 0 else math.nan})
 

@@ -582,7 +582,7 @@ def test_local_paths_that_do_not_work(tmp_path):
         (["x"], {"num_samples": 0}, "num_samples"),
         (["x"], {"batch_size": True}, "batch_size"),
         (["x"], {"max_seq_length": 1.5}, "max_seq_length"),
-        (["x"], {"label_column": "label"}, "label_column"),
+        (["x"], {"label_column": "label"}, "--data-label-column label: llama has no head"),
         (["x"], {"target_column": "target"}, "target_column"),
         (3, {}, "holds no rows"),
         ({"text": ["x"], "label": [0, 1]}, {}, "holds no rows"),

@@ -56,12 +56,12 @@ def test_answer_that_is_no_class_is_wrong_and_counts_for_no_class():
 def test_correlations_share_ranks_and_are_undefined_for_constants():
     a = torch.tensor([1.0, 2.0, 2.0, 3.5, 5.0, 5.0, 5.0, 0.5])
     b = [2.0, 1.0, 4.0, 4.0, 4.0, 9.0, 8.0, 0.1]
-    task = load_task([{"text": "a", "label": score} for score in b], regression=True)
-    found = _correlations(a, task)
+    gold = torch.tensor(b, dtype=torch.float64)
+    found = _correlations(a, gold)
     assert found["spearman"] == pytest.approx(0.8679416943609327)
     assert found["pearson"] == pytest.approx(0.8439005385731561)
     for predicted, finite in ((torch.ones(8), True), (a.clone().fill_(torch.nan), False)):
-        undefined = _correlations(predicted, task)
+        undefined = _correlations(predicted, gold)
         assert math.isnan(undefined["spearman"])
         assert math.isnan(undefined["pearson"])
         assert undefined["finite"] == finite

@@ -157,8 +157,8 @@ def test_the_end_of_one_text_is_held_out(monkeypatch, reader, tmp_path):
 
 def labeled(reader, rows, task, eval_rows=None, labels=2):
     recipe = asked(data_column="text", data_label_column="label")
-    model = bert(num_labels=labels)
-    loaded = load_labeled(recipe, rows, label2id=None, task=task)
+    model = bert(num_labels=1 if task == "regression" else labels)
+    loaded = load_labeled(recipe, rows, model=model, task=task)
     return load_training_data(recipe, rows, eval_rows, task, model, reader, loaded)
 
 
@@ -172,7 +172,7 @@ def test_scores_stay_what_they_are_and_other_data_are_scored_on(reader):
 
 def test_a_label_that_is_no_class_is_named(reader):
     rows = [{"text": "text", "label": i} for i in (0, 1, 2)]
-    with pytest.raises(DataError, match="label 2 is not a class"):
+    with pytest.raises(DataError, match=r"label 2 in column .label., but the model has 2 classes"):
         labeled(reader, rows, "classification", rows)
 
 

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel
 
 from eckart.data import Batch, CalibrationData, Pooling, model_kind
 from eckart.data.inference import device_of, forward
-from eckart.data.model_kind import head_problem
-from eckart.errors import NumericalError
+from eckart.data.model_kind import has_head, head_problem
+from eckart.errors import NumericalError, UsageError
 from eckart.moments import Step, labeled_loss, needs_backward, sampled_loss
+
+OWN_TEXT = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForPreTraining")
+"""What loads heads whose labels are the text itself."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,26 @@ def choose_loss(
         curvature: "auto" (own labels where the data has them, else draws), "sampled" or "labels".
         seed: of the draws.
         pooling: how sentence embeddings are made, for embedding models.
+
+    Raises:
+        UsageError: labels are asked for, and there are none.
     """
     if not needs_backward(needs):
         return Loss("none", plain_step(model))
     if curvature == "labels" or (curvature == "auto" and data.has_labels):
+        if not data.has_labels and not _has_own_labels(model, pooling):
+            raise UsageError(
+                f"--curvature labels: the data has no labels for {type(model).__name__}. Name their column "
+                "(--data-label-column, or --data-target-column of an encoder-decoder), or leave the option out."
+            )
         return Loss("labels", labeled_step(model))
     return Loss("sampled", sampled_step(model, seed, pooling))
+
+
+def _has_own_labels(model: PreTrainedModel, pooling: Pooling | None) -> bool:
+    """Whether a model's labels are the text that it reads."""
+    two_sided = model_kind(model.config, model) == "encoder-decoder"
+    return pooling is None and not two_sided and has_head(model.config, model, *OWN_TEXT)
 
 
 def plain_step(model: PreTrainedModel) -> Step:

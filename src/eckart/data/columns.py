@@ -19,6 +19,10 @@ TOOLS = "tools"
 """The column that describes the functions that a chat may call."""
 
 
+class NoSuchColumnError(DataError):
+    """No column is named, and none can be told."""
+
+
 def peek_rows(rows: Iterator[DataRow], source: str) -> tuple[list[DataRow], Iterator[DataRow]]:
     """Read the first rows without consuming them.
 
@@ -115,7 +119,7 @@ def find_label_column(
     for choice in (named[0], numeric, *named[1:], [name for name in named[0] if name in numeric]):
         if len(choice) == 1:
             return choice[0]
-    raise DataError(
+    raise NoSuchColumnError(
         f"{source}: which column holds the label? There are {_listed(columns)}: name one with --data-label-column"
     )
 

@@ -19,7 +19,16 @@ from eckart.data.draw import choose_rows, draw_rows
 from eckart.data.examples import TextExample, example_of
 from eckart.data.explain import require_known_tokens
 from eckart.data.items import first_item
-from eckart.data.model_kind import ModelKind, has_head, max_positions, model_kind, pad_token, sequence_length
+from eckart.data.labels import class_labels
+from eckart.data.model_kind import (
+    CLASSIFIERS,
+    ModelKind,
+    has_head,
+    max_positions,
+    model_kind,
+    pad_token,
+    sequence_length,
+)
 from eckart.data.model_ready import is_model_ready, model_ready_batches
 from eckart.data.names import TEXT_NAMES, normalize_name
 from eckart.data.padding import encoder_batches, seq2seq_batches, shift_of
@@ -27,7 +36,6 @@ from eckart.data.pooling import Pooling
 from eckart.data.ready_examples import example_batches, is_ready_example
 from eckart.data.rows import DataRow
 from eckart.data.source import RowSource, open_source
-from eckart.data.task import class_labels
 from eckart.data.windows import POOL, choose_windows, token_stream, window_batches
 from eckart.errors import DataError, UsageError
 
@@ -107,7 +115,7 @@ def load_data(
     kind = kind or ("encoder" if pooling is not None else model_kind(model_config, model))
     if tokenizer is None and not is_ready_example(first):
         raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
-    _check_columns(kind, model_config, label_column, target_column)
+    _check_columns(kind, model_config, model, label_column, target_column)
     limit = (pooling.max_seq_length if pooling is not None else None) or DEFAULT_TOKENS
     default = min(limit, DEFAULT_TOKENS)
     length = sequence_length(max_seq_length, default, tokenizer=tokenizer, config=model_config, model=model)
@@ -188,12 +196,17 @@ def _check_numbers(**numbers: Any) -> None:
 
 
 def _check_columns(
-    kind: ModelKind, config: PretrainedConfig, label_column: str | None, target_column: str | None
+    kind: ModelKind,
+    config: PretrainedConfig,
+    model: PreTrainedModel | None,
+    label_column: str | None,
+    target_column: str | None,
 ) -> None:
-    if label_column is not None and kind != "encoder":
+    if label_column is not None and not has_head(config, model, *CLASSIFIERS):
+        name = type(model).__name__ if model is not None else config.model_type
         raise UsageError(
-            f"label_column: {config.model_type} has no classification head: leave it out, or load the model with "
-            "AutoModelForSequenceClassification"
+            f"--data-label-column {label_column}: {name} has no head that gives a label a text: leave it out, or load "
+            "the model with AutoModelForSequenceClassification"
         )
     if target_column is not None and kind == "causal":
         raise UsageError("target_column: a causal model reads one text: put both into one column, or leave it out")

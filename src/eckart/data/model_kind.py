@@ -91,11 +91,13 @@ def head_problem(model: Any) -> str | None:
     Returns:
         "regression", "multi_label_classification" or "single_label_classification".
     """
-    config = model.config
-    if not has_head(config, model, *CLASSIFIERS):
-        return None
+    return problem_of(model.config) if has_head(model.config, model, *CLASSIFIERS) else None
+
+
+def problem_of(config: Any) -> str:
+    """The `problem_type` of a classifier's configuration, or what transformers takes it for if it names none."""
     named = getattr(config, "problem_type", None)
-    return named or ("regression" if getattr(config, "num_labels", 2) == 1 else "single_label_classification")
+    return str(named or ("regression" if getattr(config, "num_labels", 2) == 1 else "single_label_classification"))
 
 
 def max_positions(config: PretrainedConfig, model: nn.Module | None = None) -> int | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eckart.data.batch import Batch
 from eckart.data.examples import TextExample
+from eckart.data.labels import Label
 from eckart.errors import UsageError
 
 IGNORED = -100
@@ -66,12 +67,13 @@ def collate(encoded: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, T
 
     Args:
         encoded: As :func:`encode` returned them.
-        pad_id: Pads input_ids; all other inputs are padded with 0.
+        pad_id: Pads the ids of both sides; all other inputs are padded with 0.
 
     Returns:
         Model-ready inputs (B, T).
     """
-    return {name: pad([row[name] for row in encoded], pad_id if name == "input_ids" else 0) for name in encoded[0]}
+    ids = ("input_ids", "decoder_input_ids")
+    return {name: pad([row[name] for row in encoded], pad_id if name in ids else 0) for name in encoded[0]}
 
 
 def encoder_batches(
@@ -81,7 +83,7 @@ def encoder_batches(
     max_length: int,
     batch_size: int,
     pad_id: int,
-    labels: Sequence[int | float] | None = None,
+    labels: Sequence[Label] | None = None,
 ) -> Iterator[Batch]:
     """Put separate texts into batches of about equal lengths.
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from transformers import PretrainedConfig
-
 from eckart.data.columns import (
-    cell_value,
     find_label_column,
     find_pair_column,
     find_text_column,
@@ -19,10 +15,8 @@ from eckart.data.columns import (
     require_column,
 )
 from eckart.data.examples import TextExample, example_of
-from eckart.data.rows import DataRow
+from eckart.data.labels import Label, labels_of
 from eckart.data.source import open_source
-from eckart.data.table import is_number
-from eckart.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -31,11 +25,11 @@ class TaskRow:
 
     Attributes:
         text: The text, with the second one as its pair.
-        label: A class number, or a score.
+        label: A class number, a score, or a list of either's numbers, see :func:`eckart.data.labels.labels_of`.
     """
 
     text: TextExample
-    label: int | float
+    label: Label
 
 
 @dataclass
@@ -62,7 +56,7 @@ class TaskData:
         return [row.text for row in self.rows]
 
     @property
-    def labels(self) -> list[int | float]:
+    def labels(self) -> list[Label]:
         """The labels of all rows."""
         return [row.label for row in self.rows]
 
@@ -75,6 +69,8 @@ def load_task(
     label: str | None = None,
     label2id: Mapping[str, int] | None = None,
     regression: bool | None = None,
+    multi_label: bool | None = False,
+    outputs: int | None = None,
     config: str | None = None,
     split: str = "validation",
     revision: str | None = None,
@@ -92,6 +88,8 @@ def load_task(
         label2id: Maps labels that are words: the model's `config.label2id`.
         regression: True for scores, False for classes, None to tell by the labels (scores if one has a fraction
             or a decimal point).
+        multi_label: Whether several classes may hold at once; None to tell by the labels, which are lists then.
+        outputs: Numbers that the model gives for a row; None if that is not known.
         config: The hub data set's configuration.
         split: The hub data set's split.
         revision: The hub data set's revision.
@@ -114,78 +112,10 @@ def load_task(
     if pair_column is not None:
         require_column(pair_column, first, source.name)
     chosen = sorted(islice(rows, num_samples), key=lambda row: row.index)
-    labels = labels_of(chosen, label, label2id=label2id, regression=regression)
+    labels = labels_of(
+        chosen, label, label2id=label2id, regression=regression, multi_label=multi_label, outputs=outputs
+    )
     examples = [example_of(row, column, pair_column) for row in chosen]
     found = [TaskRow(example, value) for example, value in zip(examples, labels, strict=True)]
     columns = {"column": column, "pair_column": pair_column, "label_column": label}
     return TaskData(found, {**source.description, **columns, "rows": len(found)})
-
-
-def class_labels(rows: Sequence[DataRow], column: str, config: PretrainedConfig) -> list[int | float]:
-    """Read the labels of rows for a model with a classification or regression head.
-
-    Raises:
-        DataError: If a label is not one of the model's.
-    """
-    regression = config.num_labels == 1 or config.problem_type == "regression"
-    label2id = {str(name): int(number) for name, number in (config.label2id or {}).items()}
-    labels = labels_of(rows, column, label2id=label2id, regression=regression)
-    classes = config.num_labels or 0
-    for row, label in zip(rows, labels, strict=True):
-        if not regression and label >= classes:
-            raise DataError(
-                f"{row.where}: label {label} in column {column!r}, but the model has {classes} classes "
-                "(0 first): correct the row, or load a model with as many"
-            )
-    return labels
-
-
-def labels_of(
-    rows: Sequence[DataRow], column: str, *, label2id: Mapping[str, int] | None, regression: bool | None
-) -> list[int | float]:
-    """Read the labels of rows.
-
-    Args:
-        rows: The rows.
-        column: Their label column.
-        label2id: Maps labels that are words.
-        regression: True for scores, False for classes, None decides by the labels.
-
-    Returns:
-        A number for each row: whole numbers for classes.
-
-    Raises:
-        DataError: If a label is not a number and is not in `label2id`, or is not a class number.
-    """
-    values = [cell_value(row, column) for row in rows]
-    if regression is None:
-        regression = any(
-            isinstance(value, float) or (isinstance(value, str) and is_number(value) and not _is_whole(value))
-            for value in values
-        )
-    return [_label(value, row, column, label2id, regression) for value, row in zip(values, rows, strict=True)]
-
-
-def _label(value: Any, row: DataRow, column: str, label2id: Mapping[str, int] | None, regression: bool) -> int | float:
-    where = f"{row.where}: label {value!r} in column {column!r}"
-    if isinstance(value, str) and label2id and value in label2id:
-        return int(label2id[value])
-    if not is_number(value):
-        known = ", ".join(map(repr, label2id or ())) or "none"
-        raise DataError(
-            f"{where} is not a number and not in label2id (known: {known}): correct it, or set config.label2id"
-        )
-    number = float(value)
-    if regression:
-        if not math.isfinite(number):
-            raise DataError(f"{where} is not finite: correct or remove the row")
-        return number
-    if not math.isfinite(number) or number != int(number) or number < 0:
-        raise DataError(
-            f"{where} is not a class (0, 1, ...): correct it; test splits without labels (-1) cannot be scored"
-        )
-    return int(number)
-
-
-def _is_whole(value: str) -> bool:
-    return value.strip().lstrip("+-").isdigit()

@@ -14,7 +14,7 @@ from eckart.data.batch import Batch
 from eckart.data.examples import TextExample
 from eckart.data.explain import require_known_tokens
 from eckart.data.inference import evaluating, progress, run
-from eckart.data.model_kind import UNLIMITED, max_positions, pad_token, sequence_length
+from eckart.data.model_kind import UNLIMITED, head_problem, max_positions, pad_token, sequence_length
 from eckart.data.padding import encoder_batches
 from eckart.data.pooling import Pooling
 from eckart.data.task import TaskData
@@ -48,7 +48,8 @@ def score_classification(
     Returns:
         `accuracy`; `f1` (of class 1 for two classes, else the macro mean); `f1_macro`; `matthews`; `rows`;
         `right`: for each row, in the task's order, whether it was; `finite`, and `nonfinite_rows`: rows whose logits
-        are not finite count as wrong, never skipped.
+        are not finite count as wrong, never skipped. Where several classes may hold at once, `accuracy` counts the rows
+        with all of them right, `f1` and `matthews` are over all classes of all rows together.
 
     Raises:
         UsageError: If the model has no classification head.
@@ -56,13 +57,16 @@ def score_classification(
     """
     logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)  # (N, C)
     classes = logits.shape[1]
+    if head_problem(model) == "multi_label_classification":
+        return _score_label_sets(logits, task)
     if classes == 1:
         raise UsageError(f"{type(model).__name__} has one output: score it with `regression`")
     gold = []
     for row in task:
-        if row.label != int(row.label) or not 0 <= row.label < classes:
-            raise DataError(f"{row.text.where}: label {row.label} is not a class of the model's {classes}: correct it")
-        gold.append(int(row.label))
+        label = row.label
+        if isinstance(label, list) or label != int(label) or not 0 <= label < classes:
+            raise DataError(f"{row.text.where}: label {label} is not a class of the model's {classes}: correct it")
+        gold.append(int(label))
     finite = torch.isfinite(logits).all(-1)
     predicted = torch.where(finite, logits.argmax(-1), NO_ANSWER).tolist()
     return {
@@ -83,7 +87,7 @@ def score_regression(
     max_seq_length: int | None = None,
     disable: bool | None = None,
 ) -> dict[str, Any]:
-    """Score a model with one output against gold scores.
+    """Score a model that gives scores against gold scores.
 
     Args:
         model: A model with a regression head.
@@ -94,15 +98,23 @@ def score_regression(
         disable: No progress bar.
 
     Returns:
-        `spearman`; `pearson`; `rows`; `finite`.
+        `spearman`; `pearson`; `rows`; `finite`. Of several scores a row, the means over the scores.
 
     Raises:
-        UsageError: If the model has not one output.
+        UsageError: If the model gives classes.
     """
     logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)
-    if logits.shape[1] != 1:
+    if logits.shape[1] != 1 and head_problem(model) != "regression":
         raise UsageError(f"{type(model).__name__} has {logits.shape[1]} outputs: score it with `classification`")
-    return _correlations(logits[:, 0], task)
+    gold = torch.tensor(task.labels, dtype=torch.float64).reshape(len(task), -1)
+    if gold.shape != logits.shape:
+        raise DataError(
+            f"{task.rows[0].text.where}: {gold.shape[1]} scores a row, but {type(model).__name__} gives "
+            f"{logits.shape[1]}: give as many"
+        )
+    found = [_correlations(logits[:, i], gold[:, i]) for i in range(logits.shape[1])]
+    means = {name: math.fsum(one[name] for one in found) / len(found) for name in ("spearman", "pearson")}
+    return {**means, "rows": len(task), "finite": all(one["finite"] for one in found)}
 
 
 def score_similarity(
@@ -151,7 +163,8 @@ def score_similarity(
             found |= dict(zip(examples, rows, strict=True))
     first = torch.stack([found[one] for one, _ in pairs])
     second = torch.stack([found[two] for _, two in pairs])
-    return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), task)
+    gold = torch.tensor(task.labels, dtype=torch.float64)
+    return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), gold)
 
 
 def _classification_scores(gold: list[int], predicted: list[int], classes: int) -> dict[str, float]:
@@ -170,17 +183,45 @@ def _classification_scores(gold: list[int], predicted: list[int], classes: int) 
     }
 
 
-def _correlations(predicted: Tensor, task: TaskData) -> dict[str, Any]:
+def _score_label_sets(logits: Tensor, task: TaskData) -> dict[str, Any]:
+    """Scores where several classes may hold at once; what is not finite holds none and is wrong."""
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    for row in task:
+        if not isinstance(row.label, list) or len(row.label) != logits.shape[1]:
+            raise DataError(
+                f"{row.text.where}: label {row.label} is not a list of {logits.shape[1]} numbers: this head holds "
+                "several labels at once"
+            )
+    gold = torch.tensor(task.labels).bool()
+    finite = torch.isfinite(logits).all(-1)
+    predicted = (logits > 0) & finite[:, None]
+    right = ((predicted == gold).all(-1) & finite).tolist()
+    both = gold.numpy(), predicted.numpy()
+    flat = both[0].ravel(), both[1].ravel()
+    return {
+        "accuracy": sum(right) / len(right),
+        "f1": float(f1_score(*both, average="micro", zero_division=0)),
+        "f1_macro": float(f1_score(*both, average="macro", zero_division=0)),
+        "matthews": float(matthews_corrcoef(*flat)) if len({*flat[0].tolist(), *flat[1].tolist()}) > 1 else 0.0,
+        "rows": len(right),
+        "right": right,
+        "finite": bool(finite.all()),
+        "nonfinite_rows": int((~finite).sum()),
+    }
+
+
+def _correlations(predicted: Tensor, gold_scores: Tensor) -> dict[str, Any]:
     """Spearman and Pearson correlation with the gold scores; NaN where a side is constant or not finite."""
     from scipy.stats import pearsonr, spearmanr
 
-    given, gold = predicted.double().cpu().numpy(), numpy.asarray(task.labels, dtype=numpy.float64)
+    given, gold = predicted.double().cpu().numpy(), gold_scores.numpy()
     finite = bool(numpy.isfinite(given).all() and numpy.isfinite(gold).all())
     defined = finite and all(len(set(side.tolist())) > 1 for side in (given, gold))
     return {
         "spearman": float(spearmanr(given, gold).statistic) if defined else math.nan,
         "pearson": float(pearsonr(given, gold).statistic) if defined else math.nan,
-        "rows": len(task),
+        "rows": len(gold),
         "finite": finite,
     }
 

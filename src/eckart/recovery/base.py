@@ -25,7 +25,7 @@ class RecoveryContext:
 
     Attributes:
         teacher: the model to learn from, in evaluation mode; None where there is none.
-        task: "classification", "regression", "masked", "causal" or "embedding".
+        task: "classification", "regression", "masked", "causal", "embedding" or "logits".
         recipe: the options.
         total_steps: optimizer steps of the whole training.
         output_head: modules that are always trained: a classifier's output head, and what is newly initialized.
@@ -78,7 +78,8 @@ class Recovery:
 
     def refusal(self, task: str) -> str | None:
         """Why this recovery cannot learn a task, or None where it can."""
-        return "it learns from the task's own loss, and there is none" if task == "embedding" else None
+        none = task in ("embedding", "logits")
+        return "it learns from the task's own loss, and there is none" if none else None
 
     def check_range(self, interval: str, *keys: str) -> None:
         """Check settings that are numbers.

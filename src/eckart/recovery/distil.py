@@ -14,8 +14,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from eckart.data.model_kind import head_problem
 from eckart.errors import UsageError
 from eckart.recovery.base import Recovery, RecoveryContext
+
+SPAN = ("start_logits", "end_logits")
+"""The predictions of a model that marks a span."""
+
+NEVER = -1e9
+"""Added to the logit of what cannot be: its probability is 0, its gradient no NaN."""
 
 TERMS = ("logits", "sentence", "hidden", "attention", "embedding", "task")
 
@@ -59,6 +66,7 @@ class Distil(Recovery):
     def __post_init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._counts: dict[str, int] = {}
+        self._problem: str | None = None
         self.check_choice(("kl", "mse"), "attention_loss")
         self.check_range("(0, inf)", "temperature")
         self._check_weights(TERMS)
@@ -80,7 +88,7 @@ class Distil(Recovery):
 
     def refusal(self, task: str) -> str | None:
         """Without labels there is no loss of the task."""
-        if task == "embedding" and self.task:
+        if task in ("embedding", "logits") and self.task:
             return f"the task's own loss has the weight {self.task:g}, and there is none: --recovery-option task=0"
         return None
 
@@ -100,6 +108,7 @@ class Distil(Recovery):
         assert context.teacher is not None
         self._check_weights(self._terms_of_task())
         self._temperature = self.temperature or context.recipe.temperature
+        self._problem = head_problem(model)
         mine, theirs = model.config.get_text_config(), context.teacher.config.get_text_config()
         checks = (
             ("hidden_size", self.hidden or self.embedding, "hidden=0 embedding=0"),
@@ -129,16 +138,16 @@ class Distil(Recovery):
         total = task_loss.new_zeros(())
         for name in self.active():
             if name == "logits":
-                value = self._logits(outputs.logits, teacher_outputs.logits, mask)
+                value = self._predictions(outputs, teacher_outputs, batch)
             elif name == "sentence":
                 value = self._sentences(outputs, teacher_outputs, mask)
             elif name == "hidden":
-                value = _layers(_mse, outputs.hidden_states[1:], teacher_outputs.hidden_states[1:], mask)
+                value = _of_sides(_layers_mse, "hidden_states", outputs, teacher_outputs, batch)
             elif name == "embedding":
-                value = _mse(outputs.hidden_states[0], teacher_outputs.hidden_states[0], mask)
+                value = _of_sides(_first_mse, "hidden_states", outputs, teacher_outputs, batch)
             elif name == "attention":
-                compare = _attention_kl if self.attention_loss == "kl" else _attention_mse
-                value = _layers(compare, outputs.attentions, teacher_outputs.attentions, mask)
+                compare = _layers_attention_kl if self.attention_loss == "kl" else _layers_attention_mse
+                value = _of_sides(compare, "attentions", outputs, teacher_outputs, batch)
             else:
                 value = task_loss
             self._sums[name] = self._sums.get(name, 0.0) + float(value.detach())
@@ -152,10 +161,23 @@ class Distil(Recovery):
         pooled, wanted = self.context.pooling(mine, mask), self.context.pooling(theirs, mask)  # (B, d)
         return (1 - functional.cosine_similarity(pooled, wanted, dim=-1)).mean()
 
+    def _predictions(self, mine: Any, theirs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """The first term; of a model that marks a span, the mean over its start and its end."""
+        mask = batch.get("decoder_attention_mask", batch.get("attention_mask"))
+        if getattr(mine, "start_logits", None) is None:
+            return self._logits(mine.logits, theirs.logits, mask)
+        hidden = torch.zeros_like(mine.start_logits) if mask is None else (1 - mask.to(mine.start_logits)) * NEVER
+        ends = [self._logits(getattr(mine, n) + hidden, getattr(theirs, n) + hidden, None) for n in SPAN]
+        return torch.stack(ends).mean()
+
     def _logits(self, mine: Tensor, theirs: Tensor, mask: Tensor | None) -> Tensor:
-        if self.context.task == "regression":
+        if "regression" in (self._problem, self.context.task):
             return functional.mse_loss(mine.float(), theirs.float())
         T = self._temperature
+        if self._problem == "multi_label_classification":
+            target = (theirs.float() / T).sigmoid()
+            entropy = functional.binary_cross_entropy(target, target)
+            return T * T * (functional.binary_cross_entropy_with_logits(mine.float() / T, target) - entropy)
         found = _kl((mine.float() / T).log_softmax(-1), (theirs.float() / T).log_softmax(-1))  # (B,) or (B, T)
         return T * T * (_mean(found, mask) if found.dim() == 2 else found.mean())
 
@@ -210,6 +232,32 @@ class InterLayer(Distil):
     attention: float = 1.0
     embedding: float = 1.0
     task: float = 1.0
+
+
+def _of_sides(compare: Any, what: str, mine: Any, theirs: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """What is compared of a model, or the mean over the two sides of an encoder-decoder, each with its own padding."""
+    mask = batch.get("attention_mask")
+    if getattr(mine, what, None) is not None:
+        return compare(getattr(mine, what), getattr(theirs, what), mask)
+    sides = (("encoder", mask), ("decoder", batch.get("decoder_attention_mask")))
+    found = [compare(getattr(mine, f"{side}_{what}"), getattr(theirs, f"{side}_{what}"), own) for side, own in sides]
+    return torch.stack(found).mean()
+
+
+def _layers_mse(mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:
+    return _layers(_mse, mine[1:], theirs[1:], mask)
+
+
+def _first_mse(mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:
+    return _mse(mine[0], theirs[0], mask)
+
+
+def _layers_attention_kl(mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:
+    return _layers(_attention_kl, mine, theirs, mask)
+
+
+def _layers_attention_mse(mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:
+    return _layers(_attention_mse, mine, theirs, mask)
 
 
 def _layers(compare: Any, mine: Any, theirs: Any, mask: Tensor | None) -> Tensor:

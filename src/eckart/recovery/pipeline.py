@@ -78,7 +78,7 @@ def tune(
         torch.manual_seed(recipe.seed)
 
         # 2. The student and the teacher.
-        student = open_student(recipe, inputs.model, inputs.tokenizer, inputs.data)
+        student = open_student(recipe, inputs.model, inputs.tokenizer, inputs.data, recovery)
         check_fits(recovery, student)
         notes = [f"newly initialized: {', '.join(student.new_head)}"] if student.new_head else []
         teacher_model = None

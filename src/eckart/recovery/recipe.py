@@ -35,10 +35,11 @@ class TuneRecipe(RecipeBase):
     teacher_revision: str | None = Field(None, description="Revision of the teacher on the hub.")
     recovery: str = Field("distil", description="How quality is recovered; `eckart methods` lists the names.")
     recovery_option: tuple[str, ...] = Field((), description="A setting of the recovery: name=value, such as rank=8.")
-    task: Literal["auto", "classification", "regression", "masked", "causal", "embedding"] = Field(
+    task: Literal["auto", "classification", "regression", "masked", "causal", "embedding", "logits"] = Field(
         "auto",
         description="What is learned; auto: what fits the model's output head and the data's columns. embedding: the "
-        "teacher's sentence embeddings, for a model without an output head.",
+        "teacher's sentence embeddings, for a model without an output head. logits: the teacher's predictions, without "
+        "labels.",
     )
     data: str | None = Field(None, description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib'.")
     data_config: str | None = Field(None, description="Configuration of the hub data set.")

@@ -84,7 +84,7 @@ class TuneResult:
             Path(output_dir).name,
             base_model=self.recipe.model or getattr(self.model.config, "name_or_path", None) or None,
             loading=loading,
-            method=_in_words(self.recipe.recovery, self.report["recovery_settings"]),
+            method=_in_words(self.recipe.recovery, self.report["recovery_settings"], kept=self.report["kept"]),
             form=", ".join(forms) or "dense",
             measured=list_tuning_card_rows(self.report),
             results=list_results(
@@ -133,7 +133,8 @@ def choose_better(
             f"kept. {recovery.remedy}"
         )
         kept, when = student.own_model(), "before"
-    cast(kept, student.dtype)
+    if kept is trained:
+        cast(kept, student.dtype)
     if shared_parameters(kept):
         attach_config(kept)  # or `save_pretrained` would leave out the parameters that are shared
     return kept.eval(), when
@@ -180,9 +181,10 @@ class Clock:
         self.seconds[step] = round(self.seconds.get(step, 0.0) + time.perf_counter() - start, 2)
 
 
-def _in_words(name: str, settings: dict[str, Any]) -> str:
+def _in_words(name: str, settings: dict[str, Any], *, kept: str) -> str:
     words = ", ".join(f"{key}={value}" for key, value in settings.items() if value not in (None, ""))
-    return f"recovery {name}{f' ({words})' if words else ''}"
+    tried = f"recovery {name}{f' ({words})' if words else ''}"
+    return tried if kept == "after" else f"none: {tried} was tried, and this is the model before, which was better"
 
 
 def _scored_on(recipe: TuneRecipe, data: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -9,24 +9,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.checkpoint.exact import load_exactly
 from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
-from eckart.data import Pooling, TaskData, head_classes, model_kind
+from eckart.data import Pooling, TaskData
+from eckart.data.model_kind import CLASSIFIERS, has_head, head_problem, problem_of
 from eckart.errors import CheckpointError, UsageError
 from eckart.model import cast, factored_modules, has_output_head, shared_clone, unshare_storage
 from eckart.recovery.base import ClosedFormRecovery, Recovery
+from eckart.recovery.choose_task import AUTO_CLASSES, find_task, has_head_for
 from eckart.recovery.recipe import TuneRecipe
-from eckart.recovery.training.data import load_labeled
-
-AUTO_CLASSES = {
-    "classification": "AutoModelForSequenceClassification",
-    "regression": "AutoModelForSequenceClassification",
-    "masked": "AutoModelForMaskedLM",
-    "causal": "AutoModelForCausalLM",
-}
-"""Task -> the class that loads a model with an output head for it."""
 
 
 @dataclass
@@ -42,6 +36,7 @@ class Student:
         task: what is learned.
         rows: the labeled rows, where the task has labels.
         original: the model that was passed in.
+        trust_remote_code: whether the model's own code may run.
     """
 
     model: PreTrainedModel
@@ -52,6 +47,7 @@ class Student:
     task: str
     rows: TaskData | None
     original: PreTrainedModel | None = None
+    trust_remote_code: bool = False
 
     def output_head(self) -> tuple[str, ...]:
         """Modules that are trained whatever is frozen: what is newly initialized, and a classifier's output head."""
@@ -69,14 +65,23 @@ class Student:
         return model
 
     def own_model(self) -> PreTrainedModel:
-        """The model before training, in its dtype, sharing nothing with what the caller passed in."""
-        cast(self.model, self.dtype)
+        """The model before training, bit for bit and with its configuration, sharing nothing with the caller's.
+
+        A head that was newly initialized is part of it.
+        """
         if self.original is not None:
-            unshare_storage(self.model, self.original)
-        return self.model
+            model: PreTrainedModel = shared_clone(self.original).to("cpu")  # type: ignore[arg-type]
+            unshare_storage(model, self.original)
+            return model
+        if self.folder is None or self.new_head:
+            cast(self.model, self.dtype)
+            return self.model
+        return load_exactly(self.folder, trust_remote_code=self.trust_remote_code)
 
 
-def open_student(recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: Any, data: Any) -> Student:
+def open_student(
+    recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: Any, data: Any, recovery: Recovery
+) -> Student:
     """Open the model with an output head that fits the task, and its labeled rows where it has some."""
     folder = original = None
     new_head: list[str] = []
@@ -96,45 +101,45 @@ def open_student(recipe: TuneRecipe, given: PreTrainedModel | str, tokenizer: An
             f"{folder or 'tokenizer'}: there is no tokenizer to read the text with. Put the tokenizer's files into the "
             "folder (tokenizer.save_pretrained), or pass tokenizer=..."
         )
-    task, rows = find_task(recipe, model, data)
-    if task != "embedding" and not _has_head_for(model, task):
+    task, rows = find_task(recipe, model, data, recovery)
+    if task != "embedding" and not has_head_for(model, task):
         if folder is None:
             raise UsageError(
                 f"task {task}: {type(model).__name__} has no output head for it. Load the model with "
                 f"{AUTO_CLASSES[task]}, or pass its folder."
             )
-        settings: dict[str, Any] = {}
-        if rows is not None:
-            classes = 1 if task == "regression" else max(2, 1 + max(int(row.label) for row in rows))
-            kind = "regression" if task == "regression" else "single_label_classification"
-            settings = {"num_labels": classes, "problem_type": kind}
+        settings = _settings_of_new_head(task, rows) if rows is not None else {}
         model = load(
             folder, auto_class=AUTO_CLASSES[task], dtype=torch.float32, new_head=new_head, settings=settings, **trust
         )
     if task in ("classification", "regression"):
         _set_up_classifier(model, task, tokenizer)
-    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows, original)
+    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows, original, recipe.trust_remote_code)
 
 
-def _has_head_for(model: PreTrainedModel, task: str) -> bool:
-    """Whether a model's class has an output head that fits a task."""
-    heads = head_classes(model.config, type(model))
-    if task == "masked":  # BART's head is also said to fill in words; heads for pretraining alone do, and more
-        return heads[:1] in (("AutoModelForMaskedLM",), ("AutoModelForPreTraining",))
-    return AUTO_CLASSES[task] in heads
+def _settings_of_new_head(task: str, rows: TaskData) -> dict[str, Any]:
+    """What the configuration says of a head that is made for these labels."""
+    labels = [row.label for row in rows]
+    if task == "regression":
+        return {"num_labels": 1, "problem_type": "regression"}
+    if isinstance(labels[0], list):
+        return {"num_labels": len(labels[0]), "problem_type": "multi_label_classification"}
+    classes = max(2, 1 + max(int(label) for label in labels if not isinstance(label, list)))
+    return {"num_labels": classes, "problem_type": "single_label_classification"}
 
 
 def _set_up_classifier(model: PreTrainedModel, task: str, tokenizer: Any) -> None:
     config: Any = model.config
-    config.problem_type = "regression" if task == "regression" else "single_label_classification"
-    if (task == "regression") != (config.num_labels == 1):
-        other = "regression" if config.num_labels == 1 else "classification"
+    if (task == "regression") != (problem_of(config) == "regression"):
+        other = "classification" if task == "regression" else "regression"
         raise UsageError(
-            f"task {task}: the model's output head has {config.num_labels} outputs. Use --task {other}, or start from "
-            "a model without an output head."
+            f"task {task}: the model's output head has {config.num_labels} outputs for a {problem_of(config)}. Use "
+            f"--task {other}, or start from a model without an output head."
         )
-    if config.get_text_config().pad_token_id is None:  # classifiers on causal models find a text's end by its padding
-        config.get_text_config().pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+    text = config.get_text_config()
+    if text.pad_token_id is None:  # classifiers on causal models find a text's end by its padding
+        known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+        text.pad_token_id = next((token for token in known if token is not None and token < text.vocab_size), None)
 
 
 def check_fits(recovery: Recovery, student: Student) -> None:
@@ -152,7 +157,7 @@ def check_fits(recovery: Recovery, student: Student) -> None:
     if reason is not None:
         raise UsageError(
             f"recovery {recovery.name}, task {student.task}: {reason}. Learn from the original's sentence embeddings "
-            "(--recovery distil or refit, with --teacher MODEL), or name the labels of another task "
+            "or predictions (--recovery distil or refit, with --teacher MODEL), or name the labels of another task "
             "(--data-label-column COLUMN)"
         )
     factored = next(iter(factored_modules(student.model)), None)
@@ -161,60 +166,6 @@ def check_fits(recovery: Recovery, student: Student) -> None:
             f"recovery {recovery.name} starts from a dense model, and {factored} is factored already. Give the "
             "original, or its dense weights (eckart export DIR --format dense); the factors themselves are trained by "
             "--recovery distil, full or lora."
-        )
-
-
-def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any) -> tuple[str, TaskData | None]:
-    """The task that was asked for, or that fits, and the labeled rows if it has labels."""
-    name, config = type(model).__name__, model.config
-    task: str | None = recipe.task if recipe.task != "auto" else None
-    if task is None:
-        if _has_head_for(model, "classification"):
-            task = "regression" if config.num_labels == 1 else "classification"
-        elif (
-            recipe.data_label_column is None
-            and not has_output_head(model)
-            and model_kind(config, model) != "encoder-decoder"
-        ):
-            task = "embedding"
-        elif recipe.data_label_column is None and has_output_head(model):
-            if _has_head_for(model, "masked"):
-                task = "masked"
-            elif model_kind(config, model) == "causal":
-                task = "causal"
-        if task is None and recipe.data_label_column is None:
-            raise UsageError(
-                f"--task: {name} has no output head that says what to learn. Name the labels (--data-label-column "
-                "COLUMN), or the task: --task classification, regression, masked, causal, or embedding for an encoder "
-                "alone"
-            )
-    if task == "embedding":
-        _check_pooled(model)
-    if task in ("masked", "causal", "embedding"):
-        return task, None
-    label2id = getattr(config, "label2id", None) if _has_head_for(model, "classification") else None
-    rows = load_labeled(recipe, data, label2id=label2id, task=task)
-    if task is None:
-        task = "regression" if any(isinstance(row.label, float) for row in rows) else "classification"
-    return task, rows
-
-
-def _check_pooled(model: PreTrainedModel) -> None:
-    """Refuse a model whose output is not the embeddings of one text's tokens.
-
-    Raises:
-        UsageError: naming its own task, or what can be done.
-    """
-    name = type(model).__name__
-    if has_output_head(model):
-        raise UsageError(
-            f"--task embedding: {name} has an output head, whose outputs its users read. Leave --task out, or save the "
-            "model without it first: AutoModel.from_pretrained(...).save_pretrained(...)"
-        )
-    if model_kind(model.config, model) == "encoder-decoder":
-        raise UsageError(
-            f"--task embedding: {name} reads two texts, and a sentence embedding is made of one. Give its encoder "
-            "alone, or name another --task"
         )
 
 
@@ -252,18 +203,21 @@ def open_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrain
     if student.task == "embedding":
         bare: Any = model.base_model
         model = bare if has_output_head(model) else model
-    elif not _has_head_for(model, student.task):
+    elif not has_head_for(model, student.task):
         raise UsageError(
             f"--teacher {name}: {type(model).__name__} has no output head for task {student.task}. Train the teacher "
             "on the task first (eckart tune TEACHER --recovery full), or give one that has been."
         )
+    labels = has_head(student.model.config, student.model, *CLASSIFIERS, "AutoModelForTokenClassification")
     mine: Any = student.model.config
     theirs: Any = model.config
     for key, here, there in (
         ("vocabulary", mine.get_text_config().vocab_size, theirs.get_text_config().vocab_size),
         ("number of labels", mine.num_labels, theirs.num_labels),
+        ("problem_type", head_problem(student.model), head_problem(model)),
     ):
-        if here != there and (key == "vocabulary" or student.task == "classification"):
+        labeled = student.task in ("classification", "regression") or (student.task == "logits" and labels)
+        if here != there and (key == "vocabulary" or labeled):
             raise UsageError(
                 f"--teacher {name}: its {key} is {there}, the student's {here}. Give the model that the student was "
                 "made from, or train on the task alone: --recovery full"

@@ -51,6 +51,7 @@ def _solved(report: Mapping[str, Any]) -> str:
 
 
 def list_tuning_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
-    """Measured numbers for the model card: name -> {column: number}."""
-    scores = report["scores"]
+    """Measured numbers for the model card: name -> {column: number}; of what is published, not of what was tried."""
+    left_out = {"after"} if report["kept"] == "before" else set[str]()
+    scores = {column: row for column, row in report["scores"].items() if column not in left_out}
     return {name: {column: row.get(name) for column, row in scores.items()} for name in scores["before"]}

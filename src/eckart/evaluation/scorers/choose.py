@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from eckart.data import head_classes, model_kind
+from eckart.data.model_kind import head_problem
 from eckart.errors import UsageError
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.comparison import AgreementScorer, EmbeddingScorer
@@ -51,7 +52,7 @@ def _choose_absolute_task(model: PreTrainedModel, context: EvaluationContext) ->
     labeled = recipe.data_label_column is not None
     if "AutoModelForSequenceClassification" in head_classes(model.config, type(model)):
         if labeled or context.data is not None:
-            return "regression" if model.config.num_labels == 1 else "classification"
+            return "regression" if head_problem(model) == "regression" else "classification"
     elif has_output_head(model) and context.pooling is None:
         return "perplexity" if model_kind(model.config, model) == "causal" else None
     elif labeled:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from transformers import PreTrainedModel
 
 from eckart.data import load_task
+from eckart.data.model_kind import head_problem
 from eckart.data.sentence_folder import why_not_embedded
 from eckart.errors import UsageError
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
@@ -18,10 +19,12 @@ class LabeledScorer(TaskScorer):
 
     Class attributes:
         how: what is compared with the labels, in words.
+        how_together: the same of a head whose labels may hold together.
         classes: whether labels are classes; scores otherwise.
     """
 
     how: ClassVar[str] = ""
+    how_together: ClassVar[str] = ""
     classes: ClassVar[bool] = False
 
     def __init__(self, context: EvaluationContext) -> None:
@@ -35,6 +38,7 @@ class LabeledScorer(TaskScorer):
             "batch_size": recipe.batch_size or 32,
             "max_seq_length": recipe.max_seq_length,
         }
+        problem = head_problem(context.model.model)
         self.rows = load_task(
             context.data,
             column=recipe.data_column,
@@ -42,18 +46,22 @@ class LabeledScorer(TaskScorer):
             label=recipe.data_label_column,
             label2id=getattr(context.model.model.config, "label2id", None),
             regression=not self.classes,
+            multi_label=self.classes and problem == "multi_label_classification",
+            outputs=context.model.model.config.num_labels if problem is not None else None,
             config=recipe.data_config,
             split=recipe.data_split or "test",
             revision=recipe.data_revision,
             num_samples=recipe.num_samples,
         )
-        super().__init__(self.rows.description, f"{len(self.rows)} rows; {self.how}")
+        how = self.how_together if self.classes and problem == "multi_label_classification" else self.how
+        super().__init__(self.rows.description, f"{len(self.rows)} rows; {how}")
 
 
 class ClassificationScorer(LabeledScorer):
     """Accuracy, F1 and Matthews' correlation of a classifier."""
 
     how = "F1 of class 1 for two classes, the macro mean for more"
+    how_together = "accuracy of rows with all labels right, F1 over all labels"
     classes = True
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
@@ -62,7 +70,7 @@ class ClassificationScorer(LabeledScorer):
 
 
 class RegressionScorer(LabeledScorer):
-    """Correlation of one output with gold scores."""
+    """Correlation of the outputs with gold scores."""
 
     how = "the output of the head against the gold score"
 

@@ -17,11 +17,18 @@ from eckart.config import DEFAULT_TOKENS
 from eckart.data import Batch, Pooling, TaskData, load_data, load_task
 from eckart.data.documents import load_documents
 from eckart.data.examples import TextExample
-from eckart.data.model_kind import pad_token, sequence_length
+from eckart.data.model_kind import ModelKind, pad_token, problem_of, sequence_length
 from eckart.data.padding import by_length, collate, encode
 from eckart.data.windows import token_stream
 from eckart.errors import DataError
-from eckart.recovery.training.scorer import Scorer, labeled_scorer, masked_scorer, sentence_scorer, text_scorer
+from eckart.recovery.training.scorer import (
+    Scorer,
+    labeled_scorer,
+    masked_scorer,
+    prediction_scorer,
+    sentence_scorer,
+    text_scorer,
+)
 
 HELD_OUT = 0.1
 """Fraction of the data that is held out where no other data are given to score on."""
@@ -73,15 +80,28 @@ def _digests(rows: Iterable[Any], held: Iterable[Any]) -> dict[str, str]:
     return found
 
 
-def load_labeled(recipe: Any, data: Any, *, label2id: Any, task: str | None, evaluation: bool = False) -> TaskData:
-    """The labeled rows of a recipe, for training or (`evaluation`) for scoring."""
+def load_labeled(
+    recipe: Any, data: Any, *, model: PreTrainedModel | None, task: str | None, evaluation: bool = False
+) -> TaskData:
+    """The labeled rows of a recipe, for training or (`evaluation`) for scoring.
+
+    Args:
+        recipe: names columns and numbers.
+        data: as for :func:`eckart.data.load_task`.
+        model: one with a classifier's head says what labels are; None where it will be made for them.
+        task: "classification" or "regression"; None to tell by the labels.
+        evaluation: whether these are the rows to score on.
+    """
+    config: Any = model.config if model is not None else None
     return load_task(
         data,
         column=recipe.data_column,
         pair_column=recipe.data_target_column,
         label=recipe.data_label_column,
-        label2id=label2id,
+        label2id=getattr(config, "label2id", None),
         regression=None if task is None else task == "regression",
+        multi_label=None if config is None else problem_of(config) == "multi_label_classification",
+        outputs=None if config is None else int(config.num_labels),
         config=recipe.data_config,
         split=recipe.eval_split if evaluation else recipe.data_split,
         revision=recipe.data_revision,
@@ -107,11 +127,12 @@ def load_training_data(
         recipe: names columns, lengths and numbers.
         data: as :func:`eckart.data.load_data` takes them.
         eval_data: other data to score on; None for a tenth of `data`.
-        task: "classification", "regression", "masked", "causal" or "embedding".
+        task: "classification", "regression", "masked", "causal", "embedding" or "logits".
         model: the student.
         tokenizer: its tokenizer.
         rows: labeled rows, where they have been read already.
-        teacher: whose sentence embeddings are compared with the student's, in task "embedding".
+        teacher: whose sentence embeddings or predictions are compared with the student's, in tasks "embedding" and
+            "logits".
         pooling: how they are made.
 
     Raises:
@@ -126,6 +147,9 @@ def load_training_data(
         assert teacher is not None
         assert pooling is not None
         return _sentences(recipe, data, eval_data, model, tokenizer, length, teacher, pooling)
+    if task == "logits":
+        assert teacher is not None
+        return _predictions(recipe, data, eval_data, model, tokenizer, length, teacher)
     return (_masked if task == "masked" else _causal)(recipe, data, eval_data, model, tokenizer, length)
 
 
@@ -136,21 +160,15 @@ def _labeled(
     notes = []
     train, held = rows.rows, None
     if eval_data is not None:
-        held = load_labeled(recipe, eval_data, label2id=getattr(config, "label2id", None), task=task, evaluation=True)
+        held = load_labeled(recipe, eval_data, model=model, task=task, evaluation=True)
     else:
         train, kept = _split(train, recipe.seed)
         held = TaskData(kept, rows.description)
         notes.append(f"scored on {len(kept)} rows held out of the data; --eval-data gives others")
-    if task == "classification":
-        for row in (*train, *held):
-            if not 0 <= int(row.label) < config.num_labels:
-                raise DataError(
-                    f"{row.text.where}: label {row.label} is not a class of the model's {config.num_labels} "
-                    "(0, 1, ...): correct it, or train a model with a new output head"
-                )
     encoded: list[dict[str, Any]] = list(encode([row.text for row in train], tokenizer, length))
     for row, source in zip(encoded, train, strict=True):
-        row["labels"] = int(source.label) if task == "classification" else float(source.label)
+        several = isinstance(source.label, list)
+        row["labels"] = source.label if several or task == "classification" else float(source.label)  # type: ignore[arg-type]
     scorer = labeled_scorer(task, tokenizer, held, length)
     scored = ((row.text.text, row.text.pair, row.label) for row in held)
     description = rows.description | {"trained_on": len(train)}
@@ -194,6 +212,24 @@ def _sentences(
     return TrainingData(rows, scorer, pad_id, description, notes, _digests(rows, held))
 
 
+def _predictions(
+    recipe: Any,
+    data: Any,
+    eval_data: Any,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    length: int,
+    teacher: PreTrainedModel,
+) -> TrainingData:
+    rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length, kind=None)
+    pad_id = pad_token(tokenizer, model.config)
+    groups = by_length([len(row["input_ids"]) for row in held], SCORING_BATCH)
+    batches = [Batch(collate([held[i] for i in group], pad_id), tuple(group)) for group in groups]
+    scorer = prediction_scorer(teacher, batches)
+    described = description | {"trained_on": len(rows)}
+    return TrainingData(rows, scorer, pad_id, described, notes, _digests(rows, held))
+
+
 def _texts(
     recipe: Any,
     data: Any,
@@ -202,18 +238,23 @@ def _texts(
     tokenizer: Any,
     length: int,
     pooling: Pooling | None = None,
+    kind: ModelKind | None = "encoder",
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Any], list[str]]:
-    """Separate texts, tokenized: to train on, held out, what they are, and notes."""
+    """Texts without labels, tokenized: to train on, held out, what they are, and notes.
+
+    They are separate, or what the model reads if `kind` is None: windows, pairs.
+    """
 
     def read(source: Any, split: str, count: int | None) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         loaded = load_data(
             source, tokenizer=tokenizer, model=model, config=recipe.data_config, split=split,
             column=recipe.data_column, target_column=recipe.data_target_column, revision=recipe.data_revision,
-            num_samples=count or MAX_TEXTS, max_seq_length=length, batch_size=1, seed=recipe.seed, kind="encoder",
+            num_samples=count or MAX_TEXTS, max_seq_length=length, batch_size=1, seed=recipe.seed, kind=kind,
             pooling=pooling,
         )  # fmt: skip
         found = sorted(loaded, key=lambda batch: batch.examples)
-        return [{name: value[0].tolist() for name, value in b.inputs.items()} for b in found], loaded.description
+        texts = [{name: value[0].tolist() for name, value in b.inputs.items() if name != "labels"} for b in found]
+        return texts, loaded.description
 
     rows, description = read(data, recipe.data_split, recipe.num_samples)
     if eval_data is not None:

@@ -19,6 +19,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
+from eckart.data.last_token import padding_named, tell_padding
 from eckart.errors import NumericalError, UsageError
 from eckart.recovery.base import Recovery, RecoveryContext
 from eckart.recovery.training.data import TrainingData
@@ -153,11 +154,13 @@ def _add_gradients(
 
 
 def _loss(model: PreTrainedModel, recovery: Recovery, context: RecoveryContext, batch: dict[str, Tensor]) -> Tensor:
-    outputs = model(**batch, **_arguments(model, recovery))
+    batch, padding = tell_padding(model, batch)
+    with padding_named(model, padding):
+        outputs = model(**batch, **_arguments(model, recovery))
     taught = None
     if recovery.needs_teacher and context.teacher is not None:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        with torch.no_grad():
+        with torch.no_grad(), padding_named(context.teacher, padding):
             taught = context.teacher(**inputs, **_arguments(context.teacher, recovery))
     own = getattr(outputs, "loss", None)  # a model without an output head has none
     own = own if own is not None else torch.zeros((), device=batch["input_ids"].device)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from eckart.data import Batch, Pooling, TaskData
 from eckart.data.inference import evaluating, forward
-from eckart.evaluation.agreement import compare_embeddings
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions
 from eckart.evaluation.divergence import negative_log_likelihood
 from eckart.evaluation.perplexity import measure_perplexity
 from eckart.evaluation.tasks import score_classification, score_regression
@@ -111,6 +111,17 @@ def sentence_scorer(teacher: PreTrainedModel, batches: Sequence[Batch], pooling:
     texts, how = sum(map(len, batches)), " and ".join(pooling.modes)
     protocol = f"{texts} texts, each embedding (pooled by {how}) compared with the teacher's"
     return Scorer(score, "1 - cosine", False, protocol, against_teacher=True)
+
+
+def prediction_scorer(teacher: PreTrainedModel, batches: Sequence[Batch]) -> Scorer:
+    """Mean KL divergence from the teacher's predictions, and how often the most likely answer is the same."""
+
+    def score(model: PreTrainedModel) -> Scores:
+        found = compare_predictions(model, teacher, batches)
+        return Scores({"KL to the teacher": found["kl"], "same most likely": found["top1"]})
+
+    protocol = f"{sum(map(len, batches))} texts, each prediction compared with the teacher's"
+    return Scorer(score, "KL to the teacher", False, protocol, against_teacher=True)
 
 
 def masked_scorer(tokenizer: Any, batches: Sequence[dict[str, Tensor]], seed: int) -> Scorer:

@@ -65,7 +65,7 @@ def test_model_in_memory_is_scored_like_its_folder(folder, compressed, tokenizer
     assert (held["model"], held["task"]) == ("LlamaForCausalLM", "perplexity")
     both = eckart.evaluate(compressed, folder, **options)
     assert both["scores"]["perplexity"]["original"] == stored["scores"]["perplexity"]["model"]
-    assert list(both["scores"]["perplexity"]) == ["original", "eckart", "int8", "int4"]
+    assert list(both["scores"]["perplexity"]) == ["original", "eckart", "int8", "int4", "eckart int8"]
     sizes = both["sizes"]
     assert sizes["elements"]["eckart"] < sizes["elements"]["original"] == sizes["elements"]["int4"]
     assert sizes["bytes"]["int4"] < sizes["bytes"]["int8"] < sizes["bytes"]["original"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from eckart.allocation import Choice, Plan
     from eckart.checkpoint.load import load
     from eckart.checkpoint.push import push_folder
+    from eckart.checkpoint.quantize import dequantize, quantize
     from eckart.compression.compare import Comparison, compare
     from eckart.compression.narrow_values import NarrowedModel, narrow_value_heads
     from eckart.compression.pipeline import compress
@@ -52,9 +53,11 @@ _PLACES = {
     "tune": "recovery.pipeline:tune",
     "inspect": "evaluation.inspection:inspect",
     "bench": "speed.bench:bench",
+    "quantize": "checkpoint.quantize:quantize",
     "narrow_value_heads": "compression.narrow_values:narrow_value_heads",
     "load": "checkpoint.load:load",
     "densify": "exports.densify:densify",
+    "dequantize": "checkpoint.quantize:dequantize",
     "export": "exports.pipeline:export",
     "push_folder": "checkpoint.push:push_folder",
     # What goes in, and what comes out.
@@ -107,12 +110,14 @@ __all__ = [
     "compare",
     "compress",
     "densify",
+    "dequantize",
     "evaluate",
     "export",
     "inspect",
     "load",
     "narrow_value_heads",
     "push_folder",
+    "quantize",
     "register_form",
     "register_method",
     "register_recovery",

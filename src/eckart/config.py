@@ -6,7 +6,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -38,6 +38,9 @@ LARGEST_FILE = 1 << 20
 
 UNFIT = re.compile("[\0\ud800-\udfff]")
 SHOWN = 200  # characters of a value in a message
+
+QuantizationKind = Literal["int8", "int8-dynamic", "int4"]
+"""How weights can be rounded: :data:`eckart.quantization.KINDS` says what each of them is."""
 
 INPUTS = ("model", "teacher", "data", "eval_data", "plan")
 """Fields of recipes that name what a run reads."""

@@ -96,6 +96,7 @@ EXPORTS: Registry[Any] = Registry(
     "format",
     {
         "dense": "eckart.exports.densify:Dense",
+        "factored": "eckart.exports.factored:Factored",
         "remote-code": "eckart.exports.remote_code.exporter:RemoteCode",
     },
 )

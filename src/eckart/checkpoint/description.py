@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from eckart.checkpoint.guard import guard_of, set_guard
 from eckart.errors import CheckpointError, ModelError
 from eckart.model import factored_modules, pruned_heads, separate_experts, shared_parameters, sliced_features
+from eckart.quantization import KINDS, kind_of, quantized_layers
 
 METHOD = "eckart"
 WRITTEN = "eckart: run `pip install eckart`, and `import eckart` before you load this"
@@ -19,8 +20,8 @@ WRITTEN = "eckart: run `pip install eckart`, and `import eckart` before you load
 before it lists every weight that has another shape; so do vLLM and others. It is part of the format: what is written is
 read for ever, as the bare name is.
 """
-FORMAT_VERSION = 2
-"""The newest that is read. Written is 1 where nothing is shared, so that what has no need of 2 loads everywhere."""
+FORMAT_VERSION = 3
+"""The newest that is read. Written is the oldest that holds the model: 1, 2 with shared parameters, 3 if quantized."""
 
 
 class EckartConfig(QuantizationConfigMixin):
@@ -29,6 +30,8 @@ class EckartConfig(QuantizationConfigMixin):
     Args:
         modules: module name -> spec, as :func:`eckart.forms.build` takes it.
         ties: target -> source, names of parameters: what the file leaves out, and whose numbers it gets.
+        quantization: `kind`, one of :data:`eckart.quantization.KINDS`, and `layers`: name of a linear layer -> what
+            its shape does not say of it. None for a model in floating-point numbers.
         format_version: version of this description; None for the oldest that holds it.
         quant_method: ``"eckart"``, or what is written in its place.
         unknown: fields that this version does not know, which is an error.
@@ -40,11 +43,12 @@ class EckartConfig(QuantizationConfigMixin):
         self,
         modules: dict[str, dict[str, Any]] | None = None,
         ties: dict[str, str] | None = None,
+        quantization: dict[str, Any] | None = None,
         format_version: int | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
-        format_version = (2 if ties else 1) if format_version is None else format_version
+        format_version = _oldest_version(ties, quantization) if format_version is None else format_version
         if type(format_version) is not int or format_version < 1:
             raise CheckpointError(
                 f"quantization_config.format_version in config.json is {format_version!r}, not a version "
@@ -60,6 +64,7 @@ class EckartConfig(QuantizationConfigMixin):
             f"quant_method {quant_method!r}": not is_ours(quant_method),
             "modules": not isinstance(modules or {}, dict),
             "ties": not _are_ties(ties or {}) or (bool(ties) and format_version < 2),
+            "quantization": quantization is not None and not (_is_quantization(quantization) and format_version >= 3),
         }
         if unknown or any(wrong.values()):
             what = ", ".join((*unknown, *(name for name, is_wrong in wrong.items() if is_wrong)))
@@ -71,6 +76,7 @@ class EckartConfig(QuantizationConfigMixin):
         self.format_version = format_version
         self.modules = dict(modules or {})
         self.ties = dict(ties or {})
+        self.quantization = quantization
         self._model: weakref.ref[PreTrainedModel] | None = None
 
     def follow(self, model: PreTrainedModel) -> None:
@@ -78,22 +84,26 @@ class EckartConfig(QuantizationConfigMixin):
         self._model = weakref.ref(model)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in ``config.json``: without ties where there are none."""
+        """As it stands in ``config.json``: without ties and quantization where there are none."""
         model = self._model() if self._model is not None else None
         if model is not None and getattr(model.config, "quantization_config", None) is self and not _adapted(model):
-            modules, ties = described(model), shared_parameters(model)
-            if (modules, ties) != (self.modules, self.ties):
-                self.modules, self.ties, self.format_version = modules, ties, 2 if ties else 1
+            found = described(model), shared_parameters(model), quantization_of(model)
+            if found != (self.modules, self.ties, self.quantization):
+                self.modules, self.ties, self.quantization = found
+                self.format_version = _oldest_version(self.ties, self.quantization)
         content: dict[str, Any] = {"quant_method": WRITTEN, "format_version": self.format_version,
                                    "modules": copy.deepcopy(self.modules)}  # fmt: skip
-        return content | {"ties": dict(self.ties)} if self.ties else content
+        content |= {"ties": dict(self.ties)} if self.ties else {}
+        return content | ({"quantization": copy.deepcopy(self.quantization)} if self.quantization else {})
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_model": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EckartConfig:
         """Copied with its model, it describes the copy; copied alone, it stays as it is."""
-        new = EckartConfig(copy.deepcopy(self.modules), dict(self.ties), self.format_version)
+        new = EckartConfig(
+            copy.deepcopy(self.modules), dict(self.ties), copy.deepcopy(self.quantization), self.format_version
+        )
         copied = memo.get(id(self._model())) if self._model is not None else None
         if copied is not None:
             new.follow(copied)
@@ -110,8 +120,26 @@ def _adapted(model: PreTrainedModel) -> bool:
     return any(name.endswith(".base_layer") for name in factored_modules(model))
 
 
+def _oldest_version(ties: Any, quantization: Any) -> int:
+    """The oldest version of the format that holds them."""
+    return 3 if quantization else 2 if ties else 1
+
+
 def _are_ties(ties: Any) -> bool:
     return isinstance(ties, dict) and all(isinstance(name, str) for pair in ties.items() for name in pair)
+
+
+def _is_quantization(stated: Any) -> bool:
+    kind, layers = (stated.get("kind"), stated.get("layers")) if isinstance(stated, dict) else (None, None)
+    return kind in KINDS and isinstance(layers, dict) and all(isinstance(spec, dict) for spec in layers.values())
+
+
+def quantization_of(model: PreTrainedModel) -> dict[str, Any] | None:
+    """How a model is quantized, as the config says it; None where it is not."""
+    layers = quantized_layers(model)
+    return (
+        {"kind": kind_of(model), "layers": {name: layer.spec() for name, layer in layers.items()}} if layers else None
+    )
 
 
 def attach_config(model: PreTrainedModel) -> None:
@@ -120,7 +148,7 @@ def attach_config(model: PreTrainedModel) -> None:
     To be called again after modules have been replaced.
 
     Args:
-        model: a model with forms in place, with heads or neurons gone, or with parameters that
+        model: a model with forms in place, with heads or neurons gone, quantized by eckart, or with parameters that
             :func:`eckart.model.share_parameters` has made one.
 
     Raises:
@@ -140,8 +168,8 @@ def attach_config(model: PreTrainedModel) -> None:
                 "config.tie_word_embeddings = False and take it out of all_tied_weights_keys."
             )
     specs = described(model)
-    set_guard(model, None if specs else guard_of(ties))
-    description = EckartConfig(specs, ties)
+    set_guard(model, None if specs or quantized_layers(model) else guard_of(ties))
+    description = EckartConfig(specs, ties, quantization_of(model))
     description.follow(model)
     model.config.quantization_config = description
 
@@ -156,7 +184,7 @@ def described(model: PreTrainedModel) -> dict[str, dict[str, Any]]:
 
 def is_special(model: PreTrainedModel) -> bool:
     """Whether a model holds what only a described checkpoint brings back."""
-    return bool(described(model) or shared_parameters(model))
+    return bool(described(model) or shared_parameters(model) or quantized_layers(model))
 
 
 def detach_config(model: PreTrainedModel) -> None:
@@ -168,6 +196,11 @@ def detach_config(model: PreTrainedModel) -> None:
     Raises:
         ModelError: some are left.
     """
+    if layers := quantized_layers(model):
+        raise ModelError(
+            f"{len(layers)} layers are quantized ({', '.join(list(layers)[:3])}, ...). Give them floating-point "
+            "numbers first: eckart.dequantize(model)."
+        )
     if ties := shared_parameters(model):
         raise ModelError(
             f"{len(ties)} parameters are still those of others ({', '.join(list(ties)[:3])}, ...). Give each its own "

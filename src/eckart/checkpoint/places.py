@@ -6,10 +6,13 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms import Factored, FactoredLinear, build
+from eckart.forms.quantized import QuantizedLinear
 from eckart.model import PrunedHeads, SlicedFeatures
+from eckart.quantization.kinds import BITS
 
 
 def locate(model: PreTrainedModel, name: str) -> str | None:
@@ -116,3 +119,26 @@ def built(name: str, spec: dict[str, Any], dense: nn.Module) -> Factored:
             "with the config it was saved with."
         )
     return form
+
+
+def quantized(name: str, kind: str, spec: dict[str, Any], dense: nn.Module) -> QuantizedLinear:
+    """The empty quantized layer that stands for a linear one of the empty model."""
+    source = "conv1d" if isinstance(dense, Conv1D) else "linear"
+    if type(dense) not in (nn.Linear, Conv1D) or spec.get("source", "linear") != source:
+        raise CheckpointError(
+            f"quantization_config.quantization in config.json names {name}, but that is a {type(dense).__name__}. Load "
+            "the model with the config and the transformers that it was saved with."
+        )
+    weight = dense.get_parameter("weight")
+    rows, columns = weight.shape[::-1] if source == "conv1d" else weight.shape
+    group = spec.get("group")
+    try:
+        with weight.device:
+            return QuantizedLinear(
+                columns, rows, dense.bias is not None, bits=BITS[kind], dynamic=kind == "int8-dynamic", group=group,
+                source=source, dtype=weight.dtype,
+            )  # fmt: skip
+    except UsageError as error:
+        raise CheckpointError(
+            f"quantization_config.quantization in config.json, layer {name}: {error} Download config.json again."
+        ) from error

@@ -1,8 +1,9 @@
 """The checkpoint format inside transformers: importing this module registers it.
 
-``config.json`` says ``quantization_config: {quant_method: "eckart: ...", format_version, modules, ties}``; transformers
-asks the quantizer registered under that name to put the forms in place before it loads the weights.
-Nothing is quantized, and the loaded model is left an ordinary one that can be cast, trained and saved.
+``config.json`` says ``quantization_config: {quant_method: "eckart: ...", format_version, modules, ties,
+quantization}``; transformers asks the quantizer registered under that name to put the forms in place before it loads the weights.
+The loaded model is left an ordinary one that can be cast, trained and saved; one with a `quantization` has integers in
+some of its layers, and can be cast and saved.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from eckart.checkpoint.compare_files import compare_with_files, require_filled
 from eckart.checkpoint.description import METHOD, WRITTEN, EckartConfig, attach_config, detach_config, is_special
 from eckart.checkpoint.guard import guard_of
-from eckart.checkpoint.places import built, locate, located_ties, same_place, take_heads_out, take_neurons_out
+from eckart.checkpoint.places import (
+    built,
+    locate,
+    located_ties,
+    quantized,
+    same_place,
+    take_heads_out,
+    take_neurons_out,
+)
 from eckart.errors import CheckpointError
 from eckart.forms.transformers_internals import (
     adjust_biases_again,
@@ -36,6 +45,7 @@ from eckart.model import (
     declared_ties,
     factored_modules,
     fused_experts,
+    keep_slicing,
     parameter_owner,
     share_parameters,
     tie_factored,
@@ -43,6 +53,7 @@ from eckart.model import (
 from eckart.model.attention_heads import FORM as HEADS
 from eckart.model.experts import FORM as EXPERTS
 from eckart.model.slicing import FORM as SLICED
+from eckart.quantization import quantized_layers, require_torchao
 from eckart.storage.shards import read_header
 
 if TYPE_CHECKING:
@@ -95,6 +106,7 @@ class EckartQuantizer(HfQuantizer):
             model.set_submodule(place, form)
         # Another class's head has a guard as well.
         guarded += [f"{name}.weight" for name in dict.fromkeys((*factored, *specs))]
+        guarded += self._make_quantized(model)
         if factored:
             tie_factored(model, before, tie=False)
             tied = model.all_tied_weights_keys
@@ -105,7 +117,8 @@ class EckartQuantizer(HfQuantizer):
                     "tie_word_embeddings to false in config.json."
                 )
         self._ties = located_ties(model, self.quantization_config.ties)
-        if not self.quantization_config.modules and (guard := guard_of(self.quantization_config.ties)) is not None:
+        described = self.quantization_config.modules or self.quantization_config.quantization
+        if not described and (guard := guard_of(self.quantization_config.ties)) is not None:
             guarded.append(guard)
             self._expect_guard(model, guard)
         self._tie_on_loading(model)
@@ -133,6 +146,22 @@ class EckartQuantizer(HfQuantizer):
         self._handles.append(experts.register_state_dict_post_hook(_without_guard))
         model.set_submodule(place, experts)
         return [f"{place}.{guard}" for guard in experts.guards]
+
+    def _make_quantized(self, model: PreTrainedModel) -> list[str]:
+        """Put layers that hold integers where the model has floating-point ones; returns the names of their guards."""
+        assert isinstance(self.quantization_config, EckartConfig)
+        stated = self.quantization_config.quantization
+        if stated is None:
+            return []
+        require_torchao()
+        for name, spec in stated["layers"].items():
+            place = locate(model, name)
+            if place is not None:
+                old = model.get_submodule(place)
+                layer = quantized(name, stated["kind"], spec, old)
+                self._handles.append(layer.register_state_dict_post_hook(_without_guard))
+                model.set_submodule(place, keep_slicing(old, layer))
+        return [f"{name}.weight" for name in stated["layers"]]
 
     def _expect_guard(self, model: PreTrainedModel, guard: str) -> None:
         """Let the loader neither expect numbers under a guarded name nor tie it; that is done afterwards."""
@@ -171,18 +200,24 @@ class EckartQuantizer(HfQuantizer):
         forms = factored_modules(model)
         for form in forms.values():
             form.refresh()
+        layers = quantized_layers(model)
+        for layer in layers.values():
+            layer.computes = layer.computes.new_empty(0, device=layer.qdata.device)
         lost = [
             f"{name}.{key}"
-            for name, form in forms.items()
+            for name, form in {**forms, **layers}.items()
             for key, tensor in (*form.named_parameters(), *form.named_buffers())
             # transformers marks what it has filled; on the meta device it stands for a file on disk.
-            if not is_initialized(tensor) and not tensor.is_meta and key not in form._non_persistent_buffers_set
+            if not is_initialized(tensor)
+            and not tensor.is_meta
+            and key not in form._non_persistent_buffers_set
+            and tensor.numel()
         ]
         if lost:
             raise CheckpointError(
                 f"{len(lost)} tensors of factored modules are missing from the weights of "
-                f"{model.config.name_or_path}: {', '.join(lost)}. Without them the model would be filled "
-                "with random numbers. Download the folder again."
+                f"{model.config.name_or_path}: {', '.join(dict.fromkeys(lost))}. Without them the model would be "
+                "filled with random numbers. Download the folder again."
             )
         require_filled(model)
         damaged = {name: damage for name, form in forms.items() if (damage := form.find_damage()) is not None}

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
-from eckart.checkpoint.description import METHOD, attach_config, described, detach_config, is_special
+from eckart.checkpoint.description import METHOD, attach_config, described, detach_config, is_special, quantization_of
 from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms.transformers_internals import has_adapters, names_not_saved, weight_conversions
@@ -240,7 +240,8 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
             "was published. Please report this with the model's name."
         )
     said = read_json(folder / "config.json").get("quantization_config") or {}
-    if said.get("modules", {}) != described(model) or said.get("ties", {}) != shared_parameters(model):
+    here_said = described(model), shared_parameters(model), quantization_of(model)
+    if (said.get("modules", {}), said.get("ties", {}), said.get("quantization")) != here_said:
         raise CheckpointError(
             f"quantization_config in {folder / 'config.json'} does not describe the factored modules "
             f"({METHOD}); nothing was published. Please report this with the model's name."

@@ -22,6 +22,9 @@ def export(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="Folder that eckart published, or its hub name.")],
     output_dir: Annotated[Path, typer.Option(help="Folder to publish; it must not exist yet.")],
     format: Annotated[str, typer.Option(help=f"One of: {', '.join(EXPORTS)}.")] = "dense",
+    quantize: Annotated[
+        str | None, typer.Option(help="Round the weights too: int8, int8-dynamic (inputs as well) or int4.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that eckart published.")] = False,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
@@ -36,9 +39,10 @@ def export(
     from eckart.exports.pipeline import export
 
     published = export(
-        folder, output_dir, format=format, revision=revision, overwrite=overwrite, trust_remote_code=trust_remote_code
-    )
-    show(f"published in {published}; it loads without eckart")
+        folder, output_dir, format=format, quantize=quantize, revision=revision, overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    show(f"published in {published}" + ("" if format == "factored" else "; it loads without eckart"))
     push_published(published, push_to_hub, private)
 
 

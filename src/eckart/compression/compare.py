@@ -16,15 +16,17 @@ from eckart.compression.pipeline import build_model, make_factors
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
 from eckart.compression.result import Result
+from eckart.compression.rounding import round_dense
 from eckart.compression.settings import Settings
 from eckart.errors import UsageError
 from eckart.methods import Method, method_named
+from eckart.quantization import require_torchao
 from eckart.report.compression import list_quality
 from eckart.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)
 
-OWN_STEPS = ("factorization", "replacement", "refit")
+OWN_STEPS = ("factorization", "replacement", "refit", "quantization")
 """Steps that each method takes by itself; their seconds stand in its row."""
 
 MEASURING = ("measuring", "latency")
@@ -41,28 +43,44 @@ class Comparison:
             `multiply_adds`, `quality` on held-out text, `latency` beside the original's, `seconds` of the method's own
             steps.
         original: sizes of the original; empty before the first result.
+        original_rounded: with `quantize`, what the original becomes where it is rounded the same way and not factored:
+            `kind`, sizes, `quality`, `latency`; None without.
         notes: what is odd about the checkpoint, and the seconds of the steps that all methods share.
     """
 
-    def __init__(self, results: Iterator[tuple[str, float, Result]], warnings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        results: Iterator[tuple[str, float, Result]],
+        warnings: Sequence[str],
+        round_original: Callable[[], dict[str, Any] | None] = lambda: None,
+    ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.original: dict[str, int] = {}
+        self.original_rounded: dict[str, Any] | None = None
+        self._round_original = round_original
         self.notes: list[str] = list(warnings)
         self._results = results
         self._shared: dict[str, float] = {}
 
     def __iter__(self) -> Iterator[tuple[str, float, Result]]:
         for method, keep, result in self._results:
+            if not self.rows:
+                self.original_rounded = self._round_original()
             self._add_row(method, keep, result)
             yield method, keep, result
 
     def as_dict(self) -> dict[str, Any]:
-        """Make what is left of the results, and return `rows`, `original` and `notes` as JSON values."""
+        """Make what is left of the results; `rows`, `original`, `original_rounded` and `notes` as JSON values."""
         for _ in self:
             pass
         steps = ", ".join(f"{step} {value:.1f} s" for step, value in self._shared.items())
         shared = [f"seconds are those of factoring alone; shared by all methods: {steps}"] if steps else []
-        return {"rows": self.rows, "original": self.original, "notes": [*self.notes, *shared]}
+        return {
+            "rows": self.rows,
+            "original": self.original,
+            **({"original_rounded": self.original_rounded} if self.original_rounded is not None else {}),
+            "notes": [*self.notes, *shared],
+        }
 
     def _add_row(self, method: str, keep: float, result: Result) -> None:
         report, seconds = result.report, result.report["seconds"]
@@ -76,10 +94,21 @@ class Comparison:
                 "of_model": report["kept"]["of_model"],
                 **report["sizes"]["model"]["after"],
                 "quality": list_quality(report),
+                **_before_rounding(report),
                 "latency": report.get("latency"),
                 "seconds": round(sum(seconds.get(step, 0.0) for step in OWN_STEPS), 2),
             }
         )
+
+
+def _before_rounding(report: dict[str, Any]) -> dict[str, Any]:
+    """How a result was rounded, and what it was before; nothing for one in floating point."""
+    rounding = report.get("quantization")
+    if rounding is None:
+        return {}
+    before = rounding["before"]
+    quality = list_quality({"quality": before["quality"]})
+    return {"rounded": rounding["kind"], "before_rounding": {**before["size"], "quality": quality}}
 
 
 def compare(
@@ -121,6 +150,8 @@ def compare(
     recipes = [combine_options(recipe, {}, method=method, where="methods") for method in methods]
     for keep in keeps:
         combine_options(recipe, {"keep": keep}, where="keeps")
+    if recipe.quantize is not None:
+        require_torchao()
     rows = [Settings.of(method_named(each.method), each) for each in recipes]
 
     with keep_unchanged(model):
@@ -150,4 +181,10 @@ def compare(
                     result = build_model(context, settings, asked.model_copy(update={"keep": keep}), factors)
                 yield settings.method.name, keep, result
 
-    return Comparison(results(), context.warnings)
+    def round_original() -> dict[str, Any] | None:
+        if recipe.quantize is None:
+            return None
+        with keep_unchanged(model):
+            return round_dense(context, recipe.quantize, timed=recipe.latency is not False)
+
+    return Comparison(results(), context.warnings, round_original)

@@ -1,7 +1,7 @@
 """The order of a compression. Each step is one call, documented in the file of its name beside this one.
 
 recipe -> model -> sites -> data -> (statistics -> factors), window by window -> plan -> forms in place -> embeddings
--> refit -> quality -> report -> published folder
+-> refit -> rounding -> quality -> report -> published folder
 
 A site is a weight that can be factored; a window is a group of sites whose statistics are in memory at the same time.
 What users choose by name is one file each: methods in `eckart.methods`, forms in `eckart.forms`, statistics in
@@ -36,11 +36,13 @@ from eckart.compression.recipe import Recipe
 from eckart.compression.refit import refit_if_better
 from eckart.compression.report_builder import build_report, describe_dense_sites
 from eckart.compression.result import Result
+from eckart.compression.rounding import round_compressed
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.evaluation.sizes import count_sizes
 from eckart.methods import Method, method_named
 from eckart.model import fuse_experts, unshare_storage
+from eckart.quantization import require_torchao
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +97,8 @@ def compress(
     # 1. The options: what the recipe says, and the method where the recipe says nothing.
     recipe = combine_options(recipe, options, model=model, data=data, method=method, form=form)
     settings = Settings.of(method_named(recipe.method), recipe)
+    if recipe.quantize is not None:
+        require_torchao()
 
     # 2. The model, with a locked output folder and the journal of an interrupted run where there is an output.
     with keep_unchanged(model), open_run(
@@ -106,7 +110,7 @@ def compress(
         context = prepare(run, data, [settings], [recipe.keep])
         settings = context.adapt_settings(settings)
 
-        # 4. The factors of every site; 5. to 10. the smaller model made of them; 11. the published folder.
+        # 4. The factors of every site; 5. to 11. the smaller model made of them; 12. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
         factors = make_factors(context, settings, run.recipe, largest)
         result = build_model(context, settings, run.recipe, factors)
@@ -173,7 +177,14 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
         )
         notes += refit_notes
 
-    # 9. The description of what is stored, and the quality on held-out text.
+    # 9. Weights in few bits, where they were asked for.
+    rounding = None
+    if recipe.quantize is not None:
+        with timer.step("quantization"):
+            measured, rounding, rounding_notes = round_compressed(context, compressed, recipe.quantize, measured)
+        notes += rounding_notes
+
+    # 10. The description of what is stored, and the quality on held-out text.
     plan = replace(plan, choices=stored_choices(compressed, sites, plan))
     after = count_sizes(compressed, context.names)  # before experts are fused again
     if recipe.stock:
@@ -186,13 +197,14 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
             measured = measure_quality(context, compressed) or None
     notes += [context.unmeasured] if context.unmeasured is not None else []
 
-    # 10. The report; the result has tensors of its own, and may use working memory.
+    # 11. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)
     with timer.step("latency", noted=bool(recipe.latency)):
         latency = time_models(context, compressed) if recipe.latency else None
     report = build_report(context, settings, recipe, plan, dense, measured, notes, summary, after)
     embedded.add_to(report)
     report |= {"latency": latency} if latency is not None else {}
+    report |= {"quantization": rounding} if rounding is not None else {}
     if choice.found:
         report["found"] = choice.found
     if not context.workspace.streaming:

@@ -7,7 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, DEFAULT_WINDOWS, RecipeBase
+from eckart.config import (
+    DEFAULT_BATCH_SIZE,
+    DEFAULT_TEXTS,
+    DEFAULT_TOKENS,
+    DEFAULT_WINDOWS,
+    QuantizationKind,
+    RecipeBase,
+)
 from eckart.methods import Method
 from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES
 
@@ -89,6 +96,11 @@ class Recipe(RecipeBase):
     stock: bool = Field(
         False,
         description="In form sliced: one size for all layers, so that transformers alone loads the result.",
+    )
+    quantize: QuantizationKind | None = Field(
+        None,
+        description="Then round the weights to few bits, factors and what stayed dense; int8-dynamic: inputs too. "
+        "Needs torchao.",
     )
     latency: bool | None = Field(
         None,
@@ -211,6 +223,15 @@ class Recipe(RecipeBase):
             raise ValueError(
                 f"--plan and {flags}: the plan names form and rank of every weight, so {flags} {verb} nothing. Leave "
                 "one of them out, or edit the plan."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stock_has_ordinary_numbers(self) -> Recipe:
+        if self.stock and self.quantize is not None:
+            raise ValueError(
+                f"--stock and --quantize {self.quantize}: transformers alone loads no layers that eckart has rounded. "
+                f"Leave --quantize out, then: eckart export DIR --format dense --quantize {self.quantize}"
             )
         return self
 

@@ -21,6 +21,7 @@ from eckart.evaluation.recipe import EvaluationRecipe
 from eckart.evaluation.sentence import find_pooling
 from eckart.evaluation.sizes import Size, count_sizes
 from eckart.model import cast, factored_modules, shared_clone
+from eckart.quantization import kind_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,10 @@ class EvaluatedModel:
     def factored(self) -> bool:
         return bool(factored_modules(self.model))
 
+    @property
+    def quantized(self) -> bool:
+        return kind_of(self.model) is not None
+
     @cached_property
     def pooling(self) -> Pooling | None:
         """How its folder says that a sentence embedding is made; None where nothing says so."""
@@ -71,7 +76,9 @@ def open_model(model: PreTrainedModel | str | Path, recipe: EvaluationRecipe) ->
     folder = resolve(str(model), recipe.revision, trust_remote_code=trusted)
     tensors = stored_tensors(folder)
     loaded = load(folder, dtype=torch.float32, trust_remote_code=trusted)
-    size = Size(*stored_size(tensors), count_sizes(loaded).model.multiply_adds)
+    counted = count_sizes(loaded).model
+    elements, size_in_bytes = stored_size(tensors)
+    size = Size(counted.elements if kind_of(loaded) else elements, size_in_bytes, counted.multiply_adds)
     dtype = stored_dtype(tensors) or torch.float32
     tokenizer = load_tokenizer(folder, trust_remote_code=trusted)
     return EvaluatedModel(str(model), folder, loaded.to(device), tokenizer, dtype, size)

@@ -17,8 +17,9 @@ from eckart.evaluation.recipe import EvaluationRecipe
 from eckart.evaluation.rounding import round_weights
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.choose import build_scorer, choose_task
-from eckart.evaluation.sizes import Size
-from eckart.model import find_sites, preserve_random_state, with_separate_experts
+from eckart.evaluation.sizes import Size, count_sizes
+from eckart.model import find_sites, preserve_random_state, shared_clone, with_separate_experts
+from eckart.quantization import choose_layers, prepare, quantize, require_torchao
 from eckart.speed.latency import measure_latency, time_where_memory_allows
 from eckart.storage.layout import model_folder, read_json
 
@@ -52,7 +53,8 @@ def evaluate(
         token -> {column: number}; `latency`: of one forward pass of the original and of the model on random inputs, as
         :func:`eckart.speed.latency.compare_latency` gives it, or None; `device`: where it was computed; `notes`;
         `details`: column -> what lm_eval says of it, where its tasks were asked for. The columns are "original",
-        "eckart" ("model" for one that is not factored), "int8" and "int4". All plain JSON values.
+        "eckart" ("model" for one that is not factored), "int8", "int4" and "eckart int8", whose rounding is simulated;
+        with `quantize`, "original int8" and so on, which do store integers. All plain JSON values.
 
     Raises:
         EckartError: naming what cannot be read or does not fit.
@@ -61,13 +63,17 @@ def evaluate(
         options["data"] = str(data)
     recipe = merge_recipe(EvaluationRecipe, recipe, options, "eckart.evaluate")
     with preserve_random_state():
+        if recipe.quantize is not None:
+            require_torchao()
         context = _open(model, against, tokenizer, data, recipe)
         task = choose_task(context)
         scorer = build_scorer(task, context)
         scores: dict[str, dict[str, float]] = {}
         sizes: dict[str, dict[str, int]] = {}
         details: dict[str, Any] = {}
-        for column, scored, size in _list_columns(context):
+        kind = recipe.quantize
+        quantized = {f"{name} {kind}": _quantize(opened, kind) for name, opened in _opened(context) if kind is not None}
+        for column, scored, size in _list_columns(context, quantized):
             itself = scorer.compares and column == "original"
             for name, score in ({} if itself else scorer.score(scored)).items():
                 scores.setdefault(name, {})[column] = score
@@ -75,7 +81,7 @@ def evaluate(
                 details[column] = scorer.detail
             for name, number in size.as_dict().items():
                 sizes.setdefault(name, {})[column] = number
-        latency = _time(context) if recipe.latency else None
+        latency = _time(context, quantized) if recipe.latency else None
     return {
         "model": context.model.name,
         "against": context.original.name if context.original is not None else None,
@@ -109,20 +115,34 @@ def _open(model: Any, against: Any, tokenizer: Any, data: Any, recipe: Evaluatio
     return EvaluationContext(recipe, recipe.data if data is None else data, scored, original, tokenizer)
 
 
-def _list_columns(context: EvaluationContext) -> Iterator[tuple[str, PreTrainedModel, Size]]:
-    """Every model that is scored, by the name of its column; rounded ones are made when they are reached."""
-    original = context.original
+Quantized = Mapping[str, tuple[PreTrainedModel, Size]]
+"""Column -> a model with weights in few bits, and its size."""
+
+
+def _list_columns(context: EvaluationContext, quantized: Quantized) -> Iterator[tuple[str, PreTrainedModel, Size]]:
+    """Every model that is scored, by the name of its column; rounded baselines are made when they are reached."""
+    original, scored = context.original, context.model
     for column, opened in _opened(context):
         yield column, opened.model, opened.size
-    if original is not None and context.recipe.baselines and not original.factored:
+    for column, (model, size) in quantized.items():
+        yield column, model, size
+    if original is None or not context.recipe.baselines:
+        return
+    if not original.factored and not original.quantized:
         for bits in BASELINE_BITS:
             yield f"int{bits}", *_round(original, bits)
+    if scored.factored and not scored.quantized and "eckart int8" not in quantized:
+        yield "eckart int8", *_round(scored, 8)
 
 
-def _time(context: EvaluationContext) -> dict[str, Any] | None:
-    """Latency of the original and the model. Rounded ones compute with the original's weights: they are no faster."""
+def _time(context: EvaluationContext, quantized: Quantized) -> dict[str, Any] | None:
+    """Latency of the original and the model, and of those in few bits.
+
+    Baselines are not timed: their rounding is simulated, and they compute with floating-point weights.
+    """
     recipe = context.recipe
     timed = {name: opened.model for name, opened in _opened(context)}
+    timed |= {name: model for name, (model, _) in quantized.items()}
     return time_where_memory_allows(lambda: measure_latency(timed, recipe.batch_size, recipe.max_seq_length))
 
 
@@ -133,22 +153,48 @@ def _opened(context: EvaluationContext) -> Iterator[tuple[str, EvaluatedModel]]:
     yield "eckart" if context.model.factored else "model", context.model
 
 
-def _round(original: EvaluatedModel, bits: int) -> tuple[PreTrainedModel, Size]:
-    """The original with every weight that could be factored rounded, and what that takes when stored."""
-    model = with_separate_experts(original.model)
-    sites = find_sites(model).chosen
-    rounded = round_weights(model, [site.name for site in sites], bits)
-    matrices = sum(site.elements for site in sites) * original.dtype.itemsize
-    size = replace(original.size, bytes=original.size.bytes - matrices + rounded.named_bytes)
+def _round(opened: EvaluatedModel, bits: int) -> tuple[PreTrainedModel, Size]:
+    """A model with its weights rounded, dense or factored, and what that takes when stored; the rounding is simulated.
+
+    Factors are made ready for it as they are before they are really rounded.
+    """
+    model = with_separate_experts(opened.model)
+    stored = opened.size
+    if opened.factored:
+        model = shared_clone(model)
+        before = count_sizes(model, dtype=opened.dtype).model.bytes
+        prepare(model, "int8")
+        counted = count_sizes(model, dtype=opened.dtype).model
+        stored = replace(counted, bytes=stored.bytes + counted.bytes - before)
+        names = list(choose_layers(model, "int8")[0])
+    else:
+        names = [site.name for site in find_sites(model).chosen]
+    rounded = round_weights(model, names, bits)
+    weights = {id(weight): weight.numel() for name in names for weight in [model.get_submodule(name).weight]}
+    matrices = sum(weights.values()) * opened.dtype.itemsize
+    size = replace(stored, bytes=stored.bytes - matrices + rounded.named_bytes)
     return cast(PreTrainedModel, rounded.model), size
+
+
+def _quantize(opened: EvaluatedModel, kind: str) -> tuple[PreTrainedModel, Size]:
+    """A copy of a model that stores its weights in few bits, and what it takes."""
+    if opened.quantized:
+        raise UsageError(
+            f"{opened.name} is quantized already. Leave --quantize out: it is scored as it is; or name the folder that "
+            "it was made from."
+        )
+    model = shared_clone(with_separate_experts(opened.model))
+    quantize(model, kind)
+    return model, count_sizes(model, dtype=opened.dtype).model
 
 
 def _list_notes(context: EvaluationContext, scorer: TaskScorer) -> list[str]:
     """What may mislead: no baselines beside a factored original, and data that the model was calibrated on."""
     notes = []
     original, used = context.original, _calibration_data(context.model.folder)
-    if original is not None and context.recipe.baselines and original.factored:
-        notes.append(f"{original.name} is factored itself: no int8 and int4 beside it")
+    if original is not None and context.recipe.baselines and (original.factored or original.quantized):
+        what = "factored" if original.factored else "quantized"
+        notes.append(f"{original.name} is {what} itself: no int8 and int4 beside it")
     if used.get("source") is not None and all(used.get(key) == scorer.data.get(key) for key in ("source", "split")):
         notes.append(f"this model was calibrated on {used['source']}: its scores on it are better than on other text")
     return notes

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from eckart.config import RecipeBase
+from eckart.config import QuantizationKind, RecipeBase
 
 Task = Literal["perplexity", "classification", "regression", "similarity", "agreement", "embedding"]
 TASKS: tuple[str, ...] = get_args(Task)
@@ -53,7 +53,14 @@ class EvaluationRecipe(RecipeBase):
     num_fewshot: int | None = Field(None, ge=0, description="With --lm-eval: examples that the prompt holds.")
     include_path: str | None = Field(None, description="With --lm-eval: folder with tasks of your own.")
     apply_chat_template: bool = Field(False, description="With --lm-eval: write the prompts as a chat.")
-    baselines: bool = Field(True, description="Score the original rounded to int8 and int4 as well.")
+    quantize: QuantizationKind | None = Field(
+        None,
+        description="Score and time the models with weights in few bits too; int8-dynamic: inputs as well. Needs "
+        "torchao.",
+    )
+    baselines: bool = Field(
+        True, description="Score the original rounded to int8 and int4 as well, and a factored model rounded to int8."
+    )
     latency: bool = Field(True, description="Also time a forward pass of each model, all in turn.")
     revision: str | None = Field(None, description="Revision of the models on the hub.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import UsageError
 from eckart.forms import FactoredLinear
+from eckart.forms.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -84,15 +85,23 @@ def count_sizes(model: nn.Module, names: Iterable[str] = (), dtype: torch.dtype 
 
 def _size(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Size:
     stored: dict[Any, Tensor] = {}
+    halves: dict[Any, int] = {}  # two numbers in a byte
+    scales: set[Any] = set()  # which keep their type
     computing: dict[int, nn.Module] = {}
     for module in modules:
         for value in module.state_dict(keep_vars=True).values():
             if isinstance(value, Tensor) and value.numel():
                 stored.setdefault(_identity(value), value)
+        for part in module.modules():
+            if isinstance(part, QuantizedLinear):
+                halves[_identity(part.qdata)] = part.in_features * part.out_features - part.qdata.numel()
+                scales.add(_identity(part.scale))
         computing |= {id(part): part for part in _computing(module)}
     return Size(
-        elements=sum(value.numel() for value in stored.values()),
-        bytes=sum(value.numel() * _element_size(value, dtype) for value in stored.values()),
+        elements=sum(value.numel() for value in stored.values()) + sum(halves.values()),
+        bytes=sum(
+            value.numel() * _element_size(value, None if key in scales else dtype) for key, value in stored.items()
+        ),
         multiply_adds=sum(_multiply_adds(part) for part in computing.values()) - _computed_again(computing.values()),
     )
 

@@ -13,6 +13,9 @@ from eckart.checkpoint.save import write
 from eckart.errors import ModelError
 from eckart.exports.base import Exporter, ExportSource
 from eckart.model import fuse_experts, to_dense_modules
+from eckart.quantization import dequantize, quantized_layers, require_torchao
+from eckart.report.card import render_model_card
+from eckart.report.loading import find_loading
 
 
 def densify(model: PreTrainedModel) -> PreTrainedModel:
@@ -21,7 +24,8 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     Weights that layers share are copied into each of them.
 
     Args:
-        model: a model that :func:`eckart.compress` made or `from_pretrained` loaded.
+        model: a model that :func:`eckart.compress` made or `from_pretrained` loaded. One that eckart has quantized
+            keeps its rounded numbers, in floating point.
 
     Returns:
         The same model with plain Linear and Conv1D modules; `save_pretrained` then writes an ordinary checkpoint
@@ -30,6 +34,11 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ModelError: the model holds no factored weight.
     """
+    if quantized_layers(model):
+        dequantize(model)
+        if not is_special(model):
+            detach_config(model)
+            return model
     to_dense_modules(model)
     fuse_experts(model)
     detach_config(model)
@@ -37,19 +46,36 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class Dense(Exporter):
-    """The checkpoint of the original's class and size, computing what the compressed model computes."""
+    """The checkpoint of the original's class and shapes, computing what the compressed model computes."""
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "every factored weight is multiplied out; an ordinary checkpoint, as large as the original"
 
     def check(self, source: ExportSource, quantize: str | None) -> None:
-        """Refuse a model without factors."""
-        if not is_special(source.model):
+        """Refuse a model without factors, unless it is to be quantized."""
+        if quantize is not None:
+            require_torchao()
+        elif not is_special(source.model):
             raise ModelError(
                 f"{source.folder} holds no factored weight: it loads without eckart as it is. Copy the folder."
             )
 
     def write(self, source: ExportSource, staging: Path, quantize: str | None) -> Mapping[str, Any]:
         """See :class:`eckart.exports.base.Exporter`."""
-        write(densify(source.model), staging, tokenizer=source.tokenizer, source_folder=source.folder)
-        return {}
+        model = densify(source.model) if is_special(source.model) else source.model
+        if quantize is None:
+            write(model, staging, tokenizer=source.tokenizer, source_folder=source.folder)
+            return {}
+        from eckart.exports.torchao import write_quantized
+
+        record = write_quantized(model, staging, quantize, tokenizer=source.tokenizer, source_folder=source.folder)
+        card = render_model_card(
+            source.name,
+            loading=find_loading(model, source.folder, needs_eckart=False),
+            summary=f"with weights in {quantize} by torchao",
+            notice="It is an ordinary checkpoint of transformers, and loads without eckart: `pip install torchao`.",
+            records="`eckart/export.json` says which layers keep their floating-point numbers, and why.",
+            command=f"eckart export FOLDER --format dense --quantize {quantize} --output-dir {source.name}",
+        )
+        (staging / "README.md").write_text(card, encoding="utf-8")
+        return record

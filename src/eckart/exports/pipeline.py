@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 from pathlib import Path
 
 from eckart.checkpoint.load import load
@@ -12,12 +13,13 @@ from eckart.checkpoint.source import resolve
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.errors import UsageError
 from eckart.exports.base import ExportSource
+from eckart.quantization import check_kind, dequantize, kind_of
 from eckart.registry import EXPORTS
 from eckart.storage.lock import OutputLock, output_path
 from eckart.storage.publish import check_output, publish
 from eckart.storage.report_file import finite
 
-QUANTIZATIONS = ("int8", "int8-dynamic", "int4")
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -47,16 +49,26 @@ def export(
     Raises:
         CheckpointError: the source cannot be read, or the output not be written.
         ModelError: the format cannot hold this model.
-        UsageError: the format is unknown, a library is missing, or it knows no such quantisation.
+        UsageError: the format is unknown, a library is missing, it knows no such quantization, or the model is
+            quantized already.
     """
     exporter = EXPORTS[EXPORTS.check(format)]()
-    if quantize is not None and quantize not in QUANTIZATIONS:
-        raise UsageError(f"quantize {quantize!r} is not known. Choose one of: {', '.join(QUANTIZATIONS)}.")
+    if quantize is not None:
+        check_kind(quantize)
     check_output(output_dir, overwrite=overwrite, inputs=[folder])
     home = resolve(str(folder), revision, trust_remote_code=trust_remote_code)
     check_output(output_dir, overwrite=overwrite, inputs=[home])
     with OutputLock(output_dir) as lock:
         model = load(home, trust_remote_code=trust_remote_code)
+        kind = kind_of(model)
+        if kind is not None and quantize is not None:
+            raise UsageError(
+                f"{home} is quantized already ({kind}), and rounding its numbers again would lose more than once. "
+                "Export the folder that it was made from with --quantize, or this one without."
+            )
+        if kind is not None:
+            logger.warning("%s is quantized (%s): its rounded numbers are written in floating point", home, kind)
+            dequantize(model)
         source = ExportSource(
             model, home, load_tokenizer(home, trust_remote_code=trust_remote_code), trust_remote_code,
             Path(output_dir).name,

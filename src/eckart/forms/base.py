@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.errors import UsageError
+from eckart.forms.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,8 @@ def describe_bad_order(order: Tensor) -> str | None:
 
 
 def _write_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Mapping[str, Any]) -> None:
-    leaf = next(module.parameters())
     # On the CPU always: an offloaded leaf is on meta, and a meta tensor cannot be saved.
-    state[prefix + "weight"] = torch.empty(0, dtype=leaf.dtype)
+    state[prefix + "weight"] = torch.empty(0, dtype=number_type(module).dtype)
 
 
 def _drop_guard(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
@@ -150,16 +150,31 @@ def copy_into(target: Tensor, value: Tensor, where: str) -> None:
         target.copy_(value)
 
 
+def number_type(module: nn.Module) -> Tensor:
+    """A tensor of the type and on the device that a module's own weight would have: of its first leaf."""
+    for part in module.modules():
+        if isinstance(part, QuantizedLinear):
+            return part.get_buffer("computes")
+        for parameter in part.parameters(recurse=False):
+            return parameter
+    raise AssertionError("a form without a leaf")
+
+
+def numbers_of(leaf: nn.Module) -> Tensor:
+    """The parameter that holds the weight of a leaf: of a quantized one, its integers."""
+    return leaf.qdata if isinstance(leaf, QuantizedLinear) else leaf.weight  # type: ignore[return-value]
+
+
 def is_plain_linear(leaf: nn.Module, *, fake: bool = False) -> bool:
-    """Whether nothing else than `nn.Linear.forward` runs when the leaf is called: no adapter, hook or offloader.
+    """Whether nothing else than its own `forward` runs when a linear leaf is called: no adapter, hook or offloader.
 
     Args:
         leaf: of a stored form.
         fake: whether its weight may be a fake tensor, as it is while the model is exported.
     """
     return (
-        type(leaf) is nn.Linear
-        and (fake or type(leaf.weight) is nn.Parameter)  # quantized leaves have others
+        type(leaf) in (nn.Linear, QuantizedLinear)
+        and (fake or type(numbers_of(leaf)) is nn.Parameter)  # where others have quantized it, its type is theirs
         and "forward" not in vars(leaf)
         and not leaf._forward_hooks
         and not leaf._forward_pre_hooks

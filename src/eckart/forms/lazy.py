@@ -42,7 +42,7 @@ class LazyWeight(Tensor):
         """
         # A stride of zero: one stored element stands for the whole shape until it is asked for.
         plain = like.numel() > 0 and type(like) in (Tensor, nn.Parameter)
-        one = like.detach().as_strided((), ()) if plain else like.detach().new_empty(())
+        one = like.detach().as_strided((), ()) if plain else torch.empty((), dtype=like.dtype, device=like.device)
         lazy = one.expand(shape).as_subclass(LazyWeight)
         lazy._dense = dense
         return lazy

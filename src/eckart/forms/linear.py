@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from eckart.errors import UsageError
-from eckart.forms.base import Factored, StoredSize
+from eckart.forms.base import Factored, StoredSize, number_type, numbers_of
 from eckart.forms.lazy import LazyWeight
+from eckart.forms.quantized import QuantizedLinear
 from eckart.linalg import Factorization, Problem, curve_under, factorize
 
 Block = tuple[int, int]
@@ -188,6 +189,8 @@ class FactoredLinear(Factored):
         *path, key = (self.shared_parameter or "").split(".")
         for name in path:
             part = getattr(part, "_modules", {}).get(name)
+        if isinstance(part, QuantizedLinear) and key == "weight":
+            return numbers_of(part)
         return None if part is None else part._parameters.get(key)
 
     # -- the same for all forms ----------------------------------------------------------------------
@@ -244,7 +247,7 @@ class FactoredLinear(Factored):
         Models that bypass `forward`, or ask for `layer.weight.dtype` at every step, keep working.
         It is in the orientation of the module that was replaced: (in, out) for a Conv1D.
         """
-        leaf = next(self.parameters())
+        leaf = number_type(self)
         shape = (self.out_features, self.in_features)
         flip = self.source == "conv1d"
 

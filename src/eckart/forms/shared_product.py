@@ -7,8 +7,8 @@ and threads, which have tensors of their own, do not meet.
 
 Everything that changes the answer is compared: identity and version of x and of A, their places in memory, gradients,
 autocast, the thread and, on a GPU, the stream. Whatever else may run where the leaf is called (an adapter, a hook, an
-offloader, a quantized weight), or where a tensor is not what it seems (transforms, fake tensors, tracing), the leaf is
-called as the module that it is.
+offloader, a weight that others have quantized), or where a tensor is not what it seems (transforms, fake tensors,
+tracing), the leaf is called as the module that it is.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from eckart.forms.base import is_plain_linear
+from eckart.forms.base import is_plain_linear, numbers_of
 
 ATTRIBUTE = "_eckart_shared_product"
 
@@ -62,12 +62,12 @@ class SharedProduct:
 
 
 def shared_product(
-    leaf: nn.Linear, x: Tensor, readers: int, product: Callable[[Tensor], Tensor] | None = None
+    leaf: nn.Module, x: Tensor, readers: int, product: Callable[[Tensor], Tensor] | None = None
 ) -> Tensor:
     """`A x`, which is computed when the first of several modules asks for it.
 
     Args:
-        leaf: of the module that asks; its weight A is the same parameter in all of them.
+        leaf: of the module that asks, quantized or not; its weight A is the same parameter in all of them.
         x: (..., n).
         readers: how many modules share A.
         product: makes it, with the leaf; None for the leaf itself.
@@ -90,7 +90,7 @@ def shared_product(
     known: SharedProduct | None = x.__dict__.get(ATTRIBUTE)
     if (
         known is not None
-        and known.weight is leaf.weight
+        and known.weight is numbers_of(leaf)
         and known.state == state
         and (hidden := known.hidden) is not None
         and (known.mark is None or torch.equal(known.mark, _mark(x)))
@@ -101,11 +101,11 @@ def shared_product(
         return hidden
     hidden = compute(x)
     mark = _mark(x) if x.is_inference() else None
-    x.__dict__[ATTRIBUTE] = SharedProduct(leaf.weight, state, hidden, readers - 1, mark)
+    x.__dict__[ATTRIBUTE] = SharedProduct(numbers_of(leaf), state, hidden, readers - 1, mark)
     return hidden
 
 
-def _state(leaf: nn.Linear, x: Tensor) -> tuple[object, ...] | None:
+def _state(leaf: nn.Module, x: Tensor) -> tuple[object, ...] | None:
     """All that the product depends on besides x and A themselves; None where it may not be shared."""
     if torch.compiler.is_compiling():
         # Exported: the tensors are fake, and so are the parameters, but each is the same object wherever it is read.
@@ -113,7 +113,7 @@ def _state(leaf: nn.Linear, x: Tensor) -> tuple[object, ...] | None:
         return (x._version, torch.is_grad_enabled()) if exporting and is_plain_linear(leaf, fake=True) else None
     if type(x) is not Tensor or not is_plain_linear(leaf):
         return None
-    device, weight = x.device, leaf.weight
+    device, weight = x.device, numbers_of(leaf)
     if (
         device.type == "meta"
         or weight.is_inference()  # its changes leave no mark

@@ -24,9 +24,9 @@ ATTRIBUTE = "_eckart_traced_product"
 _seen = threading.local()
 
 
-def traced_product(leaf: nn.Linear, x: Tensor, readers: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
+def traced_product(leaf: nn.Module, x: Tensor, readers: int, compute: Callable[[Tensor], Tensor]) -> Tensor:
     """`A x`; arguments are those of :func:`eckart.forms.shared_product.shared_product`."""
-    if torch.is_grad_enabled() or not is_plain_linear(leaf):
+    if torch.is_grad_enabled() or type(leaf) is not nn.Linear or not is_plain_linear(leaf):
         return compute(x)
     comptime(_look)
     known = getattr(x, ATTRIBUTE, None)

@@ -30,7 +30,7 @@ from eckart.model.replace import (
 )
 from eckart.model.shared import parameter_owner, share_parameters, shared_parameters, unshare_parameters
 from eckart.model.sites import Site, Sites, dense_weight, find_sites, has_output_head
-from eckart.model.slicing import SlicedFeatures, forget_slicing, sliced_features
+from eckart.model.slicing import SlicedFeatures, forget_slicing, keep_slicing, sliced_features
 from eckart.model.ties import declared_ties, tie_factored
 from eckart.model.weights import ComputePlacement, WeightLoader
 
@@ -58,6 +58,7 @@ __all__ = [
     "fused_experts",
     "has_output_head",
     "head_of_each_row",
+    "keep_slicing",
     "parameter_owner",
     "preserve_random_state",
     "preserve_state",

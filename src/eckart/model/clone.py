@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from eckart.errors import NumericalError
+from eckart.forms.quantized import QuantizedLinear
 from eckart.forms.transformers_internals import modules_kept_in_float32
 
 M = TypeVar("M", bound=nn.Module)
@@ -73,6 +74,8 @@ def cast(
     for prefix, module in model.named_modules():
         before = _types(module)
         for name, parameter in module.named_parameters(prefix, recurse=False):
+            if name.rpartition(".")[2] == "scale" and isinstance(module, QuantizedLinear):
+                continue  # cast, it would lose digits of every number of its row
             if parameter.is_floating_point() and not (pattern and pattern.search(name)):
                 largest = float(parameter.detach().abs().amax()) if parameter.numel() else 0.0
                 if not largest <= torch.finfo(dtype).max:
@@ -81,6 +84,8 @@ def cast(
                         "store in bfloat16 or float32 with --dtype."
                     )
                 parameter.data = parameter.data.to(dtype)
+        if isinstance(module, QuantizedLinear):
+            module.computes = module.computes.to(dtype)
         for name, buffer in module._buffers.items():
             stored = (
                 buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from eckart.forms import FactoredLinear
+from eckart.forms.quantized import QuantizedLinear
 from eckart.forms.transformers_internals import apply_gate
 from eckart.model.clone import shared_clone
 from eckart.model.replace import replace_module
@@ -136,9 +137,10 @@ def separate_experts(model: nn.Module) -> dict[str, SeparateExperts]:
 
 
 def fuse_experts(model: nn.Module) -> None:
-    """Fuse separate experts again, in place, unless one of them is factored or sliced."""
+    """Fuse separate experts again, in place, unless one of them is factored, sliced or quantized."""
     for name, experts in separate_experts(model).items():
-        if not sliced_features(experts) and not any(isinstance(part, FactoredLinear) for part in experts.modules()):
+        changed = any(isinstance(part, FactoredLinear | QuantizedLinear) for part in experts.modules())
+        if not sliced_features(experts) and not changed:
             replace_module(model, name, experts.fused())
 
 

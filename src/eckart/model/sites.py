@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import ModelError, UsageError
 from eckart.forms import Factored
+from eckart.forms.quantized import QuantizedLinear
 from eckart.model.slicing import sliced_features
 
 # Configuration keys for the number of experts: a Linear of that many outputs beside the experts is a router.
@@ -85,6 +86,39 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
         ModelError: if nothing is left to factor, or the model is already factored.
     """
     _refuse_factored(model)
+    found, skipped = list_matrices(model)
+    names = [*found, *skipped]
+    kept = dict(found)
+    if targets:
+        wanted = _matching(targets, names, "--targets")
+        refused = [name for name in skipped if name in wanted]
+        if refused and not any(name in found for name in wanted):
+            raise UsageError(
+                f"--targets: {refused[0]} cannot be factored: {skipped[refused[0]]}. "
+                "Choose other modules; `eckart inspect` lists them."
+            )
+        for name in found:
+            if name not in wanted:
+                skipped[name] = "not among --targets"
+                kept.pop(name)
+    if ignore:
+        for name in _matching(ignore, names, "--ignore"):
+            if kept.pop(name, None) is not None:
+                skipped[name] = "named by --ignore"
+    if not kept:
+        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
+        raise ModelError(
+            f"{type(model).__name__}: no weight is left to factor ({listed or 'it has no Linear or Conv1D'}). "
+            "Look at `eckart inspect`, and widen --targets or narrow --ignore."
+        )
+    return Sites(tuple(kept.values()), skipped)
+
+
+def list_matrices(model: nn.Module) -> tuple[dict[str, Site], dict[str, str]]:
+    """Every module that holds a matrix: a plain linear layer of the body, or why it is something else, by names.
+
+    The leaves of factored modules are among them.
+    """
     found: dict[str, Site] = {}
     skipped: dict[str, str] = {}
     output_heads = _output_heads(model)
@@ -112,31 +146,7 @@ def find_sites(model: nn.Module, targets: Sequence[str] | None = None, ignore: S
             found[name] = _site(name, module)
         else:
             skipped[name] = reason
-    names = [*found, *skipped]
-    kept = dict(found)
-    if targets:
-        wanted = _matching(targets, names, "--targets")
-        refused = [name for name in skipped if name in wanted]
-        if refused and not any(name in found for name in wanted):
-            raise UsageError(
-                f"--targets: {refused[0]} cannot be factored: {skipped[refused[0]]}. "
-                "Choose other modules; `eckart inspect` lists them."
-            )
-        for name in found:
-            if name not in wanted:
-                skipped[name] = "not among --targets"
-                kept.pop(name)
-    if ignore:
-        for name in _matching(ignore, names, "--ignore"):
-            if kept.pop(name, None) is not None:
-                skipped[name] = "named by --ignore"
-    if not kept:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:5])
-        raise ModelError(
-            f"{type(model).__name__}: no weight is left to factor ({listed or 'it has no Linear or Conv1D'}). "
-            "Look at `eckart inspect`, and widen --targets or narrow --ignore."
-        )
-    return Sites(tuple(kept.values()), skipped)
+    return found, skipped
 
 
 def has_output_head(model: nn.Module) -> bool:
@@ -241,6 +251,11 @@ def _refuse_factored(model: nn.Module) -> None:
         raise ModelError(
             f"{factored or sliced} is already {'factored' if factored else 'sliced'}. Compress the original model, "
             "or turn this one into ordinary weights first with eckart.densify(model)."
+        )
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ModelError(
+            f"{type(model).__name__} is quantized: its weights are integers. Compress the original model, and quantize "
+            "the result with --quantize."
         )
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ModelError(

@@ -120,6 +120,12 @@ def sliced_features(model: nn.Module) -> dict[str, SlicedFeatures]:
     }
 
 
+def keep_slicing(old: nn.Module, new: nn.Module) -> nn.Module:
+    """Note on a layer that takes the place of another one what is noted there; returns it."""
+    found: SlicedFeatures | None = getattr(old, ATTRIBUTE, None)
+    return new if found is None else found.mark(new)
+
+
 def forget_slicing(model: nn.Module) -> None:
     """Forget all :class:`SlicedFeatures` of a model whose configuration says its sizes."""
     for module in model.modules():

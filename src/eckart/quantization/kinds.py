@@ -11,6 +11,15 @@ KINDS = {
 }
 """Name -> what it is."""
 
+BITS = {"int8": 8, "int8-dynamic": 8, "int4": 4}
+"""Name -> bits of a stored number."""
+
+GROUP = 32
+"""Numbers of a row that share a scale in 4 bits, or the next smaller number that divides the row."""
+
+SMALLEST_GROUP = 8
+"""Rows that no number from here to :data:`GROUP` divides keep their floating-point numbers."""
+
 
 def check_kind(kind: str) -> str:
     """The kind, if there is one of that name.

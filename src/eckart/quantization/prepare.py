@@ -23,7 +23,7 @@ from eckart.model import dense_module, factored_modules, replace_module, share_p
 from eckart.quantization.kinds import check_kind
 
 
-def prepare(model: PreTrainedModel, kind: str) -> list[str]:
+def prepare(model: PreTrainedModel, kind: str, dtype: torch.dtype | None = None) -> list[str]:
     """Convert forms that do not survive rounding, and balance the factors of all others; in place.
 
     What the model computes stays as it is, up to the rounding of its own type. Tensors get new numbers in new
@@ -32,6 +32,8 @@ def prepare(model: PreTrainedModel, kind: str) -> list[str]:
     Args:
         model: any model; one without factors stays as it is.
         kind: what is to follow, one of :data:`KINDS`. The measured best is the same for all of them.
+        dtype: of the new factors; None for the type that the model has. Whoever rounds them next may take a wider one,
+            and so rounds once.
 
     Returns:
         Notes for a report: what was converted, and what that costs in numbers.
@@ -49,7 +51,7 @@ def prepare(model: PreTrainedModel, kind: str) -> list[str]:
     added = 0
     for group in _groups(model):
         form, before = group[0][1].form, _count([module for _, module in group])
-        now = _round_ready(model, group)
+        now = _round_ready(model, group, dtype)
         if now != form:
             converted[form, now] += len(group)
             added += _count([model.get_submodule(name) for name, _ in group]) - before
@@ -72,7 +74,7 @@ def _groups(model: nn.Module) -> list[Group]:
     return list(groups.values())
 
 
-def _round_ready(model: nn.Module, group: Group) -> str:
+def _round_ready(model: nn.Module, group: Group, dtype: torch.dtype | None) -> str:
     """Convert and balance the weights of a group; returns their form afterwards."""
     first = group[0][1]
     factors = [found for _, module in group if (found := module.two_factors()) is not None]
@@ -82,7 +84,7 @@ def _round_ready(model: nn.Module, group: Group) -> str:
     if first.rounded_as is None:
         lefts, right = balance_for_rounding([left for left, _ in factors], right)
         for (_, module), left in zip(group, lefts, strict=True):
-            _store(module, left, right, None)
+            _store(module, left, right, None, dtype)
         _share(model, group)
         return first.form
     outputs = sum(module.out_features for _, module in group)
@@ -99,7 +101,7 @@ def _round_ready(model: nn.Module, group: Group) -> str:
             module.out_features, module.in_features, module.rank, bias=module.has_bias, source=module.source,
             dtype=stored.dtype, device=stored.device,
         )  # fmt: skip
-        _store(new, left, right, module.dense_bias())
+        _store(new, left, right, module.dense_bias(), dtype)
         new.requires_grad_(stored.requires_grad)
         replace_module(model, name, new)
         converted.append((name, new))
@@ -107,12 +109,12 @@ def _round_ready(model: nn.Module, group: Group) -> str:
     return kind.form
 
 
-def _store(module: FactoredLinear, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+def _store(module: FactoredLinear, left: Tensor, right: Tensor, bias: Tensor | None, dtype: torch.dtype | None) -> None:
     """Put B and A into new parameters, and the bias where there is a new one."""
     for part, value in (("first", right), ("second", left)):
         leaf = module.get_submodule(part)
         old = leaf.get_parameter("weight")
-        new = torch.empty_like(old)
+        new = torch.empty_like(old, dtype=dtype)
         copy_into(new, value, f"{part} factor")
         leaf.weight = nn.Parameter(new, requires_grad=old.requires_grad)
     if bias is not None:

@@ -16,8 +16,9 @@ from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import Pooling, TaskData
 from eckart.data.model_kind import CLASSIFIERS, has_head, head_problem, problem_of
-from eckart.errors import CheckpointError, UsageError
+from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.model import cast, factored_modules, has_output_head, shared_clone, unshare_storage
+from eckart.quantization import kind_of
 from eckart.recovery.base import ClosedFormRecovery, Recovery
 from eckart.recovery.choose_task import AUTO_CLASSES, find_task, has_head_for
 from eckart.recovery.recipe import TuneRecipe
@@ -96,6 +97,12 @@ def open_student(
         dtype = next(p.dtype for p in given.parameters() if p.is_floating_point())
         model = shared_clone(given).to("cpu")  # type: ignore[arg-type]
         cast(model, torch.float32)
+    if (kind := kind_of(model)) is not None:
+        raise ModelError(
+            f"{folder or type(model).__name__} is quantized ({kind}): nothing can train integers. Tune the model in "
+            f"floating point that it was made from, and quantize the result: eckart export DIR --format factored "
+            f"--quantize {kind}"
+        )
     if tokenizer is None:
         raise CheckpointError(
             f"{folder or 'tokenizer'}: there is no tokenizer to read the text with. Put the tokenizer's files into the "

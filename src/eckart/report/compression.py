@@ -15,6 +15,13 @@ from eckart.report.words import add_columns, find_common_prefix, format_count, f
 NOTES = 8
 """Notes that are shown; all of them are in report.json."""
 
+CARD_QUALITY = (
+    ("KL to the original per token (nats, held-out text)", "agreement", "kl", 5),
+    ("same most likely token as the original", "agreement", "top1", 4),
+    ("1 - cosine to the original embedding (held-out text)", "embedding", "cosine_distance", 5),
+)
+"""Rows of a card: name, part and key of what was measured, digits."""
+
 CURVATURE = {"sampled": "labels drawn from the model itself", "labels": "the labels of the data"}
 
 
@@ -22,7 +29,7 @@ def render_compression(report: Mapping[str, Any]) -> Group:
     """What was asked, the weights by kind and the whole model before and after, quality, notes, time."""
     first, *others = _asked(report)
     parts: list[Any] = [Text(first, style="bold"), *map(Text, others), Text(), _sites(report), Text()]
-    parts += [Text(line) for line in _quality(report)]
+    parts += [Text(line) for line in (*_quality(report), *_rounding(report))]
     if report.get("latency"):
         parts.append(Text(_latency(report["latency"])))
     parts += _notes(report["notes"])
@@ -36,18 +43,21 @@ def render_compression(report: Mapping[str, Any]) -> Group:
 def list_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
     """Measured numbers for the model card: name -> {column: number}."""
     model = report["sizes"]["model"]
+    rounding = report.get("quantization")
+    unrounded = rounding["before"]["size"] if rounding else None
     rows: dict[str, Any] = {
-        label: {"original": model["before"][key], "eckart": model["after"][key]}
+        label: {
+            "original": model["before"][key],
+            **({"before rounding": unrounded[key]} if unrounded else {}),
+            "eckart": model["after"][key],
+        }
         for label, key in (("parameters", "elements"), ("bytes", "bytes"), ("multiply-adds per token", "multiply_adds"))
     }
-    quality = report["quality"] or {}
-    if "agreement" in quality:
-        rows["KL to the original per token (nats, held-out text)"] = {"eckart": round(quality["agreement"]["kl"], 5)}
-        rows["same most likely token as the original"] = {"eckart": round(quality["agreement"]["top1"], 4)}
-    if "embedding" in quality:
-        rows["1 - cosine to the original embedding (held-out text)"] = {
-            "eckart": round(quality["embedding"]["cosine_distance"], 5)
-        }
+    before = {"before rounding": rounding["before"]["quality"]} if rounding else {}
+    for name, quality in {**before, "eckart": report["quality"]}.items():
+        for label, part, key, digits in CARD_QUALITY:
+            if part in (quality or {}):
+                rows.setdefault(label, {})[name] = round(quality[part][key], digits)
     if report.get("latency"):
         latency = report["latency"]
         times = {name: round(seconds["median"] * 1e3, 2) for name, seconds in latency["seconds"].items()}
@@ -160,6 +170,19 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
     if "embedding" in quality:
         lines.append(f"against the original, {on}: 1 - cosine {quality['embedding']['cosine_distance']:.4f}")
     return lines
+
+
+def _rounding(report: Mapping[str, Any]) -> list[str]:
+    """How the model was rounded, and what it was before."""
+    rounding = report.get("quantization")
+    if rounding is None:
+        return []
+    before, after = rounding["before"]["size"], report["sizes"]["model"]["after"]
+    line = f"rounded to {rounding['kind']}: {rounding['layers']} layers, {format_count(before['bytes'])}B -> "
+    line += f"{format_count(after['bytes'])}B"
+    was, now = list_quality({"quality": rounding["before"]["quality"]}), list_quality(report)
+    changes = [f"{name} {value:.4f} -> {now[name]:.4f}" for name, value in was.items() if name in now]
+    return [f"{line}; {', '.join(changes)}" if changes else line]
 
 
 def _latency(latency: Mapping[str, Any]) -> str:

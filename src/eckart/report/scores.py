@@ -12,7 +12,7 @@ from eckart.evaluation.scorers.harness import describe_errors
 from eckart.report.speed import describe_latency
 from eckart.report.words import add_columns, format_count, format_number, format_share, make_table
 
-ROUNDED = "int8, int4: the original, the same weights rounded to the nearest of few levels, without calibration"
+ROUNDED = "int8, int4: weights rounded to the nearest of few levels, without calibration; of the original, or as named"
 KEPT = "of sites: fraction of the numbers that is kept in the weights chosen for factoring; of model: of all numbers"
 SIZES = {"elements": "parameters", "bytes": "bytes", "multiply_adds": "multiply-adds a token"}
 
@@ -74,13 +74,37 @@ def render_comparison(found: Mapping[str, Any]) -> Group:
         "",
     ]
     table.add_row("original", "", *dense, style="dim")
+    if rounded := found.get("original_rounded"):
+        table.add_row(
+            f"original {rounded['kind']}",
+            "",
+            "1.0000",
+            "1.0000",
+            format_count(rounded["elements"]),
+            format_count(rounded["bytes"]),
+            *(format_number(rounded["quality"].get(name)) for name in measures),
+            *(_speed(rounded["latency"]) if timed is not None else []),
+            "",
+        )
     last = None
     for row in sorted(rows, key=lambda row: -row["keep"]):
         if row["keep"] != last:
             table.add_section()
             last = row["keep"]
+        if before := row.get("before_rounding"):
+            table.add_row(
+                row["method"],
+                f"{row['keep']:g}",
+                f"{row['of_sites']:.4f}",
+                f"{before['elements'] / found['original']['elements']:.4f}",
+                format_count(before["elements"]),
+                format_count(before["bytes"]),
+                *(format_number(before["quality"].get(name)) for name in measures),
+                *(["", ""] if timed is not None else []),
+                "",
+            )
         table.add_row(
-            row["method"],
+            f"{row['method']} {row['rounded']}" if before else row["method"],
             f"{row['keep']:g}",
             f"{row['of_sites']:.4f}",
             f"{row['of_model']:.4f}",

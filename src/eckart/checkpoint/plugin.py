@@ -1,9 +1,9 @@
 """The checkpoint format inside transformers: importing this module registers it.
 
-``config.json`` says ``quantization_config: {quant_method: "eckart: ...", format_version, modules, ties,
-quantization}``; transformers asks the quantizer registered under that name to put the forms in place before it loads the weights.
-The loaded model is left an ordinary one that can be cast, trained and saved; one with a `quantization` has integers in
-some of its layers, and can be cast and saved.
+``config.json`` says `quantization_config: {quant_method: "eckart: ...", format_version, modules, ties, quantization}`;
+transformers asks the quantizer registered under that name to put the forms in place before it loads the weights.
+The loaded model is left an ordinary one that can be cast, trained and saved. One with a `quantization` has integers in
+some of its layers: it can be cast and saved.
 """
 
 from __future__ import annotations

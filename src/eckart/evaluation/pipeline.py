@@ -170,8 +170,8 @@ def _round(opened: EvaluatedModel, bits: int) -> tuple[PreTrainedModel, Size]:
     else:
         names = [site.name for site in find_sites(model).chosen]
     rounded = round_weights(model, names, bits)
-    weights = {id(weight): weight.numel() for name in names for weight in [model.get_submodule(name).weight]}
-    matrices = sum(weights.values()) * opened.dtype.itemsize
+    weights = [model.get_submodule(name).get_parameter("weight") for name in names]
+    matrices = sum({id(weight): weight.numel() for weight in weights}.values()) * opened.dtype.itemsize
     size = replace(stored, bytes=stored.bytes - matrices + rounded.named_bytes)
     return cast(PreTrainedModel, rounded.model), size
 

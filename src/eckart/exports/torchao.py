@@ -58,7 +58,7 @@ def write_quantized(
     home = staging / model_folder(source_folder).relative_to(source_folder)
     home.mkdir(parents=True, exist_ok=True)
     model.config.quantization_config = stated
-    model.hf_quantizer = TorchAoHfQuantizer(stated, pre_quantized=True)
+    model.hf_quantizer = TorchAoHfQuantizer(stated, pre_quantized=True)  # type: ignore[assignment]
     model.save_pretrained(home)
     write_companions(staging, tokenizer=tokenizer, source_folder=source_folder)
     _compare(model, home)
@@ -90,7 +90,8 @@ def _round(model: nn.Module, chosen: Mapping[str, Any], settings: Any) -> None:
 
 def _compare(model: PreTrainedModel, home: Path) -> None:
     """Load the folder as transformers does and hold its output against the model's, to the bit."""
-    loaded, info = type(model).from_pretrained(home, dtype=model.dtype, output_loading_info=True)
+    kind: Any = type(model)
+    loaded, info = kind.from_pretrained(home, dtype=model.dtype, output_loading_info=True)
     missing = sorted(info["missing_keys"])
     one, other = model.state_dict(), loaded.state_dict()
     differ = [name for name, value in one.items() if not _same(value, other.get(name))]

@@ -250,13 +250,27 @@ def test_nothing_is_published_that_computes_something_else(checkpoint, server, t
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_needs_eckart_is_not_published(models, tmp_path, monkeypatch):
+def test_a_file_that_needs_eckart_does_not_load(models, server, tmp_path):
     (tmp_path / "f").mkdir()
     one = write_model(models["lowrank"], tmp_path / "f")
     (file,) = (tmp_path / "f").glob("*.py")
     file.write_text(file.read_text().replace("import torch\n", "import torch\nimport eckart\n", 1))
-    with pytest.raises(CheckpointError, match=r"(?s)cannot be loaded without eckart.*eckart"):
-        compare.compare(models["lowrank"], tmp_path / "f", one.auto_classes)
+    files = {"inputs": str(tmp_path / "in"), "outputs": str(tmp_path / "out")}
+    save_file(probe_inputs(models["lowrank"]), files["inputs"])
+    (tmp_path / "jobs.json").write_text(
+        json.dumps([{"folder": str(tmp_path / "f"), "classes": one.auto_classes, **files}])
+    )
+    done = server.wait(server.start_code(READER, tmp_path / "jobs.json", bare=True), bare=True)
+    assert done.code != 0
+    assert "eckart" in done.message
+
+
+def test_a_folder_that_does_not_load_is_not_published(models, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "READER", "import sys; sys.exit(f'no {sys.argv[1][-9:]}')")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)cannot be loaded without eckart; nothing was published.*no jobs.json"
+    ):
+        compare.compare(models["lowrank"], tmp_path, ["AutoModelForCausalLM"])
 
 
 def test_refusals(models, tmp_path):

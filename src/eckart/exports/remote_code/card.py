@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import jinja2
-import yaml
 from huggingface_hub import ModelCard
 
 from eckart.exports.base import ExportSource
 from eckart.exports.remote_code.folder import Written
+from eckart.report.card import render_model_card
+from eckart.report.loading import find_loading
+from eckart.report.origin import origin_of
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
-CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")
+SPLITS = "It may be split among processes: `--tensor-parallel-size`."
 
 
-def write_card(source: ExportSource, staging: Path, written: Written) -> None:
+def write_card(source: ExportSource, staging: Path, written: Written, quantize: str | None) -> None:
     """Write README.md at the top of the folder."""
-    stated = _stated(source.folder / "README.md")
-    base = stated.get("base_model")
-    sentence = (source.folder / "modules.json").is_file()
-    library = "sentence-transformers" if sentence else "transformers"
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        metadata=yaml.safe_dump(
-            {**stated, "library_name": library, "tags": ["eckart", "custom_code"]}, sort_keys=False
-        ).rstrip(),
-        name=source.name,
-        original=base if isinstance(base, str) else "A pretrained model",
-        module=written.names.module,
-        sentence=sentence,
-        auto_class=written.auto_classes[0],
-        causal=written.auto_classes[0] == "AutoModelForCausalLM",
-        unserved=written.unserved,
-        splits=written.parallel.refusal or "It may be split among processes: --tensor-parallel-size.",
+    rounded = f" --quantize {quantize}" if quantize else ""
+    card = render_model_card(
+        source.name,
+        loading=find_loading(source.model, source.folder, needs_eckart=False).with_arguments(trust_remote_code=True),
+        base_model=_base_model(source.folder),
+        summary="with weights as factors, made by eckart",
+        notice=(
+            f"`{written.names.module}.py` puts the factors in place: read it before you trust it. eckart is not needed."
+        ),
+        about=_about(source.name, written),
+        records="`eckart/export.json` says what was compared before it was published, and the largest difference.",
+        command=f"eckart export FOLDER --format remote-code{rounded} --output-dir {source.name}",
+        tags=["custom_code"],
+        **origin_of(source.folder),
     )
-    (staging / "README.md").write_text(text, encoding="utf-8")
+    (staging / "README.md").write_text(card, encoding="utf-8")
 
 
-def _stated(file: Path) -> dict[str, object]:
-    """What the card of the source says of licence, language, task and origin."""
-    if not file.is_file():
-        return {}
+def _about(name: str, written: Written) -> list[str]:
+    causal = written.auto_classes[0] == "AutoModelForCausalLM"
+    found: list[str] = []
+    if causal:
+        arguments = f"pretrained={name},trust_remote_code=True"
+        found.append(f"Scored by lm_eval: `lm_eval --model hf --model_args {arguments} --tasks TASKS`")
+    if written.unserved:
+        return [*found, written.unserved]
+    runner = "" if causal else " --runner pooling"
+    served = f"Served by vLLM: `vllm serve {name} --trust-remote-code{runner}`"
+    return [*found, f"{served}. {written.parallel.refusal or SPLITS}"]
+
+
+def _base_model(folder: Path) -> Any:
+    """The hub name of the original, as the card of the source says it."""
+    file = folder / "README.md"
     try:
-        stated = ModelCard.load(file).data.to_dict()
-    except (ValueError, yaml.YAMLError):  # without metadata, or with broken metadata
-        return {}
-    return {key: stated[key] for key in CARRIED if stated.get(key)}
+        return ModelCard.load(file).data.to_dict().get("base_model") if file.is_file() else None
+    except ValueError:
+        return None

@@ -43,5 +43,5 @@ class RemoteCode(Exporter):
         written = write_model(source.model, home)
         write_companions(staging, tokenizer=source.tokenizer, source_folder=source.folder)
         record = compare(source.model, home, written.auto_classes)
-        write_card(source, staging, written)
+        write_card(source, staging, written, quantize)
         return {**record, "class": written.names.exported, "splits": written.parallel.refusal or "as any model"}

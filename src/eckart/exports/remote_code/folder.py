@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,17 +14,13 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
+from eckart.data.auto_classes import exact_auto_classes
 from eckart.errors import ModelError
 from eckart.exports.remote_code.describe import WAY_OUT, Described, built_by_class, describe
 from eckart.exports.remote_code.parallel import Parallel, plan_parallel
 from eckart.exports.remote_code.write_text import ModelNames, entries, in_base, names_of, write_text
-from eckart.forms.transformers_internals import auto_mapping
 from eckart.model import pruned_heads
-
-UNSPECIFIC = {"AutoModelForPreTraining", "AutoModelWithLMHead", "AutoModelForTextEncoding"}
-"""Auto classes that load what others load as well."""
 
 NOT_CARRIED = {"architectures", "auto_map", "model_type", "quantization_config", "transformers_version"}
 """Of the configuration: what is written anew."""
@@ -72,7 +68,8 @@ def write_model(model: PreTrainedModel, home: Path) -> Written:
     text = write_text(names, described, parallel, class_plan)
     file = home / f"{names.module}.py"
     file.write_text(text, encoding="utf-8")
-    auto_classes = [_auto_classes(names, one) for one in (type(model), *([names.base] if names.head else []))]
+    classes = (type(model), *([names.base] if names.head else []))
+    auto_classes = [exact_auto_classes(model.config, one) for one in classes]
     if not auto_classes[0]:
         raise ModelError(f"No Auto class of transformers loads {type(model).__name__}. {WAY_OUT}")
     with _imported(file) as module:
@@ -138,25 +135,7 @@ def _config(model: PreTrainedModel, module: ModuleType, names: ModelNames, descr
     return config
 
 
-def _auto_classes(names: ModelNames, wanted: type) -> list[str]:
-    """Names of the Auto classes that load a class, the one that says most of its task first."""
-    found = [
-        name
-        for name, auto in sorted(vars(modeling_auto).items())
-        if name.startswith("AutoModel") and name not in UNSPECIFIC and _loads(auto, names.config, wanted)
-    ]
-    return sorted(found, key=lambda name: name == "AutoModelForMaskedLM")  # which some generating models are in too
-
-
-def _loads(auto: Any, config: type, wanted: type) -> bool:
-    mapping = auto_mapping(auto)
-    if mapping is None or config not in mapping:
-        return False
-    classes = mapping[config]
-    return wanted in (classes if isinstance(classes, tuple) else (classes,))
-
-
-def _auto_map(names: ModelNames, auto_classes: list[list[str]]) -> dict[str, str]:
+def _auto_map(names: ModelNames, auto_classes: Sequence[Sequence[str]]) -> dict[str, str]:
     exported = (names.exported, names.exported_base)
     made = {auto: f"{names.module}.{one}" for autos, one in zip(auto_classes, exported, strict=False) for auto in autos}
     return {"AutoConfig": f"{names.module}.{names.exported_config}"} | made

@@ -17,7 +17,7 @@ from eckart.compression.measure import time_models
 from eckart.config import check_recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS
-from eckart.model import find_sites, replace_module, separate_experts, share_parameters
+from eckart.model import find_sites, replace_module, separate_experts, share_parameters, shared_clone
 from eckart.speed import bench as benches
 from eckart.speed import kinds, memory, phases, subjects
 from eckart.speed.allowed import Allowed, find_allowed
@@ -392,8 +392,44 @@ def test_int8_keeps_what_the_model_computes_and_the_original_as_it_is(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_a_factored_model_in_int8_is_the_same_model_and_a_quantized_one_has_no_baselines():
+    model = LLAMA.model()
+    small = factored(model)
+    original = subjects.Subject("original", "original", model, "float32", "original", {})
+    other = subjects.Subject("small", "model", small, "float32", "small", {})
+    made = {subject.name: subject for subject in subjects.add_baselines([original, other], torch.device("cpu"))[0]}
+    assert set(made) == {"original bfloat16", "small bfloat16", "original int8", "small int8"}
+    assert made["small int8"].of == "small"
+    ids = phases.random_inputs(model, 2, 8)
+    with torch.no_grad():
+        wanted, found = small(**ids).logits, made["small int8"].model(**ids).logits
+    assert 0 < (found - wanted).norm() / wanted.norm() < 0.1
+    assert not any(isinstance(part, nn.Linear) for part in made["small int8"].model.modules())
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'eckart[quant]'")
+    rounded = shared_clone(small)
+    eckart.quantize(rounded, "int8")
+    quantized = subjects.Subject("small", "model", rounded, "int8", "small", {})
+    made = subjects.add_baselines([original, quantized], torch.device("cpu"))[0]
+    assert {subject.name for subject in made} == {"original bfloat16", "original int8"}
+
+
+def test_a_quantized_folder_is_timed_as_it_is(clock, tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'eckart[quant]'")
+    model = LLAMA.model()
+    small = factored(model)
+    eckart.quantize(small, "int8-dynamic")
+    small.save_pretrained(tmp_path / "small")
+    found = eckart.bench(tmp_path / "small", model, batch_sizes=1, lengths=4, decode=False, device="cpu")
+    described = {row["name"]: row for row in found["models"]}
+    assert described["small"]["dtype"] == "int8-dynamic"
+    assert described["small"]["held_bytes"] < described["original"]["held_bytes"]
+    assert {row["model"] for row in found["rows"]} == {"original", "small", "original bfloat16", "original int8"}
+    assert next(row for row in found["rows"] if row["model"] == "small")["layers"] == 14
+
+
 def test_without_torchao_a_gpu_has_no_int8_and_a_note_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao", None)
+    for module in ("torchao", "torchao.quantization"):
+        monkeypatch.setitem(sys.modules, module, None)
     model = LLAMA.model()
     original = subjects.Subject("original", "original", model, "float32", "original", {})
     made, notes = subjects.add_baselines([original], torch.device("cuda"))
@@ -430,9 +466,9 @@ def test_bench_puts_every_model_and_size_side_by_side(clock):
     found = eckart.bench({"small": small}, model, batch_sizes="1,2", lengths=(5,), device="cpu")
     assert torch.equal(torch.get_rng_state(), state)
     json.dumps(found, allow_nan=False)
-    names = ["original", "small", "original bfloat16", "small bfloat16", "original int8"]
+    names = ["original", "small", "original bfloat16", "small bfloat16", "original int8", "small int8"]
     assert [row["name"] for row in found["models"]] == names
-    assert [row["role"] for row in found["models"]] == ["original", "model", "baseline", "baseline", "baseline"]
+    assert [row["role"] for row in found["models"]] == ["original", "model", *["baseline"] * 4]
     assert [(r["phase"], r["batch"], r["length"], r["model"]) for r in found["rows"]] == [
         (phase, batch, 5, name) for phase in ("prefill", "decode") for batch in (1, 2) for name in names
     ]
@@ -440,6 +476,7 @@ def test_bench_puts_every_model_and_size_side_by_side(clock):
     row = by_name["small"]
     assert {name: row["speedup"] for name, row in by_name.items()} == {
         "original": 1.0, "small": 1.5, "original bfloat16": 3.0, "small bfloat16": 6.0, "original int8": 6.0,
+        "small int8": 6.0,
     }  # fmt: skip
     assert row["tokens_per_second"] == 2 * 5 / 4.0
     assert row["reached"] == pytest.approx(1.5 / row["allowed"])

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from eckart.forms import FactoredLinear
+from eckart.forms.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _computed_once(modules: Iterable[nn.Module]) -> int:
 
 def _multiply_adds(module: nn.Module | None) -> int:
     """Per token, of a linear layer; 0 of everything else."""
-    if isinstance(module, FactoredLinear):
+    if isinstance(module, FactoredLinear | QuantizedLinear):
         return module.multiply_adds()
     if isinstance(module, nn.Linear | Conv1D):
         return module.weight.numel()

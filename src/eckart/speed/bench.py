@@ -140,7 +140,7 @@ def _time_size(
         try:
             runs[subject.name] = prepare(subject.model, phase, batch, length)
             peak = peak_bytes(subject.model, runs[subject.name], device)
-            peaks[subject.name] = peak if subject.dtype != "int8" else None  # its weights are no tensors of the model
+            peaks[subject.name] = peak if not _is_packed(subject) else None
         except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
             if subject.role != BASELINE:
                 raise
@@ -216,7 +216,7 @@ def _compile(subjects: Sequence[Subject], size: Mapping[str, Any], notes: list[s
     runs: dict[str, Run] = {}
     torch.compiler.reset()
     for subject in subjects:
-        if subject.dtype == "int8":
+        if _is_packed(subject):
             continue
         call = torch.compile(subject.model, dynamic=False)
         try:
@@ -227,6 +227,11 @@ def _compile(subjects: Sequence[Subject], size: Mapping[str, Any], notes: list[s
             continue
         runs[subject.name] = run
     return runs
+
+
+def _is_packed(subject: Subject) -> bool:
+    """Whether its weights are no tensors of the model, which none can count or compile."""
+    return subject.role == BASELINE and subject.dtype == "int8"
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ class BenchRecipe(RecipeBase):
     dtype: Dtype | None = Field(None, description="Type to compute in. Default: what the first model is stored in.")
     decode: bool = Field(True, description="Causal models: also time one token after a prompt, with a key-value cache.")
     compile: bool = Field(False, description="Also time the models as torch.compile makes them.")
-    baselines: bool = Field(True, description="Also time the original in bfloat16 and with int8 weights.")
+    baselines: bool = Field(True, description="Also time the models in bfloat16 and int8.")
     repeats: int = Field(7, ge=1, description="Turns of each model, at least.")
     seconds: float = Field(0.5, ge=0, description="Seconds that a model is timed for, at least, at every size.")
     clock: Literal["wall", "processor"] = Field(

@@ -1,4 +1,4 @@
-"""The models that are timed: opened, in one type on one device, and the original in bfloat16 and int8 beside them."""
+"""The models that are timed: opened, in one type on one device, and themselves in bfloat16 and int8 beside them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from eckart.checkpoint.stored import stored_dtype, stored_size, stored_tensors
 from eckart.errors import UsageError
 from eckart.model import cast as cast_numbers
 from eckart.model import factored_modules, shared_clone
+from eckart.quantization import kind_of, prepare
 from eckart.speed.memory import held_bytes
 from eckart.speed.profile import name_of_dtype
 from eckart.speed.recipe import BenchRecipe
@@ -40,7 +41,7 @@ class Subject:
         name: its row in tables.
         role: "original", "model", or "baseline" for one of these in another type.
         model: in evaluation mode, on the device that computes.
-        dtype: "float32", "bfloat16", "float16" or "int8".
+        dtype: "float32", "bfloat16", "float16" or "int8"; of a quantized folder, how it is quantized.
         of: the name of the subject that a baseline was made from; its own name for others.
         facts: where it lies, seconds to load it, bytes of its files.
     """
@@ -81,26 +82,31 @@ def open_subjects(
                 f"{type(subjects[0].model).__name__}. Time models that were made from one original."
             )
         role = ORIGINAL if name == ORIGINAL else MODEL
-        subjects.append(Subject(name, role, model, name_of_dtype(dtype), name, facts))
+        subjects.append(Subject(name, role, model, kind_of(model) or name_of_dtype(dtype), name, facts))
     return subjects
 
 
 def add_baselines(subjects: Sequence[Subject], device: torch.device) -> tuple[list[Subject], list[str]]:
-    """The original in bfloat16 and int8, and the others in bfloat16; and notes on what is left out."""
+    """All models in bfloat16, the original and factored ones in int8 too; and notes on what is left out.
+
+    Of a model that is quantized already there is no baseline.
+    """
     made: list[Subject] = []
     notes: list[str] = []
     for subject in subjects:
-        if subject.dtype != "bfloat16":
+        if subject.dtype != "bfloat16" and kind_of(subject.model) is None:
             model = _cast(subject.model, torch.bfloat16)
             made.append(
                 Subject(f"{subject.name} bfloat16", BASELINE, model, "bfloat16", subject.name, _facts_of(model))
             )
-    original = next((subject for subject in subjects if subject.role == ORIGINAL), None)
-    if original is not None:
+    compared = any(subject.role == ORIGINAL for subject in subjects)
+    for subject in subjects:
+        factored = bool(factored_modules(subject.model))
+        if not compared or kind_of(subject.model) is not None or not (subject.role == ORIGINAL or factored):
+            continue
         try:
-            quantized = quantize_int8(original.model, device)
-            name = f"{ORIGINAL} int8"
-            made.append(Subject(name, BASELINE, quantized, "int8", ORIGINAL, _facts_of(None)))
+            quantized = quantize_int8(subject.model, device)
+            made.append(Subject(f"{subject.name} int8", BASELINE, quantized, "int8", subject.name, _facts_of(None)))
         except (ImportError, RuntimeError, NotImplementedError) as error:
             notes.append(f"int8 is not timed: {str(error).splitlines()[0]}")
     return made, notes
@@ -109,7 +115,9 @@ def add_baselines(subjects: Sequence[Subject], device: torch.device) -> tuple[li
 def quantize_int8(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     """Weights of linear layers in int8, their inputs rounded to int8 while they run, without calibration.
 
-    On a CPU by torch's dynamic quantization, elsewhere by torchao.
+    On a CPU by torch's dynamic quantization, elsewhere by torchao. On a CPU without a compiler torchao's kernels are
+    two to three times slower, and closer to the model: they have a scale for each token instead of one for all. Factors
+    are made ready for it first.
 
     Raises:
         ImportError: torchao is needed and is not installed.
@@ -121,9 +129,11 @@ def quantize_int8(model: PreTrainedModel, device: torch.device) -> PreTrainedMod
         except ImportError:
             raise ImportError("it needs torchao on this device: pip install 'eckart[quant]'") from None
         clone = shared_clone(model)
+        prepare(clone, "int8-dynamic")
         quantize_(_with_linears(clone), Int8DynamicActivationInt8WeightConfig())
         return clone
     clone = _with_linears(_cast(model, torch.float32))
+    prepare(clone, "int8-dynamic")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torch.ao.quantization import quantize_dynamic

@@ -8,10 +8,12 @@ import torch
 import transformers
 import yaml
 from huggingface_hub import ModelCard
-from transformers import BertConfig, PreTrainedModel
+from test_data_models import bert_config, word_tokenizer
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 import eckart
+from eckart.compression.result import load_lines
 from eckart.data.auto_classes import exact_auto_classes, head_classes
 from eckart.report.card import render_model_card
 from eckart.report.loading import Loading, find_loading
@@ -231,6 +233,33 @@ def test_cross_encoder_of_older_versions_is_known_by_its_configuration(tmp_path)
     assert find_loading(model, tmp_path).name == "AutoModelForSequenceClassification"
     model.config.sentence_transformers = {"activation_fn": "torch.nn.modules.linear.Identity", "version": "5.2.0"}
     assert find_loading(model, tmp_path).name == "CrossEncoder"
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("SentenceTransformer", BertModel),
+        ("CrossEncoder", BertForSequenceClassification),
+        ("SparseEncoder", BertForMaskedLM),
+        ("MultiVectorEncoder", BertModel),
+    ],
+)
+def test_lines_load_every_kind_of_sentence_transformers_as_its_own(name, head, tmp_path):
+    kind = getattr(pytest.importorskip("sentence_transformers"), name, None)
+    if kind is None:
+        pytest.skip(f"this sentence-transformers has no {name}")
+    torch.manual_seed(0)
+    options = {"num_labels": 1} if name == "CrossEncoder" else {}
+    head(bert_config(**options)).save_pretrained(tmp_path / "bert")
+    word_tokenizer().save_pretrained(tmp_path / "bert")
+    kind(str(tmp_path / "bert"), device="cpu").save(str(tmp_path / "original"))
+    result = eckart.compress(
+        str(tmp_path / "original"), method="svd", form="lowrank", keep=0.5, output_dir=tmp_path / "small"
+    )
+    model = run(load_lines(result, result.folder))
+    assert type(model) is kind
+    assert type(model[0].auto_model) is head
+    assert f'{name}("small")' in (tmp_path / "small/README.md").read_text()
 
 
 # -- the card --------------------------------------------------------------------------------------------------

@@ -124,11 +124,6 @@ def set_own_ties(module: nn.Module, ties: Mapping[str, str]) -> None:
     setattr(module, TIES, dict(ties))
 
 
-def forget_own_ties(module: nn.Module) -> None:
-    """Take the ties off one module."""
-    vars(module).pop(TIES, None)
-
-
 def apply_gate(experts: Any, inner: Tensor) -> Tensor:
     """Gate and activation of a module of fused experts, where its class has its own."""
     return experts._apply_gate(inner)

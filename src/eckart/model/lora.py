@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 from eckart.errors import UsageError
 from eckart.forms import FactoredLinear, LowRank, LowRankSparse, TiedHead
-from eckart.forms.transformers_internals import forget_own_ties, own_ties, set_own_ties
 from eckart.model.replace import dense_module, factored_modules
 
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -53,7 +52,6 @@ class FactoredLora(layers.Linear):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Unsupported layer type")
             super().__init__(base_layer, adapter_name, **options)
-        self.fan_in_fan_out = False  # B A is (out, in), whatever kind of module the layer replaced
 
     def update_layer(self, *args: Any, **options: Any) -> None:
         """As of peft; a second adapter comes here as well."""
@@ -116,8 +114,7 @@ class SharedLora(layers.Linear):
                 "Leave them out: LoraConfig(..., exclude_modules=['expand'])"
             )
         if not self.merged:
-            vars(self)["shared"] = leaf.weight, dict(own_ties(leaf) or {})
-            forget_own_ties(leaf)
+            vars(self)["shared"] = leaf.weight
             leaf.weight = nn.Parameter(leaf.weight.detach().clone(), requires_grad=leaf.weight.requires_grad)
         super().merge(safe_merge, adapter_names)
 
@@ -125,9 +122,7 @@ class SharedLora(layers.Linear):
         """Share again."""
         if self.merged:
             leaf: Any = self.get_base_layer()
-            leaf.weight, ties = vars(self).pop("shared")
-            if ties:
-                set_own_ties(leaf, ties)
+            leaf.weight = vars(self).pop("shared")
             del self.merged_adapters[:]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -22,7 +24,7 @@ class Budget:
         outside: what the rest of the model stores, where `keep` is a fraction of the whole model; else 0.
         dense: what `keep` is a fraction of.
         keep: the fraction that was asked for.
-        of: what it is a fraction of, "sites" or "model".
+        of: what it is a fraction of: "sites", "model", or "reached" for the sites that data reached.
     """
 
     elements: int
@@ -35,17 +37,58 @@ class Budget:
     def of_recipe(cls, model: nn.Module, sites: Sites, recipe: Recipe) -> Budget:
         """Compute the budget of a recipe."""
         inside = sum(site.elements for site in sites.chosen)
-        whole = inside if recipe.keep_of == "sites" else count_sizes(model).model.elements
+        whole = count_sizes(model).model.elements if recipe.keep_of == "model" else inside
         outside = whole - inside
         if recipe.keep_of == "model":  # embeddings count at the size that they will have
             outside -= saved_embedding_parameters(model, recipe.embeddings, recipe.embeddings_keep, recipe.ignore)
         elements = int(round(recipe.keep * whole, 6)) - outside
         return cls(elements, outside, whole, recipe.keep, recipe.keep_of)
 
-    def make_error(self, needed: int, why: str) -> UsageError:
-        """Make the error for a budget that is too small; `needed` elements would be enough for the sites."""
+    def leaving_out(self, dense: int) -> Budget:
+        """The budget where sites of so many elements stay dense because no data reached them.
+
+        They are stored whatever `keep` is. Of the reached sites it is a fraction without them; of all sites, and of the
+        model, the others pay for them.
+        """
+        if self.of != "reached" or not dense:
+            return self
+        elements = int(round(self.keep * (self.dense - dense), 6)) + dense
+        return Budget(elements, -dense, self.dense - dense, self.keep, self.of)
+
+    def make_error(self, needed: int, why: str, dense: str = "") -> UsageError:
+        """Make the error for a budget that is too small.
+
+        Args:
+            needed: elements that would be enough for the sites.
+            why: what does not fit.
+            dense: what :func:`describe_dense` says of sites that stay dense.
+        """
         least = smallest_keep(needed + self.outside, self.dense)
         return UsageError(
             f"--keep {self.keep:g} --keep-of {self.of}: {why}. The smallest keep that can be reached is {least:.4f}: "
-            "raise --keep, or name more --targets."
+            f"raise --keep, or name more --targets.{f' {dense}' if dense else ''}"
         )
+
+
+def describe_dense(dense: Mapping[str, str], shapes: Mapping[str, tuple[int, int]], of: str) -> str:
+    """What sites that stay dense hold, why, and what can be done; empty where there are none.
+
+    Args:
+        dense: their names -> why.
+        shapes: of all sites.
+        of: what `keep` is a fraction of.
+    """
+    held = {name: rows * columns for name, (rows, columns) in shapes.items()}
+    left = [name for name in dense if name in held]
+    if not left:
+        return ""
+    reasons = ", ".join(dict.fromkeys(dense[name] for name in left))
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in left))
+    paid = "beside that fraction" if of == "reached" else "and the other sites pay for them"
+    instead = "" if of == "reached" else ", or count the others alone: --keep-of reached"
+    numbers, total = sum(held[name] for name in left), sum(held.values())
+    return (
+        f"{len(left)} of {len(held)} sites, {numbers:,} of {total:,} numbers, stay dense "
+        f"({reasons}), {paid}. Give more text that reaches them (--num-samples; of other inputs, batches from "
+        f"Python), leave them out (--ignore '{kinds[0]}'){instead}."
+    )

@@ -99,6 +99,8 @@ class PlanChoice:
         if recipe.objective == "size":
             return None
         budget = Budget.of_recipe(self.context.model, self.context.sites, recipe)
+        left = [shape for name, shape in self.shapes.items() if name not in self.solved.sites]
+        budget = budget.leaving_out(sum(rows * columns for rows, columns in left))
         return price_elements_and_seconds(self.shapes, budget, self._profile())
 
     def _within_size(self, recipe: Recipe) -> Plan:

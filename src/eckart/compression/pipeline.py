@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.checkpoint.description import attach_config, is_special
 from eckart.compression.assemble import Assembly, set_lean
+from eckart.compression.budget import describe_dense
 from eckart.compression.choose_plan import PlanChoice
 from eckart.compression.context import CompressionContext
 from eckart.compression.embeddings import factor_embeddings
@@ -148,7 +149,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     model, sites, timer = context.model, context.sites, context.timer
     summary, dtype = factors.summary, dtype_of(recipe)
     dense = describe_dense_sites(context, summary)
-    notes = [*settings.notes, *context.calibration.notes, *summary.all_notes(dense)]
+    held = describe_dense(dense, {site.name: site.shape for site in sites.chosen}, recipe.keep_of)
+    notes = [*settings.notes, *context.calibration.notes, *([held] if held else []), *summary.all_notes(dense)]
 
     # 5. The plan: form and rank of every site, within the budget, or as fast or as good as was asked for.
     solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint, summary.sliced)

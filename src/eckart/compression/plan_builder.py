@@ -23,7 +23,7 @@ from eckart.allocation import (
     shared_uniform,
     uniform,
 )
-from eckart.compression.budget import Budget
+from eckart.compression.budget import Budget, describe_dense
 from eckart.compression.curves import Cost, Losses, Shapes, joint_curve, site_curve, unit_curves
 from eckart.compression.neuron_layers import (
     Layers,
@@ -92,6 +92,7 @@ def make_plan(
         return _plan_of_file(recipe.plan, shapes, solved, fingerprint)
     reached = {name: shape for name, shape in shapes.items() if name in solved.sites}
     fixed = sum(site.elements for site in sites.chosen if site.name not in reached)
+    budget = budget.leaving_out(fixed)
     predicted: Mapping[str, float] = {}
     pricing = pricing or price_elements(shapes, budget)
     try:
@@ -107,8 +108,11 @@ def make_plan(
     except OverBudgetError as error:
         if pricing.seconds is not None:
             raise
+        dense = {name: solved.dense.get(name, "no statistics") for name in shapes if name not in reached}
         raise budget.make_error(
-            int(error.needed) + fixed, "the smallest factors of the eligible weights store more"
+            int(error.needed) + fixed,
+            "the smallest factors of the eligible weights store more",
+            describe_dense(dense, shapes, budget.of),
         ) from error
     for name in shapes:
         choices.setdefault(name, Choice(DENSE))

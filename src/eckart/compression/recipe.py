@@ -55,8 +55,10 @@ class Recipe(RecipeBase):
         "Default: the method's.",
     )
     keep: float = Field(0.7, gt=0, le=1, description="Fraction of the numbers that is stored afterwards.")
-    keep_of: Literal["sites", "model"] = Field(
-        "sites", description="What `keep` is a fraction of: the weights that can be factored, or the whole model."
+    keep_of: Literal["sites", "reached", "model"] = Field(
+        "sites",
+        description="What `keep` is a fraction of: the weights that can be factored, those of them that the data "
+        "reaches, or the whole model.",
     )
     embeddings: str = Field(
         DENSE,

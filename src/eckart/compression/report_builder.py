@@ -51,17 +51,18 @@ def build_report(
         notes=[*context.warnings, *notes],
         seconds=context.timer.seconds,
         effective_ranks=factors.effective_ranks,
-        budget=_budget(context, settings, recipe),
+        budget=_budget(context, settings, recipe, dense),
         ranks=_ranks(context, recipe),
     )
     return report | {"calibrated": calibration.how}
 
 
-def _budget(context: CompressionContext, settings: Settings, recipe: Recipe) -> int | None:
+def _budget(context: CompressionContext, settings: Settings, recipe: Recipe, dense: Mapping[str, str]) -> int | None:
     """What all sites together might store; None where no size was asked for."""
     if recipe.plan is not None or settings.allocation == "paper" or recipe.speedup is not None or recipe.max_loss:
         return None
-    return Budget.of_recipe(context.model, context.sites, recipe).elements
+    left = sum(site.elements for site in context.sites.chosen if site.name in dense)
+    return Budget.of_recipe(context.model, context.sites, recipe).leaving_out(left).elements
 
 
 def _ranks(context: CompressionContext, recipe: Recipe) -> dict[str, Any]:

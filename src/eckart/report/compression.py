@@ -40,6 +40,14 @@ def render_compression(report: Mapping[str, Any]) -> Group:
     return Group(*parts)
 
 
+KEPT_OF = {
+    "sites": "the weights chosen for factoring",
+    "reached": "the weights that the data reached",
+    "model": "the whole model",
+}
+"""What `keep` is a fraction of, in words."""
+
+
 def list_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
     """Measured numbers for the model card: name -> {column: number}."""
     model = report["sizes"]["model"]
@@ -77,7 +85,7 @@ def list_quality(report: Mapping[str, Any]) -> dict[str, float]:
 
 def _asked(report: Mapping[str, Any]) -> list[str]:
     recipe, data = report["recipe"], report["data"]
-    whole = "the weights chosen for factoring" if recipe["keep_of"] == "sites" else "the whole model"
+    whole = KEPT_OF[recipe["keep_of"]]
     budget = f"keep {recipe['keep']:g} of the numbers in {whole}"
     if report["allocation"] == "plan":
         budget = f"the plan {recipe['plan']}"

@@ -193,7 +193,7 @@ def test_directions_that_were_not_seen_keep_the_corrected_weight():
 )
 def test_refit_comes_nearer_and_keeps_the_sizes(name, options):
     model = BY_NAME[name].model()
-    data, inputs = BY_NAME[name].batches(rows=8, count=20), BY_NAME[name].batches(rows=32, count=1, seed=9)[0]
+    data, inputs = BY_NAME[name].batches(rows=8, count=18), BY_NAME[name].batches(rows=32, count=1, seed=9)[0]
     before = output(model, inputs)
     apart, found = [], []
     for fitted in (False, True):

@@ -78,7 +78,7 @@ def _settings(kind: str) -> Any:
     if kind == "int4":  # a format that runs on every device; torchao stores it a byte a number
         return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
     made = Int8WeightOnlyConfig if kind == "int8" else Int8DynamicActivationInt8WeightConfig
-    return made(set_inductor_config=False)
+    return made(set_inductor_config=False, version=2)
 
 
 def _round(model: nn.Module, chosen: Mapping[str, Any], settings: Any) -> None:

@@ -32,6 +32,18 @@ def _registries_are_left_as_they_were():
         table._added = added
 
 
+@pytest.fixture(autouse=True)
+def _nothing_is_read_back_in_a_fresh_process(request, monkeypatch):
+    """Seconds of imports for each command that publishes; the tests that are about it ask for it."""
+    if "reads_back" not in request.fixturenames:
+        monkeypatch.setattr("eckart.checkpoint.read_back.run_fresh", lambda *_: {"problems": [], "compared": 0})
+
+
+@pytest.fixture
+def reads_back():
+    """What is published is read back in a fresh process, as users have it."""
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory) -> Iterator[Server]:
     """Forks for each command; it takes five seconds to start."""

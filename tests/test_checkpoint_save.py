@@ -29,7 +29,7 @@ def files(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-MODEL = {"config.json", "generation_config.json", "model.safetensors", "eckart/files.json"}
+MODEL = {"config.json", "generation_config.json", "model.safetensors", "eckart/files.json", "eckart/tensors.json"}
 
 
 def test_dense_model_is_saved_as_one(tmp_path):
@@ -115,7 +115,7 @@ def test_sentence_transformers_folder(inner, tmp_path):
     expected = {"config.json", "model.safetensors", "sentence_bert_config.json", "tokenizer.json"}
     expected = {str(Path(inner) / name) for name in expected}
     expected |= {"modules.json", "config_sentence_transformers.json", "1_Pooling/config.json", "README.md"}
-    expected |= {"2_Dense/config.json", "2_Dense/model.safetensors", "eckart/files.json"}
+    expected |= {"2_Dense/config.json", "2_Dense/model.safetensors", "eckart/files.json", "eckart/tensors.json"}
     assert files(tmp_path / "out") == expected
     assert (tmp_path / "out" / "README.md").read_text() == "# card"
     assert same(logits(load(tmp_path / "out")), logits(model))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from eckart.errors import UsageError
+from eckart.errors import NumericalError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,9 @@ SHOWN = 200  # characters of a value in a message
 
 QuantizationKind = Literal["int8", "int8-dynamic", "int4"]
 """How weights can be rounded: :data:`eckart.quantization.KINDS` says what each of them is."""
+
+STRICT = "Every fallback is an error: publish nothing that is not as it was asked for."
+"""What the option is for, in every recipe that has it."""
 
 INPUTS = ("model", "teacher", "data", "eval_data", "plan")
 """Fields of recipes that name what a run reads."""
@@ -202,6 +205,20 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"--config {path}: holds a {type(content).__name__}, not `option: value` lines.")
     return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def refuse_fallbacks(notes: Sequence[str], *, strict: bool) -> None:
+    """With `strict`, refuse a run that had to do something else than it was asked to, and says so in notes.
+
+    Raises:
+        NumericalError: listing them.
+    """
+    if strict and notes:
+        listed = "".join(f"\n  - {note}" for note in notes)
+        raise NumericalError(
+            f"--strict: {len(notes)} things were not done as asked, so nothing was published:{listed}\nMend the model, "
+            "the data or the options, or leave --strict out to accept them."
+        )
 
 
 def read_text_file(path: str | Path, limit: int) -> str:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
 from eckart.checkpoint.description import METHOD, attach_config, described, detach_config, is_special, quantization_of
+from eckart.checkpoint.read_back import read_back_in_fresh_process, write_record
 from eckart.checkpoint.stored import stored_size
 from eckart.errors import CheckpointError, UsageError
 from eckart.forms.transformers_internals import has_adapters, names_not_saved, weight_conversions
@@ -50,6 +51,8 @@ def save(
     overwrite: bool = False,
     max_shard_size: int | str = "50GB",
     lock: OutputLock | None = None,
+    verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Publish a model, factored or dense, as one folder; on any error nothing is published.
 
@@ -69,6 +72,8 @@ def save(
         overwrite: replace a folder that eckart published earlier.
         max_shard_size: as in ``save_pretrained``. Tensors that lie in files take the memory of one shard at most.
         lock: the lock on ``output_dir`` if the caller holds it.
+        verify: let a fresh process read the folder back before it is put in place.
+        trust_remote_code: allow the model's own Python code to run there.
 
     Returns:
         The published folder.
@@ -86,6 +91,9 @@ def save(
         _write_records(staging, recipe_yaml, plan, report, report_html)
         if card is not None:
             (staging / "README.md").write_text(card, encoding="utf-8")
+        write_record(staging, model)
+        if verify:
+            read_back_in_fresh_process(staging, trust_remote_code=trust_remote_code)
     return output_path(output_dir)
 
 

@@ -21,6 +21,7 @@ from eckart.cli.push import push
 from eckart.cli.terminal import encode_anything
 from eckart.cli.threads import wait_passively
 from eckart.cli.tune import tune
+from eckart.cli.verify import verify
 
 app = typer.Typer(
     name="eckart",
@@ -43,6 +44,7 @@ for name, command in (
     ("inspect", inspect),
     ("export", export),
     ("push", push),
+    ("verify", verify),
     ("methods", methods),
     ("demo", demo),
 ):

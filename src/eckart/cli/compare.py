@@ -13,7 +13,7 @@ from eckart.errors import UsageError
 
 
 @guarded
-@recipe_options(Recipe, *options_of(Recipe, "method", "keep", "plan"))
+@recipe_options(Recipe, *options_of(Recipe, "method", "keep", "plan", "strict"))
 def compare(
     model: Annotated[str, typer.Argument(help="Hub name or folder of the model.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas; `eckart methods` lists them.")],

@@ -13,6 +13,7 @@ from eckart.cli.options import (
     OverwriteOption,
     PrivateOption,
     PushOption,
+    VerifyOption,
     options_of,
     recipe_from_cli,
     recipe_options,
@@ -37,6 +38,7 @@ def compress(
         typer.Option("--restart", help="Discard what an interrupted run on this output has done.",
                      rich_help_panel="Output"),
     ] = False,
+    verify: VerifyOption = True,
     config: ConfigOption = None,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -64,6 +66,7 @@ def compress(
         overwrite=replace,
         inputs=[config],
         restart=restart,
+        verify=verify,
         report_progress=lambda message: say(message, "dim"),
     )
     if is_main():

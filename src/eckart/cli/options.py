@@ -27,7 +27,8 @@ PANELS = {
     "Tasks of lm_eval": ("lm_eval", "limit", "num_fewshot", "include_path", "apply_chat_template"),
     "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
                  "gradient_accumulation", "gradient_checkpointing", "bf16"),
-    "Model and machine": ("revision", "teacher_revision", "device", "stream", "cache_memory", "trust_remote_code"),
+    "Model and machine": ("revision", "teacher_revision", "device", "stream", "cache_memory",
+                          "trust_remote_code", "strict"),
 }  # fmt: skip
 """Headings of `--help`, in order -> fields; all other fields stand under the first."""
 
@@ -48,6 +49,14 @@ PushOption = Annotated[
 ]  # fmt: skip
 PrivateOption = Annotated[
     bool, typer.Option("--private", help="With --push-to-hub: make the repository private.", rich_help_panel="Output")
+]
+VerifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Let a fresh process read the result back and compare it before it is published.",
+        rich_help_panel="Output",
+    ),
 ]
 ConfigOption = Annotated[
     Path | None,

@@ -13,6 +13,7 @@ from eckart.cli.options import (
     OverwriteOption,
     PrivateOption,
     PushOption,
+    VerifyOption,
     options_of,
     recipe_from_cli,
     recipe_options,
@@ -36,6 +37,7 @@ def tune(
         typer.Option("--restart", help="Discard what an interrupted training on this output has done.",
                      rich_help_panel="Output"),
     ] = False,
+    verify: VerifyOption = True,
     config: ConfigOption = None,
     **options: Any,
 ) -> None:  # fmt: skip
@@ -62,6 +64,6 @@ def tune(
 
     check_output(folder, overwrite=replace, inputs=[config])
     say_device(recipe.device)
-    result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart)
+    result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart, verify=verify)
     show(render_tuning(result.report), "", f"published in {result.folder}")
     push_published(result.folder, push_to_hub, private)

@@ -17,6 +17,7 @@ from eckart.calibration import Calibration
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.compression.basis_groups import adjacent, reading_a_norm
+from eckart.compression.factor_store import FactorSummary
 from eckart.compression.joint_groups import JointGroups, joint_groups
 from eckart.compression.neuron_layers import SLICED, Layers, check_planned, check_stock, find_layers
 from eckart.compression.recipe import Recipe
@@ -115,6 +116,12 @@ class CompressionContext:
         """What ranks are multiples of, for the target of the recipe; "auto" is the device that computes now."""
         here = "cuda" if self.weights.device.type == "cuda" else "cpu"
         return RankMultiples(here if recipe.target == "auto" else recipe.target, recipe.rank_multiple)
+
+    def known_notes(
+        self, settings: Settings, summary: FactorSummary, dense: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """What was not done as it was asked for, as far as is known once the sites are factored."""
+        return [*settings.notes, *self.calibration.notes, *summary.all_notes(summary.dense if dense is None else dense)]
 
     def adapt_settings(self, settings: Settings) -> Settings:
         """Return the settings; of the default method, those without gradients if the model has no backward pass."""

@@ -74,6 +74,7 @@ def open_run(
     inputs: Sequence[Any] = (),
     source_folder: str | Path | None = None,
     workspace: Workspace | None = None,
+    verify: bool = False,
     report_progress: Callable[[str], None],
 ) -> Iterator[CompressionRun]:
     """Open a model for a compression; see :func:`eckart.compress` for the arguments.
@@ -103,12 +104,12 @@ def open_run(
                 model, tokenizer, data, recipe, rows, source_folder=source_folder, workspace=workspace,
                 report_progress=report_progress,
             )  # fmt: skip
-            yield with_changes(run, publish=_publisher(output_dir, run.workspace, overwrite, lock))
+            yield with_changes(run, publish=_publisher(output_dir, run.workspace, overwrite, lock, verify))
             remove_unfinished(output_dir)
     else:
         with _from_folder(
             recipe, rows[0], output_dir, tokenizer, data, overwrite=overwrite, restart=restart, inputs=inputs,
-            report_progress=report_progress,
+            verify=verify, report_progress=report_progress,
         ) as run:  # fmt: skip
             yield run
 
@@ -183,6 +184,7 @@ def _from_folder(
     overwrite: bool,
     restart: bool,
     inputs: Sequence[Any],
+    verify: bool,
     report_progress: Callable[[str], None],
 ) -> Iterator[CompressionRun]:
     """A checkpoint with a locked output folder, as a whole or block by block, in one process or several."""
@@ -210,14 +212,14 @@ def _from_folder(
             opened = open_model(found, device=str(processes.device), needs_text=reader, scratch=scratch)
         if not place.streaming:
             opened.model.to(processes.device)  # type: ignore[arg-type]
-        publish = _publisher(output_dir, place, overwrite, lock)
+        publish = _publisher(output_dir, place, overwrite, lock, verify)
         yield CompressionRun(
             opened.model, tokenizer or opened.tokenizer, recipe, place, opened.folder, tuple(opened.warnings), publish
         )
 
 
 def _publisher(
-    output_dir: str | Path, workspace: Workspace, overwrite: bool, lock: OutputLock | None
+    output_dir: str | Path, workspace: Workspace, overwrite: bool, lock: OutputLock | None, verify: bool
 ) -> Callable[[Result], Result]:
     """What publishes a result; of several processes, the first one does."""
     processes = workspace.processes
@@ -227,7 +229,9 @@ def _publisher(
         with processes.failing_together():
             if processes.main:
                 shard = STREAMED_SHARD if workspace.streaming else WHOLE_SHARD
-                folder = result.save_pretrained(output_dir, overwrite=overwrite, lock=lock, max_shard_size=shard)
+                folder = result.save_pretrained(
+                    output_dir, overwrite=overwrite, lock=lock, max_shard_size=shard, verify=verify
+                )
         return with_changes(result, folder=folder)
 
     return publish

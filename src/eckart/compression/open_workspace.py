@@ -29,7 +29,7 @@ from eckart.storage.run_key import KEY_FILE
 
 FREE_TO_CHANGE = (
     "model", "revision", "data", "data_config", "data_split", "data_revision", "stream", "cache_memory", "device",
-    "trust_remote_code",
+    "trust_remote_code", "strict",
 )  # fmt: skip
 """Options that do not change the result: a run may be resumed with others. The text itself is compared by a digest."""
 

@@ -40,6 +40,7 @@ from eckart.compression.result import Result
 from eckart.compression.rounding import round_compressed
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
+from eckart.config import refuse_fallbacks
 from eckart.evaluation.sizes import count_sizes
 from eckart.methods import Method, method_named
 from eckart.model import fuse_experts, unshare_storage
@@ -62,6 +63,7 @@ def compress(
     inputs: Sequence[str | Path | None] = (),
     source_folder: str | Path | None = None,
     workspace: Workspace | None = None,
+    verify: bool = False,
     report_progress: Callable[[str], None] = logger.info,
     **options: Any,
 ) -> Result:
@@ -86,6 +88,7 @@ def compress(
         source_folder: where a model in memory came from: its other files are published too, and how it pools tokens
             into an embedding is read there.
         workspace: where to compute and to keep intermediate results; chosen by default.
+        verify: let a fresh process read the folder back, and compare, before it is published.
         report_progress: called with a line on how the model is worked on and what that takes.
         **options: fields of :class:`eckart.Recipe`, such as `keep=0.5` or `targets=["*.mlp.*"]`.
 
@@ -105,7 +108,7 @@ def compress(
     with keep_unchanged(model), open_run(
         model, tokenizer, data, recipe, [settings],
         output_dir=output_dir, overwrite=overwrite, restart=restart, inputs=inputs, source_folder=source_folder,
-        workspace=workspace, report_progress=report_progress,
+        workspace=workspace, verify=verify, report_progress=report_progress,
     ) as run:  # fmt: skip
         # 3. Its sites, the calibration data, and the way to the statistics. (`compare` passes several settings.)
         context = prepare(run, data, [settings], [recipe.keep])
@@ -114,7 +117,9 @@ def compress(
         # 4. The factors of every site; 5. to 11. the smaller model made of them; 12. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
         factors = make_factors(context, settings, run.recipe, largest)
+        refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
         result = build_model(context, settings, run.recipe, factors)
+        refuse_fallbacks(result.report["notes"], strict=recipe.strict)
         return run.publish(result)
 
 
@@ -150,7 +155,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     summary, dtype = factors.summary, dtype_of(recipe)
     dense = describe_dense_sites(context, summary)
     held = describe_dense(dense, {site.name: site.shape for site in sites.chosen}, recipe.keep_of)
-    notes = [*settings.notes, *context.calibration.notes, *([held] if held else []), *summary.all_notes(dense)]
+    notes = [*([held] if held else []), *context.known_notes(settings, summary, dense)]
 
     # 5. The plan: form and rank of every site, within the budget, or as fast or as good as was asked for.
     solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint, summary.sliced)

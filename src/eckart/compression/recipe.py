@@ -12,6 +12,7 @@ from eckart.config import (
     DEFAULT_TEXTS,
     DEFAULT_TOKENS,
     DEFAULT_WINDOWS,
+    STRICT,
     QuantizationKind,
     RecipeBase,
 )
@@ -158,6 +159,7 @@ class Recipe(RecipeBase):
         None, ge=0, description="GB of hidden states kept in memory between blocks; the rest is kept in files."
     )
     trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
+    strict: bool = Field(False, description=STRICT)
 
     @field_validator("targets", "ignore", mode="before")
     @classmethod

@@ -53,6 +53,7 @@ class Result:
         overwrite: bool = False,
         lock: OutputLock | None = None,
         max_shard_size: int | str = "50GB",
+        verify: bool = False,
     ) -> Path:
         """Publish the whole folder at once: weights, tokenizer, card, recipe, plan and report.
 
@@ -61,6 +62,7 @@ class Result:
             overwrite: replace it if it is there, and holds only what eckart has published there. What the run has read
                 is never replaced.
             lock: the lock on the folder, if the caller holds it.
+            verify: let a fresh process read the folder back before it is put in place.
             max_shard_size: of a file of weights.
 
         Returns:
@@ -96,6 +98,8 @@ class Result:
             overwrite=overwrite,
             max_shard_size=max_shard_size,
             lock=lock,
+            verify=verify,
+            trust_remote_code=self.recipe.trust_remote_code,
         )
 
     def push_to_hub(self, name: str, *, private: bool | None = None, token: str | None = None) -> str:

@@ -27,7 +27,7 @@ from eckart.storage.publish import check_output
 logger = logging.getLogger(__name__)
 
 FREE_OPTIONS = ("model", "revision", "teacher", "teacher_revision", "data", "eval_data", "save_steps", "device",
-                "trust_remote_code")  # fmt: skip
+                "trust_remote_code", "strict")  # fmt: skip
 """Options that may differ when a training resumes: models and data count by what they hold, wherever they lie."""
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.config import resolve_device
+from eckart.checkpoint.save import stored_bytes
+from eckart.config import refuse_fallbacks, resolve_device
 from eckart.model import preserve_random_state
 from eckart.recovery.base import ClosedFormRecovery, Recovery, RecoveryContext
 from eckart.recovery.device import on_device
@@ -20,6 +21,8 @@ from eckart.recovery.recipe import TuneRecipe
 from eckart.recovery.result import Clock, TuneResult, choose_better, make_report
 from eckart.recovery.student import check_fits, find_pooling, open_student, open_teacher
 from eckart.recovery.training import count_steps, load_training_data, solve, train
+from eckart.storage.lock import output_path
+from eckart.storage.publish import check_space
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ def tune(
     output_dir: str | Path | None = None,
     overwrite: bool = False,
     restart: bool = False,
+    verify: bool = False,
     **options: Any,
 ) -> TuneResult:
     """Train a model, factored or dense, or solve its factors again: to recover quality, or to learn a task.
@@ -57,6 +61,7 @@ def tune(
         output_dir: the folder to publish.
         overwrite: replace a model folder that was published there.
         restart: discard an unfinished training on the same output.
+        verify: let a fresh process read the folder back, and compare, before it is published.
         **options: fields of :class:`eckart.TuneRecipe`.
 
     Returns:
@@ -79,6 +84,8 @@ def tune(
 
         # 2. The student and the teacher.
         student = open_student(recipe, inputs.model, inputs.tokenizer, inputs.data, recovery)
+        if output_dir is not None:
+            check_space(output_path(output_dir), stored_bytes(student.model))
         check_fits(recovery, student)
         notes = [f"newly initialized: {', '.join(student.new_head)}"] if student.new_head else []
         teacher_model = None
@@ -136,6 +143,7 @@ def tune(
             report = make_report(recipe, recovery, student, training_data, scores, device)
             report |= done | {"kept": kept_stage, "notes": notes, "seconds": clock.seconds}
             result = TuneResult(kept, report, recipe, student.tokenizer, student.folder, recovery=recovery)
+            refuse_fallbacks(notes, strict=recipe.strict)
             if output_dir is not None:
-                result.save_pretrained(output_dir, overwrite=overwrite, lock=lock)
+                result.save_pretrained(output_dir, overwrite=overwrite, lock=lock, verify=verify)
     return result

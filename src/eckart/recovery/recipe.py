@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from eckart.config import RecipeBase, check_recipe
+from eckart.config import STRICT, RecipeBase, check_recipe
 from eckart.errors import UsageError
 from eckart.recovery.settings import PYTHON, make_recovery, name_of, settings_in_words
 from eckart.registry import METHODS, RECOVERIES
@@ -79,6 +79,7 @@ class TuneRecipe(RecipeBase):
         "auto", description="Device to compute on: cpu, cuda, cuda:1, mps; auto: a GPU where there is one."
     )
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
+    strict: bool = Field(False, description=STRICT)
 
     @model_validator(mode="before")
     @classmethod

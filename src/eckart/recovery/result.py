@@ -58,7 +58,12 @@ class TuneResult:
         return to_plain_text(render_tuning(self.report))
 
     def save_pretrained(
-        self, output_dir: str | Path, *, overwrite: bool = False, lock: OutputLock | None = None
+        self,
+        output_dir: str | Path,
+        *,
+        overwrite: bool = False,
+        lock: OutputLock | None = None,
+        verify: bool = False,
     ) -> Path:
         """Publish the whole folder at once: weights, tokenizer, card, recipe and report.
 
@@ -67,6 +72,7 @@ class TuneResult:
             overwrite: replace it if it is there, and holds only what eckart has published there. What the run has read
                 is never replaced.
             lock: the lock on the folder, if the caller holds it.
+            verify: let a fresh process read the folder back before it is put in place.
 
         Returns:
             The published folder.
@@ -97,7 +103,8 @@ class TuneResult:
         self.folder = save(
             self.model, output_dir, tokenizer=self.tokenizer, source_folder=source,
             recipe_yaml=self.recipe.to_yaml(), plan=_plan(self.source_folder), report=self.report, card=card,
-            inputs=self.recipe.inputs, overwrite=overwrite, lock=lock,
+            inputs=self.recipe.inputs, overwrite=overwrite, lock=lock, verify=verify,
+            trust_remote_code=self.recipe.trust_remote_code,
         )  # fmt: skip
         return self.folder
 

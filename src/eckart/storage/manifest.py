@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+from eckart.errors import CheckpointError
 
 MANIFEST = "eckart/files.json"
 FORMAT = "eckart published files"
@@ -17,8 +20,38 @@ def write_manifest(folder: Path) -> None:
     """List all files of a folder that is about to be published, in ``eckart/files.json``."""
     files = {name: _stamp(folder / name) for name in _entries(folder) if name != MANIFEST}
     (folder / "eckart").mkdir(exist_ok=True)
-    content = {"format": FORMAT, "files": files}
+    content = {"format": FORMAT, "files": files, "sha256": {name: _sha256(folder / name) for name in files}}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def find_changes(folder: Path) -> tuple[int, list[str]]:
+    """Hold every file of a published folder against its hash.
+
+    Returns:
+        How many files were read, and what is wrong: files that are gone, changed, or were never written by eckart.
+
+    Raises:
+        CheckpointError: there is no list of what was published, or it was written before there were hashes.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        hashes = content["sha256"] if content["format"] == FORMAT else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        hashes = None
+    if not isinstance(hashes, dict):
+        raise CheckpointError(
+            f"{path} is no list of published files with their hashes. Give a folder that this version of eckart has "
+            "published, or publish it again."
+        )
+    there = [name for name in _entries(folder) if name != MANIFEST]
+    problems = [f"{name} is gone" for name in hashes if name not in there]
+    for name in there:
+        if name not in hashes:
+            problems.append(f"{name} was not written by eckart")
+        elif (folder / name).is_symlink() or _sha256(folder / name) != hashes[name]:
+            problems.append(f"{name} was changed after eckart wrote it")
+    return len(there), problems
 
 
 def not_published(folder: Path) -> str | None:
@@ -60,6 +93,17 @@ def _entries(folder: Path) -> Iterator[str]:
         folders.sort()
         for name in sorted([*files, *(name for name in folders if (Path(root) / name).is_symlink())]):
             yield (Path(root) / name).relative_to(folder).as_posix()
+
+
+def _sha256(path: Path) -> str | None:
+    """The hash of a file; None for what is not an ordinary file or cannot be read."""
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _stamp(path: Path) -> list[int] | None:

@@ -25,7 +25,7 @@ BAD_VALUES = [
     ("keep", True, "not a boolean"),
     ("keep", "abc", "valid number"),
     ("keep", None, "valid number"),
-    ("keep_of", "layers", "'sites' or 'model'"),
+    ("keep_of", "layers", "'sites', 'reached' or 'model'"),
     ("rank_multiple", 0, "greater than or equal to 1"),
     ("rank_multiple", True, "not a boolean"),
     ("rank_multiple", 2.5, "valid integer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,7 @@ def load(
     if new_head is not None:
         new_head += [key for key in missing if _of_head(model, key)]
         missing = [key for key in missing if not _of_head(model, key)]
+    missing = _leave_out_pooler(model, missing)
     # Another class than the one that was saved leaves out the other's head.
     left_out = sorted(info["unexpected_keys"]) if type(model).__name__ in architectures else []
     if left_out and not _is_factored(config):
@@ -145,6 +147,25 @@ def _of_head(model: PreTrainedModel, key: str) -> bool:
     """Whether a tensor is outside the bare model, or in its pooler, which only some heads read."""
     prefix = f"{model.base_model_prefix}."
     return model.base_model is not model and (not key.startswith(prefix) or key.startswith(f"{prefix}pooler."))
+
+
+def _leave_out_pooler(model: PreTrainedModel, missing: list[str]) -> list[str]:
+    """Make an encoder what it was when it was saved without its pooler, whose output its users do not read.
+
+    Returns:
+        The tensors that are missing all the same.
+    """
+    left = set(missing)
+    owner: Any = model.base_model
+    pooler = getattr(owner, "pooler", None)
+    optional = "add_pooling_layer" in inspect.signature(type(owner).__init__).parameters
+    if not left or pooler is None or not optional or model.base_model is not model:  # a head on it reads the pooler
+        return missing
+    own = {name for name, tensor in model.named_parameters() if any(tensor is each for each in pooler.parameters())}
+    if own <= left:
+        owner.pooler = None
+        left -= own
+    return sorted(left)
 
 
 def _is_factored(config: dict[str, Any]) -> bool:

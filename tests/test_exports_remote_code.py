@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 import eckart
 from eckart.checkpoint.description import attach_config
 from eckart.checkpoint.save import save
-from eckart.errors import CheckpointError, ModelError, UsageError
+from eckart.errors import CheckpointError, ModelError
 from eckart.exports.base import ExportSource
 from eckart.exports.pipeline import export
 from eckart.exports.remote_code import compare, write_text
@@ -288,10 +288,25 @@ def test_refusals(models, tmp_path):
         RemoteCode().check(source(own), None)
     with pytest.raises(ModelError, match="loads without eckart as it is"):
         RemoteCode().check(source(BY_NAME["llama"].model()), None)
-    with pytest.raises(UsageError, match="--quantize"):
-        RemoteCode().check(source(models["lowrank"]), "int8")
     with pytest.raises(ModelError, match="reads input_values"):
         probe_inputs(SimpleNamespace(main_input_name="input_values"))  # type: ignore[arg-type]
+
+
+def test_factors_in_eight_bits_load_with_torchao_alone(server, tmp_path):
+    model = MODELS["tied"]()
+    inputs = probe_inputs(model)
+    wanted = outputs(model, inputs)
+    (tmp_path / "f").mkdir()
+    one = write_model(model, tmp_path / "f", "int8")
+    config = json.loads((tmp_path / "f" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "torchao"
+    found = run_in_fork(server, tmp_path / "fork")(tmp_path / "f", one.auto_classes[:1], inputs)[one.auto_classes[0]]
+    assert (found - outputs(one.rounded.model, inputs)).norm() <= EXACT * wanted.norm()
+    assert EXACT * wanted.norm() < (found - wanted).norm() <= 0.05 * wanted.norm()
+    assert one.rounded.record["left"]["part of an embedding"] == 1
+    assert one.rounded.record["quantized_layers"] == 2 * 2 * 7  # two factors of seven weights in two layers
+    plain = type(one.rounded.model.model.embed_tokens.expand.weight)
+    assert plain is nn.Parameter  # which the tied head reads
 
 
 # -- one product for all that read an input ------------------------------------------------------------

@@ -38,8 +38,33 @@ def write_quantized(
         CheckpointError: what was written does not compute what the model in memory computes.
         ModelError: the model has no linear layer that transformers quantizes.
     """
+    home = staging / model_folder(source_folder).relative_to(source_folder)
+    home.mkdir(parents=True, exist_ok=True)
+    record = save_rounded(model, home, kind)
+    write_companions(staging, tokenizer=tokenizer, source_folder=source_folder)
+    return record
+
+
+def save_rounded(
+    model: PreTrainedModel, home: Path, kind: str, *, kept: Mapping[str, str] | None = None, **saving: Any
+) -> Mapping[str, Any]:
+    """Round the linear layers of a model, and write its weights and configuration alone.
+
+    Args:
+        model: without forms; changed.
+        home: where they are written.
+        kind: one of :data:`eckart.quantization.KINDS`.
+        kept: name -> why a linear layer is left as it is.
+        **saving: for `save_pretrained`.
+
+    Returns:
+        As :func:`write_quantized`, and raises what it raises.
+    """
     require_torchao()
     chosen, left = choose_layers(model, kind)
+    for name, reason in (kept or {}).items():
+        chosen.pop(name, None)
+        left[name] = reason
     for name in [name for name in chosen if type(model.get_submodule(name)) is not nn.Linear]:
         left[name] = f"{type(model.get_submodule(name)).__name__}, which transformers does not quantize"
         del chosen[name]
@@ -55,12 +80,9 @@ def write_quantized(
     settings = _settings(kind)
     _round(model, chosen, settings)
     stated = TorchAoConfig(settings, modules_to_not_convert=sorted(left))
-    home = staging / model_folder(source_folder).relative_to(source_folder)
-    home.mkdir(parents=True, exist_ok=True)
     model.config.quantization_config = stated
     model.hf_quantizer = TorchAoHfQuantizer(stated, pre_quantized=True)  # type: ignore[assignment]
-    model.save_pretrained(home)
-    write_companions(staging, tokenizer=tokenizer, source_folder=source_folder)
+    model.save_pretrained(home, **saving)
     _compare(model, home)
     size = sum(file.stat().st_size for file in home.glob("*.safetensors"))
     return {"quantized_layers": len(chosen), "left": left, "bytes": size}

@@ -23,9 +23,10 @@ def write_card(source: ExportSource, staging: Path, written: Written, quantize: 
         source.name,
         loading=find_loading(source.model, source.folder, needs_eckart=False).with_arguments(trust_remote_code=True),
         base_model=_base_model(source.folder),
-        summary="with weights as factors, made by eckart",
+        summary=f"with weights as factors{f', in {quantize} by torchao' if quantize else ''}, made by eckart",
         notice=(
-            f"`{written.names.module}.py` puts the factors in place: read it before you trust it. eckart is not needed."
+            f"`{written.names.module}.py` puts the factors in place: read it before you trust it. eckart is not needed"
+            f"{', torchao is: `pip install torchao`' if quantize else ''}."
         ),
         about=_about(source.name, written),
         records="`eckart/export.json` says what was compared before it was published, and the largest difference.",
@@ -42,6 +43,8 @@ def _about(name: str, written: Written) -> list[str]:
     if causal:
         arguments = f"pretrained={name},trust_remote_code=True"
         found.append(f"Scored by lm_eval: `lm_eval --model hf --model_args {arguments} --tasks TASKS`")
+    if written.rounded is not None:  # not tried in vLLM
+        return found
     if written.unserved:
         return [*found, written.unserved]
     runner = "" if causal else " --runner pooling"

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 
 from eckart.checkpoint.description import is_special
 from eckart.checkpoint.save import write_companions
-from eckart.errors import ModelError, UsageError
+from eckart.errors import ModelError
 from eckart.exports.base import Exporter, ExportSource
 from eckart.exports.remote_code.card import write_card
 from eckart.exports.remote_code.compare import compare
 from eckart.exports.remote_code.folder import write_model
 from eckart.exports.remote_code.write_text import names_of
+from eckart.quantization import require_torchao
 from eckart.storage.layout import model_folder
 
 
@@ -26,9 +27,7 @@ class RemoteCode(Exporter):
     def check(self, source: ExportSource, quantize: str | None) -> None:
         """Refuse what no file can be generated for."""
         if quantize is not None:
-            raise UsageError(
-                "--format remote-code stores numbers as they are. Leave --quantize out, or choose another format."
-            )
+            require_torchao()
         if not is_special(source.model):
             raise ModelError(
                 f"{source.folder} holds nothing that its class does not build: it loads without eckart as it is, in "
@@ -40,8 +39,12 @@ class RemoteCode(Exporter):
         """See :class:`eckart.exports.base.Exporter`."""
         home = staging / model_folder(source.folder).relative_to(source.folder)
         home.mkdir(parents=True, exist_ok=True)
-        written = write_model(source.model, home)
+        written = write_model(source.model, home, quantize)
         write_companions(staging, tokenizer=source.tokenizer, source_folder=source.folder)
-        record = compare(source.model, home, written.auto_classes)
+        rounded = written.rounded
+        if rounded is None:
+            record = compare(source.model, home, written.auto_classes)
+        else:  # transformers reads what torchao has rounded in the class that was saved alone, not in its base model
+            record = {**compare(rounded.model, home, written.auto_classes[:1]), **rounded.record}
         write_card(source, staging, written, quantize)
         return {**record, "class": written.names.exported, "splits": written.parallel.refusal or "as any model"}

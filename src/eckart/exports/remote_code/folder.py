@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +21,28 @@ from eckart.errors import ModelError
 from eckart.exports.remote_code.describe import WAY_OUT, Described, built_by_class, describe
 from eckart.exports.remote_code.parallel import Parallel, plan_parallel
 from eckart.exports.remote_code.write_text import ModelNames, entries, in_base, names_of, write_text
+from eckart.exports.torchao import save_rounded
 from eckart.model import pruned_heads
+from eckart.quantization import prepare
+
+AS_NAMED: dict[str, Any] = {"save_original_format": False}
+"""By the names in the model: transformers knows older names only of classes that it has itself."""
 
 NOT_CARRIED = {"architectures", "auto_map", "model_type", "quantization_config", "transformers_version"}
 """Of the configuration: what is written anew."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A model with weights in few bits.
+
+    Attributes:
+        model: of the generated class.
+        record: how many layers are quantized, how many are left for which reason, the bytes, notes.
+    """
+
+    model: PreTrainedModel
+    record: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,24 +54,28 @@ class Written:
         parallel: how it is split among processes.
         auto_classes: names of those that load it: of the model, then, if it has a head, of its base model.
         unserved: why vLLM cannot serve it; "" if nothing is known that hinders.
+        rounded: what was written where it was quantized; None where it was not.
     """
 
     names: ModelNames
     parallel: Parallel
     auto_classes: list[str]
     unserved: str
+    rounded: Rounded | None = None
 
 
-def write_model(model: PreTrainedModel, home: Path) -> Written:
+def write_model(model: PreTrainedModel, home: Path, quantize: str | None = None) -> Written:
     """Write a model as remote code.
 
     Args:
-        model: in evaluation mode, on the CPU.
+        model: in evaluation mode, on the CPU; changed where it is quantized.
         home: an empty folder.
+        quantize: one of :data:`eckart.quantization.KINDS`: linear layers are rounded by torchao, leaves among them.
 
     Raises:
-        ModelError: its modules cannot be replaced in the `__init__` of its class.
+        ModelError: its modules cannot be replaced in the `__init__` of its class, or none of them can be rounded.
     """
+    notes = prepare(model, quantize) if quantize is not None else []
     names = names_of(model)
     described = describe(model)
     inside = in_base(names, described.replacements)
@@ -75,11 +98,23 @@ def write_model(model: PreTrainedModel, home: Path) -> Written:
     with _imported(file) as module:
         exported = _filled(model, module, names, described)
         exported.config.auto_map = _auto_map(names, auto_classes)
-        # By the names in the model: transformers knows older names only of classes that it has itself.
-        exported.save_pretrained(home, save_original_format=False)
-    return Written(
-        names, parallel, [one[0] for one in auto_classes if one], _unserved(model, names, described, parallel)
-    )
+        if quantize is None:
+            exported.save_pretrained(home, **AS_NAMED)
+            rounded = None
+        else:
+            record = save_rounded(exported, home, quantize, kept=_tables(described), **AS_NAMED)
+            rounded = Rounded(exported, {**record, "left": dict(Counter(record["left"].values())), "notes": notes})
+    loaded_by = [one[0] for one in auto_classes if one]
+    return Written(names, parallel, loaded_by, _unserved(model, names, described, parallel), rounded)
+
+
+def _tables(described: Described) -> dict[str, str]:
+    """Layers that belong to embeddings: heads that are tied to them read their numbers."""
+    return {
+        f"{name}.expand": "part of an embedding"
+        for name, one in described.replacements.items()
+        if one.form in ("embedding", "safe-embedding")
+    }
 
 
 def _unserved(model: PreTrainedModel, names: ModelNames, described: Described, parallel: Parallel) -> str:
@@ -114,6 +149,11 @@ def _filled(model: PreTrainedModel, module: ModuleType, names: ModelNames, descr
         )
     exported.load_state_dict(described.tensors, strict=True, assign=True)
     exported.tie_weights()
+    there = dict(model.named_buffers())
+    for name, buffer in list(exported.named_buffers()):
+        if buffer.is_meta:  # in no file: each class makes it from its configuration
+            owner, _, key = name.rpartition(".")
+            exported.get_submodule(owner)._buffers[key] = there[name]
     if hasattr(exported, "generation_config"):
         exported.generation_config = model.generation_config
     return exported.eval()

@@ -18,6 +18,7 @@ from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.goals import loss_of, parse_loss
 from eckart.compression.machine_profile import find_profile, forward_of
+from eckart.compression.measured_curves import measure_units, ratios_of, scale_curves
 from eckart.compression.options import dtype_of
 from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.pricing import Pricing, count_seconds, price_elements_and_seconds, price_seconds
@@ -63,6 +64,8 @@ class PlanChoice:
         self.shapes = {site.name: site.shape for site in context.sites.chosen}
         self.found: dict[str, Any] = {}
         """What the search reports."""
+        self.notes: list[str] = []
+        """What could not be done."""
 
     @property
     def measures(self) -> bool:
@@ -71,6 +74,7 @@ class PlanChoice:
 
     def choose(self) -> Plan:
         """The plan; one that an interrupted run has searched for is read again."""
+        self._scale_curves()
         store, processes = self.context.workspace.store, self.context.workspace.processes
         if self.recipe.speedup is None and self.recipe.max_loss is None:
             return self._within_size(self.recipe)
@@ -82,6 +86,21 @@ class PlanChoice:
                 store.write(STAGE, STAGE, {}, stored["plan"])
         self.found = stored["plan"]["found"]
         return parse_plan(stored["plan"]["plan"], "the plan of this run", self.shapes)
+
+    def _scale_curves(self) -> None:
+        """Scale the curves by what the cuts of a first plan do to the model's output, one at a time."""
+        if not self.settings.measures_curves or self.recipe.plan is not None:
+            return
+        if self.context.workspace.streaming:
+            self.notes.append(
+                "the curves of predicted loss were not measured on the whole model's output: it is larger than memory"
+            )
+            return
+        with self.context.timer.step("curves"):
+            plan = self._within_size(self.recipe)
+            if plan.predicted:
+                errors = measure_units(self.context, plan, self.factors)
+                self.solved = scale_curves(self.solved, ratios_of(errors))
 
     def _make(self, recipe: Recipe, pricing: Pricing | None) -> Plan:
         context = self.context

@@ -36,6 +36,7 @@ class Settings:
         rest: of form sliced, the form of weights that are in no layer of neurons; "" for the form itself.
         slices: whether feed-forward layers may lose neurons.
         stock: whether they keep one number, and all other weights stay dense.
+        measures_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
     """
 
     method: Method
@@ -47,6 +48,7 @@ class Settings:
     rest: str = ""
     slices: bool = False
     stock: bool = False
+    measures_curves: bool = False
 
     @property
     def joins(self) -> bool:
@@ -134,7 +136,10 @@ class Settings:
             _check_seconds(allocation, recipe)
             if recipe.form is None and form != SLICED and not method.fixed_form:  # whatever is fastest
                 others, slices = tuple({*TIMED_FORMS} - {form, kind.unshared_form}), True
-        return cls(method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock)
+        return cls(
+            method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock,
+            measures_curves=_measures_curves(method, allocation, recipe),
+        )  # fmt: skip
 
     @property
     def joint_form(self) -> str:
@@ -164,6 +169,22 @@ def _check_seconds(allocation: str, recipe: Recipe) -> None:
             f"{flag} with --allocation {allocation}: sizes that measured seconds choose are weighed against predicted "
             f"losses. Use --allocation loss, or leave {flag} out."
         )
+
+
+def _measures_curves(method: Method, allocation: str, recipe: Recipe) -> bool:
+    """Whether curves are to be measured, which makes sense where ranks are chosen by them.
+
+    Raises:
+        UsageError: they are not, and it is asked for.
+    """
+    if recipe.calibrate_curves and (allocation != "loss" or recipe.plan is not None):
+        what = "--plan" if recipe.plan is not None else f"--allocation {allocation}"
+        raise UsageError(
+            f"--calibrate-curves with {what}: no ranks are chosen by curves of predicted loss there. Leave one of the "
+            "two out."
+        )
+    wanted = method.measures_curves if recipe.calibrate_curves is None else recipe.calibrate_curves
+    return wanted and allocation == "loss"
 
 
 def _default_form(method: Method, recipe: Recipe) -> str:

@@ -54,7 +54,9 @@ def compare_predictions(
                     f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
                     "compare a model with the one it was made from"
                 )
-            divergence, equal = compare(_compared(logits, batch), _compared(truth.to(logits.device), batch))
+            divergence, equal = compare(
+                compared_logits(logits, batch), compared_logits(truth.to(logits.device), batch)
+            )
             found.append((float(divergence.sum()), int(equal.sum()), equal.numel()))
         return found
 
@@ -134,7 +136,7 @@ def embed_sentences(model: nn.Module, batch: Batch, pooling: Pooling | None = No
 def predicts_distribution(model: nn.Module, batch: Batch) -> bool:
     """Whether a model puts out logits of classes, a token (B, T, V) or a row (B, C), or of a span."""
     with evaluating(model):
-        return bool(_find_logits(model, batch))
+        return bool(logits_of(model, run(model, batch.inputs), batch))
 
 
 def puts_out_tokens(model: nn.Module, batch: Batch) -> bool:
@@ -143,8 +145,8 @@ def puts_out_tokens(model: nn.Module, batch: Batch) -> bool:
         return find_hidden_state(run(getattr(model, "base_model", model), batch.inputs)) is not None
 
 
-def _find_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
-    output = run(model, batch.inputs)
+def logits_of(model: nn.Module, output: Any, batch: Batch) -> list[Tensor]:
+    """The logits of classes in a model's output: (B, T, V), (B, C), or both ends of a span; none where it has none."""
     ends = (getattr(output, name, None) for name in ("start_logits", "end_logits"))
     span = [logits for logits in ends if isinstance(logits, Tensor) and logits.dim() == 2]
     if len(span) == 2:
@@ -158,7 +160,7 @@ def _find_logits(model: nn.Module, batch: Batch) -> list[Tensor]:
 
 
 def _logits(model: nn.Module, batch: Batch) -> list[Tensor]:
-    logits = _find_logits(model, batch)
+    logits = logits_of(model, run(model, batch.inputs), batch)
     if not logits:
         raise UsageError(
             f"{type(model).__name__} returns no logits of several classes to compare: load it with its head "
@@ -167,7 +169,7 @@ def _logits(model: nn.Module, batch: Batch) -> list[Tensor]:
     return logits
 
 
-def _compared(logits: Tensor, batch: Batch) -> Tensor:
+def compared_logits(logits: Tensor, batch: Batch) -> Tensor:
     """Return the logits that count: (N, V) of real tokens, (B, C) of classifiers."""
     if logits.dim() == 2:
         return logits

@@ -21,4 +21,5 @@ METHOD = Method(
     allocation="loss",
     centered=True,
     refit=True,
+    measures_curves=True,
 )

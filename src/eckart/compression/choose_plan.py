@@ -64,6 +64,8 @@ class PlanChoice:
         self.shapes = {site.name: site.shape for site in context.sites.chosen}
         self.found: dict[str, Any] = {}
         """What the search reports."""
+        self.curves: list[dict[str, Any]] = []
+        """Sites that were cut together -> predicted loss, and measured distance of the model's output."""
         self.notes: list[str] = []
         """What could not be done."""
 
@@ -88,19 +90,27 @@ class PlanChoice:
         return parse_plan(stored["plan"]["plan"], "the plan of this run", self.shapes)
 
     def _scale_curves(self) -> None:
-        """Scale the curves by what the cuts of a first plan do to the model's output, one at a time."""
+        """Scale the curves by what the cuts of a first plan do to the model's output, one at a time.
+
+        Raises:
+            UsageError: it is asked for, and the model is larger than memory.
+        """
         if not self.settings.measures_curves or self.recipe.plan is not None:
             return
         if self.context.workspace.streaming:
-            self.notes.append(
-                "the curves of predicted loss were not measured on the whole model's output: it is larger than memory"
-            )
+            why = "the whole model runs once for each weight, and is worked on block by block"
+            if self.recipe.calibrate_curves:
+                raise UsageError(f"--calibrate-curves: {why}. Pass --stream off where it fits into memory.")
+            self.notes.append(f"predicted losses were not scaled by measured ones: {why}")
             return
         with self.context.timer.step("curves"):
             plan = self._within_size(self.recipe)
             if plan.predicted:
                 errors = measure_units(self.context, plan, self.factors)
                 self.solved = scale_curves(self.solved, ratios_of(errors))
+                self.curves = [
+                    {"sites": list(e.members), "predicted": e.predicted, "measured": e.measured} for e in errors
+                ]
 
     def _make(self, recipe: Recipe, pricing: Pricing | None) -> Plan:
         context = self.context

@@ -26,7 +26,7 @@ from eckart.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)
 
-OWN_STEPS = ("factorization", "replacement", "refit", "quantization")
+OWN_STEPS = ("factorization", "curves", "replacement", "refit", "quantization")
 """Steps that each method takes by itself; their seconds stand in its row."""
 
 MEASURING = ("measuring", "latency")

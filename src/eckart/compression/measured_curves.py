@@ -36,9 +36,6 @@ from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import replace_module, shared_clone
 from eckart.storage.store import MemoryStore
 
-STAGE = "curves"
-"""The stage of a run under which measured ratios are stored."""
-
 LARGEST_RATIO = 16.0
 """Ratios are kept between this and its inverse: more is a matter of few rows."""
 
@@ -82,18 +79,14 @@ def units_of(plan: Plan) -> list[tuple[str, ...]]:
 def measure_units(context: CompressionContext, plan: Plan, factors: FactorStore) -> list[UnitError]:
     """Cut each unit of a plan alone, at the planned size, and measure.
 
-    The units are divided among the processes, which all read the same rows. What an interrupted run has measured is
-    read again.
+    The units are divided among the processes, which all read the same rows.
 
     Args:
         context: the original and its data.
         plan: with predicted losses.
         factors: of all sites.
     """
-    store, processes = context.workspace.store, context.workspace.processes
-    kept = processes.broadcast(({}, {"units": store.read(STAGE, STAGE)[1] if store.entries(STAGE) else None}))[1]
-    if kept["units"] is not None:
-        return [UnitError(tuple(m), p, d) for m, p, d in kept["units"]["errors"]]
+    processes = context.workspace.processes
     units = units_of(plan)
     sums = torch.zeros(len(units) + 1, dtype=torch.float64)  # the last one counts rows
     with processes.failing_together():
@@ -104,10 +97,8 @@ def measure_units(context: CompressionContext, plan: Plan, factors: FactorStore)
         processes.all_reduce({"sums": sums})
     count = float(sums[-1]) / processes.size
     predicted = [sum(plan.predicted.get(name, 0.0) for name in unit) for unit in units]
-    errors = [UnitError(*entry) for entry in zip(units, predicted, (sums[:-1] / max(count, 1)).tolist(), strict=True)]
-    if processes.main:
-        store.write(STAGE, STAGE, {}, {"errors": [[list(e.members), e.predicted, e.measured] for e in errors]})
-    return errors
+    measured = (sums[:-1] / max(count, 1)).tolist()
+    return [UnitError(*entry) for entry in zip(units, predicted, measured, strict=True)]
 
 
 def ratios_of(errors: Sequence[UnitError]) -> dict[str, float]:
@@ -180,13 +171,13 @@ def _measure_on(
     with evaluating(model):
         distance = OutputDistance.of(model, batch, context.pooling)
         once = ResumedPass(model, lambda: distance.run(model, batch))
-        rows = distance.rows(once.output, batch)
-        reference = distance.reference(rows)
-        sums[-1] = len(rows)
+        parts = distance.rows(model, once.output, batch)
+        reference = distance.reference(parts)
+        sums[-1] = sum(len(part) for part in parts)
         for place in range(processes.rank, len(units), processes.size):
             with _installed(model, {name: modules[name] for name in units[place]}):
                 output = once.run_from(once.start_of(units[place]))
-            sums[place] = distance.between(distance.rows(output, batch), reference).sum()
+            sums[place] = distance.between(distance.rows(model, output, batch), reference).sum()
     return sums
 
 

@@ -215,6 +215,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     report |= {"quantization": rounding} if rounding is not None else {}
     if choice.found:
         report["found"] = choice.found
+    if choice.curves:
+        report["curves"] = choice.curves
     if not context.workspace.streaming:
         unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

@@ -22,7 +22,7 @@ from eckart.registry import METHODS
 
 MODEL = Path(__file__).parent / "model"
 DEFAULT = str(Recipe.model_fields["method"].default)
-OWN_STEPS = ("factorization", "replacement", "refit")
+OWN_STEPS = ("factorization", "curves", "replacement", "refit")
 """Steps that each method of a comparison takes by itself; the others are shared."""
 
 

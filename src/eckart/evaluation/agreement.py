@@ -54,9 +54,7 @@ def compare_predictions(
                     f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
                     "compare a model with the one it was made from"
                 )
-            divergence, equal = compare(
-                compared_logits(logits, batch), compared_logits(truth.to(logits.device), batch)
-            )
+            divergence, equal = compare(compared_logits(logits, batch), compared_logits(truth.to(logits.device), batch))
             found.append((float(divergence.sum()), int(equal.sum()), equal.numel()))
         return found
 

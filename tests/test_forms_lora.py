@@ -191,6 +191,18 @@ def test_what_cannot_be_merged_is_refused_with_the_way_out(models):
     close(logits(head.unload()), logits(models["tied-embedding"]), 1e-6)
 
 
+def test_quantized_layers_are_adapted_and_not_merged():
+    pytest.importorskip("torchao", reason="pip install 'eckart[quant]'")
+    wide = llama(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+    rounded = eckart.compress(wide, method="svd", form="lowrank", keep=0.5, quantize="int8").model
+    model = adapted(rounded, NAMES)
+    assert float((logits(model) - logits(rounded)).abs().max()) > 0.1
+    model(**IDS, labels=IDS["input_ids"]).loss.backward()
+    assert all(float(p.grad.abs().max()) > 0 for name, p in model.named_parameters() if "lora_" in name)
+    with pytest.raises(UsageError, match=r"is quantized.*merge it there, and quantize the result"):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}])
 def test_variants_that_need_the_dense_weight_are_refused(models, options):
     with pytest.raises(UsageError, match=r"(use_dora|pissa).*all-linear.*densify"):

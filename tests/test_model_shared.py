@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 import eckart
 from eckart.calibration.layerwise import all_blocks
-from eckart.checkpoint.description import WRITTEN, EckartConfig, attach_config, detach_config
+from eckart.checkpoint.description import FORMAT_VERSION, WRITTEN, EckartConfig, attach_config, detach_config
 from eckart.errors import CheckpointError, ModelError
 from eckart.evaluation.sizes import count_sizes
 from eckart.model import cast, share_parameters, shared_clone, shared_parameters, unshare_parameters
@@ -155,7 +155,7 @@ def test_refusals(tmp_path):
         ({"ties": [target]}, "not in eckart's format 2: ties"),
         ({"ties": {target: 3}}, "not in eckart's format 2: ties"),
         ({"format_version": 1}, "not in eckart's format 1: ties"),
-        ({"format_version": 3}, "reads up to 2"),
+        ({"format_version": FORMAT_VERSION + 1}, f"reads up to {FORMAT_VERSION}"),
     ):
         changed = {**content, "quantization_config": {**content["quantization_config"], **change}}
         (tmp_path / "config.json").write_text(json.dumps(changed))

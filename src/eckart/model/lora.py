@@ -74,6 +74,11 @@ class FactoredLora(layers.Linear):
                 "merging LoRA: the output head is tied to factored embeddings, whose numbers an adapter cannot change "
                 "alone. Leave it out of target_modules, or make the model dense first: eckart.densify(model)"
             )
+        if not next(base.parameters()).is_floating_point():
+            raise UsageError(
+                "merging LoRA: the layer is quantized, and rounding again what is merged would change the model. Put "
+                "the adapter on the model in floating-point numbers, merge it there, and quantize the result."
+            )
         pairs: list[tuple[Any, Any, float]] = [(self.lora_B[n], self.lora_A[n], self.scaling[n]) for n in names]
         left = torch.cat([output.weight.detach().double() * scale for output, _, scale in pairs], dim=1)
         right = torch.cat([inner.weight.detach().double() for _, inner, _ in pairs])

@@ -10,13 +10,17 @@ from eckart.moments import Moments
 logger = logging.getLogger(__name__)
 
 
+UNREACHED = "no token of the calibration data reached it"
+NO_GRADIENT = "the loss has no gradient there: the output does not depend on it, or every prediction is certain"
+
+
 def why_useless(entry: Moments) -> str | None:
     """Why a site's statistics say nothing, in words, or None."""
     if entry.tokens == 0:
-        return "no token of the calibration data reached it"
+        return UNREACHED
     gradients = [found for found in entry.own.values() if found.needs_backward]
     if gradients and all(found.is_zero for found in gradients):
-        return "the model's output does not depend on it"
+        return NO_GRADIENT
     return None
 
 

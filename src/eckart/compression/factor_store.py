@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eckart.calibration import note_few_tokens
+from eckart.calibration import UNREACHED, note_few_tokens
 from eckart.compression.curves import Losses
 from eckart.compression.solve_joint import JointFactors
 from eckart.compression.solve_site import SiteFactors
@@ -184,13 +185,25 @@ class FactorStore:
         """Refuse to go on without a single factored site.
 
         Raises:
-            ModelError: the data reached none of the chosen sites.
+            ModelError: with the reason that most of the chosen sites have.
         """
         if not self.summary.losses:
-            raise ModelError(
-                "the calibration data reached none of the chosen sites; use text that runs through them, "
-                "or a method that needs no data: --method svd."
-            )
+            raise ModelError(describe_none_factored(self.summary.dense))
+
+
+def describe_none_factored(dense: Mapping[str, str]) -> str:
+    """The message where no site could be factored: why, of most of them, and what helps against that."""
+    reasons = Counter(dense.values()).most_common(1)
+    if not reasons or reasons[0][0] == UNREACHED:
+        return (
+            "the calibration data reached none of the chosen sites; use text that runs through them, "
+            "or a method that needs no data: --method svd."
+        )
+    reason, count = reasons[0]
+    return (
+        f"none of the {len(dense)} chosen sites can be factored: {reason} ({count} of them). Use a method that "
+        "measures no gradients, such as --method drone, or one that needs no data: --method svd."
+    )
 
 
 def tensors_of(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

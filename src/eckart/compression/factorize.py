@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eckart.allocation import Bases, Choice
-from eckart.calibration import why_useless
+from eckart.calibration import UNREACHED, why_useless
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
@@ -251,7 +251,7 @@ class SiteFactorizer:
     def _is_useful(self, name: str, moments: Moments | None, content: dict[str, Any]) -> bool:
         """Whether a site's statistics say something; notes why not, or how many tokens it saw."""
         if self.settings.method.needs or moments is not None:
-            reason = "no token of the calibration data reached it" if moments is None else why_useless(moments)
+            reason = UNREACHED if moments is None else why_useless(moments)
             if reason is not None:
                 content["dense"][name] = reason
                 return False

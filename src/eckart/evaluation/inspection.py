@@ -19,6 +19,7 @@ from eckart.data.inference import evaluating, forward, progress
 from eckart.evaluation.recipe import InspectionRecipe
 from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS
+from eckart.linalg import require_finite
 from eckart.model import Site, dense_weight, find_sites, preserve_random_state, with_separate_experts
 from eckart.moments import shared_inputs
 
@@ -74,6 +75,7 @@ def _kinds(model: PreTrainedModel, sites: Sequence[Site], device: torch.device) 
     kinds: dict[str, dict[str, Any]] = {}
     for site in progress(sites, what="spectra", total=len(sites)):
         weight = dense_weight(model.get_submodule(site.name)).detach().to(device).float()
+        require_finite(weight, f"{site.name}.weight")
         squared = torch.linalg.svdvals(weight).cpu().double().square()
         row = kinds.setdefault(f"{site.kind} {site.shape}", _row(site))
         row["count"] += 1

@@ -13,6 +13,7 @@ error at rank k is the tail of the squared singular values of `L T R`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,6 +28,9 @@ from eckart.linalg.metric import Metric, Root, sandwich, weighted_error
 
 # When both metrics are singular the smaller one is shrunk this much, and the report says so.
 LAST_RESORT_SHRINKAGE = 1e-8
+
+ORDINARY = (1e-15, 1e15)
+"""The largest number of a weight whose Gram float32 can hold; others are brought there by a power of two."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,10 @@ def factorize(problem: Problem, what: str = "weight") -> Factorization:
     """
     require_finite(problem.target, what)
     target = problem.target.to(torch.promote_types(problem.target.dtype, torch.float32))
+    if (scale := _unusual_scale(target)) != 1.0:
+        found = factorize(Problem(target / scale, problem.left, problem.right), what)
+        found = found.changed(lambda left, right: (left * scale, right))
+        return replace(found, squared=found.squared * scale**2)
     problem = Problem(target, problem.left, problem.right)
     if problem.left.is_identity:
         return _project(problem.target, problem.right, what)
@@ -157,6 +165,13 @@ def factorize(problem: Problem, what: str = "weight") -> Factorization:
     if problem.right.diagonal is not None:
         return _rescaled(problem.mirrored, what).mirrored
     return _smaller_inverted(problem, what)
+
+
+def _unusual_scale(target: Tensor) -> float:
+    """A power of two near the largest number, where its square would overflow or vanish in float32; else 1."""
+    low, high = torch.aminmax(target)
+    largest = max(-float(low), float(high))
+    return 1.0 if ORDINARY[0] < largest < ORDINARY[1] or largest == 0 else 2.0 ** math.floor(math.log2(largest))
 
 
 def _project(target: Tensor, right: Metric, what: str) -> Factorization:

@@ -13,7 +13,7 @@ backward pass.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from eckart.calibration.layerwise.block_forward import BlockChain, BlockForward,
 from eckart.calibration.layerwise.blocks import LayerwiseError
 from eckart.calibration.layerwise.hidden_states import HiddenStates, HiddenStateStore
 from eckart.calibration.layerwise.output import flatten, structure_of
+from eckart.errors import NumericalError
 from eckart.moments import BatchLike, Gatherer, Halving, real_tokens
 from eckart.moments.calls import argument, hooked
 
@@ -69,7 +70,25 @@ class LayerwiseRunner:
             forward = BlockForward(self.chain, self.hidden_states, step, batch, gatherer)
             flat = self._checked(step, forward.to_block(), forward)
             made = {str(i): flat[i] for i in self.chain.structures[step].made}
+            self._require_finite(made, step, batch)
             self.hidden_states.put("outputs", step, batch, made)
+
+    def _require_finite(self, made: Mapping[str, Tensor], step: int, batch: BatchLike) -> None:
+        """Name the block and the batch: what the next ones, or the loss, make of it tells neither.
+
+        Raises:
+            NumericalError: a block puts out what is not finite.
+        """
+        for values in made.values():
+            if not values.is_floating_point() or values.dim() != 3:  # masks and biases may hold infinities
+                continue
+            rows = real_tokens(values, batch)
+            if not bool(rows.float().sum().isfinite() | rows.isfinite().all()):
+                raise NumericalError(
+                    f"output of {self.schedule.steps[step]}, calibration examples {batch.examples[0]} to "
+                    f"{batch.examples[-1]}: there are values that are NaN or infinite. Load the model in float32 or "
+                    "bfloat16 (float16 overflows), or look at this batch's text."
+                )
 
     def run_and_capture(self, step: int, batch: BatchLike, modules: Sequence[str]) -> dict[str, Tensor]:
         """Run one step's block as :meth:`run_block` does, and see what modules inside it are given.

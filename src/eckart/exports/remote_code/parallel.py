@@ -95,8 +95,7 @@ def plan_parallel(
         for one in here:
             leaf = SPLIT.get((one.form, direction))
             if leaf is not None and plan is not None:
-                if any(key.startswith(f"{leaf}.") for key in one.tensors):
-                    plan[f"{role}.{leaf}"] = style
+                plan[f"{role}.{leaf}"] = style
             elif one.form not in AS_IT_IS:
                 reason = reason or f"{role} is {one.form}, and its plan says {style}"
         unchanged = any(one.form in AS_IT_IS for one in here) or len(here) < _count(base, role)

@@ -85,21 +85,20 @@ def plan_parallel(
     by_role: dict[str, list[Replacement]] = {}
     for name, one in replacements.items():
         by_role.setdefault(role_of(name), []).append(one)
-    plan: dict[str, str] | None = {}
+    plan: dict[str, str] = {}
     reason = ""
     for role, style in (class_plan or {}).items():
         here = by_role.get(role, [])
-        if not here and plan is not None:
+        if not here:
             plan[role] = style
         direction = style.partition("_")[0]
         for one in here:
             leaf = SPLIT.get((one.form, direction))
-            if leaf is not None and plan is not None:
+            if leaf is not None:
                 plan[f"{role}.{leaf}"] = style
             elif one.form not in AS_IT_IS:
                 reason = reason or f"{role} is {one.form}, and its plan says {style}"
-        unchanged = any(one.form in AS_IT_IS for one in here) or len(here) < _count(base, role)
-        if unchanged and plan is not None:
+        if any(one.form in AS_IT_IS for one in here) or len(here) < _count(base, role):
             plan[role] = style
     if heads_are_gone:  # a part of so many rows may end within a head
         reason = reason or "its layers have different numbers of attention heads"

@@ -15,7 +15,9 @@ from eckart.calibration.layerwise.block_forward import BlockChain
 from eckart.calibration.layerwise.blocks import LayerwiseError, schedule_of
 from eckart.calibration.layerwise.hidden_states import HiddenStateStore
 from eckart.calibration.layerwise.runner import LayerwiseRunner
-from eckart.errors import is_out_of_memory
+from eckart.errors import NumericalError, is_out_of_memory
+
+OTHERS_FINITE = "block by block, other numbers of its output are finite"
 
 # Both run the same operations on the same numbers; what differs beyond rounding was computed from something else.
 TOLERANCE = 1e-4
@@ -63,6 +65,10 @@ def trace_blocks(
             found = runner.run_tail(example)
         except LayerwiseError:
             raise
+        except NumericalError as error:
+            if _holds_nan(plain[0]):  # in a whole pass too: it is no stand-in that was read
+                raise
+            raise LayerwiseError(OTHERS_FINITE) from error
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -74,6 +80,11 @@ def trace_blocks(
             runner.drop_all()
     _compare(plain[0], found)
     return chain
+
+
+def _holds_nan(output: Any) -> bool:
+    leaves = (leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return any(bool(leaf.isnan().any()) for leaf in leaves)
 
 
 def _spoil_later_reads(chain: BlockChain) -> list[Any]:
@@ -100,7 +111,7 @@ def _compare(whole: Any, layerwise: Any) -> None:
             raise LayerwiseError(f"block by block, it puts out {tuple(found.shape)} instead of {tuple(expected.shape)}")
         finite = torch.isfinite(expected)  # a logit may be minus infinity
         if not bool((torch.isfinite(found) == finite).all()):
-            raise LayerwiseError("block by block, other numbers of its output are finite")
+            raise LayerwiseError(OTHERS_FINITE)
         scale = expected[finite].abs().amax() if finite.any() else expected.new_zeros(())
         off = (found - expected)[finite].abs().amax() if finite.any() else scale
         if not bool(off <= TOLERANCE * scale + 1e-12):

@@ -158,3 +158,13 @@ def test_scores_of_classes_go_on_with_fewer_rows(request):
     whole = score_classes(model, batches)
     request.getfixturevalue("two_rows")
     assert score_classes(model, batches) == whole
+
+
+def test_model_with_adapters_is_refused_before_the_work(home, tmp_path, monkeypatch):
+    """It cannot be published as a checkpoint of its own, which was found out after all of the work."""
+    peft = pytest.importorskip("peft")
+    model = transformers.AutoModelForCausalLM.from_pretrained(home / "llama")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    monkeypatch.setattr("eckart.compression.pipeline.prepare", lambda *_, **__: pytest.fail("the work has begun"))
+    with pytest.raises(eckart.EckartError, match="adapters"):
+        eckart.compress(model, method="svd", output_dir=tmp_path / "out")

@@ -744,6 +744,19 @@ def test_pictures_that_cannot_be_are_refused_before_anything_is_timed(tmp_path, 
     assert "--plot" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["photo.png", "logo.svg"])
+def test_only_pictures_of_eckart_are_replaced(tmp_path, name):
+    figures = pytest.importorskip("matplotlib.figure")
+    from eckart.report.speed_plot import MARK, check_plot
+
+    (tmp_path / name).write_bytes(b"precious")
+    with pytest.raises(UsageError, match=r"was not drawn by eckart. Choose another name"):
+        check_plot(tmp_path / name)
+    key = "Software" if name.endswith("png") else "Creator"
+    figures.Figure().savefig(tmp_path / name, metadata={key: MARK.decode()})
+    check_plot(tmp_path / name)
+
+
 def test_how_far_a_quartile_moves_a_bar():
     from eckart.report.speed_plot import _change
 

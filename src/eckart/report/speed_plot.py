@@ -12,12 +12,17 @@ from eckart.report.speed import COLUMNS, format_machine
 ENDINGS = (".png", ".svg")
 
 
+MARK = b"eckart bench"
+LOOKED_AT = 1 << 16
+"""What a picture of eckart says of itself, in its first bytes; a file that does not is never replaced."""
+
+
 def check_plot(path: Path) -> None:
     """Refuse a picture that could not be drawn or written, before anything is timed.
 
     Raises:
         UsageError: matplotlib is not installed, the ending is not one of :data:`ENDINGS`, there is no such folder, or
-            something else has the name.
+            something else has the name: only pictures of eckart are replaced.
     """
     if path.suffix.lower() not in ENDINGS:
         raise UsageError(f"--plot {path}: the name must end in {' or '.join(ENDINGS)}.")
@@ -25,6 +30,8 @@ def check_plot(path: Path) -> None:
         raise UsageError(f"--plot {path}: there is no folder {path.parent}. Make it, or choose another.")
     if path.exists() and not path.is_file():
         raise UsageError(f"--plot {path}: is there already and is no file. Choose another name.")
+    if path.exists() and path.stat().st_size and MARK not in path.read_bytes()[:LOOKED_AT]:
+        raise UsageError(f"--plot {path}: is there already and was not drawn by eckart. Choose another name.")
     try:
         import matplotlib  # noqa: F401
     except ImportError:
@@ -63,7 +70,8 @@ def plot_bench(found: Mapping[str, Any], path: Path) -> None:
         handles, labels = axes[row][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc=place, title=title, ncols=5, fontsize="small", frameon=False)
     try:
-        figure.savefig(path, dpi=120)
+        written_by = {"Software" if path.suffix.lower() == ".png" else "Creator": MARK.decode()}
+        figure.savefig(path, dpi=120, metadata=written_by)
     except OSError as error:
         raise UsageError(f"--plot {path}: cannot be written ({error.strerror}). Choose another file.") from error
 

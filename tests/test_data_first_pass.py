@@ -78,7 +78,9 @@ def padded(rows, side, fill):
 @pytest.mark.parametrize("make", ["llama", "gpt2"])
 def test_padding_is_never_read_as_the_end_of_a_text(make, pad, side):
     model = last_token_model(make, pad)
-    rows = [[5, 6, 7, 8, 9], [0, 4] if pad is None else [3, 4], [1, 1, 10]]  # 0 and 1 end a text or begin it
+    rows = [[5, 6, 7, 8, 9], [1, 1, 10], [3, 4]]
+    if pad is None:  # no token is padding: any may begin a text, and end it
+        rows += [[0, 4], [6, 0], [7, 1]]
     expected = one_by_one(model, rows)
     for fill in (0, 1, 2, 77):  # whatever stands where nothing is to be read
         inputs = padded(rows, side, fill)

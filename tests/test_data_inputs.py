@@ -10,9 +10,20 @@ import numpy
 import pandas
 import pytest
 import torch
-from test_data_models import bart, bert_config, byte_tokenizer, llama_config, target_tokenizer, word_tokenizer
+from test_data_models import (
+    WORDS,
+    bart,
+    bert_config,
+    build,
+    byte_tokenizer,
+    llama_config,
+    target_tokenizer,
+    word_tokenizer,
+)
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from transformers import BertModel
 
+import eckart
 from eckart.data import load_data, load_task
 from eckart.data.columns import replace_surrogates
 from eckart.data.documents import load_documents
@@ -237,6 +248,17 @@ def test_ready_batches_are_cut_only_where_that_is_asked_for():
     batches = [{"input_ids": torch.arange(8).view(2, 4)} for _ in range(30)]
     assert load_data(batches, **CAUSAL, extra_samples=8).num_examples == 60
     assert load_data(batches, **CAUSAL, num_samples=10, extra_samples=8).num_examples == 18
+
+
+def test_a_run_reads_all_batches_and_as_many_texts_as_are_asked_for():
+    model = build(BertModel, bert_config()).eval()
+    batches = [{"input_ids": torch.randint(4, 20, (8, 6))} for _ in range(20)]  # more rows than a default would take
+    data = eckart.compress(model, data=batches, keep=0.6, method="drone").report["data"]
+    assert data["calibration_examples"] + data["held_out_examples"] == 160
+    texts = [f"the cat {word}" for word in WORDS] * 4
+    told = eckart.compress(model, word_tokenizer(), data=texts, num_samples=16, keep=0.6, method="drone").report["data"]
+    assert told["calibration_examples"] == 16
+    assert told["held_out_examples"] == 8
 
 
 # -- chats --------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import eckart
 from eckart.config import QuantizationKind
 from eckart.errors import CheckpointError, ModelError, UsageError
 from eckart.evaluation.sizes import count_sizes
+from eckart.exports.densify import Dense
 from eckart.quantization import KINDS, kind_of, quantized_layers
 from eckart.report.compression import list_card_rows
 from eckart.report.scores import render_comparison, render_scores
@@ -168,8 +169,11 @@ def test_save_pretrained_writes_what_a_model_in_memory_became(factored, tmp_path
         torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_quantized_folder_is_exported_with_its_rounded_numbers(published, tmp_path):
+def test_a_quantized_folder_is_exported_with_its_rounded_numbers(published, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(Dense, "check", lambda self, source, quantize: given.append(kind_of(source.model)))
     folder = eckart.export(published.folder, tmp_path / "dense")
+    assert given == [None]  # no format needs to know how eckart stores integers
     ids = torch.arange(5, 25)[None]
     loaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert not hasattr(loaded.config, "quantization_config")

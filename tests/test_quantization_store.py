@@ -22,6 +22,7 @@ from eckart.evaluation.sizes import count_sizes
 from eckart.forms.quantized import QuantizedLinear, pack_nibbles, unpack_nibbles
 from eckart.model import cast, shared_clone, shared_parameters
 from eckart.quantization import KINDS, kind_of, quantize, quantized_layers
+from eckart.quantization.quantize import round_weight
 
 pytest.importorskip("torchao", reason="needs torchao: pip install 'eckart[quant]'")
 ALLOWED = {"int8": 0.03, "int8-dynamic": 0.04, "int4": 0.4}
@@ -117,7 +118,8 @@ def test_what_is_left_is_named_with_its_reason(saved):
 
 
 def test_a_product_that_layers_share_is_computed_once(saved, monkeypatch):
-    model, _, _, groups, batch, _ = saved
+    _, _, folder, groups, batch, _ = saved
+    model = eckart.load(folder)
     made: list[int] = []
     whole = QuantizedLinear.forward
 
@@ -260,3 +262,18 @@ def test_damaged_folders_are_refused(saved, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             eckart.load(broken(folder, tmp_path / str(number), change))
+
+
+def test_scales_of_four_bits_are_fitted_to_most_numbers_of_a_group():
+    stream = torch.Generator().manual_seed(0)
+    weight = torch.distributions.Laplace(0.0, 1.0).icdf(torch.rand(64, 64, generator=stream).clamp(1e-4, 1 - 1e-4))
+    integers, scale = round_weight(weight, 32, "layer")
+    found = (integers.unflatten(1, (-1, 32)) * scale[..., None]).flatten(1)
+    assert (found - weight).norm() < 0.97 * (round_to_nearest(weight, 4, 32) - weight).norm()
+
+
+def round_to_nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """By the largest number of a group."""
+    blocks = weight.unflatten(1, (-1, group))
+    scale = blocks.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 0.5)
+    return ((blocks / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale).flatten(1)

@@ -96,9 +96,14 @@ def _settings(kind: str) -> Any:
         IntxWeightOnlyConfig,
         PerGroup,
     )
+    from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
     if kind == "int4":  # a format that runs on every device; torchao stores it a byte a number
-        return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))  # type: ignore[attr-defined]
+        return IntxWeightOnlyConfig(
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            granularity=PerGroup(GROUP),
+            intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
+        )
     made = Int8WeightOnlyConfig if kind == "int8" else Int8DynamicActivationInt8WeightConfig
     return made(set_inductor_config=False, version=2)
 

@@ -195,6 +195,9 @@ def choose_layers(model: nn.Module, kind: str) -> tuple[dict[str, int | None], d
 def round_weight(weight: Tensor, group: int | None, name: str) -> tuple[Tensor, Tensor]:
     """Integers and scales of a weight by torchao, symmetric, to nearest.
 
+    In 8 bits a scale is that of the largest number of its row. In 4 bits it is fitted to most numbers of its group, as
+    in half-quadratic quantization (Badri & Shaji, HQQ, 2023), and the largest may be cut.
+
     Args:
         weight: (m, n).
         group: numbers of a row that share a scale, in 4 bits; None for 8 bits and one scale a row.
@@ -207,6 +210,7 @@ def round_weight(weight: Tensor, group: int | None, name: str) -> tuple[Tensor, 
         NumericalError: a number is not finite.
     """
     from torchao.quantization import Int8Tensor, IntxUnpackedToInt8Tensor, PerRow
+    from torchao.quantization.quantize_.workflows import IntxChooseQParamsAlgorithm
 
     if not bool(torch.isfinite(weight).all()):
         raise NumericalError(f"{name}: its weight is not finite and cannot be rounded: mend the checkpoint.")
@@ -214,7 +218,12 @@ def round_weight(weight: Tensor, group: int | None, name: str) -> tuple[Tensor, 
     if group is None:
         rounded = Int8Tensor.from_hp(numbers, granularity=PerRow())
         return rounded.qdata, rounded.scale
-    narrow = IntxUnpackedToInt8Tensor.from_hp(numbers, (1, group), torch.int4)  # type: ignore[attr-defined]
+    narrow = IntxUnpackedToInt8Tensor.from_hp(
+        numbers,
+        (1, group),
+        torch.int4,  # type: ignore[attr-defined]
+        intx_choose_qparams_algorithm=IntxChooseQParamsAlgorithm.HQQ_SCALE_ONLY,
+    )
     return narrow.qdata, narrow.scale
 
 

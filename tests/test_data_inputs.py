@@ -21,7 +21,7 @@ from test_data_models import (
     word_tokenizer,
 )
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from transformers import BertModel
+from transformers import BertForSequenceClassification, BertModel
 
 import eckart
 from eckart.data import load_data, load_task
@@ -228,7 +228,8 @@ def test_rows_of_token_ids_bring_their_labels(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"input_ids": row, "label": 1}) + "\n" for row in ROWS))
     assert load_data(path, **CAUSAL).num_tokens == 9
-    assert load_data(path, **ENCODER, label_column="label").batches[0].inputs["labels"].tolist() == [1, 1, 1]
+    model = build(BertForSequenceClassification, bert_config())
+    assert load_data(path, model=model, label_column="label").batches[0].inputs["labels"].tolist() == [1, 1, 1]
     assert load_data(path, **CAUSAL, max_seq_length=2).num_tokens == 6
     pairs = [{"input_ids": [5, 6, 7], "labels": [8, 9]}] * 2
     two_sided = load_data(pairs, tokenizer=target_tokenizer(), model=bart()).batches[0]

@@ -97,6 +97,8 @@ EXPORTS: Registry[Any] = Registry(
     {
         "dense": "eckart.exports.densify:Dense",
         "factored": "eckart.exports.factored:Factored",
+        "onnx": "eckart.exports.engines.onnx:Onnx",
+        "openvino": "eckart.exports.engines.openvino:OpenVino",
         "remote-code": "eckart.exports.remote_code.exporter:RemoteCode",
     },
 )

@@ -174,7 +174,7 @@ def last_hidden_state(output: Any) -> Tensor:
 
 
 def _pool(mode: str, hidden: Tensor, counted: Tensor, place: Tensor) -> Tensor:
-    rows = torch.arange(len(hidden), device=hidden.device)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)  # `len` would fix the size in a traced graph
     if mode == "cls":
         return hidden[rows, counted.int().argmax(1)]  # the first real token, on whichever side the padding is
     if mode == "lasttoken":

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import re
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eckart.errors import ModelError
-from eckart.exports.engines.trace import WAY_OUT, Graph, attention, trace
+from eckart.exports.engines.quiet import quiet
+from eckart.exports.engines.trace import WAY_OUT, Graph, attention, in_a_line, trace
 
 LARGEST_FILE = 1_500_000_000
 """Bytes of weights up to which they are in the graph's own file: protobuf holds two gigabytes."""
@@ -26,10 +23,11 @@ def write_graph(graph: Graph, file: Path) -> None:
         ModelError: it cannot be traced, or it computes what ONNX has no operator for.
     """
     import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     with attention(graph.model, "eager"):
         program = trace(graph)
-    with _quiet():
+    with quiet():
         try:
             made: Any = torch.onnx.export(
                 program, dynamo=True, optimize=True, verbose=False, output_names=list(graph.outputs),
@@ -37,10 +35,10 @@ def write_graph(graph: Graph, file: Path) -> None:
             )  # fmt: skip
         except Exception as error:  # the exporter's own, and those of what it calls
             raise ModelError(
-                f"{type(graph.model).__name__} cannot be written as ONNX ({type(error).__name__}: "
-                f"{str(error).strip().splitlines()[-1] if str(error).strip() else 'no message'}). {WAY_OUT}"
+                f"{type(graph.model).__name__} cannot be written as ONNX ({in_a_line(error)}). {WAY_OUT}"
             ) from error
     model = made.model
+    ClearMetadataAndDocStringPass()(model)  # lines and paths of this machine's Python files
     name_axes(model, graph)
     keep_sums_apart(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
@@ -51,7 +49,7 @@ def name_axes(model: Any, graph: Graph) -> None:
     """Call the open axes by their names, in inputs and outputs."""
     import onnx_ir
 
-    names = {}
+    names: dict[str, str] = {}
     for value, port in zip(model.graph.inputs, graph.inputs, strict=True):
         for size, axis in zip(value.shape, port.axes, strict=True):
             if isinstance(axis, str):
@@ -77,17 +75,3 @@ def keep_sums_apart(model: Any) -> None:
             source = node.inputs[0].producer()
             if source is not None and source.op_type == "Add":
                 source.op_type = "Sum"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on libraries that are not there."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from eckart.exports.engines.onnx_graph import LARGEST_FILE
+from eckart.exports.engines.quiet import quiet
 
 BLOCK = 32
 """Numbers of a column that share a scale, where weights alone are rounded: no more than the smallest ranks."""
@@ -28,11 +26,39 @@ def quantize_file(source: Path, target: Path, kind: str) -> None:
     import onnx
 
     model = onnx.load(source)
-    with _quiet():
+    split_gemms(model)
+    with quiet():
         model = _dynamic(model) if kind == "int8-dynamic" else _weights(model, 4 if kind == "int4" else 8)
     round_tables(model)
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     onnx.save(model, target, save_as_external_data=size > LARGEST_FILE, location=f"{target.name}_data")
+
+
+def split_gemms(model: Any) -> None:
+    """Write `Gemm` with a stored weight as `MatMul` and `Add`, which the quantizers know; in place."""
+    from onnx import helper, numpy_helper
+
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    made: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        options = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = options.get("alpha", 1.0) == options.get("beta", 1.0) == 1.0 and not options.get("transA", 0)
+        if node.op_type != "Gemm" or not plain or node.input[1] not in stored:
+            continue
+        weight, out = node.input[1], node.output[0]
+        if options.get("transB", 0):
+            turned = numpy_helper.to_array(stored[weight]).T.copy()
+            weight = f"{out}_weight"
+            model.graph.initializer.append(numpy_helper.from_array(turned, weight))
+        bias = list(node.input[2:3])
+        product = f"{out}_product" if bias else out
+        made[out] = [helper.make_node("MatMul", [node.input[0], weight], [product], name=f"{out}_matmul")]
+        made[out] += [helper.make_node("Add", [product, *bias], [out])] if bias else []
+    _replace_nodes(model, made)
+    read = {name for node in model.graph.node for name in node.input}
+    for tensor in list(stored.values()):
+        if tensor.name not in read:
+            model.graph.initializer.remove(tensor)
 
 
 def _dynamic(model: Any) -> Any:
@@ -75,7 +101,7 @@ def round_tables(model: Any) -> None:
         for tensor in model.graph.initializer
         if tensor.data_type == TensorProto.FLOAT and len(tensor.dims) == 2 and min(tensor.dims) > 1
     }
-    made: dict[int, list[Any]] = {}
+    made: dict[str, list[Any]] = {}
     for name, tensor in tables.items():
         found = readers.get(name, [])
         if not found or not all(_takes_rows(node) and node.input[0] == name for node in found):
@@ -88,27 +114,21 @@ def round_tables(model: Any) -> None:
         model.graph.initializer.append(numpy_helper.from_array(scale, f"{name}_scale"))
         for node in found:
             out = node.output[0]
-            made[id(node)] = [
+            made[out] = [
                 helper.make_node("Gather", [f"{name}_rounded", node.input[1]], [f"{out}_rounded"], axis=0),
                 helper.make_node("Gather", [f"{name}_scale", node.input[1]], [f"{out}_scale"], axis=0),
                 helper.make_node("Cast", [f"{out}_rounded"], [f"{out}_cast"], to=TensorProto.FLOAT),
                 helper.make_node("Mul", [f"{out}_cast", f"{out}_scale"], [out]),
             ]
-    nodes = [new for node in model.graph.node for new in made.get(id(node), [node])]
+    _replace_nodes(model, made)
+
+
+def _replace_nodes(model: Any, made: dict[str, list[Any]]) -> None:
+    """Put nodes in the place of the one that makes a tensor of this name."""
+    nodes = [new for node in model.graph.node for new in made.get(node.output[0], [node])]
     del model.graph.node[:]
     model.graph.node.extend(nodes)
 
 
 def _takes_rows(node: Any) -> bool:
     return node.op_type == "Gather" and all(a.name != "axis" or a.i == 0 for a in node.attribute)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without advice that does not apply: the graph is optimized already."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import io
-import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +16,8 @@ from eckart.exports.engines.card import write_card
 from eckart.exports.engines.check import check_source, need
 from eckart.exports.engines.compare import Runner, compare
 from eckart.exports.engines.folder import place, read_pooling, ready, write_surroundings
-from eckart.exports.engines.trace import WAY_OUT, Graph, attention, describe, trace
+from eckart.exports.engines.quiet import quiet
+from eckart.exports.engines.trace import FUSED, WAY_OUT, Graph, attention, describe, in_a_line, trace
 
 ENGINE = "OpenVINO"
 LIBRARIES = ("openvino", "nncf")
@@ -72,14 +70,14 @@ def convert(graph: Graph) -> Any:
     """
     import openvino
 
-    with attention(graph.model, "sdpa"):
+    with attention(graph.model, FUSED):
         program = trace(graph)
     try:
-        model = openvino.convert_model(program)
+        with quiet():
+            model = openvino.convert_model(program)
     except Exception as error:  # its own, of several kinds
         raise ModelError(
-            f"{type(graph.model).__name__} cannot be written for OpenVINO ({type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}). {WAY_OUT}"
+            f"{type(graph.model).__name__} cannot be written for OpenVINO ({in_a_line(error)}). {WAY_OUT}"
         ) from error
     for entry, port in zip(model.inputs, graph.inputs, strict=True):
         entry.get_tensor().set_names({port.name})
@@ -105,7 +103,7 @@ def quantize_model(model: Any, kind: str) -> Any:
     """
     import nncf
 
-    with _quiet():
+    with quiet():
         if kind == "int4":
             model = nncf.compress_weights(
                 model, mode=nncf.CompressWeightsMode.INT4_SYM, group_size=GROUP, ratio=1.0,
@@ -141,15 +139,3 @@ def load_session(model: Any, threads: int = 1, **options: Any) -> Runner:
         return {name: made[i].copy() for i, name in enumerate(names)}
 
     return run
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without NNCF's tables and bars."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

@@ -106,12 +106,6 @@ def fitting(shapes: Sequence[Shape], model: PreTrainedModel) -> list[Shape]:
 
 def _draw_tokens(model: PreTrainedModel, tokenizer: Any, shape: tuple[int, ...], stream: torch.Generator) -> Tensor:
     """Token ids other than the padding token's: many models look for it."""
-    vocabulary = int(model.get_input_embeddings().weight.shape[0]) if _has_table(model) else 8
-    named = int(getattr(model.config.get_text_config(), "vocab_size", vocabulary))
-    ids = torch.randint(min(vocabulary, named), shape, generator=stream)
-    padding = pad_token(tokenizer, model.config)
-    return torch.where(ids == padding, (ids + 1) % min(vocabulary, named), ids)
-
-
-def _has_table(model: PreTrainedModel) -> bool:
-    return isinstance(getattr(model.get_input_embeddings(), "weight", None), Tensor)
+    vocabulary = int(getattr(model.config.get_text_config(), "vocab_size", 8))
+    ids = torch.randint(vocabulary, shape, generator=stream)
+    return torch.where(ids == pad_token(tokenizer, model.config), (ids + 1) % vocabulary, ids)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask
 
 from eckart.data import Pooling
 from eckart.data.model_kind import max_positions, model_kind
@@ -118,8 +121,7 @@ def trace(graph: Graph) -> ExportedProgram:
                     prefer_deferred_runtime_asserts_over_guards=True,
                 )  # fmt: skip
             except Exception as error:  # whatever the model's code, or the tracer, runs into
-                said = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
-                reason = f"{type(error).__name__}: {said[0]}"
+                reason = in_a_line(error)
                 bounds, others = _asked_bounds(str(error))
                 if others or not bounds:
                     reason = "; ".join(others) or reason
@@ -128,9 +130,28 @@ def trace(graph: Graph) -> ExportedProgram:
     raise ModelError(f"{type(graph.model).__name__} cannot be traced with open sizes ({reason}). {WAY_OUT}")
 
 
+def in_a_line(error: BaseException) -> str:
+    """What went wrong, by the first line of its first cause: the tools add pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+FUSED = "eckart-fused"
+"""Attention as one operator, with a mask that is added: a text of padding alone gives numbers, whatever the engine."""
+
+
 @contextlib.contextmanager
 def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Let a model compute its attention in one way for a while; one that has no choice stays as it is."""
+    """Let a model compute its attention in one way for a while; one that has no choice stays as it is.
+
+    Args:
+        model: the model.
+        implementation: "eager", or :data:`FUSED`.
+    """
+    AttentionInterface.register(FUSED, sdpa_attention_forward)
+    AttentionMaskInterface.register(FUSED, eager_mask)
     before = model.config._attn_implementation
     try:
         model.set_attn_implementation(implementation)
@@ -170,9 +191,17 @@ class _Cached(nn.Module):
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.inputs, tensors[: len(self.inputs)], strict=True))
         past = tensors[len(self.inputs) :]
-        cache = DynamicCache([(past[2 * i], past[2 * i + 1]) for i in range(self.layers)])
+        layers = []
+        for i in range(self.layers):
+            layer = DynamicLayer()
+            layer.lazy_initialization(past[2 * i], past[2 * i + 1])
+            # Not by `update`: it joins them to tensors without axes, which not every engine takes.
+            layer.keys, layer.values = past[2 * i], past[2 * i + 1]
+            layers.append(layer)
+        cache = DynamicCache()
+        cache.layers.extend(layers)
         made = self.model(**named, past_key_values=cache, use_cache=True, return_dict=True)
-        return (made.logits, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values)))
+        return (made.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
 SENTENCE = "sentence_embedding"
@@ -196,7 +225,7 @@ def _with_cache(model: PreTrainedModel, tokenizer: Any, positions: bool) -> Grap
         made = model(torch.zeros(1, 2, dtype=torch.long), use_cache=True, return_dict=True)
     cache = getattr(made, "past_key_values", None)
     layers = list(getattr(cache, "layers", ()))
-    kept = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
+    kept: list[tuple[Any, Any]] = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in layers]
     if not layers or not all(isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 2 for pair in kept for t in pair):
         raise ModelError(
             f"{type(model).__name__} keeps other states than keys and values of every layer, which no graph is written "

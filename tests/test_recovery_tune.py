@@ -175,8 +175,8 @@ def test_a_tuning_uses_the_device_that_was_asked_for(place, monkeypatch, asked, 
         raise ReachedError
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    own = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **more: own(*size, **more))  # it is there
+    own = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: own(*size, **more))  # it is there
     monkeypatch.setattr(pipeline, "on_device", lambda device, *models: devices.append(device) or nullcontext())
     monkeypatch.setattr(pipeline, "train", stop)
     with pytest.raises(ReachedError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,7 +114,8 @@ def load_data(
         raise UsageError("model_config: it decides how text is cut: pass the model or its configuration")
 
     kind = kind or ("encoder" if pooling is not None else model_kind(model_config, model))
-    if tokenizer is None and not is_ready_example(first):
+    named = isinstance(data, str | os.PathLike) and data != "self"
+    if tokenizer is None and not named and not is_ready_example(first):  # a file may hold token ids
         raise UsageError("tokenizer: text needs one: pass the model's tokenizer, or model-ready batches")
     _check_columns(kind, model_config, model, label_column, target_column)
     limit = (pooling.max_seq_length if pooling is not None else None) or DEFAULT_TOKENS

@@ -164,6 +164,23 @@ def test_an_interrupt_in_the_first_seconds_is_no_traceback(number, code, model, 
     assert "nothing was published" in said
 
 
+def test_library_that_swallows_an_interrupt_while_it_is_imported_does_not_go_on(tmp_path):
+    (tmp_path / "swallows.py").write_text(
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept BaseException:\n    pass\n"
+    )
+    code = f"""
+import signal, sys
+from eckart.cli import start
+signal.signal(signal.SIGINT, start._stop)
+sys.path.insert(0, {str(tmp_path)!r})
+import swallows
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "interrupted; nothing was published.\n"
+
+
 def test_kill_cleans_up_as_an_interrupt_does(model, tmp_path, monkeypatch, capsys):
     from eckart.cli.start import Terminated
 

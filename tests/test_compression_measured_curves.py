@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from architectures import BY_NAME, Architecture
+from tiny import llama, place
 
 import eckart
 from eckart.allocation import Choice, Plan
@@ -48,12 +49,12 @@ def batches():
 
 @pytest.fixture(scope="module")
 def measured(model, batches):
-    return eckart.compress(model, data=batches, **OPTIONS)
+    return eckart.compress(model, data=batches, calibrate_curves=True, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def unmeasured(model, batches):
-    return eckart.compress(model, data=batches, calibrate_curves=False, **OPTIONS)
+    return eckart.compress(model, data=batches, **OPTIONS)
 
 
 def test_each_unit_is_measured_alone_on_the_whole_model(model, batches, measured, unmeasured):
@@ -88,7 +89,7 @@ def test_the_plan_follows_what_was_measured(measured, unmeasured):
 
 def test_embeddings_are_measured_by_their_cosine():
     bert = BY_NAME["bert"]
-    found = eckart.compress(bert.model(), data=bert.batches(rows=4, count=3), **OPTIONS)
+    found = eckart.compress(bert.model(), data=bert.batches(rows=4, count=3), calibrate_curves=True, **OPTIONS)
     assert all(0 < entry["measured"] < 2 for entry in found.report["curves"])
 
 
@@ -143,3 +144,13 @@ def test_another_method_can_measure_too(model, batches):
     options = {"data": batches, "method": "kfac", "allocation": "loss", "keep": 0.5, "target": "none"}
     assert "curves" not in eckart.compress(model, **options).report
     assert eckart.compress(model, calibrate_curves=True, **options).report["curves"]
+
+
+def test_a_model_that_is_worked_on_block_by_block_is_refused(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("all the words of a text that is read again and again\n" * 200)
+    with pytest.raises(UsageError, match="--stream off"):
+        eckart.compress(
+            place(llama(num_hidden_layers=2), tmp_path / "llama"), data=str(text), output_dir=tmp_path / "out",
+            stream="on", num_samples=4, max_seq_length=16, calibrate_curves=True, method="eckart",
+        )  # fmt: skip

@@ -66,8 +66,6 @@ class PlanChoice:
         """What the search reports."""
         self.curves: list[dict[str, Any]] = []
         """Sites that were cut together -> predicted loss, and measured distance of the model's output."""
-        self.notes: list[str] = []
-        """What could not be done."""
 
     @property
     def measures(self) -> bool:
@@ -93,16 +91,15 @@ class PlanChoice:
         """Scale the curves by what the cuts of a first plan do to the model's output, one at a time.
 
         Raises:
-            UsageError: it is asked for, and the model is larger than memory.
+            UsageError: the model is larger than memory.
         """
-        if not self.settings.measures_curves or self.recipe.plan is not None:
+        if not self.settings.measures_curves:
             return
         if self.context.workspace.streaming:
-            why = "the whole model runs once for each weight, and is worked on block by block"
-            if self.recipe.calibrate_curves:
-                raise UsageError(f"--calibrate-curves: {why}. Pass --stream off where it fits into memory.")
-            self.notes.append(f"predicted losses were not scaled by measured ones: {why}")
-            return
+            raise UsageError(
+                "--calibrate-curves: the whole model runs once for each weight, and it is worked on block by block. "
+                "Pass --stream off where it fits into memory."
+            )
         with self.context.timer.step("curves"):
             plan = self._within_size(self.recipe)
             if plan.predicted:

@@ -55,10 +55,10 @@ class Recipe(RecipeBase):
         description="Fit every factored weight again on the inputs that the compressed model gives it. "
         "Default: the method's.",
     )
-    calibrate_curves: bool | None = Field(
-        None,
+    calibrate_curves: bool = Field(
+        False,
         description="Scale the predicted losses by what cutting each weight alone does to the output of the whole "
-        "model. Default: the method's.",
+        "model, before ranks are chosen.",
     )
     keep: float = Field(0.7, gt=0, le=1, description="Fraction of the numbers that is stored afterwards.")
     keep_of: Literal["sites", "reached", "model"] = Field(

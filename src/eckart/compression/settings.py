@@ -138,7 +138,7 @@ class Settings:
                 others, slices = tuple({*TIMED_FORMS} - {form, kind.unshared_form}), True
         return cls(
             method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock,
-            measures_curves=_measures_curves(method, allocation, recipe),
+            measures_curves=_measures_curves(allocation, recipe),
         )  # fmt: skip
 
     @property
@@ -171,7 +171,7 @@ def _check_seconds(allocation: str, recipe: Recipe) -> None:
         )
 
 
-def _measures_curves(method: Method, allocation: str, recipe: Recipe) -> bool:
+def _measures_curves(allocation: str, recipe: Recipe) -> bool:
     """Whether curves are to be measured, which makes sense where ranks are chosen by them.
 
     Raises:
@@ -183,8 +183,7 @@ def _measures_curves(method: Method, allocation: str, recipe: Recipe) -> bool:
             f"--calibrate-curves with {what}: no ranks are chosen by curves of predicted loss there. Leave one of the "
             "two out."
         )
-    wanted = method.measures_curves if recipe.calibrate_curves is None else recipe.calibrate_curves
-    return wanted and allocation == "loss"
+    return recipe.calibrate_curves
 
 
 def _default_form(method: Method, recipe: Recipe) -> str:

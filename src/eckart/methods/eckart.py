@@ -21,5 +21,4 @@ METHOD = Method(
     allocation="loss",
     centered=True,
     refit=True,
-    measures_curves=True,
 )

@@ -21,6 +21,7 @@ from test_data_models import (
     target_tokenizer,
     word_tokenizer,
 )
+from tokenizers import processors
 from transformers import BertForSequenceClassification, BertModel, LlamaForSequenceClassification
 
 from eckart.data import Batch, digest_rows, load_data
@@ -375,6 +376,18 @@ def test_source_and_target(make):
             both = model.eval()(**inputs).logits[decoder]
             plain = {k: v for k, v in inputs.items() if k not in ("decoder_input_ids",)}
             assert torch.allclose(both, model(**plain).logits[decoder], atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [[("a", "")], [("the cat", "the dog"), ("a", "")]], ids=["alone", "among others"])
+def test_a_target_without_a_token_is_named(rows, tmp_path):
+    file = tmp_path / "rows.csv"
+    file.write_text("\n".join(["source,target", *(f"{text},{goal}" for text, goal in rows)]))
+    tokenizer = target_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B", special_tokens=[]
+    )
+    with pytest.raises(DataError, match=r"rows.csv.*: the target holds no token \(1 such rows\)"):
+        load_data(str(file), tokenizer=tokenizer, model=t5(), column="source", target_column="target")
 
 
 @pytest.mark.parametrize("make", [t5, bart], ids=["t5", "bart"])

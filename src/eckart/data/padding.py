@@ -11,7 +11,7 @@ from torch import Tensor
 from eckart.data.batch import Batch
 from eckart.data.examples import TextExample
 from eckart.data.labels import Label
-from eckart.errors import UsageError
+from eckart.errors import DataError, UsageError
 
 IGNORED = -100
 """The label that PyTorch's cross-entropy ignores."""
@@ -130,6 +130,9 @@ def seq2seq_batches(
 
     Yields:
         Batches whose two sides have different lengths, so that a layer knows its side.
+
+    Raises:
+        DataError: a target is empty.
     """
     own_targets = texts[0].pair is not None
     halves = [(text.text, text.pair) if text.pair is not None else _halves(text.text) for text in texts]
@@ -141,6 +144,10 @@ def seq2seq_batches(
         max_length=max_length - 1,
         padding=False,
     )["input_ids"]
+    empty = [text.where for text, ids in zip(texts, targets, strict=True) if not ids]
+    if empty and (own_targets or len(empty) == len(texts)):
+        what = "the target holds no token" if own_targets else "the text is too short to be cut into source and target"
+        raise DataError(f"{empty[0]}: {what} ({len(empty)} such rows). Fill it in, or remove the row.")
     encoded = [{name: list(sources[name][row]) for name in sources} for row in range(len(texts))]
     for chosen in by_length([len(row["input_ids"]) for row in encoded], batch_size):
         inputs = collate([encoded[i] for i in chosen], pad_id)

@@ -21,6 +21,8 @@ MOST = 4_000_000
 
 SHOWN = 8
 
+IN_WORDS = {"I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64", "BOOL": "bool"}
+
 _LISTED_BY_CALLER: ContextVar[bool] = ContextVar("listed_by_caller", default=False)
 
 
@@ -52,8 +54,9 @@ def compare_with_files(
             whole_numbers.append((name, entry))
     if whole_numbers:
         name, entry = whole_numbers[0]
+        kind = IN_WORDS.get(entry.dtype, entry.dtype)
         raise ModelError(
-            f"{name} in {entry.file} is stored as {entry.dtype}, and {len(whole_numbers) - 1} other weights are like "
+            f"{name} in {entry.file} is stored as {kind}, and {len(whole_numbers) - 1} other weights are like "
             f"it: those of a quantized model, whose quantization_config is missing from {home / 'config.json'}. Use "
             "the original, unquantized model, or restore that entry of the config."
         )

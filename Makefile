@@ -18,13 +18,17 @@ SERVE := .venv-serve/bin
 SERVED := .venv-serve/.installed
 SERVE_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(SERVE)/python -m pip install
 
-.PHONY: help demo test test-serve lint format clean distclean
+# Each backend of sentence-transformers needs an older transformers than eckart, through optimum.
+BACKENDS := .venv-onnx/.installed .venv-openvino/.installed
+
+.PHONY: help demo test test-serve test-backends lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       compress the bundled model, offline, in a minute or two"
 	@echo "make test       the checks of make lint, then all tests"
 	@echo "make test-serve compressed models behind vLLM, in an environment of its own (1 GB, Linux)"
+	@echo "make test-backends  exported sentence encoders in sentence-transformers with ONNX Runtime and with OpenVINO (2 GB)"
 	@echo "make lint       style, types, directions of imports, the picture of them"
 	@echo "make format     fix what ruff can fix, draw docs/architecture.svg again"
 	@echo "make clean      remove caches and builds"
@@ -42,6 +46,12 @@ test-serve: $(CORE) $(SERVED)
 	$(BIN)/python -W ignore tests/serve/write_models.py .venv-serve/models
 	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models mixed 1
 	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models split 2
+
+# Sentence encoders give the embeddings of the PyTorch folder with backend="onnx" and backend="openvino".
+test-backends: $(DEV) $(BACKENDS)
+	$(BIN)/python -W ignore tests/serve/write_sentences.py .venv-onnx/models
+	.venv-onnx/bin/python -I -W ignore tests/serve/read_sentences.py .venv-onnx/models onnx
+	.venv-openvino/bin/python -I -W ignore tests/serve/read_sentences.py .venv-onnx/models openvino
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -78,9 +88,16 @@ $(SERVED): Makefile tests/serve/requirements.py
 	$(SERVE_PIP) -r .venv-serve/requirements.txt
 	@touch $@
 
+# torchvision, which optimum-intel asks for, breaks beside a torch for CPUs alone, and is not used.
+.venv-%/.installed:
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install $(TORCH) 'sentence-transformers[$*]'
+	.venv-$*/bin/python -m pip uninstall -y torchvision
+	@touch $@
+
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-serve
+	rm -rf .venv .venv-serve .venv-onnx .venv-openvino

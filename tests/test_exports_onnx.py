@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from architectures import BY_NAME
-from engine_folders import causal_folder, embeddings, expected_tokens, generate, prompts, sentence_folder
+from engine_folders import causal_folder, embeddings, expected_tokens, generate, prompts, reader, sentence_folder
 from transformers import AutoConfig, AutoTokenizer
 
 from eckart.errors import CheckpointError, ModelError, UsageError
@@ -87,7 +87,8 @@ def test_folder_is_laid_out_for_its_readers(sentence):
     assert not any(name.endswith(".safetensors") and "/" not in name for name in written)
     assert (out / "modules.json").read_bytes() == (source / "modules.json").read_bytes()
     assert getattr(AutoConfig.from_pretrained(out), "quantization_config", None) is None
-    assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"]
+    assert AutoTokenizer.from_pretrained(out)("a b")["input_ids"] == reader()("a b")["input_ids"]
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     card = (out / "README.md").read_text()
     assert 'SentenceTransformer("out", backend="onnx")' in card
     assert "eckart" not in card[card.index("```python") : card.rindex("```")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from eckart.exports.base import ExportSource
 from eckart.forms import FactoredLinear
 from eckart.model import factored_modules
 from eckart.quantization import prepare
-from eckart.storage.layout import model_folder
+from eckart.storage.layout import model_folder, read_json
 
 
 def ready(source: ExportSource, quantize: str | None) -> list[str]:
@@ -67,6 +68,19 @@ def write_surroundings(source: ExportSource, staging: Path) -> None:
     if generation is not None and source.model.can_generate():
         generation.save_pretrained(home)
     write_companions(staging, tokenizer=source.tokenizer, source_folder=source.folder)
+    _name_tokenizer(home / "tokenizer_config.json")
+
+
+def _name_tokenizer(file: Path) -> None:
+    """Call a tokenizer without a class of its own by its old name too, which every transformers knows.
+
+    Engines are often served with an older one: optimum-onnx 0.1.0 needs transformers 4.
+    """
+    if file.is_file():
+        said = read_json(file)
+        if said.get("tokenizer_class") == "TokenizersBackend":
+            text = json.dumps(said | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2, ensure_ascii=False)
+            file.write_text(text + "\n", encoding="utf-8")
 
 
 def plain_config(model: PreTrainedModel) -> Any:

@@ -14,7 +14,7 @@ import sys
 from eckart.cli import app
 assert "torch" not in sys.modules
 app.app = lambda: __import__("torch")
-app.main()
+app.run()
 """
 
 

@@ -206,7 +206,7 @@ def test_features_alone_can_be_learnt(place):
     ({"teacher": None}, "--teacher MODEL"),
     ({"task": "embedding", "model": "masked"}, "BertForMaskedLM has an output head.*Leave --task out"),
     ({"task": "embedding", "model": "two", "teacher": "two"}, "T5Model reads two texts.*Give its encoder"),
-    ({"model": "two", "teacher": "two"}, "embedding for an encoder alone"),
+    ({"model": "two", "teacher": "two"}, "T5Model has no output head.*encoders of sentence embeddings"),
     ({"task": "embedding", "recovery": "refit", "model": "cls"}, "no factored weight"),
 ])  # fmt: skip
 def test_refusals_name_the_way_out(place, options, words):

@@ -22,6 +22,7 @@ from eckart.data import Pooling
 from eckart.data.model_kind import max_positions, model_kind
 from eckart.errors import ModelError
 from eckart.exports.engines.ports import BATCH, LENGTH, PAST, TOTAL, TRACED, TRACED_CAUSAL, Port, Shape, make_batch
+from eckart.forms.transformers_internals import attention_of
 
 SMALLEST = {TOTAL: 4}
 """The least size of an axis that the tracer is told; graphs run below it all the same, and are tried there."""
@@ -152,7 +153,7 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """
     AttentionInterface.register(FUSED, sdpa_attention_forward)
     AttentionMaskInterface.register(FUSED, eager_mask)
-    before = model.config._attn_implementation
+    before = attention_of(model.config)
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError):

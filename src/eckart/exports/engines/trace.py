@@ -153,7 +153,7 @@ def attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """
     AttentionInterface.register(FUSED, sdpa_attention_forward)
     AttentionMaskInterface.register(FUSED, eager_mask)
-    before = attention_of(model.config)
+    before = attention_of(model.config) or "eager"
     try:
         model.set_attn_implementation(implementation)
     except (ValueError, ImportError):

@@ -64,8 +64,11 @@ def sessions(options: argparse.Namespace, folder: Path, form: str) -> dict[str, 
         return {"float32": load_onnx(file)}
     import openvino
 
-    own = load_openvino(file, INFERENCE_PRECISION_HINT=openvino.Type.dynamic) if options.own else None
-    return {"float32": load_openvino(file), **({"its own choice": own} if own else {})}
+    own = openvino.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").get_type_name()
+    found = {"float32": load_openvino(file)}
+    if options.own and own != "f32":
+        found[own] = load_openvino(file, INFERENCE_PRECISION_HINT=None)
+    return found
 
 
 def processor_time(runners: dict[Any, Any], batch: dict[str, np.ndarray], repeats: int) -> dict[Any, float]:

@@ -261,6 +261,19 @@ def test_padding_is_not_compared():
     assert relative_difference(hidden[:1], hidden) == float("inf")
 
 
+def test_what_stands_in_padding_does_not_count():
+    graph = describe(BY_NAME["bert-mlm"].model(), None)
+
+    def run(batch, spoiled=0):
+        made = graph.run({name: torch.from_numpy(value) for name, value in batch.items()})["logits"].numpy()
+        made[batch["attention_mask"] == spoiled] += 1
+        return {"logits": made}
+
+    assert compare(graph, run, "an engine")["largest_relative_difference"]["logits"] == 0
+    with pytest.raises(CheckpointError, match=r"logits by .* for 1 texts of 1 tokens after 0 \(allowed: 0\.0001\)"):
+        compare(graph, lambda batch: run(batch, 1), "an engine")
+
+
 def test_rounding_that_leaves_nothing_is_refused():
     graph = describe(BY_NAME["bert-classes"].model(), None)
 
@@ -297,6 +310,28 @@ def test_gemms_are_split_for_the_quantizers():
     y, z = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})
     np.testing.assert_allclose(y, x @ weight.T + 1, rtol=1e-5)
     np.testing.assert_allclose(z, x @ weight.T, rtol=1e-5)
+
+
+def test_an_output_layer_that_is_tied_to_a_table_is_rounded_too(tmp_path):
+    from onnx import TensorProto, helper, numpy_helper
+
+    table = np.random.default_rng(0).normal(size=(64, 32)).astype(np.float32)
+    graph = helper.make_graph(
+        [helper.make_node("Gather", ["t", "i"], ["h"]), helper.make_node("Transpose", ["t"], ["u"], perm=[1, 0]),
+         helper.make_node("MatMul", ["h", "u"], ["y"], name="head")],
+        "g", [helper.make_tensor_value_info("i", TensorProto.INT64, [3])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [3, 64])], [numpy_helper.from_array(table, "t")],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, tmp_path / "whole.onnx")
+    wanted = table[[1, 5, 60]] @ table.T
+    for kind in ("int8", "int8-dynamic", "int4"):
+        file = tmp_path / f"{kind}.onnx"
+        onnx_quantize.quantize_file(tmp_path / "whole.onnx", file, kind)
+        sizes = {len(tensor.raw_data) for tensor in onnx.load(file).graph.initializer}
+        assert max(sizes) == 64 * 32, kind  # a byte each, for the table and the layer
+        (found,) = session(file).run(None, {"i": np.array([1, 5, 60])})
+        assert 0 < apart(found, wanted) < (0.1 if kind == "int4" else 0.02)
 
 
 def test_rows_of_tables_have_scales_of_their_own():

@@ -124,11 +124,12 @@ def load_session(model: Any, threads: int = 1, **options: Any) -> Runner:
     Args:
         model: of OpenVINO, or the file of one.
         threads: of a run.
-        options: of OpenVINO.
+        options: of OpenVINO, in place of what is set here; None for its own choice.
     """
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, **options}
+    settings = {name: value for name, value in settings.items() if value is not None}
     core = openvino.Core()
     compiled = core.compile_model(core.read_model(model) if isinstance(model, Path) else model, "CPU", settings)
     request = compiled.create_infer_request()

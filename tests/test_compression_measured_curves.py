@@ -12,6 +12,7 @@ from tiny import llama, place
 
 import eckart
 from eckart.allocation import Choice, Plan
+from eckart.calibration.layerwise import LayerwiseError
 from eckart.compression.measured_curves import LARGEST_RATIO, UnitError, ratios_of, scale_curves, units_of
 from eckart.compression.plan_builder import Solved
 from eckart.data import Batch
@@ -146,11 +147,52 @@ def test_another_method_can_measure_too(model, batches):
     assert eckart.compress(model, calibrate_curves=True, **options).report["curves"]
 
 
-def test_a_model_that_is_worked_on_block_by_block_is_refused(tmp_path):
-    text = tmp_path / "text.txt"
-    text.write_text("all the words of a text that is read again and again\n" * 200)
-    with pytest.raises(UsageError, match="--stream off"):
-        eckart.compress(
-            place(llama(num_hidden_layers=2), tmp_path / "llama"), data=str(text), output_dir=tmp_path / "out",
-            stream="on", num_samples=4, max_seq_length=16, calibrate_curves=True, method="eckart",
-        )  # fmt: skip
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    home = tmp_path_factory.mktemp("curves")
+    (home / "text.txt").write_text("all the words of a text that is read again and again\n" * 200)
+    return place(llama(num_hidden_layers=2, tie_word_embeddings=False), home / "llama")
+
+
+def compress_folder(folder, output, stream, **more):
+    return eckart.compress(
+        folder, data=str(folder.parent / "text.txt"), output_dir=output, stream=stream, num_samples=4,
+        max_seq_length=16, calibrate_curves=True, **{**OPTIONS, "form": None, "keep": 0.3, **more},
+    )  # fmt: skip
+
+
+def test_a_model_larger_than_memory_is_measured_block_by_block_with_the_same_numbers(folder, tmp_path):
+    """Weights of one input and a layer with fewer neurons among them."""
+    whole, streamed = (compress_folder(folder, tmp_path / stream, stream) for stream in ("off", "on"))
+    found, expected = streamed.report["curves"], whole.report["curves"]
+    assert {len(entry["sites"]) for entry in expected} == {1, 3}
+    assert [entry["sites"] for entry in found] == [entry["sites"] for entry in expected]
+    for one, other in zip(expected, found, strict=True):
+        assert other["measured"] == pytest.approx(one["measured"], rel=0.02)
+    assert streamed.plan.choices == whole.plan.choices
+
+
+def test_what_was_measured_is_not_measured_again(folder, tmp_path, monkeypatch):
+    class KilledError(Exception):
+        pass
+
+    def fail(*_, **__):
+        raise KilledError
+
+    expected = compress_folder(folder, tmp_path / "whole", "on").report["curves"]
+    with monkeypatch.context() as patch:
+        patch.setattr("eckart.compression.pipeline.build_report", fail)
+        with pytest.raises(KilledError):
+            compress_folder(folder, tmp_path / "out", "on")
+    monkeypatch.setattr("eckart.compression.choose_plan.measure_units", fail)
+    assert compress_folder(folder, tmp_path / "out", "on").report["curves"] == expected
+
+
+def test_curves_that_cannot_be_measured_block_by_block_are_noted(folder, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise LayerwiseError("it has no list of blocks")
+
+    monkeypatch.setattr("eckart.compression.measured_curves.run_variants_by_block", fail)
+    report = compress_folder(folder, tmp_path / "out", "on").report
+    assert "curves" not in report
+    assert any("curves were not measured" in note and "--stream off" in note for note in report["notes"])

@@ -36,7 +36,7 @@ from eckart.storage.tensor_file import SUFFIX
 logger = logging.getLogger(__name__)
 
 STORED = "stored"
-"""The stage of a run under which finished modules are stored."""
+"""The stage of the modules of the published model."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Assembly:
         weights: loads the weights of the original where they are needed.
         workspace: stores the finished modules.
         dtype: type of the stored numbers; None for that of the model.
+        stage: the stage of a run under which finished modules are stored.
     """
 
     model: PreTrainedModel
@@ -56,6 +57,7 @@ class Assembly:
     weights: WeightLoader
     workspace: Workspace
     dtype: torch.dtype | None
+    stage: str = STORED
 
     def put_forms(self, plan: Plan, factors: FactorStore) -> tuple[PreTrainedModel, list[str]]:
         """Make a copy of the model with the planned forms in place, in the stored type.
@@ -68,15 +70,16 @@ class Assembly:
         chosen = {name: (name,) for name in by_name if plan.choices[name].form != DENSE}
         notes: list[str] = []
         place, processes = self.workspace, self.workspace.processes
-        there = processes.broadcast(({}, {"there": place.store.entries(STORED)}))[1]["there"]
+        there = processes.broadcast(({}, {"there": place.store.entries(self.stage)}))[1]["there"]
         parts = split_by_block(chosen, self.model)
         for block, groups in progress(parts.items(), what="storing", total=len(parts)):
             name = block or "outside"
             with processes.failing_together():
                 if processes.main and name not in there:
-                    place.store.write(STORED, name, *self._serialize([by_name[site] for site in groups], plan, factors))
-            content = self.share_entry(STORED, name)
-            notes += content["solved"] + self.install(compressed, STORED, name)
+                    entry = self._serialize([by_name[site] for site in groups], plan, factors)
+                    place.store.write(self.stage, name, *entry)
+            content = self.share_entry(self.stage, name)
+            notes += content["solved"] + self.install(compressed, self.stage, name)
             for note in content["notes"]:
                 logger.warning(note)
         for first, *others in plan.bases:

@@ -12,13 +12,14 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.allocation import DENSE, Choice, OverBudgetError, Plan, parse_plan, smallest_keep
+from eckart.calibration.layerwise import LayerwiseError
 from eckart.compression.assemble import Assembly
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.goals import loss_of, parse_loss
 from eckart.compression.machine_profile import find_profile, forward_of
-from eckart.compression.measured_curves import measure_units, ratios_of, scale_curves
+from eckart.compression.measured_curves import UnitError, measure_units, ratios_of, scale_curves
 from eckart.compression.options import dtype_of
 from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.pricing import Pricing, count_seconds, price_elements_and_seconds, price_seconds
@@ -31,6 +32,9 @@ from eckart.storage.store import MemoryStore
 
 STAGE = "plan"
 """The stage of a run under which a plan that was searched for is stored."""
+
+CURVES = "measured"
+"""The stage of a run under which it is stored what cuts do to the model's output."""
 
 TRIALS = 4
 """Models that are made to reach a speed, at most."""
@@ -64,6 +68,8 @@ class PlanChoice:
         self.shapes = {site.name: site.shape for site in context.sites.chosen}
         self.found: dict[str, Any] = {}
         """What the search reports."""
+        self.notes: list[str] = []
+        """What was not done as it was asked for."""
         self.curves: list[dict[str, Any]] = []
         """Sites that were cut together -> predicted loss, and measured distance of the model's output."""
 
@@ -88,26 +94,35 @@ class PlanChoice:
         return parse_plan(stored["plan"]["plan"], "the plan of this run", self.shapes)
 
     def _scale_curves(self) -> None:
-        """Scale the curves by what the cuts of a first plan do to the model's output, one at a time.
-
-        Raises:
-            UsageError: the model is larger than memory.
-        """
+        """Scale the curves by what the cuts of a first plan do to the model's output, one at a time."""
         if not self.settings.measures_curves:
             return
-        if self.context.workspace.streaming:
-            raise UsageError(
-                "--calibrate-curves: the whole model runs once for each weight, and it is worked on block by block. "
-                "Pass --stream off where it fits into memory."
-            )
         with self.context.timer.step("curves"):
             plan = self._within_size(self.recipe)
-            if plan.predicted:
-                errors = measure_units(self.context, plan, self.factors)
-                self.solved = scale_curves(self.solved, ratios_of(errors))
-                self.curves = [
-                    {"sites": list(e.members), "predicted": e.predicted, "measured": e.measured} for e in errors
-                ]
+            if not plan.predicted:
+                return
+            errors = self._measure_units(plan)
+            self.solved = scale_curves(self.solved, ratios_of(errors))
+            self.curves = [error.to_json() for error in errors]
+
+    def _measure_units(self, plan: Plan) -> list[UnitError]:
+        """What the cuts of a plan do; what an interrupted run has measured is read again."""
+        store, processes = self.context.workspace.store, self.context.workspace.processes
+        there = store.read(CURVES, CURVES)[1] if store.entries(CURVES) else {"errors": None}
+        stored = processes.broadcast(({}, there))[1]
+        if stored["errors"] is not None:
+            return [UnitError.from_json(entry) for entry in stored["errors"]]
+        try:
+            errors = measure_units(self.context, plan, self.factors)
+        except LayerwiseError as error:
+            self.notes.append(
+                f"the curves were not measured: {type(self.context.model).__name__} is worked on block by block, and "
+                f"cannot be run so ({error}). Pass --stream off where it fits into memory"
+            )
+            errors = []
+        if processes.main:
+            store.write(CURVES, CURVES, {}, {"errors": [error.to_json() for error in errors]})
+        return errors
 
     def _make(self, recipe: Recipe, pricing: Pricing | None) -> Plan:
         context = self.context

@@ -14,8 +14,7 @@ distance may be a KL or, of embeddings, 1 - cosine.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,17 +23,21 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.allocation import DENSE, Plan
-from eckart.calibration.resumed_pass import ResumedPass
+from eckart.calibration.layerwise import all_blocks
+from eckart.calibration.variants import run_variants, run_variants_by_block
 from eckart.compression.assemble import Assembly
 from eckart.compression.context import CompressionContext
 from eckart.compression.curves import Losses
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.plan_builder import Solved
 from eckart.data import Batch
-from eckart.data.inference import evaluating, progress
-from eckart.evaluation.output_distance import OutputDistance
-from eckart.model import replace_module, shared_clone
+from eckart.data.inference import evaluating
+from eckart.evaluation.output_distance import OutputDistance, Reference
+from eckart.model import WeightLoader, shared_clone
 from eckart.storage.store import MemoryStore
+
+STAGE = "curves"
+"""The stage of a run under which the modules of single cuts are stored."""
 
 LARGEST_RATIO = 16.0
 """Ratios are kept between this and its inverse: more is a matter of few rows."""
@@ -63,6 +66,15 @@ class UnitError:
     predicted: float
     measured: float
 
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in a report."""
+        return {"sites": list(self.members), "predicted": self.predicted, "measured": self.measured}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> UnitError:
+        """The reverse of :meth:`to_json`."""
+        return cls(tuple(entry["sites"]), entry["predicted"], entry["measured"])
+
 
 def units_of(plan: Plan) -> list[tuple[str, ...]]:
     """The sites that are not dense, those that share something together, in the order of the model."""
@@ -85,14 +97,30 @@ def measure_units(context: CompressionContext, plan: Plan, factors: FactorStore)
         context: the original and its data.
         plan: with predicted losses.
         factors: of all sites.
+
+    Raises:
+        LayerwiseError: the model is larger than memory and cannot be run block by block.
     """
-    processes = context.workspace.processes
-    units = units_of(plan)
-    sums = torch.zeros(len(units) + 1, dtype=torch.float64)  # the last one counts rows
+    workspace = context.workspace
+    processes, units = workspace.processes, units_of(plan)
+    smaller = _cut_modules(context, plan, factors)
+    mine = range(processes.rank, len(units), processes.size)
+    variants = {place: {name: smaller.get_submodule(name) for name in units[place]} for place in mine}
+    batches = _rows_to_read(context, len(units))
+    model = shared_clone(context.model)
+    weights = WeightLoader(model, workspace.compute)
     with processes.failing_together():
-        modules = _cut_modules(context, plan, factors)
-        for batch in progress(_rows_to_read(context, len(units)), what="curves"):
-            sums += _measure_on(batch, context, units, modules)
+        with evaluating(model), weights.streaming(all_blocks(model)):
+            distance = OutputDistance.of(model, batches[0], context.pooling)
+        found = _Distances(model, distance, len(units))
+        if workspace.streaming:
+            states = workspace.hidden_state_cache()
+            run_variants_by_block(
+                model, variants, batches, found.run, found.see, weights=weights, hidden_states=states, what=STAGE
+            )
+        else:
+            run_variants(model, variants, batches, found.run, found.see, what=STAGE)
+    sums = found.sums
     if processes.size > 1:
         processes.all_reduce({"sums": sums})
     count = float(sums[-1]) / processes.size
@@ -154,40 +182,36 @@ def _rows_to_read(context: CompressionContext, units: int) -> list[Batch]:
     return [batch for batch in chosen if len(batch)]
 
 
-def _cut_modules(context: CompressionContext, plan: Plan, factors: FactorStore) -> Mapping[str, Any]:
-    """The modules of the plan by site, in the type of the original."""
-    workspace = replace(context.workspace, store=MemoryStore())
-    assembly = Assembly(context.model, context.sites.chosen, context.weights, workspace, None)
-    compressed = assembly.put_forms(plan, factors)[0]
-    return {site.name: compressed.get_submodule(site.name) for site in context.sites.chosen}
+def _cut_modules(context: CompressionContext, plan: Plan, factors: FactorStore) -> PreTrainedModel:
+    """A model with all modules of the plan, in the type of the original; of a streamed run they lie in its journal."""
+    workspace = context.workspace
+    place = workspace if workspace.streaming else replace(workspace, store=MemoryStore())
+    assembly = Assembly(context.model, context.sites.chosen, context.weights, place, None, stage=STAGE)
+    return assembly.put_forms(plan, factors)[0]
 
 
-def _measure_on(
-    batch: Batch, context: CompressionContext, units: Sequence[tuple[str, ...]], modules: Mapping[str, Any]
-) -> Tensor:
-    """Summed distance of every unit that this process measures, and the number of rows that are compared."""
-    processes, model = context.workspace.processes, shared_clone(context.model)
-    sums = torch.zeros(len(units) + 1, dtype=torch.float64)
-    with evaluating(model):
-        distance = OutputDistance.of(model, batch, context.pooling)
-        once = ResumedPass(model, lambda: distance.run(model, batch))
-        parts = distance.rows(model, once.output, batch)
-        reference = distance.reference(parts)
-        sums[-1] = sum(len(part) for part in parts)
-        for place in range(processes.rank, len(units), processes.size):
-            with _installed(model, {name: modules[name] for name in units[place]}):
-                output = once.run_from(once.start_of(units[place]))
-            sums[place] = distance.between(distance.rows(model, output, batch), reference).sum()
-    return sums
+class _Distances:
+    """Sums, over rows, the distance of every variant's output from the model's.
 
+    Args:
+        model: that runs.
+        distance: of outputs.
+        units: number of variants.
+    """
 
-@contextmanager
-def _installed(model: PreTrainedModel, modules: Mapping[str, Any]) -> Iterator[None]:
-    before = {name: model.get_submodule(name) for name in modules}
-    for name, module in modules.items():
-        replace_module(model, name, module)
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            replace_module(model, name, module)
+    def __init__(self, model: PreTrainedModel, distance: OutputDistance, units: int) -> None:
+        self.model = model
+        self.distance = distance
+        self.sums = torch.zeros(units + 1, dtype=torch.float64)  # the last one counts rows
+        self._reference: Reference = ()
+
+    def run(self, batch: Batch) -> Any:
+        return self.distance.run(self.model, batch)
+
+    def see(self, place: int | None, batch: Batch, output: Any) -> None:
+        parts = self.distance.rows(self.model, output, batch)
+        if place is None:
+            self._reference = self.distance.reference(parts)
+            self.sums[-1] += sum(len(part) for part in parts)
+        else:
+            self.sums[place] += self.distance.between(parts, self._reference).sum().cpu()

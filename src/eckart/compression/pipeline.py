@@ -162,6 +162,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     choice = PlanChoice(context, settings, recipe, solved, factors)
     with timer.step("planning", noted=choice.measures):
         plan = choice.choose()
+    notes += choice.notes
 
     # 6. Forms in place of the dense weights, in a copy of the model.
     assembly = Assembly(model, sites.chosen, context.weights, context.workspace, dtype)

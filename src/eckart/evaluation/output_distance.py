@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.data.batch import Batch
-from eckart.data.inference import run
+from eckart.data.inference import forward
 from eckart.data.model_kind import head_problem
 from eckart.data.pooling import Pooling
 from eckart.evaluation.agreement import (
@@ -55,7 +55,7 @@ class OutputDistance:
 
     def run(self, model: nn.Module, batch: Batch) -> Any:
         """Run what is compared: the model, or what is below its head."""
-        return run(getattr(model, "base_model", model) if self.kind == "embeddings" else model, batch.inputs)
+        return forward(getattr(model, "base_model", model) if self.kind == "embeddings" else model, batch.inputs)
 
     def rows(self, model: nn.Module, output: Any, batch: Batch) -> list[Tensor]:
         """What is compared of an output, part by part: (N, V) logits of real tokens or of rows, or (B, d) vectors."""

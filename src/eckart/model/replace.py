@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,6 +77,27 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     module.train(old.training)
     for other in names:
         model.set_submodule(other, module)
+
+
+@contextmanager
+def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Put modules in place of others for a while.
+
+    Args:
+        model: the model to change.
+        modules: name -> what takes its place.
+
+    Yields:
+        Nothing.
+    """
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        replace_module(model, name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            replace_module(model, name, module)
 
 
 def set_dense_weight(model: nn.Module, name: str, weight: Tensor, bias: Tensor | None) -> None:

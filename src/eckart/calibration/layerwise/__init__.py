@@ -9,6 +9,7 @@ from eckart.calibration.layerwise.blocks import (
     schedule_of,
     split_by_block,
 )
+from eckart.calibration.layerwise.branches import Branch, run_branches
 from eckart.calibration.layerwise.gather import (
     Groups,
     StatisticsWindow,
@@ -24,6 +25,7 @@ from eckart.calibration.layerwise.trace import trace_blocks
 
 __all__ = [
     "BlockSchedule",
+    "Branch",
     "Groups",
     "HiddenStateStore",
     "KeptTensors",
@@ -36,6 +38,7 @@ __all__ = [
     "gather_layerwise",
     "groups_to_gather",
     "replaying",
+    "run_branches",
     "schedule_of",
     "split_by_block",
     "split_by_segment",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -43,7 +44,7 @@ def run_variants(
     """
     with evaluating(model):
         for batch in progress(batches, what=what):
-            once = ResumedPass(model, lambda batch=batch: run(batch))
+            once = ResumedPass(model, partial(run, batch))
             see(None, batch, once.output)
             for place, modules in variants.items():
                 with replaced(model, modules):

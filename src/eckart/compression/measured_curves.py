@@ -7,37 +7,29 @@ model's output is measured on a few rows of the calibration data. The curves of 
 
     measured distance / predicted loss,
 
-and the plan is made again. The idea is that of LEMS (ICML 2026). Only the proportions between units matter, so that the
-distance may be a KL or, of embeddings, 1 - cosine.
+and the plan is made again. Cuts that are made together add up in another way than one by one, so that a few plans are
+tried as a whole: curves that follow the measurement wholly, half or not at all, with a tilt between the first blocks
+and the last. The idea is that of LEMS (ICML 2026). Only the proportions between units matter, so that the distance may
+be a KL or, of embeddings, 1 - cosine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from eckart.allocation import DENSE, Plan
-from eckart.calibration.layerwise import all_blocks
-from eckart.calibration.variants import run_variants, run_variants_by_block
-from eckart.compression.assemble import Assembly
+from eckart.calibration.layerwise import block_of, blocks_of
 from eckart.compression.context import CompressionContext
 from eckart.compression.curves import Losses
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.plan_builder import Solved
+from eckart.compression.trials import measure_variants, trial_model
 from eckart.data import Batch
-from eckart.data.inference import evaluating
-from eckart.evaluation.output_distance import OutputDistance, Reference
-from eckart.model import WeightLoader, shared_clone
-from eckart.storage.store import MemoryStore
-
-STAGE = "curves"
-"""The stage of a run under which the modules of single cuts are stored."""
 
 LARGEST_RATIO = 16.0
 """Ratios are kept between this and its inverse: more is a matter of few rows."""
@@ -47,6 +39,12 @@ MOST_ROWS = 64
 
 COST = 0.5
 """What the measuring may take, as a part of what gathering the statistics takes; it takes one row at least."""
+
+POWERS = (0.0, 0.5, 1.0)
+"""Tried powers of the ratios, see :class:`Scaling`."""
+
+TILTS = (-0.5, 0.5)
+"""Tried tilts between the first blocks and the last."""
 
 BACKWARD = 3.0
 """Forward passes that a forward and backward pass takes the time of."""
@@ -101,31 +99,12 @@ def measure_units(context: CompressionContext, plan: Plan, factors: FactorStore)
     Raises:
         LayerwiseError: the model is larger than memory and cannot be run block by block.
     """
-    workspace = context.workspace
-    processes, units = workspace.processes, units_of(plan)
-    smaller = _cut_modules(context, plan, factors)
+    processes, units = context.workspace.processes, units_of(plan)
     mine = range(processes.rank, len(units), processes.size)
-    variants = {place: {name: smaller.get_submodule(name) for name in units[place]} for place in mine}
-    batches = _rows_to_read(context, len(units))
-    model = shared_clone(context.model)
-    weights = WeightLoader(model, workspace.compute)
-    with processes.failing_together():
-        with evaluating(model), weights.streaming(all_blocks(model)):
-            distance = OutputDistance.of(model, batches[0], context.pooling)
-        found = _Distances(model, distance, len(units))
-        if workspace.streaming:
-            states = workspace.hidden_state_cache()
-            run_variants_by_block(
-                model, variants, batches, found.run, found.see, weights=weights, hidden_states=states, what=STAGE
-            )
-        else:
-            run_variants(model, variants, batches, found.run, found.see, what=STAGE)
-    sums = found.sums
-    if processes.size > 1:
-        processes.all_reduce({"sums": sums})
-    count = float(sums[-1]) / processes.size
+    with trial_model(context, plan, factors) as smaller:
+        variants = {place: {name: smaller.get_submodule(name) for name in units[place]} for place in mine}
+        measured = measure_variants(context, variants, len(units), rows_to_read(context, len(units)))
     predicted = [sum(plan.predicted.get(name, 0.0) for name in unit) for unit in units]
-    measured = (sums[:-1] / max(count, 1)).tolist()
     return [UnitError(*entry) for entry in zip(units, predicted, measured, strict=True)]
 
 
@@ -141,6 +120,78 @@ def ratios_of(errors: Sequence[UnitError]) -> dict[str, float]:
     middle = sum(known.values()) / len(known)
     bound = math.log(LARGEST_RATIO)
     return {name: math.exp(min(max(log - middle, -bound), bound)) for members, log in known.items() for name in members}
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How far curves are scaled: a site's by `ratio ** power * exp(tilt * h)`.
+
+    Attributes:
+        power: 0 leaves the predictions as they are, 1 replaces them by what was measured.
+        tilt: more than 0 spares the first blocks, whose errors pass through all others, and less the last ones. `h`
+            falls from 1 at the first block to 0 at the last as the harmonic tail `sum of 1/j for j = b .. B`.
+    """
+
+    power: float
+    tilt: float = 0.0
+
+    def of(self, ratios: Mapping[str, float], depths: Mapping[str, float]) -> dict[str, float]:
+        """Site -> what its curve is multiplied by.
+
+        Args:
+            ratios: site -> measured / predicted.
+            depths: site -> h.
+        """
+        names = ratios.keys() | depths.keys()
+        return {n: ratios.get(n, 1.0) ** self.power * math.exp(self.tilt * depths.get(n, 0.0)) for n in names}
+
+
+@dataclass(frozen=True)
+class MeasuredCurves:
+    """What was measured.
+
+    Attributes:
+        errors: of all units.
+        scaling: how far the curves follow them.
+    """
+
+    errors: Sequence[UnitError]
+    scaling: Scaling
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is kept by an unfinished run."""
+        return {"errors": [error.to_json() for error in self.errors], "scaling": asdict(self.scaling)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> MeasuredCurves:
+        """The reverse of :meth:`to_json`."""
+        return cls([UnitError.from_json(entry) for entry in content["errors"]], Scaling(**content["scaling"]))
+
+
+def harmonic_depths(names: Sequence[str], model: nn.Module) -> dict[str, float]:
+    """Site -> `h` of its block, from 1 at the first to 0 at the last; sites in no block are left out."""
+    block = {name: found for name in names if (found := block_of(name, model)) is not None}
+    order = blocks_of(list(block), model)
+    tails = [sum(1 / j for j in range(place + 1, len(order) + 1)) for place in range(len(order))]
+    if len(order) < 2:
+        return {}
+    return {
+        name: (tails[place] - tails[-1]) / (tails[0] - tails[-1])
+        for name, b in block.items()
+        for place in [order.index(b)]
+    }
+
+
+def best_scaling(distance: Callable[[Scaling], float]) -> Scaling:
+    """The scaling under which the whole plan's model is nearest to the original: first the power, then the tilt.
+
+    Args:
+        distance: of the model that a scaling leads to.
+    """
+    found = {scaling: distance(scaling) for scaling in map(Scaling, POWERS)}
+    best = min(found, key=found.__getitem__)
+    found |= {scaling: distance(scaling) for tilt in TILTS for scaling in [Scaling(best.power, tilt)]}
+    return min(found, key=found.__getitem__)
 
 
 def scale_curves(solved: Solved, ratios: Mapping[str, float]) -> Solved:
@@ -166,8 +217,14 @@ def scale_curves(solved: Solved, ratios: Mapping[str, float]) -> Solved:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def _rows_to_read(context: CompressionContext, units: int) -> list[Batch]:
-    """Rows of the calibration data, evenly spaced, so many that measuring costs a part of the statistics' time."""
+def rows_to_read(context: CompressionContext, units: int, *, shift: float = 0.5) -> list[Batch]:
+    """Rows of the calibration data, evenly spaced, so many that measuring costs a part of the statistics' time.
+
+    Args:
+        context: its data.
+        units: what will be measured on them, one after the other.
+        shift: where in its space each batch is taken, from 0 to below 1.
+    """
     assert context.data is not None
     batches = context.data.batches
     examples = sum(len(batch) for batch in batches)
@@ -177,41 +234,6 @@ def _rows_to_read(context: CompressionContext, units: int) -> list[Batch]:
     step = len(batches) / max(1, -(-wanted // size))
     chosen: list[Batch] = []
     for place in range(-(-wanted // size)):
-        batch = batches[int(step * (place + 0.5))]
+        batch = batches[int(step * (place + shift))]
         chosen.append(batch.rows(0, min(len(batch), wanted - sum(len(b) for b in chosen))))
     return [batch for batch in chosen if len(batch)]
-
-
-def _cut_modules(context: CompressionContext, plan: Plan, factors: FactorStore) -> PreTrainedModel:
-    """A model with all modules of the plan, in the type of the original; of a streamed run they lie in its journal."""
-    workspace = context.workspace
-    place = workspace if workspace.streaming else replace(workspace, store=MemoryStore())
-    assembly = Assembly(context.model, context.sites.chosen, context.weights, place, None, stage=STAGE)
-    return assembly.put_forms(plan, factors)[0]
-
-
-class _Distances:
-    """Sums, over rows, the distance of every variant's output from the model's.
-
-    Args:
-        model: that runs.
-        distance: of outputs.
-        units: number of variants.
-    """
-
-    def __init__(self, model: PreTrainedModel, distance: OutputDistance, units: int) -> None:
-        self.model = model
-        self.distance = distance
-        self.sums = torch.zeros(units + 1, dtype=torch.float64)  # the last one counts rows
-        self._reference: Reference = ()
-
-    def run(self, batch: Batch) -> Any:
-        return self.distance.run(self.model, batch)
-
-    def see(self, place: int | None, batch: Batch, output: Any) -> None:
-        parts = self.distance.rows(self.model, output, batch)
-        if place is None:
-            self._reference = self.distance.reference(parts)
-            self.sums[-1] += sum(len(part) for part in parts)
-        else:
-            self.sums[place] += self.distance.between(parts, self._reference).sum().cpu()

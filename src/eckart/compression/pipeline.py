@@ -216,7 +216,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     if choice.found:
         report["found"] = choice.found
     if choice.curves:
-        report["curves"] = choice.curves
+        report |= {"curves": choice.curves, "scaling": choice.scaling}
     if not context.workspace.streaming:
         unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

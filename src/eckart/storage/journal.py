@@ -173,6 +173,11 @@ class Journal:
                 "command again: it resumes from the entry before."
             ) from error
 
+    def drop(self, stage: str) -> None:
+        """Remove a stage; tensors that were read from it must not be used any more."""
+        self._entries.pop(stage, None)
+        shutil.rmtree(self.folder / "entries" / stage, ignore_errors=True)
+
     def path(self, *parts: str) -> Path:
         """A place in the journal's folder for other files of the run; it is removed with the journal.
 

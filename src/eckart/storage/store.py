@@ -23,6 +23,10 @@ class EntryStore(Protocol):
         """What was kept; not to be changed in place."""
         ...
 
+    def drop(self, stage: str) -> None:
+        """Forget a stage."""
+        ...
+
 
 class MemoryStore:
     """A store in memory, which shares the tensors that it is given."""
@@ -41,3 +45,7 @@ class MemoryStore:
     def read(self, stage: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What was kept; not to be changed in place."""
         return self._entries[stage][name]
+
+    def drop(self, stage: str) -> None:
+        """Forget a stage."""
+        self._entries.pop(stage, None)

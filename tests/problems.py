@@ -21,6 +21,7 @@ from eckart.moments.fisher import Fisher
 from eckart.moments.gradients import GradientGram
 from eckart.moments.gram import Gram
 from eckart.moments.mean import Mean
+from eckart.moments.robust_gradients import RobustGradientGram
 
 # Derandomized: the same examples on every run.
 few_examples = settings(
@@ -70,6 +71,7 @@ class Layer:
             "gram": Gram(len(x), x.mT @ x),
             "absolute": Absolute(len(x), x.abs().sum(0)),
             "gradients": GradientGram(len(g), g.mT @ g),
+            "robust-gradients": RobustGradientGram(len(g), g.mT @ g),  # as if none had to be clipped
             "fisher": self._fisher(),
         }
         return Moments(statistics, sequences=len(self.inputs))

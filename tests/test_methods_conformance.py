@@ -32,6 +32,7 @@ from eckart.errors import NumericalError
 from eckart.forms import FORMS, Block, FactoredLinear, form_named
 from eckart.linalg import Factorization, Metric, Problem
 from eckart.methods import METHODS, Method, method_named
+from eckart.methods.kfac import robust_metric
 from eckart.moments import Moments
 from eckart.registry import STATISTICS
 
@@ -39,6 +40,7 @@ from eckart.registry import STATISTICS
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
 CANDIDATES = 40
+SAME_ALGEBRA = {robust_metric: METHODS["kfac"].metric}
 SOURCE = str(Path(eckart.__file__).parents[1])
 
 
@@ -79,7 +81,12 @@ def distinct_cases(*, stored: bool) -> dict[str, Case]:
     for method in METHODS.values():
         form = form_named(method.form)
         for centered in sorted({False, method.centered}):
-            key = (method.metric, centered, form.solve.__func__, form.store if stored else None)
+            key = (
+                SAME_ALGEBRA.get(method.metric, method.metric),
+                centered,
+                form.solve.__func__,
+                form.store if stored else None,
+            )
             cases.setdefault(key, Case(method, centered))
     return {case.method.name + ("-centered" if case.centered else ""): case for case in cases.values()}
 

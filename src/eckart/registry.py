@@ -23,6 +23,8 @@ METHODS: Registry[Any] = Registry(
         "drone": "eckart.methods.drone:METHOD",
         "svd-llm": "eckart.methods.svd_llm:METHOD",
         "kfac": "eckart.methods.kfac:METHOD",
+        "lems": "eckart.methods.lems:METHOD",
+        "aa-svd": "eckart.methods.aa_svd:METHOD",
         "basis-sharing": "eckart.methods.basis_sharing:METHOD",
         "kronecker": "eckart.methods.kronecker:METHOD",
         "kngpt2": "eckart.methods.kronecker:KNGPT2",
@@ -37,6 +39,7 @@ STATISTICS: Registry[Any] = Registry(
         "gram": "eckart.moments.gram:Gram",
         "absolute": "eckart.moments.absolute:Absolute",
         "gradients": "eckart.moments.gradients:GradientGram",
+        "robust-gradients": "eckart.moments.robust_gradients:RobustGradientGram",
         "fisher": "eckart.moments.fisher:Fisher",
     },
 )

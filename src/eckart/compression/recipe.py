@@ -55,10 +55,15 @@ class Recipe(RecipeBase):
         description="Fit every factored weight again on the inputs that the compressed model gives it. "
         "Default: the method's.",
     )
-    calibrate_curves: bool = Field(
-        False,
+    calibrate_curves: bool | None = Field(
+        None,
         description="Scale the predicted losses by what cutting each weight alone does to the output of the whole "
-        "model, before ranks are chosen.",
+        "model, before ranks are chosen. Default: the method's.",
+    )
+    robust_gradients: bool | None = Field(
+        None,
+        description="Clip each token's gradient to .1 to 10 times the mean norm of its sequence, and leave out the "
+        "first and the last eighth of each sequence. Default: the method's.",
     )
     keep: float = Field(0.7, gt=0, le=1, description="Fraction of the numbers that is stored afterwards.")
     keep_of: Literal["sites", "reached", "model"] = Field(

@@ -9,7 +9,9 @@ from dataclasses import replace as with_changes
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS, FactoredLinear, form_named
-from eckart.methods import METHODS, Method
+from eckart.methods import METHODS, Method, MetricFunction
+from eckart.methods.kfac import metric as kfac_metric
+from eckart.methods.kfac import robust_metric
 from eckart.moments import statistics_named
 
 TIMED_FORMS = ("lowrank", "pivoted")
@@ -20,6 +22,9 @@ JOINT = "joint"
 
 SLICED = "sliced"
 """The form of feed-forward layers with fewer neurons."""
+
+GRADIENTS, ROBUST = "gradients", "robust-gradients"
+"""Statistics of the gradients: of all tokens alike, and clipped."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Settings:
         slices: whether feed-forward layers may lose neurons.
         stock: whether they keep one number, and all other weights stay dense.
         measures_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
+        robust: whether gradients are clipped.
     """
 
     method: Method
@@ -49,6 +55,12 @@ class Settings:
     slices: bool = False
     stock: bool = False
     measures_curves: bool = False
+    robust: bool = False
+
+    @property
+    def loss_metric(self) -> MetricFunction:
+        """The metric whose squared error is twice the predicted loss per token."""
+        return robust_metric if self.robust else kfac_metric
 
     @property
     def joins(self) -> bool:
@@ -90,6 +102,7 @@ class Settings:
                 )
             refit = False
         form, allocation = recipe.form or _default_form(method, recipe), recipe.allocation or method.allocation
+        method, robust = _with_gradients(method, recipe, allocation)
         rest = ""
         if form == SLICED or recipe.stock:
             form, rest = SLICED, _form_beside_slices(method, recipe)
@@ -138,7 +151,7 @@ class Settings:
                 others, slices = tuple({*TIMED_FORMS} - {form, kind.unshared_form}), True
         return cls(
             method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock,
-            measures_curves=_measures_curves(allocation, recipe),
+            measures_curves=_measures_curves(method, allocation, recipe), robust=robust,
         )  # fmt: skip
 
     @property
@@ -149,7 +162,7 @@ class Settings:
     def without_gradients(self) -> Settings:
         """Of the default, the drone metric and uniform ranks; of other methods, what they are."""
         default, drone = METHODS["eckart"], METHODS["drone"]
-        if self.method.name != default.name or self.method.metric is not default.metric:
+        if self.method.name != default.name or self.method.metric not in (kfac_metric, robust_metric):
             return self
         method = with_changes(self.method, metric=drone.metric, needs=drone.needs, exact_for=drone.exact_for)
         return with_changes(self, method=method, allocation="uniform", slices=self.form == SLICED)
@@ -158,7 +171,7 @@ class Settings:
         """Names of the statistics to gather. If ranks are `planned`, none are needed for curves of predicted loss."""
         needs = self.method.needs
         if self.allocation == "loss" and not planned:
-            needs = needs | METHODS["kfac"].needs
+            needs = needs | {"gram", ROBUST if self.robust else GRADIENTS}
         return needs | (frozenset({"gram"}) if self.refit else frozenset())
 
 
@@ -171,7 +184,26 @@ def _check_seconds(allocation: str, recipe: Recipe) -> None:
         )
 
 
-def _measures_curves(allocation: str, recipe: Recipe) -> bool:
+def _with_gradients(method: Method, recipe: Recipe, allocation: str) -> tuple[Method, bool]:
+    """The method on the gradients that the recipe asks for, or else its own; and whether these are the robust ones.
+
+    Raises:
+        UsageError: robust gradients are asked for, and none are read.
+    """
+    reads = method.metric in (kfac_metric, robust_metric)
+    robust = ROBUST in method.needs if recipe.robust_gradients is None else recipe.robust_gradients
+    if recipe.robust_gradients and not reads and allocation != "loss":
+        raise UsageError(
+            f"--robust-gradients: {recipe.metric or method.name} with --allocation {allocation} reads no gradients of "
+            "tokens. Use --metric kfac or --allocation loss, or leave --robust-gradients out."
+        )
+    if reads:
+        needs = method.needs - {GRADIENTS, ROBUST} | {ROBUST if robust else GRADIENTS}
+        method = with_changes(method, metric=robust_metric if robust else kfac_metric, needs=needs)
+    return method, robust
+
+
+def _measures_curves(method: Method, allocation: str, recipe: Recipe) -> bool:
     """Whether curves are to be measured, which makes sense where ranks are chosen by them.
 
     Raises:
@@ -183,7 +215,8 @@ def _measures_curves(allocation: str, recipe: Recipe) -> bool:
             f"--calibrate-curves with {what}: no ranks are chosen by curves of predicted loss there. Leave one of the "
             "two out."
         )
-    return recipe.calibrate_curves
+    wanted = method.calibrated_curves if recipe.calibrate_curves is None else recipe.calibrate_curves
+    return wanted and allocation == "loss" and recipe.plan is None
 
 
 def _default_form(method: Method, recipe: Recipe) -> str:

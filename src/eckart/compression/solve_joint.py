@@ -11,7 +11,6 @@ from torch import Tensor
 
 from eckart.compression.settings import Settings
 from eckart.linalg import Factorization, Problem, factorize_jointly, group_curve_under
-from eckart.methods import METHODS
 from eckart.model import Site
 from eckart.moments import Moments
 
@@ -116,10 +115,11 @@ def _losses(
     """Predicted change of the loss per sequence at every rank, as of a single site."""
     first = moments[0]
     assert first is not None
-    kfac = METHODS["kfac"]
-    if settings.method.metric is kfac.metric:
+    metric = settings.loss_metric
+    if settings.method.metric is metric:
         errors = found[0].curve
     else:
-        measured = [kfac.metric(problem.target, entry) for problem, entry in zip(problems, moments, strict=True)]
+        known = [entry for entry in moments if entry is not None]
+        measured = [metric(problem.target, entry) for problem, entry in zip(problems, known, strict=True)]
         errors = group_curve_under(found, measured)
     return (0.5 * first.tokens / max(first.sequences, 1) * errors).to(torch.float64)

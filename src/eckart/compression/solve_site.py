@@ -13,8 +13,7 @@ from eckart.allocation import Choice
 from eckart.compression.curves import Losses
 from eckart.compression.settings import Settings
 from eckart.forms import Block, form_named
-from eckart.linalg import Factorization, Problem
-from eckart.methods import METHODS
+from eckart.linalg import Factorization
 from eckart.model import Site
 from eckart.moments import Moments
 
@@ -157,11 +156,11 @@ def _losses(factors: Factorization, largest: Choice, target: Tensor, moments: Mo
     `1/2 (n_site / n_sequences) || H^(1/2) D G^(1/2) ||^2`, n_site the tokens that reached the site, D the change
     of the weight: the second-order change of the loss under the Kronecker-factored Fisher matrix.
     """
-    kfac = METHODS["kfac"]
-    if settings.method.metric is kfac.metric:
+    metric = settings.loss_metric
+    if settings.method.metric is metric:
         errors = factors.curve
     else:
-        problem: Problem = kfac.metric(target, moments)
+        problem = metric(target, moments)
         errors = form_named(largest.form).errors_under(factors, problem, largest.block, largest.rank)
     scale = 0.5 * moments.tokens / max(moments.sequences, 1)
     return (scale * errors).to(torch.float64)

@@ -14,7 +14,6 @@ from eckart.compression.settings import Settings
 from eckart.forms.base import copy_into
 from eckart.linalg import Slicing, slice_neurons, slicing_curve_under
 from eckart.linalg.blocks import blocks
-from eckart.methods import METHODS
 from eckart.model import Site, SlicedFeatures, dense_weight
 from eckart.model.neurons import NeuronLayer, sliced_layers
 from eckart.moments import Moments
@@ -153,9 +152,9 @@ def solve_slicing(
     solved = slice_neurons(problem, site.name)
     losses = None
     if curve and moments is not None:
-        kfac = METHODS["kfac"]
-        measured = settings.method.metric is kfac.metric
-        errors = solved.curve if measured else slicing_curve_under(solved, kfac.metric(weight, moments))
+        metric = settings.loss_metric
+        measured = settings.method.metric is metric
+        errors = solved.curve if measured else slicing_curve_under(solved, metric(weight, moments))
         losses = 0.5 * moments.tokens / max(moments.sequences, 1) * errors
     mean = moments.mean if moments is not None and moments.centered else None
     return SlicedLayer(layer, solved.kept(limit), losses, mean)

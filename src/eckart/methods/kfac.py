@@ -23,11 +23,20 @@ def metric(weight: Tensor, moments: Moments) -> Problem:
     shrunk toward their mean diagonal: estimated from fewer tokens than they have entries, their small
     eigenvalues are too small.
     """
+    return _two_sided(weight, moments, "gradients")
+
+
+def robust_metric(weight: Tensor, moments: Moments) -> Problem:
+    """The same with gradients of which no token decides alone: clipped, and without the ends of each sequence."""
+    return _two_sided(weight, moments, "robust-gradients")
+
+
+def _two_sided(weight: Tensor, moments: Moments, gradients: str) -> Problem:
     from eckart.linalg import Problem
 
     return Problem(
         weight,
-        left=moments["gradients"].metric.shrunk(GRADIENT_SHRINKAGE),
+        left=moments[gradients].metric.shrunk(GRADIENT_SHRINKAGE),
         right=moments.input_metric.shrunk(INPUT_SHRINKAGE),
     )
 

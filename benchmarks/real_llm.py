@@ -1,0 +1,211 @@
+"""A real language model after every method, at equal stored numbers of its linear layers, scored on two kinds of text.
+
+    python benchmarks/real_llm.py --quick --text-dir FOLDER          # two cores
+    python benchmarks/real_llm.py --device cuda                      # the full protocol, WikiText-2 from the hub
+
+The model is SmolLM2-135M-Instruct out of a package (see smollm2.py), or any causal model by `--model`. It is calibrated
+on WikiText-2's training text and scored on its test text, and on text of another kind, which no method has seen:
+`--other` names a file, and the default is the held-out part of Python's standard library. `--text-dir` is a folder with
+`train.txt` and `test.txt`; where there is only a `valid.txt`, the first 70 % of its articles calibrate and the others
+are scored.
+
+Sizes are exact, as the papers state them (`target none`). `excess` is ln(ppl / dense ppl); the column after it is its
+share of that of uniform low-rank `svd-llm` at the same keep. Seconds are those of a method's own steps: statistics are
+gathered once for all rows, and stand below the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import markdown, show
+from smollm2 import rebuild
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eckart
+from eckart.data import stdlib
+from eckart.evaluation.perplexity import measure_perplexity
+from eckart.evaluation.rounding import round_weights
+from eckart.evaluation.sizes import count_sizes
+from eckart.methods import METHODS
+from eckart.model import find_sites
+
+REFERENCE = "svd-llm"
+KEEPS = "0.8,0.6,0.4"
+CALIBRATING = 0.7
+"""Part of a text's articles that calibrates where there is one text alone."""
+COLUMNS = ("method", "keep", "numbers", "MB", "multiply-adds", "ppl", "excess", REFERENCE, "other text", "seconds")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How much text calibrates and scores.
+
+    Attributes:
+        windows: of calibration.
+        window: tokens of each, and of the windows that are scored.
+        scored: tokens of each text that are scored at most; None: all.
+    """
+
+    windows: int
+    window: int
+    scored: int | None
+
+
+FULL = Protocol(windows=128, window=2048, scored=None)
+QUICK = Protocol(windows=32, window=512, scored=4096)
+
+
+def rows() -> list[Any]:
+    """The methods of the table, the reference first."""
+    kfac, default = METHODS["kfac"], METHODS["eckart"]
+    return [
+        METHODS[REFERENCE],
+        *(METHODS[name] for name in ("svd", "fwsvd", "drone", "kfac")),
+        replace(kfac, name="kfac, loss allocation", allocation="loss"),
+        default,
+        replace(default, name="eckart, --optimise size", form=default.smallest_form or default.form),
+    ]
+
+
+def read_texts(folder: Path | None) -> tuple[str, str]:
+    """WikiText-2 to calibrate on, and to score."""
+    if folder is None:
+        from datasets import load_dataset
+
+        read = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+        return "".join(read["train"]["text"]), "".join(read["test"]["text"])
+    train, test = folder / "train.txt", folder / "test.txt"
+    if train.exists() and test.exists():
+        return train.read_text(encoding="utf-8"), test.read_text(encoding="utf-8")
+    articles = split_articles((folder / "valid.txt").read_text(encoding="utf-8"))
+    number = round(CALIBRATING * len(articles))
+    return "".join(articles[:number]), "".join(articles[number:])
+
+
+def split_articles(text: str) -> list[str]:
+    """Articles of WikiText, which start with ` = Title = `; sections have more signs."""
+    articles: list[str] = [""]
+    for line in text.splitlines(keepends=True):
+        words = line.split()
+        if len(words) > 2 and words[0] == words[-1] == "=" and "=" not in words[1:-1]:
+            articles.append("")
+        articles[-1] += line
+    return [article for article in articles if article.strip()]
+
+
+def read_other(file: Path | None) -> str:
+    """Text of another kind."""
+    if file is not None:
+        return file.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(text for _, text in stdlib.documents("held"))
+
+
+class Scores:
+    """Perplexities of models on both texts."""
+
+    def __init__(self, tokenizer: Any, texts: Iterable[str], protocol: Protocol) -> None:
+        self.tokenizer, self.texts, self.protocol = tokenizer, tuple(texts), protocol
+
+    def of(self, model: Any) -> tuple[float, float]:
+        """Negative log-likelihood a token, in nats."""
+        known = {"window": self.protocol.window, "max_tokens": self.protocol.scored, "batch_size": 4}
+        wiki, other = (measure_perplexity(model, self.tokenizer, text, **known) for text in self.texts)
+        return wiki["nll_per_token"], other["nll_per_token"]
+
+
+def millions(sizes: dict[str, int]) -> list[float]:
+    """Stored numbers, bytes and multiply-adds a token of the whole model, in millions."""
+    return [round(sizes[key] / 1e6, 1) for key in ("elements", "bytes", "multiply_adds")]
+
+
+def dense_rows(model: Any, scores: Scores) -> tuple[tuple[float, float], list[list[Any]]]:
+    """Scores of the dense model, and the rows of it and of its rounding to int8."""
+    dense = scores.of(model)
+    sizes = count_sizes(model).model.as_dict()
+    table: list[list[Any]] = [["dense", 1.0, *millions(sizes), math.exp(dense[0]), 0.0, "-", 0.0, "-"]]
+    start = time.perf_counter()
+    rounded = round_weights(model, [site.name for site in find_sites(model).chosen], 8)
+    seconds = time.perf_counter() - start
+    wiki, other = scores.of(rounded.model)
+    sizes["bytes"] = rounded.model_bytes
+    excess = [wiki - dense[0], "-", other - dense[1]]
+    table.append(["dense, int8", 1.0, *millions(sizes), math.exp(wiki), *excess, round(seconds, 1)])
+    return dense, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a causal model; SmolLM2 out of its package otherwise")
+    parser.add_argument("--work", type=Path, default=Path("real-llm"), help="folder that SmolLM2 is written to")
+    parser.add_argument("--text-dir", type=Path, help="folder of train.txt and test.txt, or of valid.txt")
+    parser.add_argument("--other", type=Path, help="text of another kind; Python's standard library otherwise")
+    parser.add_argument("--keeps", default=KEEPS)
+    parser.add_argument("--only", default="", help="rows by name, separated by semicolons, beside the reference")
+    parser.add_argument("--quick", action="store_true", help="little text: 15 minutes on two cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--output", type=Path, help="also write the table as JSON, row by row")
+    options = parser.parse_args()
+
+    protocol = QUICK if options.quick else FULL
+    folder = options.model or rebuild(options.work / "SmolLM2-135M-Instruct")
+    # The products of bfloat16 are several times as fast as those of float32, on CPUs too.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(options.device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    calibration, held = read_texts(options.text_dir)
+    scores = Scores(tokenizer, (held, read_other(options.other)), protocol)
+    only = options.only.split(";") if options.only else [method.name for method in rows()]
+    methods = [method for method in rows() if method.name in (*only, REFERENCE)]
+
+    dense, table = dense_rows(model, scores)
+    print(markdown(COLUMNS, table), flush=True)
+    title = (
+        f"{Path(folder).name}: {protocol.windows} x {protocol.window} tokens calibrate, seed {options.seed}; numbers, "
+        "MB and multiply-adds a token are the whole model's, in millions"
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "calibration.txt"
+        file.write_text(calibration, encoding="utf-8")
+        comparison = eckart.compare(
+            model,
+            tokenizer,
+            methods=methods,
+            keeps=[float(keep) for keep in options.keeps.split(",")],
+            data=str(file),
+            num_samples=protocol.windows,
+            max_seq_length=protocol.window,
+            seed=options.seed,
+            target="none",
+            latency=False,
+            device=options.device,
+        )
+        reference: dict[float, float] = {}
+        for name, keep, result in comparison:
+            wiki, other = scores.of(result.model)
+            excess = wiki - dense[0]
+            reference.setdefault(keep, excess)  # the reference comes first
+            made = comparison.rows[-1]
+            share = f"{excess / reference[keep]:.3f}"
+            row = [name, keep, *millions(made), math.exp(wiki), excess, share, other - dense[1], made["seconds"]]
+            table.append(row)
+            print(markdown(COLUMNS, [row]).splitlines()[-1], flush=True)
+            if options.output is not None:
+                options.output.write_text(json.dumps({"title": title, "columns": COLUMNS, "rows": table}))
+    by_keep = sorted(table, key=lambda row: -row[1])
+    show(title, COLUMNS, by_keep, options.output)
+    print(markdown(COLUMNS, by_keep))
+    print(*comparison.as_dict()["notes"], sep="\n")
+
+
+if __name__ == "__main__":
+    main()

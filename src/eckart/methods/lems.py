@@ -1,0 +1,20 @@
+"""LEMS: ranks by curves of the measured loss."""
+
+from __future__ import annotations
+
+from eckart.methods.base import Method
+from eckart.methods.kfac import robust_metric
+
+# What its paper leaves open: the norms that clip a gradient are those of its own sequence; each curve is measured at the
+# rank that a first plan gives it; the constants of ratio and depth are those of --calibrate-curves.
+METHOD = Method(
+    name="lems",
+    title="LEMS (KFAC metric on clipped gradients, ranks by measured loss)",
+    paper="LEMS, ICML 2026: predicted curves scaled by the measured KL of the whole model with one weight cut, and by "
+    "depth; clipped gradients; ranks on the hull of the curves in place of its licensed integer solver",
+    metric=robust_metric,
+    needs=frozenset({"gram", "robust-gradients"}),
+    exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix of clipped gradients",
+    allocation="loss",
+    calibrated_curves=True,
+)

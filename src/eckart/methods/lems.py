@@ -5,8 +5,8 @@ from __future__ import annotations
 from eckart.methods.base import Method
 from eckart.methods.kfac import robust_metric
 
-# What its paper leaves open: the norms that clip a gradient are those of its own sequence; each curve is measured at the
-# rank that a first plan gives it; the constants of ratio and depth are those of --calibrate-curves.
+# What was taken where its paper is open: the mean norm that clips a gradient is that of its own sequence; each curve is
+# measured at the rank that a first plan gives it; the constants of ratio and depth are those of --calibrate-curves.
 METHOD = Method(
     name="lems",
     title="LEMS (KFAC metric on clipped gradients, ranks by measured loss)",

@@ -18,6 +18,7 @@ from eckart.cli.harness import HANDED_ON, lm_eval
 from eckart.cli.inspect import inspect
 from eckart.cli.methods import methods
 from eckart.cli.push import push
+from eckart.cli.report import report
 from eckart.cli.terminal import encode_anything
 from eckart.cli.threads import wait_passively
 from eckart.cli.tune import tune
@@ -41,6 +42,7 @@ for name, command in (
     ("eval", evaluate_folder),
     ("compare", compare),
     ("bench", bench),
+    ("report", report),
     ("inspect", inspect),
     ("export", export),
     ("push", push),

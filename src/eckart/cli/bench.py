@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.console import check_json, guarded, say, say_device, show, write_json
-from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
+from eckart.cli.options import JsonOption, NoPageOption, PageOption, options_of, recipe_from_cli, recipe_options
+from eckart.cli.report import choose_page, write_found
 from eckart.speed.recipe import BenchRecipe
 
 LISTS = {
@@ -29,6 +30,8 @@ def bench(
         typer.Option(help="Also draw the results: a .png or .svg file.", rich_help_panel="Output"),
     ] = None,
     json: JsonOption = None,
+    report: PageOption = None,
+    no_report: NoPageOption = False,
     **options: Any,
 ) -> None:
     """Time models beside their original: latency, throughput, memory, and where the time goes.
@@ -49,10 +52,12 @@ def bench(
 
     if plot is not None:
         check_plot(plot)
+    page = choose_page("bench", report, json, no_report)
     say_device(recipe.device)
     found = time_models(folders, against, recipe=recipe, report_progress=lambda message: say(message, "dim"))
     show(render_bench(found))
     write_json(json, found, inputs)
+    write_found(page, found, ", ".join(folders))
     if plot is not None:
         plot_bench(found, plot)
         say(f"written to {plot}", "dim")

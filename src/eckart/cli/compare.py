@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.console import check_json, guarded, say, show, write_json
-from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
+from eckart.cli.options import JsonOption, NoPageOption, PageOption, options_of, recipe_from_cli, recipe_options
+from eckart.cli.report import choose_page, write_found
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 
@@ -21,6 +22,8 @@ def compare(
         str, typer.Option(help="Fractions of the numbers that are stored afterwards, separated by commas.")
     ] = "0.7",
     json: JsonOption = None,
+    report: PageOption = None,
+    no_report: NoPageOption = False,
     **options: Any,
 ) -> None:
     """Compress a model by several methods at several sizes, and show what each costs; nothing is published.
@@ -32,6 +35,7 @@ def compare(
     recipe = recipe_from_cli(Recipe, model, options)
     check_json(json, recipe.inputs)
     names, keeps = split_words(methods, "--methods"), _fractions(keep)
+    page = choose_page("compare", report, json, no_report)
 
     from eckart.compression.compare import compare as compare_methods
     from eckart.report.scores import render_comparison
@@ -42,6 +46,7 @@ def compare(
     found = comparison.as_dict()
     show(render_comparison(found))
     write_json(json, found, recipe.inputs)
+    write_found(page, found, model)
 
 
 def split_words(value: str, option: str) -> list[str]:

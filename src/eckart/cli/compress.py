@@ -19,6 +19,7 @@ from eckart.cli.options import (
     recipe_options,
 )
 from eckart.cli.push import check, push_published
+from eckart.cli.report import say_page
 from eckart.cli.run_file import read_run
 from eckart.compression.recipe import Recipe
 from eckart.distributed import is_main
@@ -72,4 +73,5 @@ def compress(
     if is_main():
         lines = load_lines(result, result.folder or folder)
         show(render_compression(result.report), "", f"published in {result.folder}; to load it:", "", lines)
+        say_page(result.folder)
     push_published(result.folder, push_to_hub, private)

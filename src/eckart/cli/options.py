@@ -35,6 +35,12 @@ PANELS = {
 JsonOption = Annotated[
     Path | None, typer.Option(help="Also write all numbers to this JSON file.", rich_help_panel="Output")
 ]
+PageOption = Annotated[
+    Path | None,
+    typer.Option("--report", help="HTML file of the report. Default: beside the file of --json, or eckart-COMMAND.html "
+                 "in the current folder.", rich_help_panel="Output"),
+]  # fmt: skip
+NoPageOption = Annotated[bool, typer.Option("--no-report", help="Write no HTML report.", rich_help_panel="Output")]
 OutputOption = Annotated[
     Path | None, typer.Option(help="Folder to publish; it must not exist yet.", rich_help_panel="Output")
 ]

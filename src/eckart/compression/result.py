@@ -16,6 +16,7 @@ from eckart.report.card import render_model_card
 from eckart.report.compression import list_card_rows, list_quality, render_compression
 from eckart.report.loading import find_loading
 from eckart.report.origin import origin_of
+from eckart.report.page.pages import make_again, render_or_warn
 from eckart.report.results import list_results
 from eckart.report.words import to_plain_text
 from eckart.storage.lock import OutputLock
@@ -85,6 +86,8 @@ class Result:
             results=list_results(list_quality(self.report), self.report["data"], "held-out part", task),
             **origin,
         )
+        name = Path(output_dir).name
+        page = render_or_warn(self.report, name, loading=loading.lines(name), again=make_again("compress", name))
         return save(
             self.model,
             output_dir,
@@ -93,6 +96,7 @@ class Result:
             recipe_yaml=self.recipe.to_yaml(),
             plan=self.plan.to_json(),
             report=self.report,
+            report_html=page,
             card=card,
             inputs=self.recipe.inputs,
             overwrite=overwrite,

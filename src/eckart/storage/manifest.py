@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from eckart.errors import CheckpointError
+from eckart.storage.files import write_file
 
 MANIFEST = "eckart/files.json"
 FORMAT = "eckart published files"
@@ -22,6 +23,32 @@ def write_manifest(folder: Path) -> None:
     (folder / "eckart").mkdir(exist_ok=True)
     content = {"format": FORMAT, "files": files, "sha256": {name: _sha256(folder / name) for name in files}}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def renew(folder: Path, name: str) -> None:
+    """Enter a file that eckart has written into a published folder again; nothing where there is no list of files.
+
+    Raises:
+        CheckpointError: the list cannot be written.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = content["format"] == FORMAT and isinstance(content["files"], dict)
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return
+    if not known:
+        return
+    content["files"][name] = _stamp(folder / name)
+    if isinstance(content.get("sha256"), dict):
+        content["sha256"][name] = _sha256(folder / name)
+    try:
+        write_file(path, [(json.dumps(content, indent=2) + "\n").encode()])
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written ({error.strerror}), so that {name} counts as changed. Change the permissions, "
+            "and write the report again."
+        ) from error
 
 
 def find_changes(folder: Path) -> tuple[int, list[str]]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eckart.checkpoint.register import register_when_imported
 from eckart.errors import EckartError
+from eckart.lookup.version import VERSION
 
 if TYPE_CHECKING:
     from eckart.allocation import Choice, Plan
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 register_when_imported()
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 _PLACES = {
     # What there is to do with a model.

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eckart import __version__
 from eckart.errors import UsageError
+from eckart.lookup.version import VERSION
 from eckart.report.page.bench import describe_bench
 from eckart.report.page.blocks import Page
 from eckart.report.page.comparison import describe_comparison
@@ -59,7 +59,7 @@ def render_report(
             f"{name}: not a whole report of eckart ({type(error).__name__}: {error}). Give a folder that eckart has "
             "published, or a file of its --json, of this version."
         ) from error
-    return render_page(page, __version__)
+    return render_page(page, VERSION)
 
 
 def render_or_warn(found: Mapping[str, Any], name: str, **more: Any) -> str | None:

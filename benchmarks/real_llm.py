@@ -9,7 +9,8 @@ on WikiText-2's training text and scored on its test text, and on text of anothe
 `train.txt` and `test.txt`; where there is only a `valid.txt`, the first 70 % of its articles calibrate and the others
 are scored.
 
-Sizes are exact, as the papers state them (`target none`). `excess` is ln(ppl / dense ppl); the column after it is its
+What was measured is kept in the file of `--output`: broken off and started again, the benchmark goes on with the methods
+that are missing. Sizes are exact, as the papers state them (`target none`). `excess` is ln(ppl / dense ppl); the column after it is its
 share of that of uniform low-rank `svd-llm` at the same keep. Seconds are those of a method's own steps: statistics are
 gathered once for all rows, and stand below the table.
 """
@@ -54,26 +55,32 @@ class Protocol:
         windows: of calibration.
         window: tokens of each, and of the windows that are scored.
         scored: tokens of each text that are scored at most; None: all.
+        at_once: windows that run together.
     """
 
     windows: int
     window: int
     scored: int | None
+    at_once: int
 
 
-FULL = Protocol(windows=128, window=2048, scored=None)
-QUICK = Protocol(windows=32, window=512, scored=4096)
+FULL = Protocol(windows=128, window=2048, scored=None, at_once=8)
+QUICK = Protocol(windows=32, window=512, scored=4096, at_once=4)
 
 
 def rows() -> list[Any]:
     """The methods of the table, the reference first."""
     kfac, default = METHODS["kfac"], METHODS["eckart"]
+    size = replace(default, name="eckart, --optimise size", form=default.smallest_form or default.form)
     return [
         METHODS[REFERENCE],
-        *(METHODS[name] for name in ("svd", "fwsvd", "drone", "kfac")),
+        *(METHODS[name] for name in ("svd", "fwsvd", "drone", "kfac", "modegpt", "aa-svd")),
         replace(kfac, name="kfac, loss allocation", allocation="loss"),
+        METHODS["lems"],
         default,
-        replace(default, name="eckart, --optimise size", form=default.smallest_form or default.form),
+        replace(default, name="eckart, --calibrate-curves", calibrated_curves=True),
+        size,
+        replace(size, name="eckart, --optimise size --calibrate-curves", calibrated_curves=True),
     ]
 
 
@@ -118,8 +125,8 @@ class Scores:
 
     def of(self, model: Any) -> tuple[float, float]:
         """Negative log-likelihood a token, in nats."""
-        known = {"window": self.protocol.window, "max_tokens": self.protocol.scored, "batch_size": 4}
-        wiki, other = (measure_perplexity(model, self.tokenizer, text, **known) for text in self.texts)
+        options = {"window": self.protocol.window, "max_tokens": self.protocol.scored, "batch_size": 4}
+        wiki, other = (measure_perplexity(model, self.tokenizer, text, **options) for text in self.texts)
         return wiki["nll_per_token"], other["nll_per_token"]
 
 
@@ -154,7 +161,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="little text: 15 minutes on two cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, help="also write the table as JSON, row by row")
+    parser.add_argument("--output", type=Path, help="keep what is measured in this file; what is there is not repeated")
     options = parser.parse_args()
 
     protocol = QUICK if options.quick else FULL
@@ -167,44 +174,74 @@ def main() -> None:
     only = options.only.split(";") if options.only else [method.name for method in rows()]
     methods = [method for method in rows() if method.name in (*only, REFERENCE)]
 
-    dense, table = dense_rows(model, scores)
-    print(markdown(COLUMNS, table), flush=True)
+    keeps = [float(keep) for keep in options.keeps.split(",")]
     title = (
         f"{Path(folder).name}: {protocol.windows} x {protocol.window} tokens calibrate, seed {options.seed}; numbers, "
         "MB and multiply-adds a token are the whole model's, in millions"
     )
+    known = read_results(options.output, title)
+    if not known:
+        known["dense"], known["rows"] = dense_rows(model, scores)
+    dense, table = known["dense"], known["rows"]
+    print(markdown(COLUMNS, table), flush=True)
+    there = {tuple(row[:2]) for row in table}
+    missing = [method for method in methods if any((method.name, keep) not in there for keep in keeps)]
+    notes: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "calibration.txt"
         file.write_text(calibration, encoding="utf-8")
-        comparison = eckart.compare(
-            model,
-            tokenizer,
-            methods=methods,
-            keeps=[float(keep) for keep in options.keeps.split(",")],
-            data=str(file),
-            num_samples=protocol.windows,
-            max_seq_length=protocol.window,
-            seed=options.seed,
-            target="none",
-            latency=False,
-            device=options.device,
-        )
-        reference: dict[float, float] = {}
-        for name, keep, result in comparison:
-            wiki, other = scores.of(result.model)
-            excess = wiki - dense[0]
-            reference.setdefault(keep, excess)  # the reference comes first
-            made = comparison.rows[-1]
-            share = f"{excess / reference[keep]:.3f}"
-            row = [name, keep, *millions(made), math.exp(wiki), excess, share, other - dense[1], made["seconds"]]
-            table.append(row)
-            print(markdown(COLUMNS, [row]).splitlines()[-1], flush=True)
-            if options.output is not None:
-                options.output.write_text(json.dumps({"title": title, "columns": COLUMNS, "rows": table}))
-    by_keep = sorted(table, key=lambda row: -row[1])
-    show(title, COLUMNS, by_keep, options.output)
-    print(markdown(COLUMNS, by_keep))
-    print(*comparison.as_dict()["notes"], sep="\n")
+        if missing:
+            comparison = eckart.compare(
+                model,
+                tokenizer,
+                methods=missing,
+                keeps=keeps,
+                data=str(file),
+                num_samples=protocol.windows,
+                max_seq_length=protocol.window,
+                batch_size=protocol.at_once,
+                seed=options.seed,
+                target="none",
+                latency=False,
+                device=options.device,
+            )
+            for name, keep, result in comparison:
+                wiki, other = scores.of(result.model)
+                made = comparison.rows[-1]
+                excess = [wiki - dense[0], "-", other - dense[1]]
+                row = [name, keep, *millions(made), math.exp(wiki), *excess, made["seconds"]]
+                table.append(row)
+                print(markdown(COLUMNS, [row]).splitlines()[-1], flush=True)
+                if options.output is not None:
+                    content = {"title": title, "columns": COLUMNS, "dense": dense, "rows": table}
+                    options.output.write_text(json.dumps(content))
+            notes = comparison.as_dict()["notes"]
+    in_order = with_shares(table)
+    show(title, COLUMNS, in_order)
+    print(markdown(COLUMNS, in_order))
+    print(*notes, sep="\n")
+
+
+def read_results(file: Path | None, title: str) -> dict[str, Any]:
+    """What an earlier run of the same protocol has written; empty if there is none."""
+    if file is None or not file.exists():
+        return {}
+    content: dict[str, Any] = json.loads(file.read_text())
+    if content["title"] != title:
+        raise SystemExit(f"{file} holds other results: {content['title']}")
+    return content
+
+
+def with_shares(table: list[list[Any]]) -> list[list[Any]]:
+    """The rows keep by keep, with the share that each excess is of the reference's."""
+    place = COLUMNS.index("excess")
+    reference = {row[1]: row[place] for row in table if row[0] == REFERENCE}
+    names = [row[0] for row in table]
+    rows_of = sorted(table, key=lambda row: (-row[1], names.index(row[0])))
+    return [
+        [*row[: place + 1], f"{row[place] / reference[row[1]]:.3f}" if row[1] in reference else "-", *row[place + 2 :]]
+        for row in rows_of
+    ]
 
 
 if __name__ == "__main__":

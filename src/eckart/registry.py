@@ -25,6 +25,7 @@ METHODS: Registry[Any] = Registry(
         "kfac": "eckart.methods.kfac:METHOD",
         "lems": "eckart.methods.lems:METHOD",
         "aa-svd": "eckart.methods.aa_svd:METHOD",
+        "modegpt": "eckart.methods.modegpt:METHOD",
         "basis-sharing": "eckart.methods.basis_sharing:METHOD",
         "kronecker": "eckart.methods.kronecker:METHOD",
         "kngpt2": "eckart.methods.kronecker:KNGPT2",

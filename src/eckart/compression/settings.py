@@ -104,7 +104,7 @@ class Settings:
         form, allocation = recipe.form or _default_form(method, recipe), recipe.allocation or method.allocation
         method, robust = _with_gradients(method, recipe, allocation)
         rest = ""
-        if form == SLICED or recipe.stock:
+        if form == SLICED or recipe.stock or (method.by_leverage and recipe.form is None):
             form, rest = SLICED, _form_beside_slices(method, recipe)
         notes: tuple[str, ...] = ()
         if method.fixed_form and form != method.form:

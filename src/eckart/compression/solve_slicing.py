@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.compression.settings import Settings
 from eckart.forms.base import copy_into
-from eckart.linalg import Slicing, slice_neurons, slicing_curve_under
+from eckart.linalg import Slicing, slice_by_leverage, slice_neurons, slicing_curve_under
 from eckart.linalg.blocks import blocks
 from eckart.model import Site, SlicedFeatures, dense_weight
 from eckart.model.neurons import NeuronLayer, sliced_layers
@@ -149,7 +149,7 @@ def solve_slicing(
     if moments is not None:
         moments.centered = settings.method.centered and site.has_bias
     problem = settings.method.metric(weight, moments)  # type: ignore[arg-type]
-    solved = slice_neurons(problem, site.name)
+    solved = (slice_by_leverage if settings.method.by_leverage else slice_neurons)(problem, site.name)
     losses = None
     if curve and moments is not None:
         metric = settings.loss_metric

@@ -9,7 +9,7 @@ from eckart.linalg.kronecker import kronecker_curve_under, kronecker_factorize, 
 from eckart.linalg.metric import Metric, weighted_error
 from eckart.linalg.pivot import PivotedFactors, pivoted_factors
 from eckart.linalg.shared_basis import shared_basis
-from eckart.linalg.slice import Slicing, slice_in_order, slice_neurons, slicing_curve_under
+from eckart.linalg.slice import Slicing, slice_by_leverage, slice_in_order, slice_neurons, slicing_curve_under
 from eckart.linalg.solve import Factorization, Problem, curve_under, factorize
 from eckart.linalg.sparse import (
     Split,
@@ -55,6 +55,7 @@ __all__ = [
     "require_finite",
     "rows_above",
     "shared_basis",
+    "slice_by_leverage",
     "slice_in_order",
     "slice_neurons",
     "slicing_curve_under",

@@ -35,6 +35,9 @@ from eckart.linalg.solve import Problem
 STEPS = 128
 """Neurons that are taken before what they change is applied to the matrices as a whole: products instead of sweeps."""
 
+LEVERAGE_RIDGE = 0.01
+"""Of the mean diagonal of C: the ridge of the leverage scores."""
+
 FLOORS = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 """Of the mean diagonal, added to C: the first that makes it invertible. A dead neuron then costs next to nothing."""
 
@@ -141,6 +144,28 @@ def slice_in_order(problem: Problem, order: Tensor, what: str = "weight") -> Sli
         activations = torch.eye(len(activations), dtype=weight.dtype, device=weight.device)
     _, notes = _inverted(activations, what)
     return _in_order(order, weight, activations, left, what, notes, silent=silent)
+
+
+def slice_by_leverage(problem: Problem, what: str = "weight") -> Slicing:
+    """Order the neurons by their ridge leverage scores, and correct those that are kept: a Nystrom approximation.
+
+    The score of neuron i is `[C (C + lambda I)^-1]_ii` (MoDeGPT: Lin et al., ICLR 2025, arXiv 2408.09632), whatever
+    reads it. The correction is that of :func:`slice_neurons`, `W' = W C S (S^T C S)^-1`.
+
+    Args:
+        problem: as there.
+        what: as there.
+    """
+    width = problem.target.shape[1]
+    weight = problem.target.detach().double()
+    activations = _matrix(problem.right, width, weight)
+    require_finite(activations, f"{what}: metric of its neurons")
+    ridge = LEVERAGE_RIDGE * activations.diagonal().mean()
+    left_over = torch.zeros(width, dtype=torch.float64, device=weight.device)  # 1 - score
+    if bool(ridge > 0):
+        activations.diagonal().add_(ridge)
+        left_over = ridge * torch.cholesky_inverse(torch.linalg.cholesky(activations)).diagonal()
+    return slice_in_order(Problem(weight, problem.left, problem.right), left_over.argsort(stable=True), what)
 
 
 def _in_order(

@@ -37,6 +37,8 @@ class Method:
         form: the stored form of the paper.
         smallest_form: the form to take where stored numbers count and speed does not; None for `form`.
         slices: whether feed-forward layers may lose neurons where that is predicted to lose less, and no form is named.
+        by_leverage: whether feed-forward layers lose the neurons of least ridge leverage, where no form is named, and
+            only the other weights are factored.
         allocation: "uniform", "loss", or "paper": what `paper_sizes` says.
         centered: whether means are folded into the bias of sites that have one, and the metric is centered.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
@@ -55,6 +57,7 @@ class Method:
     form: str = "lowrank"
     smallest_form: str | None = None
     slices: bool = False
+    by_leverage: bool = False
     allocation: str = "uniform"
     centered: bool = False
     refit: bool = False

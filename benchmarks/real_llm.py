@@ -9,10 +9,10 @@ on WikiText-2's training text and scored on its test text, and on text of anothe
 `train.txt` and `test.txt`; where there is only a `valid.txt`, the first 70 % of its articles calibrate and the others
 are scored.
 
-What was measured is kept in the file of `--output`: broken off and started again, the benchmark goes on with the methods
-that are missing. Sizes are exact, as the papers state them (`target none`). `excess` is ln(ppl / dense ppl); the column after it is its
-share of that of uniform low-rank `svd-llm` at the same keep. Seconds are those of a method's own steps: statistics are
-gathered once for all rows, and stand below the table.
+What was measured is kept in the file of `--output`: broken off and started again, the benchmark goes on with the
+methods that are missing. Sizes are exact, as the papers state them (`target none`). `excess` is ln(ppl / dense ppl);
+the column after it is its share of that of uniform low-rank `svd-llm` at the same keep. Seconds are those of a method's
+own steps: statistics are gathered once for all rows, and stand below the table.
 """
 
 from __future__ import annotations

@@ -126,6 +126,25 @@ class LayerwiseRunner:
         self._require_called(module, captured, step)
         return captured[module]
 
+    def run_stream(self, step: int, batch: BatchLike) -> Tensor:
+        """Run one step's block on a batch, with gradients where they are enabled; nothing is kept.
+
+        Returns:
+            What the next step works on, (..., n).
+
+        Raises:
+            LayerwiseError: the blocks do not form a chain.
+        """
+        forward = BlockForward(self.chain, self.hidden_states, step, batch, None)
+        flat = self._checked(step, forward.to_block(), forward)
+        stream: Tensor = flat[self.chain.structures[step].stream]
+        return stream
+
+    def kept_stream(self, step: int, batch: BatchLike) -> Tensor:
+        """What :meth:`run_block` has kept of a step for the next one, (..., n), where the model computes."""
+        stream = self.chain.structures[step].stream
+        return self.hidden_states.outputs(step, batch)[str(stream)].to(self.device)
+
     def run_tail(self, batch: BatchLike, gatherer: Gatherer | None = None, *, backward: bool = False) -> Any:
         """Run what comes after the last block; backwards, the model returns a loss, whose gradients are kept.
 

@@ -1,0 +1,178 @@
+"""Train the blocks of the smaller model one after another, and keep that if it is better."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from eckart.calibration import show_steps
+from eckart.calibration.forward_context import forward_context
+from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks, start_runner
+from eckart.compression.assemble import Assembly, set_lean
+from eckart.compression.context import CompressionContext
+from eckart.compression.measure import measure_quality
+from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_values, without_gradients
+from eckart.compression.refit import resume_step
+from eckart.compression.stages import Stages
+from eckart.compression.train_block import BlockTraining
+from eckart.data import CalibrationData
+from eckart.errors import ModelError, NumericalError, OtherProcessError, UsageError
+from eckart.evaluation.quality import distance_to_original
+from eckart.model import ComputePlacement, WeightLoader, shared_clone
+
+STAGE = "refined"
+"""The stage of a run under which the parameters of refined blocks are stored."""
+
+LEFT_OUT = "the refinement was left out"
+
+
+def check_can_refine(context: CompressionContext) -> None:
+    """Refuse a refinement that cannot be, before the long work.
+
+    Raises:
+        UsageError: there is too little text to hold some of it out, the model cannot be run block by block, or its
+            layers are one and the same block.
+    """
+    data = context.data
+    if data is None or TrainingText.of(data.batches, context.workspace.processes) is None:
+        raise UsageError(
+            "--refine: there is too little text to train blocks on a part of it and stop by the rest. Give more: "
+            "--num-samples, --data."
+        )
+    try:
+        runner = _start_runner(context, context.model, context.weights, data, "trial")
+    except LayerwiseError as error:
+        raise UsageError(
+            f"--refine: {type(context.model).__name__} cannot be run block by block ({error}). Leave --refine out, and "
+            "train the result as a whole instead: eckart tune DIR --recovery distil"
+        ) from error
+    if all(count > 1 for count in Counter(runner.schedule.steps).values()):
+        raise UsageError(
+            f"--refine: the layers of {type(context.model).__name__} are one and the same block, which cannot be "
+            "trained for each of them. Leave --refine out, and train the result as a whole instead: eckart tune DIR "
+            "--recovery distil"
+        )
+
+
+def refine_if_better(
+    context: CompressionContext,
+    seed: int,
+    compressed: PreTrainedModel,
+    assembly: Assembly,
+    measured: dict[str, Any] | None,
+    stages: Stages,
+) -> tuple[PreTrainedModel, dict[str, Any] | None, list[str]]:
+    """Train a copy of the model block by block, and return it unless held-out text says that it was better before.
+
+    Args:
+        context: the original and the data.
+        seed: of the order of the text.
+        compressed: the smaller model; it is not changed.
+        assembly: shares what is stored.
+        measured: its quality on held-out text, where it was measured.
+        stages: is told what the training brought.
+
+    Returns:
+        The better of the two models, its measured quality where it was measured, and notes.
+    """
+    try:
+        with context.timer.step("refinement"):
+            refined, notes = refine_model(context, seed, compressed, assembly)
+        set_lean(refined, context.workspace.streaming)
+        if refined is compressed or context.held_out is None:
+            return refined, measured, notes
+        with context.timer.step("measuring"):
+            before = measured or measure_quality(context, compressed)
+            after = measure_quality(context, refined) if before else {}
+    except (NumericalError, OtherProcessError) as error:  # all processes take the same way
+        return compressed, measured, [f"{LEFT_OUT}: {error}"]
+    if not before:
+        return refined, None, notes
+    near, far = distance_to_original(before), distance_to_original(after)
+    better = far <= near
+    stages.add("before it", near, kept=True)
+    stages.add("refinement", far, kept=better)
+    if better:
+        return refined, after, notes
+    notes.append(f"{LEFT_OUT}: held-out distance to the original {near:.4g} before it, {far:.4g} after")
+    return compressed, before, notes
+
+
+def refine_model(
+    context: CompressionContext, seed: int, compressed: PreTrainedModel, assembly: Assembly
+) -> tuple[PreTrainedModel, list[str]]:
+    """Make a copy of the compressed model in which every block is trained, one after another.
+
+    A block that an interrupted run has finished is read from the store.
+
+    Returns:
+        The copy, or `compressed` itself where it cannot be run block by block; and notes.
+    """
+    store, processes, data = context.workspace.store, context.workspace.processes, context.data
+    assert data is not None
+    text = TrainingText.of(data.batches, processes)
+    assert text is not None
+    refined = shared_clone(compressed)
+    own = CalibrationData(text.batches)
+    with without_gradients(refined):
+        loader = WeightLoader(refined, ComputePlacement(context.weights.device, torch.float32))
+        try:
+            before = _start_runner(context, context.model, context.weights, own, "original")
+            now = _start_runner(context, refined, loader, own, "refined")
+        except LayerwiseError as error:
+            why = f"{type(refined).__name__} cannot be run block by block ({error})"
+            return compressed, [f"{LEFT_OUT}: {why}"]
+        work = BlockRefinement(before, now, text, BlockTraining(seed=seed), processes)
+        done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
+        steps = range(now.schedule.tail)
+        notes: list[str] = []
+        for step in steps:
+            if str(step) in done:
+                assembly.share_entry(STAGE, str(step))
+                _install(refined, assembly, now, step)
+        first = next((step for step in steps if str(step) not in done), len(steps))
+        start = resume_step(first, before, now, processes) if 0 < first < len(steps) else first
+        try:
+            for step in show_steps(range(start, len(steps)), "refining"):
+                work.follow(step)
+                if str(step) not in done:
+                    found = work.train(step)
+                    values, fit = found if found is not None else ({}, None)
+                    # Killed between the two writes, another process may be one entry ahead of the first.
+                    if processes.main or (str(step) not in store.entries(STAGE)):
+                        store.write(STAGE, str(step), values, {"fit": vars(fit) if fit is not None else None})
+                    _install(refined, assembly, now, step)
+                if step + 1 < len(steps):
+                    work.advance(step)
+        except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
+            why = f"{type(refined).__name__} cannot be run block by block ({error})"
+            if processes.size > 1:  # the others go on running blocks
+                raise ModelError(f"{why}. Leave --refine out.") from error
+            refined, notes = compressed, [f"{LEFT_OUT}: {why}"]
+        before.drop_all()
+        now.drop_all()
+    return refined, notes
+
+
+def _start_runner(
+    context: CompressionContext, model: PreTrainedModel, weights: WeightLoader, data: CalibrationData, name: str
+) -> LayerwiseRunner:
+    assert context.data is not None
+    return start_runner(
+        model,
+        context.names,
+        data.batches,
+        context.data.batches[0].rows(0, 1),
+        context.workspace.hidden_state_cache(),
+        context=forward_context(model, weights, all_blocks(model)),
+        device=weights.device,
+        name=name,
+    )
+
+
+def _install(refined: PreTrainedModel, assembly: Assembly, now: LayerwiseRunner, step: int) -> None:
+    """Put the stored parameters of a step in place."""
+    put_values(refined, now.schedule.steps[step], assembly.workspace.store.read(STAGE, str(step))[0])

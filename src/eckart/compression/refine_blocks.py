@@ -1,0 +1,230 @@
+"""Train a smaller model block by block beside its original.
+
+Both run side by side, as in the refit: the original says what a block should put out, the smaller model what the block
+reads after all blocks before it have been trained.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from eckart.calibration.grow_batches import grow_batches
+from eckart.calibration.layerwise import LayerwiseRunner
+from eckart.compression.train_block import BlockFit, BlockTraining, train_block
+from eckart.data import Batch
+from eckart.distributed import Processes
+from eckart.errors import NumericalError
+from eckart.forms import Factored
+from eckart.moments import real_tokens
+
+STEP_TOKENS = 1024
+"""Tokens of a step of the training, padding counted."""
+
+HELD_OUT = 8
+"""One of so many steps is not trained on."""
+
+Examples = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The rows that a process runs, and which of them are a step.
+
+    Attributes:
+        batches: this process's rows of every step.
+        steps: examples of all processes in each step that is trained on.
+        held: the same, of those that are not.
+    """
+
+    batches: list[Batch]
+    steps: tuple[Examples, ...]
+    held: tuple[Examples, ...]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], processes: Processes, tokens: int = STEP_TOKENS) -> TrainingText | None:
+        """Cut batches into steps of so many tokens, and divide the rows of each among the processes.
+
+        Returns:
+            None where there are fewer than two steps: none could be held out.
+        """
+        steps = [part for batch in grow_batches(batches, tokens) for part in _cut(batch, tokens)]
+        if len(steps) < 2:
+            return None
+        held = range(HELD_OUT // 2, len(steps), HELD_OUT) if len(steps) > HELD_OUT // 2 else [len(steps) - 1]
+        chosen = {step.examples for step in (steps[i] for i in held)}
+        own = []
+        for step in steps:
+            start, stop = (len(step) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
+            own += [step.rows(start, stop)] if stop > start else []
+        examples = [step.examples for step in steps]
+        return cls(own, tuple(e for e in examples if e not in chosen), tuple(e for e in examples if e in chosen))
+
+
+def _cut(batch: Batch, tokens: int) -> list[Batch]:
+    """Pieces of a batch of so many tokens at most, but of one row at least."""
+    length = sum(mask.numel() for mask in batch.masks().values()) // max(1, len(batch))
+    rows = max(1, tokens // length) if length else len(batch)
+    return [batch.rows(i, min(i + rows, len(batch))) for i in range(0, len(batch), rows)]
+
+
+@dataclass(frozen=True)
+class BlockRefinement:
+    """Trains one block after another.
+
+    Attributes:
+        before: runs the original on the text's batches.
+        now: runs the smaller model in float32 on the same.
+        text: its batches, cut into steps.
+        training: how.
+        processes: share the rows.
+    """
+
+    before: LayerwiseRunner
+    now: LayerwiseRunner
+    text: TrainingText
+    training: BlockTraining = field(default_factory=BlockTraining)
+    processes: Processes = field(default_factory=Processes)
+
+    def train(self, step: int) -> tuple[dict[str, Tensor], BlockFit] | None:
+        """Train the block of a step; both models have finished the step before it, and the original this one.
+
+        The model stays as it is.
+
+        Returns:
+            Name in the block -> new value in the stored type, of all parameters that are trained, and how near the
+            block is with them. None where there is nothing to train, or it is no nearer.
+        """
+        name = self.now.schedule.steps[step]
+        block = self.now.model.get_submodule(name)
+        types = {key: p.dtype for key, p in block.named_parameters()}
+        frozen = shared_outside(self.now.model, name) if self._runs_once(step) else set(types)
+        training = replace(self.training, seed=self.training.seed + step)
+        with self.now.resident(step), training_copies(block, frozen) as copies:
+            if not copies:
+                return None
+            steps = [self._batches([examples]) for examples in self.text.steps]
+            held = self._batches(self.text.held)
+
+            def error(batch: Batch) -> tuple[Tensor, Tensor]:
+                return self._error(step, batch)
+
+            with torch.enable_grad():
+                fit = train_block(list(copies.values()), steps, held, error, training, self.processes)
+            if not fit.epoch:
+                return None
+            values = {key: _rounded(f"{name}.{key}", p, types[key]) for key, p in copies.items()}
+        return values, fit
+
+    def advance(self, step: int) -> None:
+        """Bring the smaller model to the end of a step too, and drop what no later step reads."""
+        self.now.advance(step)
+        self.before.drop_stream(step - 1)
+
+    def follow(self, step: int) -> None:
+        """Bring the original to the end of a step; what the step before has put out is kept till both are."""
+        with self.before.resident(step):
+            for batch in self.before.batches:
+                self.before.run_block(step, batch)
+
+    def _runs_once(self, step: int) -> bool:
+        return Counter(self.now.schedule.steps)[self.now.schedule.steps[step]] == 1
+
+    def _batches(self, steps: Sequence[Examples]) -> list[Batch]:
+        wanted = [set(examples) for examples in steps]
+        return [batch for batch in self.now.batches if any(set(batch.examples) <= examples for examples in wanted)]
+
+    def _error(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
+        target = real_tokens(self.before.kept_stream(step, batch), batch).float()
+        found = real_tokens(self.now.run_stream(step, batch), batch).float()
+        return (found - target).square().sum(), target.square().sum()
+
+
+def shared_outside(model: nn.Module, block: str) -> set[str]:
+    """Names in a block of the parameters that other modules hold too."""
+    places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    module = model.get_submodule(block)
+    inside = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+    return {name for name, p in module.named_parameters() if places[id(p)] > inside[id(p)]}
+
+
+@contextmanager
+def without_gradients(model: nn.Module) -> Iterator[None]:
+    """No parameter of a model requires gradients meanwhile; afterwards those do that did, by their names."""
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            if before.get(name, False):
+                p.requires_grad_(True)
+
+
+@contextmanager
+def training_copies(block: nn.Module, frozen: Collection[str]) -> Iterator[dict[str, nn.Parameter]]:
+    """Copies in float32 of a block's floating-point parameters, which stand in their places meanwhile.
+
+    Args:
+        block: the module; where its parameters are shared inside it, so are the copies.
+        frozen: names that stay as they are.
+
+    Yields:
+        Name -> copy.
+    """
+    names = {id(p): name for name, p in block.named_parameters() if name not in frozen and p.is_floating_point()}
+    places = [
+        (module._parameters, key, p)
+        for module in block.modules()
+        for key, p in module._parameters.items()
+        if id(p) in names and p is not None
+    ]
+    copies: dict[str, nn.Parameter] = {}
+    for table, key, p in places:
+        name = names[id(p)]
+        if name not in copies:
+            copies[name] = nn.Parameter(p.detach().to(torch.float32, copy=True))
+        table[key] = copies[name]
+    try:
+        yield copies
+    finally:
+        for table, key, p in places:
+            table[key] = p
+
+
+def put_values(model: nn.Module, block: str, values: Mapping[str, Tensor]) -> None:
+    """Give parameters of a block other values, in new parameters: clones that share the old ones keep theirs.
+
+    Args:
+        model: holds the block; its weights are where they are stored.
+        block: name.
+        values: name in the block -> value.
+    """
+    module = model.get_submodule(block)
+    names = {id(p): name for name, p in module.named_parameters() if name in values}
+    new = {
+        name: nn.Parameter(values[name], requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
+        if name in values
+    }
+    for part in module.modules():
+        for key, p in part._parameters.items():
+            if p is not None and id(p) in names:
+                part._parameters[key] = new[names[id(p)]]
+        if isinstance(part, Factored):
+            part.refresh()
+
+
+def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    value = parameter.detach().to(dtype)
+    if not bool(value.isfinite().all()):
+        raise NumericalError(
+            f"{name}: a value of magnitude {float(parameter.abs().amax()):.3g} does not fit {dtype}; store in bfloat16 "
+            "or float32 with --dtype."
+        )
+    return value

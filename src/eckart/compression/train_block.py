@@ -1,0 +1,142 @@
+"""Train the parameters of one block until its outputs are nearest to what they should be.
+
+    min  sum_t || f(x~_t) - f_0(x_t) ||^2
+
+over all parameters of the block f: f_0 is the original block, x_t what it reads in the original, and x~_t what the
+blocks before it give it, which are smaller already. This is the block refinement of AA-SVD (arXiv 2604.02119), with its
+AdamW, warm-up and cosine. What had to be tuned there follows from the block: each parameter's learning rate is a part
+of its own root mean square, and the epoch with the least error on text that is not trained on is kept, which may be
+the one before the first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from eckart.distributed import Processes
+
+T = TypeVar("T")
+
+SquaredError = Callable[[T], tuple[Tensor, Tensor]]
+"""Of a batch: the sum of squared errors, and that of the squares of what should come out."""
+
+
+@dataclass(frozen=True)
+class BlockTraining:
+    """How a block is trained.
+
+    Attributes:
+        epochs: passes over the text.
+        rate: largest learning rate, as a part of the root mean square of each parameter.
+        warmup: part of the steps in which the rate rises.
+        last: part of the largest rate that it falls to.
+        least: root mean square that each parameter is taken to have at least: zeros must be able to move.
+        betas: of AdamW.
+        seed: of the order of the batches.
+    """
+
+    epochs: int = 10
+    rate: float = 0.01
+    warmup: float = 0.1
+    last: float = 0.1
+    least: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """Squared error of a block's output relative to its squares, on text that is not trained on.
+
+    Attributes:
+        before: the training.
+        after: it.
+        epoch: the one that was kept, from 1; 0 for the block as it was.
+    """
+
+    before: float
+    after: float
+    epoch: int
+
+
+def train_block(
+    parameters: Sequence[nn.Parameter],
+    steps: Sequence[Sequence[T]],
+    held: Sequence[T],
+    error: SquaredError[T],
+    training: BlockTraining,
+    processes: Processes,
+) -> BlockFit:
+    """Train parameters in place; afterwards they are those of the best epoch.
+
+    Args:
+        parameters: of the block, in float32.
+        steps: the batches of every step of an epoch. Each process has its own rows of each step, or none: the gradient
+            is that of all rows.
+        held: batches that are not trained on.
+        error: runs the block on a batch.
+        training: how.
+        processes: share the rows.
+    """
+    rates = [training.rate * max(float(p.detach().square().mean().sqrt()), training.least) for p in parameters]
+    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], betas=training.betas, weight_decay=0.0)
+    order = torch.Generator().manual_seed(training.seed)
+    best, power = _measure(held, error, processes)
+    before, epoch, kept = best, 0, [p.detach().clone() for p in parameters]
+    for number in range(training.epochs):
+        for place, i in enumerate(torch.randperm(len(steps), generator=order).tolist()):
+            for batch in steps[i]:
+                (error(batch)[0] / max(power, torch.finfo(torch.float32).tiny)).backward()  # type: ignore[no-untyped-call]
+            _add_gradients(parameters, processes)
+            part = _part_of_rate(number * len(steps) + place, training.epochs * len(steps), training)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * part
+            optimizer.step()
+            optimizer.zero_grad()
+        now, _ = _measure(held, error, processes)
+        if now < best:  # of numbers that are not finite neither
+            best, epoch, kept = now, number + 1, [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        for parameter, value in zip(parameters, kept, strict=True):
+            parameter.copy_(value)
+    return BlockFit(before / power if power else 0.0, best / power if power else 0.0, epoch)
+
+
+def _measure(held: Sequence[T], error: SquaredError[T], processes: Processes) -> tuple[float, float]:
+    """Sum of squared errors and of squares, over all processes."""
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad():
+        for batch in held:
+            sums += torch.stack(error(batch)).double().cpu()
+    processes.all_reduce({"sums": sums})
+    wrong, power = sums.tolist()
+    return wrong, power
+
+
+def _add_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> None:
+    """Let every process have the gradients of all."""
+    if processes.size == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    processes.all_reduce({"gradients": flat})
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
+
+
+def _part_of_rate(step: int, steps: int, training: BlockTraining) -> float:
+    """The learning rate of a step, from 0, as a part of the largest: a line up, then half a cosine down."""
+    rising = max(1, round(training.warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    way = (step - rising) / max(1, steps - rising)
+    return training.last + (1 - training.last) * (1 + math.cos(math.pi * way)) / 2

@@ -15,6 +15,7 @@ from eckart.compression.options import combine_options
 from eckart.compression.pipeline import build_model, make_factors
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
+from eckart.compression.refine import plan_refinement
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_dense
 from eckart.compression.settings import Settings
@@ -26,7 +27,7 @@ from eckart.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)
 
-OWN_STEPS = ("factorization", "curves", "replacement", "refit", "quantization")
+OWN_STEPS = ("factorization", "curves", "replacement", "refit", "refinement", "quantization")
 """Steps that each method takes by itself; their seconds stand in its row."""
 
 MEASURING = ("measuring", "latency")
@@ -159,6 +160,8 @@ def compare(
             model, tokenizer, data, recipe, rows, source_folder=source_folder, report_progress=report_progress
         )
         context = prepare(run, data, rows, keeps)
+        if recipe.refine:
+            report_progress(plan_refinement(context))
 
     def results() -> Iterator[tuple[str, float, Result]]:
         with keep_unchanged(model):

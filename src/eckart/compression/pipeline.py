@@ -1,7 +1,7 @@
 """The order of a compression. Each step is one call, documented in the file of its name beside this one.
 
 recipe -> model -> sites -> data -> (statistics -> factors), window by window -> plan -> forms in place -> embeddings
--> refit -> rounding -> quality -> report -> published folder
+-> refit -> refinement -> rounding -> quality -> report -> published folder
 
 A site is a weight that can be factored; a window is a group of sites whose statistics are in memory at the same time.
 What users choose by name is one file each: methods in `eckart.methods`, forms in `eckart.forms`, statistics in
@@ -34,11 +34,13 @@ from eckart.compression.options import combine_options, dtype_of
 from eckart.compression.plan_builder import Solved, stored_choices
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
+from eckart.compression.refine import plan_refinement, refine_if_better
 from eckart.compression.refit import refit_if_better
 from eckart.compression.report_builder import build_report, describe_dense_sites
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_compressed
 from eckart.compression.settings import Settings
+from eckart.compression.stages import Stages
 from eckart.compression.workspace import Workspace
 from eckart.config import refuse_fallbacks
 from eckart.evaluation.sizes import count_sizes
@@ -113,8 +115,10 @@ def compress(
         # 3. Its sites, the calibration data, and the way to the statistics. (`compare` passes several settings.)
         context = prepare(run, data, [settings], [recipe.keep])
         settings = context.adapt_settings(settings)
+        if recipe.refine:
+            report_progress(plan_refinement(context))
 
-        # 4. The factors of every site; 5. to 11. the smaller model made of them; 12. the published folder.
+        # 4. The factors of every site; 5. to 12. the smaller model made of them; 13. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
         factors = make_factors(context, settings, run.recipe, largest)
         refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
@@ -178,21 +182,28 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     notes += embedded.notes
 
     # 8. The refit, kept if held-out text says that it is better.
-    measured = None
+    measured, stages = None, Stages()
     if settings.refit and context.data is not None:
         compressed, measured, refit_notes = refit_if_better(
-            context, settings, recipe, plan, compressed, assembly, factors
+            context, settings, recipe, plan, compressed, assembly, factors, stages
         )
         notes += refit_notes
 
-    # 9. Weights in few bits, where they were asked for.
+    # 9. The blocks trained one after another, where that was asked for and is better.
+    if recipe.refine:
+        compressed, measured, refine_notes = refine_if_better(
+            context, recipe.seed, compressed, assembly, measured, stages
+        )
+        notes += refine_notes
+
+    # 10. Weights in few bits, where they were asked for.
     rounding = None
     if recipe.quantize is not None:
         with timer.step("quantization"):
             measured, rounding, rounding_notes = round_compressed(context, compressed, recipe.quantize, measured)
         notes += rounding_notes
 
-    # 10. The description of what is stored, and the quality on held-out text.
+    # 11. The description of what is stored, and the quality on held-out text.
     plan = replace(plan, choices=stored_choices(compressed, sites, plan))
     after = count_sizes(compressed, context.names)  # before experts are fused again
     if recipe.stock:
@@ -205,7 +216,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
             measured = measure_quality(context, compressed) or None
     notes += [context.unmeasured] if context.unmeasured is not None else []
 
-    # 11. The report; the result has tensors of its own, and may use working memory.
+    # 12. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)
     with timer.step("latency", noted=bool(recipe.latency)):
         latency = time_models(context, compressed) if recipe.latency else None
@@ -213,6 +224,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     embedded.add_to(report)
     report |= {"latency": latency} if latency is not None else {}
     report |= {"quantization": rounding} if rounding is not None else {}
+    if stages.found:
+        report["stages"] = stages.found
     if choice.found:
         report["found"] = choice.found
     if choice.curves:

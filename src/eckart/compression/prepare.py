@@ -75,7 +75,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
     needs = _all_needs(rows, recipe)
     fallback = _all_needs([settings.without_gradients() for settings in rows], recipe)
     data = data if data is not None else recipe.data
-    if not needs and data is None:
+    if not needs and data is None and not recipe.refine:
         return context
     with context.timer.step("data"):
         context.data, context.held_out = _load(context, data, recipe)

@@ -55,6 +55,11 @@ class Recipe(RecipeBase):
         description="Fit every factored weight again on the inputs that the compressed model gives it. "
         "Default: the method's.",
     )
+    refine: bool = Field(
+        False,
+        description="Then train the blocks of the smaller model one after another to put out what the original's do. "
+        "Takes up to ten times as long as gathering the statistics.",
+    )
     calibrate_curves: bool | None = Field(
         None,
         description="Scale the predicted losses by what cutting each weight alone does to the output of the whole "

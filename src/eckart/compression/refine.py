@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,18 +27,27 @@ from eckart.model import ComputePlacement, WeightLoader, shared_clone
 STAGE = "refined"
 """The stage of a run under which the parameters of refined blocks are stored."""
 
+TRAINING = BlockTraining()
+
+COST = 5.0
+"""How much longer a refinement takes than gathering the statistics, about."""
+
 LEFT_OUT = "the refinement was left out"
 
 
-def check_can_refine(context: CompressionContext) -> None:
-    """Refuse a refinement that cannot be, before the long work.
+def plan_refinement(context: CompressionContext) -> str:
+    """Say what a refinement will take, or refuse one that cannot be, before the long work.
+
+    Returns:
+        A line for people.
 
     Raises:
         UsageError: there is too little text to hold some of it out, the model cannot be run block by block, or its
             layers are one and the same block.
     """
     data = context.data
-    if data is None or TrainingText.of(data.batches, context.workspace.processes) is None:
+    text = None if data is None else TrainingText.of(data.batches, context.workspace.processes)
+    if data is None or text is None:
         raise UsageError(
             "--refine: there is too little text to train blocks on a part of it and stop by the rest. Give more: "
             "--num-samples, --data."
@@ -55,6 +65,10 @@ def check_can_refine(context: CompressionContext) -> None:
             "trained for each of them. Leave --refine out, and train the result as a whole instead: eckart tune DIR "
             "--recovery distil"
         )
+    return (
+        f"refinement: {len(runner.schedule.steps)} blocks, {TRAINING.epochs} times {len(text.steps)} steps each, about "
+        f"{COST:g} times as long as the statistics"
+    )
 
 
 def refine_if_better(
@@ -93,7 +107,8 @@ def refine_if_better(
         return refined, None, notes
     near, far = distance_to_original(before), distance_to_original(after)
     better = far <= near
-    stages.add("before it", near, kept=True)
+    if not stages.found:
+        stages.add("factors", near, kept=True)
     stages.add("refinement", far, kept=better)
     if better:
         return refined, after, notes
@@ -125,7 +140,7 @@ def refine_model(
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
-        work = BlockRefinement(before, now, text, BlockTraining(seed=seed), processes)
+        work = BlockRefinement(before, now, text, replace(TRAINING, seed=seed), processes)
         done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
         steps = range(now.schedule.tail)
         notes: list[str] = []

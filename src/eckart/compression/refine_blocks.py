@@ -24,7 +24,10 @@ from eckart.forms import Factored
 from eckart.moments import real_tokens
 
 STEP_TOKENS = 1024
-"""Tokens of a step of the training, padding counted."""
+"""Tokens of a step of the training at most, padding counted, unless one row has more."""
+
+LEAST_STEPS = 16
+"""Steps that the text is cut into at least, as far as it has so many rows."""
 
 HELD_OUT = 8
 """One of so many steps is not trained on."""
@@ -47,12 +50,13 @@ class TrainingText:
     held: tuple[Examples, ...]
 
     @classmethod
-    def of(cls, batches: Sequence[Batch], processes: Processes, tokens: int = STEP_TOKENS) -> TrainingText | None:
-        """Cut batches into steps of so many tokens, and divide the rows of each among the processes.
+    def of(cls, batches: Sequence[Batch], processes: Processes) -> TrainingText | None:
+        """Cut batches into steps, and divide the rows of each among the processes.
 
         Returns:
             None where there are fewer than two steps: none could be held out.
         """
+        tokens = min(STEP_TOKENS, sum(_tokens(batch) for batch in batches) // LEAST_STEPS)
         steps = [part for batch in grow_batches(batches, tokens) for part in _cut(batch, tokens)]
         if len(steps) < 2:
             return None
@@ -68,9 +72,13 @@ class TrainingText:
 
 def _cut(batch: Batch, tokens: int) -> list[Batch]:
     """Pieces of a batch of so many tokens at most, but of one row at least."""
-    length = sum(mask.numel() for mask in batch.masks().values()) // max(1, len(batch))
+    length = _tokens(batch) // max(1, len(batch))
     rows = max(1, tokens // length) if length else len(batch)
     return [batch.rows(i, min(i + rows, len(batch))) for i in range(0, len(batch), rows)]
+
+
+def _tokens(batch: Batch) -> int:
+    return sum(mask.numel() for mask in batch.masks().values())
 
 
 @dataclass(frozen=True)

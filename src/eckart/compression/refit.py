@@ -21,6 +21,7 @@ from eckart.compression.measure import measure_quality
 from eckart.compression.recipe import Recipe
 from eckart.compression.refit_groups import GroupRefit, refittable, share_bases
 from eckart.compression.settings import SLICED, Settings
+from eckart.compression.stages import Stages
 from eckart.distributed import OtherProcessError, Processes
 from eckart.distributed.memory import free_memory
 from eckart.errors import ModelError, NumericalError
@@ -44,6 +45,7 @@ def refit_if_better(
     compressed: PreTrainedModel,
     assembly: Assembly,
     factors: FactorStore,
+    stages: Stages,
 ) -> tuple[PreTrainedModel, dict[str, Any] | None, list[str]]:
     """Refit a copy of the model, and return it unless held-out text says that it was better before.
 
@@ -70,8 +72,10 @@ def refit_if_better(
                 after = measure_quality(context, fitted)
                 fitted, after, more = _keep_slices_if_better(context, plan, compressed, fitted, after)
             found += more
-            if distance_to_original(after) > distance_to_original(before):
-                near, far = distance_to_original(before), distance_to_original(after)
+            near, far = distance_to_original(before), distance_to_original(after)
+            stages.add("factors", near, kept=True)
+            stages.add("refit", far, kept=far <= near)
+            if far > near:
                 found = [f"held-out distance to the original {near:.4g} before it, {far:.4g} after"]
                 fitted = compressed
             else:
@@ -178,7 +182,7 @@ def refit_blocks(
         assembly.share_entry(STAGE, str(step))
         notes += _install(fitted, assembly, plan, step)
     first = next((step for step in sorted(steps) if str(step) not in done), last + 1)
-    start = _resume_step(first, before, now, processes) if 0 < first <= last else first
+    start = resume_step(first, before, now, processes) if 0 < first <= last else first
     try:
         for step in show_steps(range(start, last + 1), "refitting"):
             if step in steps and str(step) not in done:
@@ -238,7 +242,7 @@ def _spare(context: CompressionContext) -> int:
     return free if cache is None or device.type == "cuda" else min(free, max(0, cache.memory - cache.in_memory))
 
 
-def _resume_step(first: int, before: LayerwiseRunner, now: LayerwiseRunner, processes: Processes) -> int:
+def resume_step(first: int, before: LayerwiseRunner, now: LayerwiseRunner, processes: Processes) -> int:
     """The last step up to `first` whose hidden states are kept for both models in all processes."""
     kept = [float(before.can_resume_after(step) and now.can_resume_after(step)) for step in range(first)]
     found = {"kept": torch.tensor(kept)}

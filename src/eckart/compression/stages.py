@@ -17,6 +17,11 @@ class Stages:
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, stage: str, distance: float, *, kept: bool) -> None:
-        """Note a stage, unless its model was measured before."""
-        if stage not in [row["stage"] for row in self.found]:
-            self.found.append({"stage": stage, "distance": distance, "kept": kept})
+        """Note a stage.
+
+        Args:
+            stage: "factors", "refit" or "refinement".
+            distance: to the original, after it.
+            kept: whether that is the model that is gone on with.
+        """
+        self.found.append({"stage": stage, "distance": distance, "kept": kept})

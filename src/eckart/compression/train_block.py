@@ -92,7 +92,7 @@ def train_block(
     for number in range(training.epochs):
         for place, i in enumerate(torch.randperm(len(steps), generator=order).tolist()):
             for batch in steps[i]:
-                (error(batch)[0] / max(power, torch.finfo(torch.float32).tiny)).backward()  # type: ignore[no-untyped-call]
+                (error(batch)[0] / max(power, torch.finfo(torch.float32).tiny)).backward()
             _add_gradients(parameters, processes)
             part = _part_of_rate(number * len(steps) + place, training.epochs * len(steps), training)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):

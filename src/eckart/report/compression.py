@@ -29,7 +29,7 @@ def render_compression(report: Mapping[str, Any]) -> Group:
     """What was asked, the weights by kind and the whole model before and after, quality, notes, time."""
     first, *others = _asked(report)
     parts: list[Any] = [Text(first, style="bold"), *map(Text, others), Text(), _sites(report), Text()]
-    parts += [Text(line) for line in (*_quality(report), *_rounding(report))]
+    parts += [Text(line) for line in (*_quality(report), *_stages(report), *_rounding(report))]
     if report.get("latency"):
         parts.append(Text(_latency(report["latency"])))
     parts += _notes(report["notes"])
@@ -178,6 +178,16 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
     if "embedding" in quality:
         lines.append(f"against the original, {on}: 1 - cosine {quality['embedding']['cosine_distance']:.4f}")
     return lines
+
+
+def _stages(report: Mapping[str, Any]) -> list[str]:
+    """What each stage brought, as held-out text says."""
+    found = report.get("stages", ())
+    if not found:
+        return []
+    what = "KL" if "agreement" in (report["quality"] or {}) else "1 - cosine"
+    steps = [f"{row['stage']} {row['distance']:.4f}{'' if row['kept'] else ' (not kept)'}" for row in found]
+    return [f"after each stage, {what}: {', '.join(steps)}"]
 
 
 def _rounding(report: Mapping[str, Any]) -> list[str]:

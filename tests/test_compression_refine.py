@@ -1,0 +1,275 @@
+"""Blocks trained one after another beside the original's: what is trained, on what, and which model is kept."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME
+from tiny import DEMO, llama
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+import eckart
+from eckart.calibration.layerwise import LayerwiseRunner, trace_blocks
+from eckart.compression import refine
+from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_values, without_gradients
+from eckart.compression.train_block import BlockTraining, train_block
+from eckart.data import Batch
+from eckart.data.inference import evaluating, forward
+from eckart.distributed import Processes
+from eckart.errors import UsageError
+from eckart.storage.cache import Cache
+
+# -- one block, as tensors -----------------------------------------------------------------------------------
+
+
+def problem() -> tuple[nn.Parameter, list[Tensor], Any]:
+    """Inputs of a linear map that is to become the identity, and its error."""
+    random = torch.Generator().manual_seed(0)
+    batches = [torch.randn(16, 4, generator=random) for _ in range(6)]
+    weight = nn.Parameter(torch.eye(4) + 0.1 * torch.randn(4, 4, generator=random))
+
+    def error(x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x @ weight - x).square().sum(), x.square().sum()
+
+    return weight, batches, error
+
+
+def train(weight: nn.Parameter, batches: list[Tensor], error: Any, **how: Any) -> Any:
+    return train_block([weight], [[b] for b in batches[1:]], batches[:1], error, BlockTraining(**how), Processes())
+
+
+def test_training_brings_a_block_nearer_and_says_how_near_it_is():
+    weight, batches, error = problem()
+    with torch.no_grad():
+        wrong, power = error(batches[0])
+    fit = train(weight, batches, error, epochs=20)
+    assert fit.before == pytest.approx(float(wrong / power), rel=1e-5)
+    with torch.no_grad():
+        wrong, power = error(batches[0])
+    assert fit.after == pytest.approx(float(wrong / power), rel=1e-5)
+    assert fit.after < fit.before / 10
+
+
+def test_the_epoch_with_the_least_error_on_held_out_text_is_kept():
+    _, batches, _ = problem()
+    weight = nn.Parameter(torch.eye(4))
+    held = batches[:1]
+
+    def lying(x: Tensor) -> tuple[Tensor, Tensor]:
+        """On what is trained on, another map is right."""
+        sign = -1 if x is held[0] else 1
+        return (x @ weight + sign * x).square().sum(), x.square().sum()
+
+    fit = train_block([weight], [[b] for b in batches[1:]], held, lying, BlockTraining(epochs=3), Processes())
+    assert fit.epoch == 0
+    assert fit.after == fit.before
+    assert torch.equal(weight, torch.eye(4))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_the_learning_rate_follows_the_size_of_a_parameter(scale: float):
+    weight, batches, error = problem()
+    fit = train(weight, batches, error, epochs=3)
+    other, _, _ = problem()
+    with torch.no_grad():
+        other.mul_(scale)
+
+    def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+        return ((x @ other) / scale - x).square().sum(), x.square().sum()
+
+    again = train(other, batches, scaled, epochs=3, least=0.0)
+    assert again.after == pytest.approx(fit.after, rel=1e-2)
+
+
+def test_a_parameter_of_zeros_moves():
+    bias = nn.Parameter(torch.zeros(4))
+
+    def error(x: Tensor) -> tuple[Tensor, Tensor]:
+        return (bias - 0.001).expand_as(x).square().sum(), x.square().sum()
+
+    fit = train(bias, problem()[1], error, epochs=20, rate=0.1)
+    assert fit.after < fit.before / 10
+
+
+# -- the blocks of a model -----------------------------------------------------------------------------------
+
+
+class Pair:
+    """A model, a changed copy of it, and a refinement of the copy."""
+
+    def __init__(self, name: str = "llama", dtype: torch.dtype = torch.float32) -> None:
+        kind = BY_NAME[name]
+        self.model, self.changed = kind.model(), kind.model()
+        random = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for p in self.changed.parameters():
+                p.add_(0.1 * p.square().mean().sqrt() * torch.randn(p.shape, generator=random))
+        batches = [Batch(b, tuple(range(8 * i, 8 * i + 8))) for i, b in enumerate(kind.batches(8, 4))]
+        text = TrainingText.of(batches, Processes())
+        assert text is not None
+        self.text = text
+        self.store = Cache(sys.maxsize, None)
+        before, now = (self.runner(model, name) for model, name in ((self.model, "before"), (self.changed, "now")))
+        self.work = BlockRefinement(before, now, text, BlockTraining(epochs=3))
+
+    def runner(self, model: Any, name: str) -> LayerwiseRunner:
+        def run(batch: Batch) -> Any:
+            return forward(model, batch.inputs)
+
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        with evaluating(model):
+            chain = trace_blocks(model, names, run, self.text.batches[0].rows(0, 1), self.store)
+        return LayerwiseRunner(chain, self.text.batches, self.store, name=name)
+
+    def train(self, step: int) -> Any:
+        self.work.follow(step)
+        return self.work.train(step)
+
+
+def test_the_target_is_what_the_original_puts_out_on_its_own_inputs():
+    pair = Pair()
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        values, fit = pair.train(0)
+        put_values(pair.changed, pair.work.now.schedule.steps[0], values)
+        pair.work.advance(0)
+        found = pair.train(1)
+        assert found is not None
+        values, fit = found
+        put_values(pair.changed, pair.work.now.schedule.steps[1], values)
+        outside = [b for b in pair.text.batches if set(b.examples) <= set(sum(pair.text.held, ()))]
+        made: list[Tensor] = []
+        for model in (pair.model, pair.changed):
+            model.model.layers[1].register_forward_hook(lambda *seen: made.append(seen[-1]))
+            for batch in outside:
+                model(**batch.inputs)
+    true, now = torch.cat(made[: len(outside)]), torch.cat(made[len(outside) :])
+    wrong, power = float((true - now).square().sum()), float(true.square().sum())
+    assert fit.after == pytest.approx(wrong / power, rel=1e-3)
+    assert fit.after < 0.8 * fit.before
+
+
+def test_padding_does_not_count():
+    pair = Pair("bert")
+    padded = pair.text.batches[0]
+    assert not padded.inputs["attention_mask"].all()
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        found = pair.train(0)
+        assert found is not None
+        other = Pair("bert")
+        for batch in other.text.batches:
+            hidden = batch.inputs["attention_mask"] == 0
+            batch.inputs["input_ids"][hidden] = (batch.inputs["input_ids"][hidden] + 7) % 90
+        again = other.train(0)
+    assert again is not None
+    assert again[1].after == pytest.approx(found[1].after, rel=1e-4)
+
+
+def test_a_model_stays_as_it_is_but_for_what_is_put_into_it():
+    pair = Pair()
+    before = {name: p.detach().clone() for name, p in pair.changed.named_parameters()}
+    flags = {name: p.requires_grad for name, p in pair.changed.named_parameters()}
+    objects = {name: id(p) for name, p in pair.changed.named_parameters()}
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        values, _ = pair.train(0)
+    after = dict(pair.changed.named_parameters())
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in after.items())
+    assert {name: id(p) for name, p in after.items()} == objects
+    assert {name: p.requires_grad for name, p in after.items()} == flags
+    assert set(values) == {n.removeprefix("model.layers.0.") for n in before if n.startswith("model.layers.0.")}
+    put_values(pair.changed, "model.layers.0", values)
+    assert torch.equal(pair.changed.model.layers[0].mlp.up_proj.weight, values["mlp.up_proj.weight"])
+    assert not torch.equal(values["mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"])
+    assert all(p.requires_grad for p in pair.changed.parameters())
+
+
+def test_what_other_blocks_hold_too_is_not_trained():
+    pair = Pair()
+    layers = pair.changed.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    layers[0].self_attn.k_proj.weight = layers[0].self_attn.v_proj.weight  # inside it is one parameter, in two places
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        values, _ = pair.train(0)
+        assert "mlp.up_proj.weight" not in values
+        assert "mlp.gate_proj.weight" in values
+        assert ("self_attn.k_proj.weight" in values) != ("self_attn.v_proj.weight" in values)
+        put_values(pair.changed, "model.layers.0", values)
+    assert layers[0].self_attn.k_proj.weight is layers[0].self_attn.v_proj.weight
+    assert layers[1].mlp.up_proj.weight is layers[0].mlp.up_proj.weight
+
+
+# -- a compression -------------------------------------------------------------------------------------------
+
+TEXTS = [f"def add_{n}(x):\n    return x + {n}\n" * 3 for n in range(100)]
+SMALL: dict[str, Any] = {"num_samples": 12, "max_seq_length": 24, "batch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama(num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refine, "TRAINING", BlockTraining(epochs=3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_report_says_what_each_stage_brought(model: Any, tokenizer: Any, dtype: str):
+    told: list[str] = []
+    result = eckart.compress(
+        model, tokenizer, data=TEXTS, keep=0.5, refine=True, dtype=dtype, report_progress=told.append, **SMALL
+    )
+    assert "2 blocks, 3 times" in told[-1]
+    rows = {row["stage"]: row["distance"] for row in result.report["stages"]}
+    assert list(rows) == ["factors", "refit", "refinement"]
+    assert rows["refinement"] < rows["refit"] < rows["factors"]
+    assert result.report["quality"]["agreement"]["kl"] == rows["refinement"]
+    assert f"refinement {rows['refinement']:.4f}" in str(result)
+    assert {p.dtype for p in result.model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_the_better_model_is_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    how: dict[str, Any] = {"data": TEXTS, "method": "drone", "keep": 0.5, **SMALL}
+    before = eckart.compress(model, tokenizer, **how)
+
+    def spoil(model: Any, block: str, values: dict[str, Tensor]) -> None:
+        put_values(model, block, {name: value * 0.5 for name, value in values.items()})
+
+    monkeypatch.setattr(refine, "put_values", spoil)
+    result = eckart.compress(model, tokenizer, refine=True, **how)
+    rows = result.report["stages"]
+    assert [(row["stage"], row["kept"]) for row in rows] == [("factors", True), ("refinement", False)]
+    assert result.report["quality"] == before.report["quality"]
+    theirs = before.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in result.model.state_dict().items())
+    assert any("the refinement was left out: held-out distance" in note for note in result.report["notes"])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"data": TEXTS[:1], "num_samples": 1}, "too little text"),
+        ({"model": "albert"}, "one and the same block"),
+        ({"model": "alone"}, "cannot be run block by block"),
+    ],
+)
+def test_what_cannot_be_refined_is_refused_with_the_reason(model: Any, tokenizer: Any, change: Any, why: str):
+    options = {"data": TEXTS, "method": "drone", "keep": 0.5, "refine": True, **SMALL, **change}
+    which = options.pop("model", None)
+    if which == "albert":
+        kind = BY_NAME["albert"]
+        options |= {"data": kind.batches()}
+        model = kind.model()
+    elif which == "alone":
+        model = llama(num_hidden_layers=1)
+    with pytest.raises(UsageError, match=why):
+        eckart.compress(model, tokenizer, **options)

@@ -41,7 +41,6 @@ from eckart.methods import METHODS
 from eckart.model import find_sites
 
 REFERENCE = "svd-llm"
-KEEPS = "0.8,0.6,0.4"
 CALIBRATING = 0.7
 """Part of a text's articles that calibrates where there is one text alone."""
 COLUMNS = ("method", "keep", "numbers", "MB", "multiply-adds", "ppl", "excess", REFERENCE, "other text", "seconds")
@@ -56,20 +55,22 @@ class Protocol:
         window: tokens of each, and of the windows that are scored.
         scored: tokens of each text that are scored at most; None: all.
         at_once: windows that run together.
+        keeps: sizes, separated by commas.
     """
 
     windows: int
     window: int
     scored: int | None
     at_once: int
+    keeps: str
 
 
-FULL = Protocol(windows=128, window=2048, scored=None, at_once=8)
-QUICK = Protocol(windows=32, window=512, scored=4096, at_once=4)
+FULL = Protocol(windows=128, window=2048, scored=None, at_once=8, keeps="0.8,0.6,0.4")
+QUICK = Protocol(windows=32, window=512, scored=4096, at_once=4, keeps="0.6")
 
 
 def rows() -> list[Any]:
-    """The methods of the table, the reference first."""
+    """The methods of the table, in its order."""
     kfac, default = METHODS["kfac"], METHODS["eckart"]
     size = replace(default, name="eckart, --optimise size", form=default.smallest_form or default.form)
     return [
@@ -156,8 +157,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("real-llm"), help="folder that SmolLM2 is written to")
     parser.add_argument("--text-dir", type=Path, help="folder of train.txt and test.txt, or of valid.txt")
     parser.add_argument("--other", type=Path, help="text of another kind; Python's standard library otherwise")
-    parser.add_argument("--keeps", default=KEEPS)
-    parser.add_argument("--only", default="", help="rows by name, separated by semicolons, beside the reference")
+    parser.add_argument("--keeps", help="separated by commas; 0.8,0.6,0.4 otherwise, with --quick 0.6")
+    parser.add_argument("--only", default="", help="rows by name, separated by semicolons, made in this order")
     parser.add_argument("--quick", action="store_true", help="little text: 15 minutes on two cores")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
@@ -171,10 +172,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     calibration, held = read_texts(options.text_dir)
     scores = Scores(tokenizer, (held, read_other(options.other)), protocol)
-    only = options.only.split(";") if options.only else [method.name for method in rows()]
-    methods = [method for method in rows() if method.name in (*only, REFERENCE)]
+    by_name = {method.name: method for method in rows()}
+    methods = [by_name[name] for name in (options.only.split(";") if options.only else by_name)]
 
-    keeps = [float(keep) for keep in options.keeps.split(",")]
+    keeps = [float(keep) for keep in (options.keeps or protocol.keeps).split(",")]
     title = (
         f"{Path(folder).name}: {protocol.windows} x {protocol.window} tokens calibrate, seed {options.seed}; numbers, "
         "MB and multiply-adds a token are the whole model's, in millions"
@@ -236,7 +237,7 @@ def with_shares(table: list[list[Any]]) -> list[list[Any]]:
     """The rows keep by keep, with the share that each excess is of the reference's."""
     place = COLUMNS.index("excess")
     reference = {row[1]: row[place] for row in table if row[0] == REFERENCE}
-    names = [row[0] for row in table]
+    names = [row[0] for row in table if row[1] == 1] + [method.name for method in rows()]
     rows_of = sorted(table, key=lambda row: (-row[1], names.index(row[0])))
     return [
         [*row[: place + 1], f"{row[place] / reference[row[1]]:.3f}" if row[1] in reference else "-", *row[place + 2 :]]

@@ -236,6 +236,8 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     [
         (b"{not json", b"", ["garbled"]),
         (b"[]", b"", ["garbled"]),
+        (b"true", b"", ["garbled"]),
+        (b"3", b"", ["garbled"]),
         (b'{"w": {}, "w": {}}', b"", ["duplicate key 'w'"]),
         (b"[" * 100_000, b"", ["garbled"]),
         ({"w": F32 | {"dtype": "F31"}}, bytes(8), ["'w'", "F31"]),
@@ -359,6 +361,11 @@ def unresolved(name: str, *words: str) -> None:
         resolve(name)
     for word in (name, *words):
         assert word in str(caught.value)
+
+
+def test_a_name_that_no_path_can_have():
+    with pytest.raises(CheckpointError, match="x.*too long for a path"):
+        resolve("x" * 300)
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "a/b/c", "..", "~no-such-user/model", "org/"])

@@ -49,6 +49,8 @@ BAD_VALUES = [
     ("num_samples", 10**30, "must be at most"),
     ("model", "a\0b", "characters that no name and no path can have"),
     ("data", "\ud800", "characters that no name and no path can have"),
+    ("model", "x" * 300, "too long for a path or a name on the hub"),
+    ("plan", "y/" + "x" * 300, "too long for a path or a name on the hub"),
     ("trust_remote_code", "perhaps", "valid boolean"),
 ]
 

@@ -115,6 +115,7 @@ def test_a_tuning_is_published_as_scored_and_resumes_to_the_same_weights(case, w
     assert again.report["scores"] == report["scores"]
     if not case.closed:
         assert again.report["training"] == {**report["training"], "resumed_from": 4}
+        assert again.report["recovered_by"] == report["recovered_by"]
 
 
 def test_what_is_passed_in_stays_as_it_was(case):

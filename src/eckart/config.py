@@ -48,6 +48,14 @@ STRICT = "Every fallback is an error: publish nothing that is not as it was aske
 INPUTS = ("model", "teacher", "data", "eval_data", "plan")
 """Fields of recipes that name what a run reads."""
 
+LONGEST_NAME = 255
+"""Bytes of a file's name on most disks; the system refuses longer ones with an error of its own."""
+
+
+def is_too_long(name: str) -> bool:
+    """Whether nothing can have this path, nor this name on the hub."""
+    return any(len(part.encode("utf-8", "surrogatepass")) > LONGEST_NAME for part in re.split(r"[/\\]", name))
+
 
 def default_samples(kind: str) -> int:
     """How many windows or texts are read where no number is given; `kind` is what the model reads."""
@@ -76,6 +84,8 @@ class RecipeBase(BaseModel):
             raise ValueError("must be a number, not a boolean")
         if isinstance(value, str) and UNFIT.search(value):
             raise ValueError("holds characters that no name and no path can have (NUL, or half a character)")
+        if isinstance(value, str) and info.field_name in (*INPUTS, "profile") and is_too_long(value):
+            raise ValueError(f"is too long for a path or a name on the hub (more than {LONGEST_NAME} bytes)")
         return value
 
     @field_validator("*")

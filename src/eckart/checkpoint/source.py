@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from eckart.checkpoint.description import is_ours
+from eckart.config import is_too_long
 from eckart.errors import CheckpointError, ModelError
 from eckart.storage.layout import model_folder, read_json, require_files_inside, sentence_modules
 from eckart.storage.shards import TensorEntry, read_weights
@@ -130,6 +131,8 @@ def resolve(
     Raises:
         CheckpointError: there is no such folder or repository, or it holds no model.
     """
+    if is_too_long(model):
+        raise CheckpointError(f"{model[:80]!r}... is too long for a path or a name on the hub. Check it.")
     path = Path(os.path.expanduser(model))  # Path.expanduser raises for unknown users
     if path.is_dir():
         if not (model_folder(path) / "config.json").is_file():

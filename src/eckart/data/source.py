@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from eckart.config import is_too_long
 from eckart.data import hub, stdlib
 from eckart.data.items import DATASETS, as_items, as_row, is_from_datasets
 from eckart.data.rows import SUFFIXES, DataRow, read_path
@@ -104,6 +105,8 @@ def _from_name(
         pairs = stdlib.documents(part)
         modules = (DataRow({"text": text}, f"stdlib module {module}", i) for i, (module, text) in enumerate(pairs))
         return RowSource(modules, "stdlib", {"source": "stdlib", "split": part}, column="text")
+    if is_too_long(name):
+        raise DataError(f"{name[:80]!r}...: too long for a path or a name on the hub: check it")
     path = Path(name).expanduser()
     if path.exists():
         rows = read_path(path, asked=asked, whole_text=whole_text)

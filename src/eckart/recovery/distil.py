@@ -105,6 +105,7 @@ class Distil(Recovery):
             UsageError: naming what differs, and which weight to set to 0.
         """
         super().prepare(model, context)
+        self._sums, self._counts = {}, {}
         assert context.teacher is not None
         self._check_weights(self._terms_of_task())
         self._temperature = self.temperature or context.recipe.temperature
@@ -186,6 +187,20 @@ class Distil(Recovery):
         means = {name: self._sums[name] / self._counts[name] for name in self._sums}
         weights = {name: getattr(self, name) for name in self._terms_of_task()}
         return super().report() | {"weights": weights, "temperature": self._temperature, "mean_terms": means}
+
+    def state(self) -> dict[str, Tensor]:
+        """The sum of each term, and over how many batches."""
+        pairs = {name: [self._sums[name], self._counts[name]] for name in self._sums}
+        return super().state() | {f"term/{name}": torch.tensor(pair, dtype=torch.float64) for name, pair in pairs.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with these sums."""
+        super().restore(state)
+        for key in state:
+            if key.startswith("term/"):
+                total, count = state[key].tolist()
+                name = key.removeprefix("term/")
+                self._sums[name], self._counts[name] = total, int(count)
 
 
 @dataclass

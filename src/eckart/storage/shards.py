@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         header = json.loads(
             raw.decode("utf-8"), object_pairs_hook=_unique
         )  # bytes could be UTF-16, which others refuse
-        for name in header:
+        for name in header if isinstance(header, dict) else ():
             name.encode()  # half a character can be no name
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"The safetensors header of {path} is garbled ({error}). {AGAIN}") from error

@@ -67,6 +67,14 @@ def test_configuration_that_cannot_be_is_named_and_never_the_tokenizer(case, den
         assert "tokenizer" not in str(refusal.value).lower()
 
 
+@pytest.mark.parametrize("fields", [{"dtype": 7}, {"intermediate_size": -32}], ids=["type", "negative size"])
+@pytest.mark.parametrize("kind", ["dense", "factored"])
+def test_what_stops_a_class_while_it_loads_is_told_as_the_configuration_s(kind, fields, request, tmp_path):
+    folder = edited(request.getfixturevalue(kind), tmp_path / "bad", lambda config: config.update(fields))
+    with pytest.raises(CheckpointError, match="config.json"):
+        load(folder)
+
+
 STRAY = {
     "empty quantization": {"quantization_config": {}},
     "no quantization": {"quantization_config": None},

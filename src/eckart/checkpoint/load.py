@@ -18,7 +18,7 @@ from eckart.checkpoint.compare_files import compare_with_files, listed_by_caller
 from eckart.checkpoint.description import is_ours
 from eckart.checkpoint.model_config import describe_unbuildable, read_model_config, require_countable
 from eckart.checkpoint.source import resolve
-from eckart.errors import CheckpointError, EckartError, UsageError
+from eckart.errors import CheckpointError, EckartError, UsageError, is_out_of_memory
 from eckart.forms.transformers_internals import model_from_config
 from eckart.storage.layout import model_folder, read_json
 from eckart.storage.shards import read_weights
@@ -72,16 +72,23 @@ def load(
         if not _is_factored(config):  # else it is compared when its modules are in place: here they have other shapes
             whole = new_head is None and auto_class is None
             compare_with_files(_on_meta(chosen, read, home, trust_remote_code), tensors, home, whole=whole)
-    with listed_by_caller():
-        model, info = chosen.from_pretrained(
-            home,
-            config=read,
-            dtype=dtype or "auto",
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,  # False instead of a question on the terminal
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
-        )
+    try:
+        with listed_by_caller():
+            model, info = chosen.from_pretrained(
+                home,
+                config=read,
+                dtype=dtype or "auto",
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,  # False instead of a question on the terminal
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that they come back by name and are refused below
+            )
+    except (EckartError, OSError, ImportError):
+        raise
+    except Exception as error:  # each class, and each quantizer, stops at its fields in its own way
+        if is_out_of_memory(error):
+            raise
+        raise describe_unbuildable(home, chosen.__name__, error) from error
     missing = sorted(info["missing_keys"])
     if new_head is not None:
         new_head += [key for key in missing if _of_head(model, key)]
@@ -176,7 +183,9 @@ def _is_factored(config: dict[str, Any]) -> bool:
 
 def _remote_class(config: dict[str, Any], architectures: list[str]) -> Any:
     """The Auto class under which a config names its own code; None where it names none."""
-    named = {key: entry for key, entry in (config.get("auto_map") or {}).items() if key.startswith("AutoModel")}
+    given = config.get("auto_map")
+    entries = given.items() if isinstance(given, dict) else ()
+    named = {key: entry for key, entry in entries if key.startswith("AutoModel")}
     own = [key for key, entry in named.items() if str(entry).rpartition(".")[2] in architectures]
     return getattr(transformers, next(iter([*own, *named])), None) if named else None
 

@@ -26,7 +26,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 from common import markdown
 from faults_fuzz import GOOD, Fuzzed, fuzz, make_case
-from faults_kills import Outcome, contents, jobs, kill_all, undisturbed, unfinished_runs
+from faults_kills import Outcome, jobs, kill_all, undisturbed, unfinished_runs
 from faults_workdir import Workdir, make_workdir, run, warm_up
 
 EVERY = 500

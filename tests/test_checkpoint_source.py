@@ -364,7 +364,7 @@ def unresolved(name: str, *words: str) -> None:
 
 
 def test_a_name_that_no_path_can_have():
-    with pytest.raises(CheckpointError, match="x.*too long for a path"):
+    with pytest.raises(CheckpointError, match="too long for a path"):
         resolve("x" * 300)
 
 

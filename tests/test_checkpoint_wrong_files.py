@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import llama, place
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 import eckart
 from eckart.checkpoint.load import blank, load
@@ -71,8 +71,13 @@ def test_configuration_that_cannot_be_is_named_and_never_the_tokenizer(case, den
 @pytest.mark.parametrize("kind", ["dense", "factored"])
 def test_what_stops_a_class_while_it_loads_is_told_as_the_configuration_s(kind, fields, request, tmp_path):
     folder = edited(request.getfixturevalue(kind), tmp_path / "bad", lambda config: config.update(fields))
-    with pytest.raises(CheckpointError, match="config.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         load(folder)
+
+
+def test_a_configuration_of_another_quantizer_is_refused(factored):
+    with pytest.raises(ValueError, match=r"EckartConfig .* BitsAndBytesConfig"):
+        AutoModelForCausalLM.from_pretrained(factored, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
 
 
 STRAY = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ import eckart
 from eckart.cli.app import app
 from eckart.data import Pooling
 from eckart.data.stdlib import documents
-from eckart.errors import UsageError
+from eckart.errors import DataError, UsageError
 from eckart.recovery import RecoveryContext, make_recovery
 
 QUICK = {"batch_size": 8, "max_seq_length": 24, "num_samples": 60}
@@ -101,6 +102,22 @@ def test_embeddings_come_nearer_by_a_refit(place):
     assert not any("made it worse" in note for note in report["notes"])
     before, after = (report["scores"][when]["1 - cosine"] for when in ("before", "after"))
     assert after < 0.9 * before
+
+
+def test_an_embedding_model_saved_with_a_language_head_is_taught_embeddings(place, tmp_path):
+    source = shutil.copytree(place / "masked", tmp_path / "headed")
+    as_sentence_encoder(source, "mean", True)
+    small = eckart.compress(source, method="svd", keep=0.3, output_dir=tmp_path / "small").folder
+    given = {"data": place / "texts.txt", "teacher": source, "max_steps": 2, "recovery": "distil", **QUICK}
+    result = eckart.tune(small, **given, learning_rate=0.003, output_dir=tmp_path / "tuned")
+    assert "1 - cosine" in result.report["scores"]["after"]
+    assert result.report["kept"] == "after"
+    assert type(result.model) is BertModel
+    assert any("without the language head" in note for note in result.report["notes"])
+    with pytest.raises(UsageError, match="has an output head"):  # no folder says that it embeds
+        eckart.tune(place / "masked", **given, task="embedding")
+    with pytest.raises(DataError, match="no mask token"):  # another task is taught where it is named
+        eckart.tune(small, **given, task="masked")
 
 
 def test_the_published_folder_is_a_sentence_encoder(place, tmp_path):

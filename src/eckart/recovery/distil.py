@@ -191,7 +191,9 @@ class Distil(Recovery):
     def state(self) -> dict[str, Tensor]:
         """The sum of each term, and over how many batches."""
         pairs = {name: [self._sums[name], self._counts[name]] for name in self._sums}
-        return super().state() | {f"term/{name}": torch.tensor(pair, dtype=torch.float64) for name, pair in pairs.items()}
+        return super().state() | {
+            f"term/{name}": torch.tensor(pair, dtype=torch.float64) for name, pair in pairs.items()
+        }
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Go on with these sums."""

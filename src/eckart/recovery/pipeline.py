@@ -88,6 +88,8 @@ def tune(
             check_space(output_path(output_dir), stored_bytes(student.model))
         check_fits(recovery, student)
         notes = [f"newly initialized: {', '.join(student.new_head)}"] if student.new_head else []
+        if student.left_out:
+            notes.append("trained without the language head that the model was saved with: no embedding reads it")
         teacher_model = None
         if recovery.needs_teacher:
             teacher_model = open_teacher(recipe, inputs.teacher, student).to(device)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from eckart.checkpoint.tokenizer import load_tokenizer
 from eckart.data import Pooling, TaskData
 from eckart.data.model_kind import CLASSIFIERS, has_head, head_problem, problem_of
 from eckart.errors import CheckpointError, ModelError, UsageError
+from eckart.evaluation.sentence import find_pooling as read_pooling
 from eckart.model import cast, factored_modules, has_output_head, shared_clone, unshare_storage
 from eckart.quantization import kind_of
 from eckart.recovery.base import ClosedFormRecovery, Recovery
@@ -38,6 +39,7 @@ class Student:
         rows: the labeled rows, where the task has labels.
         original: the model that was passed in.
         trust_remote_code: whether the model's own code may run.
+        left_out: whether the folder's model has a language head, which nobody reads and the student has not.
     """
 
     model: PreTrainedModel
@@ -49,6 +51,7 @@ class Student:
     rows: TaskData | None
     original: PreTrainedModel | None = None
     trust_remote_code: bool = False
+    left_out: bool = False
 
     def output_head(self) -> tuple[str, ...]:
         """Modules that are trained whatever is frozen: what is newly initialized, and a classifier's output head."""
@@ -97,6 +100,9 @@ def open_student(
         dtype = next(p.dtype for p in given.parameters() if p.is_floating_point())
         model = shared_clone(given).to("cpu")  # type: ignore[arg-type]
         cast(model, torch.float32)
+    left_out = folder is not None and _head_unread(recipe, folder, model)
+    if left_out:
+        model = load(folder, auto_class="AutoModel", dtype=torch.float32, **trust)  # type: ignore[arg-type]
     if (kind := kind_of(model)) is not None:
         raise ModelError(
             f"{folder or type(model).__name__} is quantized ({kind}): nothing can train integers. Tune the model in "
@@ -121,7 +127,14 @@ def open_student(
         )
     if task in ("classification", "regression"):
         _set_up_classifier(model, task, tokenizer)
-    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows, original, recipe.trust_remote_code)
+    trusted = recipe.trust_remote_code
+    return Student(model.eval(), tokenizer, dtype, folder, new_head, task, rows, original, trusted, left_out)
+
+
+def _head_unread(recipe: TuneRecipe, folder: Path, model: PreTrainedModel) -> bool:
+    """Whether a folder holds an embedding model that was saved with a language head, and its embeddings are taught."""
+    embeds = recipe.task == "embedding" or (recipe.task == "auto" and recipe.data_label_column is None)
+    return embeds and has_output_head(model) and read_pooling(folder, model) is not None
 
 
 def _settings_of_new_head(task: str, rows: TaskData) -> dict[str, Any]:

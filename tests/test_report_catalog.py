@@ -36,6 +36,10 @@ def test_needs_shown_equal_those_of_the_method():
         needs = ["data"] * method.needs_data + ["gradients"] * method.needs_gradients or ["nothing"]
         assert f"  {' + '.join(needs)}  " in shown[name].replace("(default)", "")
     assert "svd (default)" in shown["svd"]
+    assert "  loss, curves measured  " in shown["lems"]
+    assert "  lowrank, sliced  " in shown["modegpt"]
+    assert "  joint, sliced  " in shown["eckart"]
+    assert "  lowrank  " in shown["kfac"]
 
 
 def test_own_method_is_shown_with_the_others(monkeypatch):

@@ -28,8 +28,10 @@ def list_methods(default: str) -> Table:
     for name in METHODS:
         about = METHODS.about(name)
         label = f"{name} (default)" if name == default else name
-        ranks = about["allocation"] + (", refit" if about["refit"] else "")
-        table.add_row(label, _list_needs(about), about["form"], ranks, about["exact_for"], about["paper"])
+        form = about["form"] + (", sliced" if about["slices"] or about["by_leverage"] else "")
+        ranks = about["allocation"] + (", curves measured" if about["calibrated_curves"] else "")
+        ranks += ", refit" if about["refit"] else ""
+        table.add_row(label, _list_needs(about), form, ranks, about["exact_for"], about["paper"])
         table.add_section()
     return table
 

@@ -39,6 +39,18 @@ def _nothing_is_read_back_in_a_fresh_process(request, monkeypatch):
         monkeypatch.setattr("eckart.checkpoint.read_back.run_fresh", lambda *_: {"problems": [], "compared": 0})
 
 
+@pytest.fixture(autouse=True)
+def _no_baselines_are_measured(request, monkeypatch):
+    """Two more measurements for each command that publishes; the tests that are about them ask for them."""
+    if "measures_baselines" not in request.fixturenames:
+        monkeypatch.setattr("eckart.compression.baselines.BITS", ())
+
+
+@pytest.fixture
+def measures_baselines():
+    """The original is rounded to int8 and int4 and measured, as users have it."""
+
+
 @pytest.fixture
 def reads_back():
     """What is published is read back in a fresh process, as users have it."""

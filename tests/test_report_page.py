@@ -24,7 +24,7 @@ from eckart.report.page.spectra import Spectrum
 from eckart.report.page.svg import color_of, free_series, round_ticks, shape_of
 from eckart.storage.manifest import find_changes, not_published
 
-VOID = {"meta", "link", "br", "hr", "img", "input"}
+VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
 SPECTRUM = Spectrum(
     "model.layers.0.q_proj", "lowrank", 4, [5.0, 2.0, 1.0, 0.5] + [0.0] * 12, [1 / n for n in range(1, 17)]
 )
@@ -172,8 +172,7 @@ def test_numbers_that_are_not_finite_are_words():
 
 def test_the_choice_is_what_no_other_beats(pages):
     page = Document(pages["comparison"])
-    first = page.all("table")[0]
-    assert "Choose among these" in first["words"]
+    assert "Choose among these" in page.all("table")[0]["words"]
     rows = re.findall(r'<th scope="row">([^<]*)</th>', pages["comparison"].split("</table>")[0])
     assert rows == ["drone at 0.4", "original int8", "original"]  # svd is further away at every size; drone 0.8 too
     assert len([node for node in page.all("svg") if node.get("role") == "img"]) == 2  # bytes, latency
@@ -375,3 +374,26 @@ def test_a_page_that_fails_costs_no_run(published, monkeypatch, tmp_path, caplog
     assert result.folder is not None
     assert not (result.folder / "eckart" / "report.html").exists()
     assert "no report.html is written" in caplog.text
+
+
+def test_the_original_in_few_bits_stands_beside(published, measures_baselines, tmp_path):
+    """int8 and int4 of the original, on the same held-out text, in the report, its page, and a comparison."""
+    from tiny import text
+
+    source, data = published.parent / "llama", text(tmp_path)
+    small = {"num_samples": 8, "max_seq_length": 16}
+    report = eckart.compress(source, output_dir=tmp_path / "out", method="svd", keep=0.5, data=data, **small).report
+    eight, four = report["baselines"]
+    assert (eight["name"], four["name"]) == ("original int8", "original int4")
+    assert 0 < eight["quality"]["KL to the original"] < four["quality"]["KL to the original"]
+    scored = eckart.evaluate(tmp_path / "out", source, data=data, latency=False, max_tokens=32)["sizes"]
+    assert [eight["bytes"], four["bytes"]] == [scored["bytes"][name] for name in ("int8", "int4")]
+    assert eight["elements"] == report["sizes"]["model"]["before"]["elements"]
+    stored = json.loads((tmp_path / "out" / "eckart" / "report.json").read_text())
+    assert stored["baselines"] == report["baselines"]
+    assert "baselines" in stored["seconds"]
+    assert "original int4" in (tmp_path / "out" / "eckart" / "report.html").read_text()
+    found = eckart.compare(source, methods=["svd"], keeps=[0.5], data=data, latency=False, **small).as_dict()
+    assert [row["name"] for row in found["baselines"]] == ["original int8", "original int4"]
+    assert found["baselines"][1]["quality"] == pytest.approx(four["quality"])
+    assert "original int4" in render_report(found, "x")

@@ -43,7 +43,7 @@ def compare(
     comparison = compare_methods(
         recipe.model, methods=names, keeps=keeps, recipe=recipe, report_progress=lambda message: say(message, "dim")
     )
-    found = comparison.as_dict()
+    found = {"model": model, **comparison.as_dict()}
     show(render_comparison(found))
     write_json(json, found, recipe.inputs)
     write_found(page, found, model)

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from eckart.compression.baselines import measure_baselines
 from eckart.compression.context import Timer
 from eckart.compression.open_run import keep_unchanged, open_in_memory
 from eckart.compression.options import combine_options
@@ -46,6 +47,7 @@ class Comparison:
         original: sizes of the original; empty before the first result.
         original_rounded: with `quantize`, what the original becomes where it is rounded the same way and not factored:
             `kind`, sizes, `quality`, `latency`; None without.
+        baselines: the original rounded to int8 and int4, simulated: `name`, sizes and `quality` of each.
         notes: what is odd about the checkpoint, and the seconds of the steps that all methods share.
     """
 
@@ -54,11 +56,14 @@ class Comparison:
         results: Iterator[tuple[str, float, Result]],
         warnings: Sequence[str],
         round_original: Callable[[], dict[str, Any] | None] = lambda: None,
+        measure_baselines: Callable[[], list[dict[str, Any]]] = list,
     ) -> None:
         self.rows: list[dict[str, Any]] = []
         self.original: dict[str, int] = {}
         self.original_rounded: dict[str, Any] | None = None
+        self.baselines: list[dict[str, Any]] = []
         self._round_original = round_original
+        self._measure_baselines = measure_baselines
         self.notes: list[str] = list(warnings)
         self._results = results
         self._shared: dict[str, float] = {}
@@ -67,6 +72,7 @@ class Comparison:
         for method, keep, result in self._results:
             if not self.rows:
                 self.original_rounded = self._round_original()
+                self.baselines = self._measure_baselines()
             self._add_row(method, keep, result)
             yield method, keep, result
 
@@ -80,6 +86,7 @@ class Comparison:
             "rows": self.rows,
             "original": self.original,
             **({"original_rounded": self.original_rounded} if self.original_rounded is not None else {}),
+            **({"baselines": self.baselines} if self.baselines else {}),
             "notes": [*self.notes, *shared],
         }
 
@@ -190,4 +197,8 @@ def compare(
         with keep_unchanged(model):
             return round_dense(context, recipe.quantize, timed=recipe.latency is not False)
 
-    return Comparison(results(), context.warnings, round_original)
+    def rounded() -> list[dict[str, Any]]:
+        with keep_unchanged(model):
+            return measure_baselines(context)
+
+    return Comparison(results(), context.warnings, round_original, rounded)

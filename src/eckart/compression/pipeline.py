@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.checkpoint.description import attach_config, is_special
 from eckart.compression.assemble import Assembly, set_lean
+from eckart.compression.baselines import measure_baselines
 from eckart.compression.budget import describe_dense
 from eckart.compression.choose_plan import PlanChoice
 from eckart.compression.context import CompressionContext
@@ -124,6 +125,11 @@ def compress(
         refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
         result = build_model(context, settings, run.recipe, factors)
         refuse_fallbacks(result.report["notes"], strict=recipe.strict)
+        if output_dir is not None:  # for the picture in its report
+            with context.timer.step("baselines"):
+                baselines = measure_baselines(context)
+            if baselines:
+                result.report |= {"baselines": baselines, "seconds": context.timer.seconds}
         return run.publish(result)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from eckart.errors import NumericalError, UsageError
 from eckart.evaluation.sizes import count_sizes
+from eckart.model import shared_clone
 
 GROUP = 64
 """Weights of a row that share a scale at 4 bits."""
@@ -56,7 +56,7 @@ def round_weights(model: nn.Module, names: Iterable[str], bits: int) -> RoundedM
     """
     if bits not in SCALE_BYTES:
         raise UsageError(f"bits: {bits!r} is not supported: use 8 or 4")
-    rounded = copy.deepcopy(model)
+    rounded = shared_clone(model)
     known = dict(rounded.named_modules())
     weights: dict[int, Tensor] = {}
     dense = stored = 0
@@ -75,7 +75,7 @@ def round_weights(model: nn.Module, names: Iterable[str], bits: int) -> RoundedM
         rows = weight.detach() if isinstance(module, nn.Linear) else weight.detach().T  # (out, in)
         nearest = round_to_nearest(rows, bits)
         with torch.no_grad():
-            weight.copy_(nearest if isinstance(module, nn.Linear) else nearest.T)
+            weight.data = nearest if isinstance(module, nn.Linear) else nearest.T.contiguous()
         dense += weight.numel() * weight.element_size()
         stored += count_rounded_bytes(rows.shape[0], rows.shape[1], bits)
     return RoundedModel(rounded, stored, count_sizes(model).model.bytes - dense + stored)

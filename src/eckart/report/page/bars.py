@@ -69,4 +69,4 @@ def draw_bars(
             parts.append(mark(3, place, middle, f"{bar.name}: {show(bar.other)}"))
             end = max(end, place)
         parts.append(text(bar.words or show(bar.value), end, middle, dx=10, dy=4, kind="value"))
-    return drawing(title, description, bottom + 4, line(0, TOP, 0, bottom, "axis"), *parts)
+    return drawing(title, description, bottom + 4, *([] if above else [line(0, TOP, 0, bottom, "axis")]), *parts)

@@ -26,7 +26,7 @@ def describe_bench(found: Mapping[str, Any], name: str) -> Page:
     return Page(
         title=show_name(name),
         kind="benchmark",
-        summary=f"On {format_machine(found)}. {' '.join(found['verdict'])}".strip(),
+        summary=f"Times of {len(found['models'])} models on {format_machine(found)}.",
         tiles=Tiles(()),
         sections=[
             Section("times", "Speed", [*verdict, *_phases(found), explained]),
@@ -53,7 +53,7 @@ def _series(found: Mapping[str, Any]) -> dict[str, int]:
     for model in found["models"]:
         if model["name"] == "original":
             series[model["name"]] = ORIGINAL
-        elif model.get("role") == "baseline":
+        elif model.get("role") == "baseline" and model.get("of") == "original":
             series[model["name"]] = ROUNDED
         else:
             series[model["name"]] = free_series(len([number for number in series.values() if number not in (1, 3)]))
@@ -86,7 +86,7 @@ def _times(phase: str, size: tuple[int, int], rows: Sequence[Mapping[str, Any]],
         for bar, row in zip(bars, rows, strict=True)
     ]
     header = ["model", "ms", "half of calls", "tokens/s", "speed-up", "allowed", "reached", "peak"]
-    return Picture(caption, drawn, numbers=Table(caption, header, cells))
+    return Picture(caption, drawn, numbers=Table(caption, header, cells), flush=True)
 
 
 def _words(row: Mapping[str, Any]) -> str:
@@ -120,7 +120,7 @@ def _shares(found: Mapping[str, Any]) -> list[Block]:
         drawn = draw_bars(caption, f"most goes to {kinds[0]}", bars, lambda value: f"{value:.0%}", above=True)
         cells = [[kind, *(f"{row['shares'].get(kind, 0.0):.1%}" for row in rows)] for kind in kinds]
         numbers = Table(caption, ["kind", *(row["model"] for row in rows)], cells)
-        blocks.append(Picture(caption, drawn, legend, numbers))
+        blocks.append(Picture(caption, drawn, legend, numbers, flush=True))
     return blocks
 
 

@@ -76,6 +76,7 @@ class Picture(Block):
         drawing: an SVG element that has a title and a description.
         legend: what its marks stand for.
         numbers: the same as a table.
+        flush: whether nothing stands to its left.
     """
 
     kind: ClassVar[str] = "picture"
@@ -83,6 +84,7 @@ class Picture(Block):
     drawing: Markup
     legend: Sequence[Key] = ()
     numbers: Table | None = None
+    flush: bool = False
 
 
 @dataclass(frozen=True)

@@ -105,15 +105,16 @@ def tile_of(key: str, before: float, after: float) -> Tile:
 
 
 def list_sizes(rows: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]]) -> Table:
-    """Sizes in their three columns: name -> before and after."""
-    header = ["what", *(word for key in SIZES for word in (SIZES[key], "kept"))]
-    cells = []
-    for name, (before, after) in rows.items():
-        row = [name]
-        for key in SIZES:
-            row += [show_size(key, after[key]), format_share(after[key], before[key])]
-        cells.append(row)
-    return Table("What is stored and computed afterwards, and the part of what it was", header, cells)
+    """Sizes in their three columns: name -> before and after; a row without a change is one that was before."""
+    cells = [
+        [name, *(
+            show_size(key, after[key])
+            + (f" ({format_share(after[key], before[key])})" if after is not before else "")
+            for key in SIZES
+        )]
+        for name, (before, after) in rows.items()
+    ]  # fmt: skip
+    return Table("What is stored and computed, and the part of what it was", ["what", *SIZES.values()], cells)
 
 
 def measure_of(rivals: Sequence[Rival]) -> str | None:
@@ -187,7 +188,7 @@ def list_steps(report: Mapping[str, Any]) -> list[Block]:
         bars = [Bar(step, value, words=f"{_seconds(value)} ({value / total:.0%})") for step, value in seconds.items()]
         about = f"{len(bars)} steps; the longest is {max(seconds, key=lambda step: seconds[step])}"
         caption = f"Where the {_seconds(total)} went"
-        blocks.append(Picture(caption, draw_bars(caption, about, bars, _seconds, above=True)))
+        blocks.append(Picture(caption, draw_bars(caption, about, bars, _seconds, above=True), flush=True))
     return blocks
 
 
@@ -270,7 +271,8 @@ def _draw(shown: Sequence[Rival], points: list[Point], title: str, x: Axis, name
         Key(sample(series), words)
         for series, words in dict.fromkeys((rival.series, _series_name(rival)) for rival in shown)
     ]
-    return Picture(caption, draw_scatter(title, about, points, x, Axis(name, show_score)), legend)
+    y = Axis(f"{name} (0: the same)", lambda v: f"{v:.2g}")
+    return Picture(caption, draw_scatter(title, about, points, x, y), legend)
 
 
 def _series_name(rival: Rival) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from eckart.report.page.blocks import Block, Facts, Page, Section, Table, Tiles, Words
+from eckart.report.page.blocks import Block, Details, Facts, Page, Section, Table, Tiles, Words
 from eckart.report.page.common import (
     ORIGINAL,
     ROUNDED,
@@ -23,6 +23,9 @@ from eckart.report.page.svg import free_series
 from eckart.report.scores import KEPT
 from eckart.report.speed import describe_latency
 from eckart.report.words import format_count, format_share
+
+SHOWN = 3
+"""Models that the first sentence names at most."""
 
 
 def describe_comparison(found: Mapping[str, Any], name: str) -> Page:
@@ -45,7 +48,7 @@ def describe_comparison(found: Mapping[str, Any], name: str) -> Page:
         f"{', '.join(f'{keep:g}' for keep in keeps)}. {_best_in_words(rivals)}".strip(),
         tiles=Tiles(()),
         sections=[
-            Section("choose", "What to choose", [*_choice(rivals), *compare_rivals(rivals, "All of them")]),
+            Section("choose", "What to choose", _choose(rivals)),
             Section("asked", "What was asked", [Facts(asked), Words(KEPT)]),
             Section("numbers", "Every result", [_rows(found)]),
             Section("notes", "Warnings and fallbacks", list_notes(found)),
@@ -106,8 +109,15 @@ def _best(rivals: Sequence[Rival]) -> list[Rival]:
 
 
 def _best_in_words(rivals: Sequence[Rival]) -> str:
-    best = [rival.name for rival in _best(rivals) if rival.series != ORIGINAL]
-    return f"Nearest to the original for their bytes: {', '.join(best)}." if best else ""
+    best = [rival.name for rival in reversed(_best(rivals)) if rival.series != ORIGINAL]
+    more = f" and {len(best) - SHOWN} smaller ones" if len(best) > SHOWN else ""
+    return f"Nearest to the original for their bytes: {', '.join(best[:SHOWN])}{more}." if best else ""
+
+
+def _choose(rivals: Sequence[Rival]) -> list[Block]:
+    """What a person sees first: the pictures, then what is left to choose from, then all."""
+    *pictures, table = compare_rivals(rivals, "All of them")
+    return [*pictures, *_choice(rivals), Details("All of them as a table", [table])]
 
 
 def _choice(rivals: Sequence[Rival]) -> list[Block]:

@@ -122,7 +122,7 @@ def list_latency(latency: Mapping[str, Any] | None) -> list[Block]:
     table = Table(
         "Milliseconds: median, middle half of all runs, speed-up", ["model", "ms", "half of runs", "speed-up"], rows
     )
-    return [Picture(caption, drawn, numbers=table)]
+    return [Picture(caption, drawn, numbers=table, flush=True)]
 
 
 def _summary(report: Mapping[str, Any]) -> str:
@@ -209,20 +209,15 @@ def _asked(report: Mapping[str, Any]) -> list[Block]:
 
 
 def _sizes(report: Mapping[str, Any]) -> list[Block]:
-    sizes = report["sizes"]
-    rows = {
-        "weights chosen for factoring": (sizes["sites"]["before"], sizes["sites"]["after"]),
-        "whole model": (sizes["model"]["before"], sizes["model"]["after"]),
-    }
+    sites, model = report["sizes"]["sites"], report["sizes"]["model"]
+    rows = {"whole model, before": (model["before"], model["before"])}
     rounding = report.get("quantization")
     if rounding:
-        rows["whole model before rounding"] = (sizes["model"]["before"], rounding["before"]["size"])
-    before = sizes["model"]["before"]
-    was = (
-        f"The original: {format_count(before['elements'])} parameters, {format_count(before['bytes'])}B, "
-        f"{format_count(before['multiply_adds'])} multiply-adds a token."
-    )
-    return [list_sizes(rows), Words(was)]
+        rows["whole model, before rounding"] = (model["before"], rounding["before"]["size"])
+    rows["whole model, afterwards"] = (model["before"], model["after"])
+    rows["chosen weights, before"] = (sites["before"], sites["before"])
+    rows["chosen weights, afterwards"] = (sites["before"], sites["after"])
+    return [list_sizes(rows)]
 
 
 def _budget(report: Mapping[str, Any]) -> list[Block]:
@@ -275,7 +270,9 @@ def _errors(report: Mapping[str, Any]) -> list[Block]:
             names[layer],
             (measured[layer] / found if found else 0.0) if curves else predicted[layer] / whole,
             predicted[layer] / whole if curves else None,
-            words=f"{(measured[layer] / found if found else 0.0) if curves else predicted[layer] / whole:.0%}",
+            words=f"{measured[layer] / found if found else 0.0:.0%}, predicted {predicted[layer] / whole:.0%}"
+            if curves
+            else "",
         )
         for layer in layers
     ]

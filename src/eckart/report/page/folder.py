@@ -64,7 +64,12 @@ def find_sources(path: Path) -> list[Source]:
 
 
 def _of_file(path: Path) -> Source:
-    return Source(path.stem, read_json(path), path.with_suffix(".html"))
+    found = read_json(path)
+    named = found.get("model")
+    if isinstance(models := found.get("models"), list):  # of a benchmark
+        of_models = [one for one in models if isinstance(one, dict) and one.get("role") == "model"]
+        named = ", ".join(str(one.get("name")) for one in of_models)
+    return Source(named if isinstance(named, str) and named else path.stem, found, path.with_suffix(".html"))
 
 
 def _is_ours(path: Path) -> bool:

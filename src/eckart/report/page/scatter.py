@@ -118,7 +118,8 @@ def _labels(placed: Sequence[tuple[Point, tuple[float, float]]]) -> list[Markup]
             continue
         width = LETTER * len(point.label)
         own = taken[number]
-        for dx, dy, anchor in ((10, 4, "start"), (-10, 4, "end"), (0, -11, "middle"), (0, 20, "middle")):
+        far = 14 if point.strong else 10  # beyond the ring
+        for dx, dy, anchor in ((far, 4, "start"), (-far, 4, "end"), (0, -far - 1, "middle"), (0, far + 10, "middle")):
             left = NARROW * x + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
             box = left, y + dy - 11, left + width, y + dy - 11 + ROW
             inside = box[0] >= -4 and box[2] <= NARROW + 12 and box[1] >= 12 and box[3] <= HEIGHT - BOTTOM

@@ -40,12 +40,16 @@ class Factored(nn.Module):
         sizes: names of the whole numbers that say how large it is: arguments of `__init__`, attributes, and entries of
             the spec.
         no_dense: why no ordinary module can stand for it; None where one can.
+        paper: authors, year, identifier.
+        use: when to take it, in words, for its page in the documentation.
         lean: do without working memory, where many such modules run and few may be in memory at a time.
     """
 
     form: ClassVar[str]
     sizes: ClassVar[tuple[str, ...]]
     no_dense: ClassVar[str | None] = None
+    paper: ClassVar[str] = ""
+    use: ClassVar[str] = ""
     lean: bool = False
 
     def __init__(self) -> None:

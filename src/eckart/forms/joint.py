@@ -26,6 +26,10 @@ class Joint(LowRank):
 
     form: ClassVar[str] = "joint"
     paper: ClassVar[str] = "Eckart & Young 1936, for weights stacked under the block-diagonal metric of their outputs"
+    use: ClassVar[str] = (
+        "Queries, keys and values, or gate and up: weights that read one input. The default takes it wherever "
+        "it is predicted to lose less than separate factors."
+    )
     shared_parameter: ClassVar[str | None] = "first.weight"
     shared_by: ClassVar[str] = "input"
 

@@ -25,6 +25,7 @@ class KroneckerEmbedding(FactoredEmbedding):
         "the squared error of the rows that the calibration text looks up; with a tied head's error added, approximate"
     )
     paper: ClassVar[str] = "Edalati et al. 2021, KnGPT2, arXiv 2110.08152"
+    use: ClassVar[str] = "You want the setting of KnGPT2. It loses far more than the low-rank table at equal numbers."
     sizes: ClassVar[tuple[str, ...]] = ("num_embeddings", "embedding_dim", "factor")
 
     def __init__(

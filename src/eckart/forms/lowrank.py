@@ -15,6 +15,9 @@ class LowRank(FactoredLinear):
 
     form: ClassVar[str] = "lowrank"
     paper: ClassVar[str] = "Eckart & Young, Psychometrika 1936"
+    use: ClassVar[str] = (
+        "A weight by itself. Two plain Linear layers: every engine, every device and every export takes it."
+    )
 
     def __init__(
         self, in_features: int, out_features: int, rank: int, bias: bool = True, source: str = "linear"

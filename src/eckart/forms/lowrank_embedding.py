@@ -16,3 +16,7 @@ class LowRankEmbedding(FactoredEmbedding):
         "the squared error of the rows that the calibration text looks up; with a tied head's error added, approximate"
     )
     paper: ClassVar[str] = "SVD of rows weighted by how often tokens occur"
+    use: ClassVar[str] = (
+        "The token embeddings are a large part of the model, as in small encoders of many languages. The one "
+        "to begin with."
+    )

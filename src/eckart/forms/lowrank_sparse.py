@@ -25,6 +25,8 @@ class LowRankSparse(FactoredLinear):
     """
 
     form: ClassVar[str] = "lowrank-sparse"
+    paper: ClassVar[str] = "Li et al. 2023, LoSparse, arXiv 2306.11222"
+    use: ClassVar[str] = "No plan chooses it: the recovery losparse leaves it behind."
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank", "rows")
     refits: ClassVar[bool] = False  # S is not solved for
     places: Tensor

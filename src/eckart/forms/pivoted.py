@@ -48,6 +48,10 @@ class Pivoted(FactoredLinear):
 
     form: ClassVar[str] = "pivoted"
     paper: ClassVar[str] = "Zhao et al., ICML 2025, arXiv 2501.19090"
+    use: ClassVar[str] = (
+        "Stored numbers count more than speed: a rank costs k^2 numbers less than in the low-rank form, and "
+        "the forward pass is slower. --optimise size takes it."
+    )
     rounded_as: ClassVar[str | None] = "lowrank"
     order: Tensor
     inverse: Tensor

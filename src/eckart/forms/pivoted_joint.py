@@ -27,6 +27,9 @@ class PivotedJoint(FactoredLinear):
 
     form: ClassVar[str] = "pivoted-joint"
     paper: ClassVar[str] = "Zhao et al., ICML 2025, arXiv 2501.19090, of columns, for weights of one input"
+    use: ClassVar[str] = (
+        "Weights that read one input, where stored numbers count more than speed. --optimise size takes it."
+    )
     shared_parameter: ClassVar[str | None] = "first.weight"
     shared_by: ClassVar[str] = "input"
     unshared_form: ClassVar[str] = "pivoted"

@@ -35,6 +35,9 @@ class SafeEmbedding(LowRankEmbedding):
     needs: ClassVar[str] = "data + training"
     exact_for: ClassVar[str] = "what lowrank is, until its attention is trained (eckart tune)"
     paper: ClassVar[str] = "Reid et al. 2021, Subformer, arXiv 2101.00234"
+    use: ClassVar[str] = (
+        "You train afterwards: its attention is worth its numbers only once eckart tune has trained it."
+    )
     contextual: ClassVar[bool] = True
     advice: ClassVar[str] = "as good as low-rank until it is trained to follow the original: `eckart tune`"
     no_dense: ClassVar[str | None] = (

@@ -25,6 +25,9 @@ class SharedBasis(LowRank):
 
     form: ClassVar[str] = "shared-basis"
     paper: ClassVar[str] = "Wang et al., ICLR 2025, arXiv 2410.03765"
+    use: ClassVar[str] = (
+        "Adjacent layers are alike, and stored numbers count more than multiply-adds. --method basis-sharing takes it."
+    )
     refits: ClassVar[bool] = False
     shared_parameter: ClassVar[str | None] = "first.weight"
 

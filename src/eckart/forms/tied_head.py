@@ -32,6 +32,8 @@ class TiedHead(Factored):
     """
 
     form: ClassVar[str] = "tied-head"
+    paper: ClassVar[str] = "this library: a tied output layer of the factored table that its embedding stores"
+    use: ClassVar[str] = "No plan chooses it: an output layer that is tied to factored embeddings is stored in it."
     bias: nn.Parameter | None
     sizes: ClassVar[tuple[str, ...]] = ("in_features", "out_features", "rank", "blocks")
 

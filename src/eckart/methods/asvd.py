@@ -29,4 +29,6 @@ METHOD = Method(
     metric=metric,
     needs=frozenset({"absolute"}),
     exact_for="the weight error with each input feature weighted by its mean magnitude to the power 0.5",
+    use="Memory for the Gram matrices of the inputs is short: it keeps one number for each input feature, and "
+    "needs forward passes alone.",
 )

@@ -46,6 +46,7 @@ class Method:
         fixed_form: whether the method is its form: stored in another one, nothing of it would be left.
         paper_sizes: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
             None for a site that stays dense.
+        use: when to take it, in words, for its page in the documentation.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Method:
     calibrated_curves: bool = False
     fixed_form: bool = False
     paper_sizes: SizeRule | None = None
+    use: str = ""
 
     @property
     def needs_data(self) -> bool:

@@ -15,4 +15,6 @@ METHOD = Method(
     needs=frozenset({"gram"}),
     exact_for="the squared error of the outputs of a group's layers together on the calibration text",
     form="shared-basis",
+    use="Stored numbers count more than multiply-adds, and adjacent layers are alike. A basis is stored once for "
+    "several layers and computed in each.",
 )

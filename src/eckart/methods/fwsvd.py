@@ -59,6 +59,8 @@ METHOD = Method(
     metric=metric,
     needs=frozenset({"fisher"}),
     exact_for="the weight error with each output row weighted by its Fisher information",
+    use="You want the paper's own numbers, or have labeled data of a classifier. It weighs outputs alone: on "
+    "decoders it is little better than svd in the tables of this project.",
 )
 COLUMNS = Method(
     name="fwsvd-columns",
@@ -67,4 +69,6 @@ COLUMNS = Method(
     metric=column_metric,
     needs=frozenset({"fisher"}),
     exact_for="the weight error with each input column weighted by its Fisher information",
+    use="You want to see what the other reading of the paper gives: importance by input, which is better than by "
+    "output on the causal model and the encoder that were measured.",
 )

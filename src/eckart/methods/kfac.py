@@ -49,4 +49,6 @@ METHOD = Method(
     metric=metric,
     needs=frozenset({"gram", "gradients"}),
     exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix",
+    use="You want the metric of the default by itself: one size for all layers, without joint factors and refit. "
+    "It needs backward passes, and no labels.",
 )

@@ -35,6 +35,7 @@ METHOD = Method(
     "method that is not a Kronecker product itself",
     form="kronecker",
     fixed_form=True,
+    use="You want to compare. At equal numbers it lost most of all methods on three of the four models of the survey.",
 )
 KNGPT2 = Method(
     name="kngpt2",
@@ -47,4 +48,6 @@ KNGPT2 = Method(
     fixed_form=True,
     allocation="paper",
     paper_sizes=odd_blocks_halved,
+    use="You want the setting of the paper: every odd layer at half its numbers. Let the distillation of the same "
+    "paper follow: eckart tune --recovery ilkd.",
 )

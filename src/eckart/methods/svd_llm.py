@@ -16,4 +16,5 @@ METHOD = Method(
     metric=metric,
     needs=frozenset({"gram"}),
     exact_for="the mean squared error of the layer's output on the calibration text",
+    use="You want to compare with the paper of this name. Its optimum is that of drone, and so are its factors.",
 )

@@ -60,6 +60,7 @@ class Recovery:
         name: as `--recovery` takes it.
         title: one line for tables.
         paper: authors, year, identifier; "" for common knowledge.
+        use: when to take it, in words, for its page in the documentation.
         needs_teacher: whether there must be a teacher.
         learning_rate: where none is asked for.
         needs_dense_model: whether the model must not be factored yet.
@@ -70,6 +71,7 @@ class Recovery:
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    use: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
     needs_dense_model: ClassVar[bool] = False

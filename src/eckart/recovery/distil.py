@@ -51,6 +51,7 @@ class Distil(Recovery):
     name: ClassVar[str] = "distil"
     title: ClassVar[str] = "every weight on a weighted sum of the teacher's logits, features and the task"
     paper: ClassVar[str] = "Hinton, Vinyals and Dean 2015, arXiv 1503.02531"
+    use: ClassVar[str] = "The original is there, which is the usual case. It is the default."
     needs_teacher: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 1e-4
 
@@ -217,6 +218,9 @@ class NoachGoldberg(Distil):
     name: ClassVar[str] = "noach-goldberg"
     title: ClassVar[str] = "stage 1: hidden states of every layer; stage 2: the teacher's logits"
     paper: ClassVar[str] = "Noach and Goldberg 2020, AACL, 2020.aacl-main.88"
+    use: ClassVar[str] = (
+        "You want the two stages of the paper, features first and predictions after, on an encoder with a task."
+    )
 
     embedding: float = 1.0
     first_stage: float = 0.5
@@ -242,6 +246,10 @@ class InterLayer(Distil):
     name: ClassVar[str] = "ilkd"
     title: ClassVar[str] = "embeddings, attention maps and hidden states of the teacher, with the task's own loss"
     paper: ClassVar[str] = "Edalati et al. 2021, arXiv 2110.08152"
+    use: ClassVar[str] = (
+        "After --method kngpt2, whose paper it comes from; or where the depth of student and teacher is the "
+        "same and attention maps matter."
+    )
 
     logits: float = 0.0
     sentence: float = 0.0

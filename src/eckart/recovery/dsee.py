@@ -68,6 +68,10 @@ class DSEE(Recovery):
     name: ClassVar[str] = "dsee"
     title: ClassVar[str] = "a low-rank + sparse update of a frozen model, which may be pruned during training"
     paper: ClassVar[str] = "Chen et al. 2021, arXiv 2111.00160"
+    use: ClassVar[str] = (
+        "Many tasks share one model: less than one percent of the numbers is trained for each. With "
+        "prune=structured heads and neurons go as well."
+    )
     needs_dense_model: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 5e-4
 

@@ -14,3 +14,4 @@ class Full(Recovery):
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "every weight on the task's own loss"
+    use: ClassVar[str] = "There are labels or text of the task, and no original to learn from."

@@ -32,6 +32,10 @@ class LoRA(Recovery):
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "adapters on the factors, merged into them"
     paper: ClassVar[str] = "Hu et al. 2021, arXiv 2106.09685"
+    use: ClassVar[str] = (
+        "Memory for training is short, or few texts are there: few numbers are trained, and merging them "
+        "keeps the size of the factors."
+    )
     learning_rate: ClassVar[float] = 5e-4
 
     rank: int = 8

@@ -45,6 +45,10 @@ class LoSparse(Recovery):
     name: ClassVar[str] = "losparse"
     title: ClassVar[str] = "a dense model becomes low-rank + sparse, whole rows pruned while it learns the task"
     paper: ClassVar[str] = "Li et al. 2023, arXiv 2306.11222"
+    use: ClassVar[str] = (
+        "You have labels of a task and a dense model, and can train for epochs: the size is reached while the "
+        "task is learned."
+    )
     needs_dense_model: ClassVar[bool] = True
     learning_rate: ClassVar[float] = 9e-5
 
@@ -220,6 +224,7 @@ class LoSparseDistilled(LoSparse):
 
     name: ClassVar[str] = "losparse-distil"
     title: ClassVar[str] = "losparse, with the teacher's logits and hidden states"
+    use: ClassVar[str] = "As losparse, where the fine-tuned dense model is there to learn from."
     needs_teacher: ClassVar[bool] = True
 
     distil: float = 1.0

@@ -58,6 +58,10 @@ class Refit(ClosedFormRecovery):
     name: ClassVar[str] = "refit"
     title: ClassVar[str] = "every factored weight solved again on the compressed model's own inputs; nothing is trained"
     paper: ClassVar[str] = "this library: the refit of `eckart compress`"
+    use: ClassVar[str] = (
+        "The model was compressed without a refit, by a method that has none or elsewhere. It needs the "
+        "original and text, and no step of training."
+    )
     needs_teacher: ClassVar[bool] = True
 
     centered: bool = True

@@ -44,6 +44,7 @@ class Sandwich(Distil):
     name: ClassVar[str] = "sandwich"
     title: ClassVar[str] = "the central blocks share one set of weights, which learns from the teacher"
     paper: ClassVar[str] = "Reid et al. 2021, Subformer, arXiv 2101.00234"
+    use: ClassVar[str] = "Stored numbers count, and you can train for long: all central blocks have one set of weights."
 
     start: str = "mean"
 

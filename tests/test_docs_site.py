@@ -99,9 +99,18 @@ def test_every_method_form_statistic_and_recovery_has_its_page(pages):
             page = pages[f"docs/{folder}/{name}{suffix}.md"]
             assert f"({folder}/{name}{suffix}.md)" in pages["docs/methods/index.md"].replace("../", "")
             if registry is not STATISTICS:
-                assert registry[name].use in page, f"{name}: say in `use` when to take it"
+                assert registry[name].use, f"{name}: say in `use` when to take it"
+                assert registry[name].use in page
             if getattr(registry[name], "paper", ""):
                 assert registry[name].paper[1:] in page
+
+
+def test_table_of_the_survey_has_every_method_and_recovery(pages):
+    survey = pages["docs/survey.md"]
+    listed = {f"methods/{name}.md" for name in METHODS} | {f"recoveries/{name}.md" for name in RECOVERIES}
+    presets = {"methods/fwsvd-columns.md", "recoveries/full.md", "recoveries/ilkd.md", "recoveries/losparse-distil.md"}
+    assert {path for path in listed if f"({path})" not in survey} == presets
+    assert all(path.split("/")[1].removesuffix(".md") in survey for path in presets - {"recoveries/full.md"})
 
 
 def test_page_of_a_method_has_equation_cost_and_command(pages):

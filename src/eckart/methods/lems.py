@@ -17,4 +17,6 @@ METHOD = Method(
     exact_for="the second-order change of the loss under a Kronecker-factored Fisher matrix of clipped gradients",
     allocation="loss",
     calibrated_curves=True,
+    use="You compare with the paper: the metric of kfac on clipped gradients, and curves that are measured. It runs "
+    "the whole model once for each weight, so that it takes longest of all.",
 )

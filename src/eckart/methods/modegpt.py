@@ -20,4 +20,6 @@ METHOD = Method(
     needs=frozenset({"gram"}),
     exact_for="the best correction of the neurons that are kept; which ones are is a heuristic",
     by_leverage=True,
+    use="You compare with the paper. The default also takes neurons away where that is predicted to lose less, and "
+    "corrects the others for them under the gradients of the loss.",
 )

@@ -8,6 +8,7 @@ BIN := .venv/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -c constraints.txt
 # Installed first and by exact version: left to pip, a bare `torch` is the newest CUDA build.
 TORCH := $(shell grep '^torch==' constraints.txt)
+TORCHAO := $(shell grep '^torchao==' constraints.txt)
 # Written last, so that an interrupted install is repeated; they are deleted with the environment.
 CORE := .venv/.installed-core
 DEV := .venv/.installed-dev
@@ -44,11 +45,13 @@ demo: $(CORE)
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-# Compressed models in every form generate the same tokens in transformers and in vLLM, in one process and in two.
+# Compressed models in every form generate the same tokens in transformers and in vLLM, in one process and in two,
+# and so does one in int8.
 test-serve: $(CORE) $(SERVED)
 	$(BIN)/python -W ignore tests/serve/write_models.py .venv-serve/models
 	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models mixed 1
 	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models split 2
+	$(SERVE)/python -I -W ignore tests/serve/serve.py .venv-serve/models split-int8 1
 
 # Sentence encoders give the embeddings of the PyTorch folder with backend="onnx" and backend="openvino".
 test-backends: $(DEV) $(BACKENDS)
@@ -104,7 +107,7 @@ $(DEV): $(CORE)
 $(SERVED): Makefile tests/serve/requirements.py
 	$(PYTHON) -m venv .venv-serve
 	$(SERVE_PIP) $(TORCH)
-	$(SERVE_PIP) --no-deps $(VLLM)
+	$(SERVE_PIP) --no-deps $(VLLM) $(TORCHAO)
 	$(SERVE)/python tests/serve/requirements.py > .venv-serve/requirements.txt
 	$(SERVE_PIP) -r .venv-serve/requirements.txt
 	@touch $@

@@ -8,14 +8,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import constants
-from tiny import llama
+from tiny import DEMO, llama
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 import eckart
 from eckart.checkpoint.push import check_push, push_folder
 from eckart.cli.app import app
 from eckart.errors import CheckpointError, UsageError
+from eckart.storage.manifest import find_changes
 
 NAME = "me/smol-70"
 
@@ -156,7 +159,9 @@ def test_every_file_is_pushed_and_the_card_names_the_repository(hub, folder):
     before = content(folder)
     assert push_folder(folder, NAME) == f"{constants.ENDPOINT}/{NAME}"
     there, card = hub.files[NAME], hub.files[NAME].pop("README.md").decode()
-    assert there == {path: data for path, data in before.items() if path != "README.md"}
+    same = {path for path in before if path not in ("README.md", "eckart/files.json")}
+    assert {path: there[path] for path in same} == {path: before[path] for path in same}
+    assert set(there) == {*same, "eckart/files.json"}
     assert f'from_pretrained("{NAME}")' in card
     assert '"local-name"' not in card
     assert hub.cards
@@ -266,6 +271,27 @@ def test_commands_push_what_they_published(hub, tmp_path):
     assert "quantization_config" not in json.loads(hub.files["me/dense"]["config.json"])
     assert run(app, ["push", str(tmp_path / "small"), "me/again"]).exit_code == 0
     assert "model.safetensors" in hub.files["me/again"]
+
+
+def test_pushed_records_name_no_place_of_this_machine(hub, tmp_path):
+    model, text, small = tmp_path / "a-llama", tmp_path / "texts.txt", tmp_path / "small"
+    llama(num_hidden_layers=1, vocab_size=8192).save_pretrained(model)
+    AutoTokenizer.from_pretrained(DEMO).save_pretrained(model)
+    text.write_text("A short text. " * 200)
+    eckart.compress(
+        model, data=str(text), num_samples=2, max_seq_length=16, keep=0.5, form="lowrank", method="svd",
+        output_dir=small,
+    )  # fmt: skip
+    push_folder(small, NAME)
+    recipe, report = (hub.files[NAME][f"eckart/{name}"].decode() for name in ("recipe.yaml", "report.json"))
+    assert str(tmp_path) in (small / "eckart/recipe.yaml").read_text()
+    assert not any(str(tmp_path).encode() in data for data in hub.files[NAME].values())
+    assert yaml.safe_load(recipe)["model"] == "a-llama"
+    assert json.loads(report)["recipe"]["data"] == "texts.txt"
+    for name, data in hub.files[NAME].items():  # as it comes back from the hub
+        (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(data)
+    assert find_changes(tmp_path / "back") == (len(hub.files[NAME]) - 1, [])
 
 
 def test_command_refuses_before_it_works_and_keeps_what_it_made(hub, tmp_path):

@@ -7,18 +7,24 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import yaml
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # of its documentation
 
 from eckart.errors import CheckpointError, EckartError, UsageError
+from eckart.storage.manifest import renew
 
 REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin",
             "pytorch_model.bin.index.json", "eckart/*"]  # fmt: skip
 """Files of a model that was there before and is replaced. Left beside the new weights, they could be loaded instead."""
+
+RECORDS = ("eckart/recipe.yaml", "eckart/report.json", "eckart/report.html", "eckart/export.json")
+"""What may name files of this machine."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +59,7 @@ def push_folder(
     """Push a folder, which stays as it is.
 
     The repository is made if it is not there yet. Weights that it holds are replaced, other files stay. The model card
-    loads the model by the repository's name.
+    loads the model by the repository's name, and the records of the run say files of this machine by their last part.
 
     Args:
         folder: that eckart published.
@@ -131,20 +137,48 @@ def push_result(
 
 
 def _stage(home: Path, place: Path, name: str) -> Path:
-    """The folder as it is pushed: links to its files, and the card with the repository's name."""
+    """The folder as it is pushed: links to its files, the card with the repository's name, records without places."""
+    places = _places(home)
+    changed = []
     for file in sorted(home.rglob("*")):
         if not file.is_file():
             continue
-        target = place / file.relative_to(home)
+        inner = file.relative_to(home).as_posix()
+        target = place / inner
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file == home / "README.md":
-            target.write_text(_renamed(file.read_text(encoding="utf-8"), home.name, name), encoding="utf-8")
+        if inner == "README.md" or inner in RECORDS:
+            text = file.read_text(encoding="utf-8")
+            text = _renamed(text, home.name, name) if inner == "README.md" else text
+            for where, known_as in places.items():
+                text = text.replace(where, known_as)
+            target.write_text(text, encoding="utf-8")
+            changed.append(inner)
             continue
         try:
             os.symlink(file.resolve(), target)
         except OSError:  # a system without links
             shutil.copyfile(file, target)
+    for inner in changed:
+        renew(place, inner)
     return place
+
+
+def _places(home: Path) -> dict[str, str]:
+    """Where models and data lay on this machine, as the records of a folder say -> the last part, which stays."""
+    found: set[str] = set()
+
+    def collect(value: Any) -> None:
+        if isinstance(value, str) and Path(value).is_absolute():
+            found.add(value)
+        for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ():
+            collect(inner)
+
+    for record in RECORDS:
+        try:
+            collect(yaml.safe_load((home / record).read_text(encoding="utf-8")))  # JSON is YAML
+        except (OSError, ValueError, yaml.YAMLError):
+            continue
+    return {where: Path(where).name for where in sorted(found, key=len, reverse=True) if Path(where).name}
 
 
 def _renamed(card: str, old: str, new: str) -> str:

@@ -158,6 +158,11 @@ def compare(
     recipes = [combine_options(recipe, {}, method=method, where="methods") for method in methods]
     for keep in keeps:
         combine_options(recipe, {"keep": keep}, where="keeps")
+    if recipe.rounds > 1:
+        raise UsageError(
+            f"--rounds {recipe.rounds}: the rows of a comparison share the statistics of one model. Leave it out, or "
+            "use `eckart compress` for each row."
+        )
     if recipe.quantize is not None:
         require_torchao()
     rows = [Settings.of(method_named(each.method), each) for each in recipes]

@@ -40,6 +40,7 @@ from eckart.compression.refit import refit_if_better
 from eckart.compression.report_builder import build_report, describe_dense_sites
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_compressed
+from eckart.compression.rounds import go_through_rounds
 from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.workspace import Workspace
@@ -121,6 +122,12 @@ def compress(
 
         # 4. The factors of every site; 5. to 12. the smaller model made of them; 13. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
+
+        def make_model(earlier: Recipe) -> Result:
+            own = replace(settings, measures_curves=False)
+            return build_model(context, own, earlier, make_factors(context, own, earlier, earlier.keep))
+
+        rounds = go_through_rounds(context, settings, run.recipe, make_model)
         factors = make_factors(context, settings, run.recipe, largest)
         refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
         result = build_model(context, settings, run.recipe, factors)
@@ -130,6 +137,7 @@ def compress(
                 baselines = measure_baselines(context)
             if baselines:
                 result.report |= {"baselines": baselines, "seconds": context.timer.seconds}
+        result.report.update({"rounds": rounds} if rounds else {})
         return run.publish(result)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.calibration import calibrate, calibrate_without_data, hold_out
+from eckart.calibration import Calibration, calibrate, calibrate_without_data, hold_out
 from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.compression.basis_groups import adjacent
@@ -73,7 +73,6 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         for keep in keeps:
             _check_budget(context, settings, recipe.model_copy(update={"keep": keep}))
     needs = _all_needs(rows, recipe)
-    fallback = _all_needs([settings.without_gradients() for settings in rows], recipe)
     data = data if data is not None else recipe.data
     if not needs and data is None and not recipe.refine:
         return context
@@ -81,23 +80,45 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         context.data, context.held_out = _load(context, data, recipe)
         _check_same_text(context)
     if needs:
-        with context.timer.step("calibration"):
-            context.calibration = calibrate(
-                model,
-                names,
-                context.data,
-                needs=needs,
-                curvature=recipe.curvature,
-                seed=recipe.seed,
-                pooling=context.pooling,
-                fallback_needs=None if needs_backward(fallback) else fallback,
-                weights=context.weights,
-                hidden_states=workspace.hidden_states,
-                blocks_at_once=workspace.at_once,
-                processes=workspace.processes,
-                grow=recipe.batch_size is None,
-            )
+        context.calibration = start_calibration(context, rows, recipe, model, context.weights)
     return context
+
+
+def start_calibration(
+    context: CompressionContext,
+    rows: Sequence[Settings],
+    recipe: Recipe,
+    model: PreTrainedModel,
+    weights: WeightLoader,
+) -> Calibration:
+    """Make ready to gather the statistics that all methods of a run need.
+
+    Args:
+        context: its sites and data.
+        rows: settings of the methods.
+        recipe: curvature and seed.
+        model: that runs: the original, or one with the same sites.
+        weights: of the model.
+    """
+    assert context.data is not None
+    needs, workspace = _all_needs(rows, recipe), context.workspace
+    fallback = _all_needs([settings.without_gradients() for settings in rows], recipe)
+    with context.timer.step("calibration"):
+        return calibrate(
+            model,
+            context.names,
+            context.data,
+            needs=needs,
+            curvature=recipe.curvature,
+            seed=recipe.seed,
+            pooling=context.pooling,
+            fallback_needs=None if needs_backward(fallback) else fallback,
+            weights=weights,
+            hidden_states=workspace.hidden_states,
+            blocks_at_once=workspace.at_once,
+            processes=workspace.processes,
+            grow=recipe.batch_size is None,
+        )
 
 
 def _all_needs(rows: Sequence[Settings], recipe: Recipe) -> frozenset[str]:

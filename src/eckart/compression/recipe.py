@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from eckart.compression.effort import Effort
 from eckart.config import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_TEXTS,
@@ -50,6 +51,12 @@ class Recipe(RecipeBase):
         description="How ranks are chosen: the same fraction of every weight, or by the predicted loss. "
         "Default: the method's.",
     )
+    effort: Effort = Field(
+        "default",
+        description="Which stages follow the statistics and the factors. fast: none. default: those of the method. "
+        "best: measured curves, the refit and the refinement, about ten times the work. Options of single stages come "
+        "first.",
+    )
     refit: bool | None = Field(
         None,
         description="Fit every factored weight again on the inputs that the compressed model gives it. "
@@ -69,6 +76,13 @@ class Recipe(RecipeBase):
         None,
         description="Clip each token's gradient to .1 to 10 times the mean norm of its sequence, and leave out the "
         "first and the last eighth of each sequence. Default: the method's.",
+    )
+    rounds: int = Field(
+        1,
+        ge=1,
+        le=8,
+        description="Make so many models, each smaller than the one before; ranks are chosen by the statistics of the "
+        "one before. Each takes the time of gathering them.",
     )
     keep: float = Field(0.7, gt=0, le=1, description="Fraction of the numbers that is stored afterwards.")
     keep_of: Literal["sites", "reached", "model"] = Field(
@@ -252,6 +266,14 @@ class Recipe(RecipeBase):
                 f"--stock and --quantize {self.quantize}: transformers alone loads no layers that eckart has rounded. "
                 f"Leave --quantize out, then: eckart export DIR --format dense --quantize {self.quantize}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_have_sizes(self) -> Recipe:
+        goals = [name for name in ("plan", "speedup", "max_loss") if getattr(self, name) is not None]
+        if self.rounds > 1 and goals:
+            flags = " and ".join(f"--{name.replace('_', '-')}" for name in goals)
+            raise ValueError(f"--rounds {self.rounds} and {flags}: rounds go down to a size. Ask for --keep.")
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import replace as with_changes
 
+from eckart.compression.effort import with_effort
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.forms import FORMS, FactoredLinear, form_named
@@ -92,6 +93,7 @@ class Settings:
             method = with_changes(
                 method, metric=other.metric, needs=other.needs, exact_for=other.exact_for, centered=other.centered
             )
+        method = with_effort(method, recipe.effort)
         refit = method.refit if recipe.refit is None else recipe.refit
         if refit and _of_inputs(method) != {"gram"}:
             if recipe.refit:

@@ -43,6 +43,7 @@ class Method:
         centered: whether means are folded into the bias of sites that have one, and the metric is centered.
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
         calibrated_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
+        refined: whether blocks are trained one after another to put out what the original's do.
         fixed_form: whether the method is its form: stored in another one, nothing of it would be left.
         paper_sizes: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
             None for a site that stays dense.
@@ -63,6 +64,7 @@ class Method:
     centered: bool = False
     refit: bool = False
     calibrated_curves: bool = False
+    refined: bool = False
     fixed_form: bool = False
     paper_sizes: SizeRule | None = None
     use: str = ""

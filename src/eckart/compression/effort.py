@@ -1,0 +1,26 @@
+"""How much work a run puts into quality beyond statistics and factors: which stages follow."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal, get_args
+
+from eckart.methods import Method
+
+Effort = Literal["fast", "default", "best"]
+EFFORTS: tuple[str, ...] = get_args(Effort)
+
+
+def with_effort(method: Method, effort: Effort) -> Method:
+    """The method with the stages of an effort; each can still be asked for, or left out, by its own option.
+
+    Args:
+        method: with the stages that it names itself, which are those of "default".
+        effort: "fast": no stage but statistics and factors. "best": all stages that its metric, form and allocation
+            allow: curves scaled by what is measured, a refit in closed form, blocks trained one after another.
+    """
+    if effort == "fast":
+        return replace(method, refit=False, calibrated_curves=False, refined=False)
+    if effort == "best":
+        return replace(method, refit=True, calibrated_curves=True, refined=True)
+    return method

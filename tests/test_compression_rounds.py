@@ -72,17 +72,18 @@ def test_the_last_round_has_the_size_that_was_asked_for_and_other_ranks(model, b
 
 def test_the_weights_that_are_factored_are_the_originals(model, batches, monkeypatch):
     """A first round that leaves little of them takes nothing from the second."""
-    monkeypatch.setattr(
-        "eckart.compression.rounds.earlier_rounds",
-        lambda recipe: [recipe.model_copy(update={"keep": 0.2, "rounds": 1})],
-    )
+
+    def first(recipe):
+        return [recipe.model_copy(update={"keep": 0.2, "rounds": 1})]
+
+    monkeypatch.setattr("eckart.compression.rounds.earlier_rounds", first)
     options = {**OPTIONS, "keep": 0.9, "allocation": "uniform"}
-    once, twice = (eckart.compress(model, data=batches, rounds=rounds, **options) for rounds in (1, 2))
-    assert twice.report["rounds"][0]["quality"] != twice.report["quality"]
+    found = eckart.compress(model, data=batches, rounds=2, **options)
+    assert found.report["rounds"][0]["quality"] != found.report["quality"]
     name = "model.layers.1.mlp.down_proj"
-    weight = model.get_submodule(name).weight
-    near, found = ((r.model.get_submodule(name).to_dense() - weight).norm() for r in (once, twice))
-    assert found < 1.5 * near < 0.5 * weight.norm()
+    weight = model.get_submodule(name).weight.detach()
+    left = torch.linalg.svdvals(weight)[int(0.2 * weight.numel() / sum(weight.shape)) :].norm()
+    assert (found.model.get_submodule(name).to_dense() - weight).norm() < 0.8 * left
 
 
 def test_what_has_no_rounds_is_refused(model, batches, tmp_path):

@@ -13,6 +13,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from typing import cast
+
+from transformers import PreTrainedModel
 
 from eckart.compression.context import CompressionContext
 from eckart.compression.prepare import start_calibration
@@ -70,7 +73,7 @@ def go_through_rounds(
         result = make_model(earlier)
         found.append({"keep": round(earlier.keep, 4), "quality": result.report["quality"]})
         try:
-            model = to_dense_modules(result.model)
+            model = cast(PreTrainedModel, to_dense_modules(result.model))
         except ModelError:  # everything stayed dense: nothing has changed
             continue
         model = with_separate_experts(model)

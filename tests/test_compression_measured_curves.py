@@ -15,10 +15,7 @@ from eckart.allocation import Choice, Plan
 from eckart.calibration.layerwise import LayerwiseError
 from eckart.compression.measured_curves import (
     LARGEST_RATIO,
-    Scaling,
     UnitError,
-    best_scaling,
-    harmonic_depths,
     ratios_of,
     scale_curves,
     units_of,
@@ -58,22 +55,8 @@ def batches():
 
 
 @pytest.fixture(scope="module")
-def tried():
-    """What was tried of the whole plan: scaling -> distance."""
-    return {}
-
-
-@pytest.fixture(scope="module")
-def measured(model, batches, tried):
-    """Followed wholly, whatever the trials say."""
-
-    def wholly(distance):
-        tried.update({scaling: distance(scaling) for scaling in (Scaling(0.0), Scaling(1.0), Scaling(0.0, 2.0))})
-        return Scaling(1.0)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eckart.compression.choose_plan.best_scaling", wholly)
-        return eckart.compress(model, data=batches, calibrate_curves=True, **OPTIONS)
+def measured(model, batches):
+    return eckart.compress(model, data=batches, calibrate_curves=True, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -109,38 +92,6 @@ def test_the_plan_follows_what_was_measured(measured, unmeasured):
     assert lost
     mean = lambda names: sum(math.log(ratios[name]) for name in names) / len(names)  # noqa: E731
     assert mean(gained) > mean(lost) + 0.1
-
-
-def test_a_plan_is_tried_as_a_whole(model, batches, measured, unmeasured, tried):
-    """Against the finished models, on the batches that the trials read."""
-    assert measured.report["scaling"] == {"power": 1.0, "tilt": 0.0}
-    for scaling, result in ((Scaling(1.0), measured), (Scaling(0.0), unmeasured)):
-        found = [compare_predictions(result.model, model, [Batch(batch, (0, 1, 2, 3))])["kl"] for batch in batches]
-        assert min(found) * 0.9 < tried[scaling] < max(found) * 1.1
-    assert tried[Scaling(0.0)] != tried[Scaling(1.0)] != tried[Scaling(0.0, 2.0)]
-
-
-def test_the_nearest_plan_is_taken():
-    def distance(scaling):
-        return abs(scaling.power - 0.4) + abs(scaling.tilt - 0.5)
-
-    assert best_scaling(distance) == Scaling(0.5, 0.5)
-    assert best_scaling(lambda scaling: abs(scaling.power) + abs(scaling.tilt)) == Scaling(0.0)
-    assert best_scaling(lambda scaling: 1.0) == Scaling(0.0), "what was predicted, where nothing is better"
-
-
-def test_curves_are_scaled_by_ratio_and_depth(model):
-    depths = harmonic_depths(["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj", "lm_head",
-                              "model.layers.2.mlp.up_proj"], model)  # fmt: skip
-    assert depths == {
-        "model.layers.0.mlp.up_proj": 1.0,
-        "model.layers.1.mlp.up_proj": pytest.approx((1 / 2) / (1 + 1 / 2)),
-        "model.layers.2.mlp.up_proj": 0.0,
-    }
-    found = Scaling(0.5, -1.0).of({"a": 4.0, "b": 1.0}, {"a": 1.0, "c": 0.5})
-    assert found == {
-        "a": pytest.approx(2 * math.exp(-1)), "b": pytest.approx(1.0), "c": pytest.approx(math.exp(-0.5))
-    }  # fmt: skip
 
 
 def test_embeddings_are_measured_by_their_cosine():

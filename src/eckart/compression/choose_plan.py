@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,23 +19,12 @@ from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.goals import loss_of, parse_loss
 from eckart.compression.machine_profile import find_profile, forward_of
-from eckart.compression.measured_curves import (
-    MeasuredCurves,
-    Scaling,
-    UnitError,
-    best_scaling,
-    harmonic_depths,
-    measure_units,
-    ratios_of,
-    rows_to_read,
-    scale_curves,
-)
+from eckart.compression.measured_curves import UnitError, measure_units, ratios_of, scale_curves
 from eckart.compression.options import dtype_of
 from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.pricing import Pricing, count_seconds, price_elements_and_seconds, price_seconds
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
-from eckart.compression.trials import plan_distance
 from eckart.errors import UsageError
 from eckart.speed.clock import measure_in_turn, steady_stopwatch
 from eckart.speed.profile import Profile
@@ -81,8 +70,6 @@ class PlanChoice:
         """What the search reports."""
         self.notes: list[str] = []
         """What was not done as it was asked for."""
-        self.scaling: dict[str, float] | None = None
-        """How far the curves were scaled."""
         self.curves: list[dict[str, Any]] = []
         """Sites that were cut together -> predicted loss, and measured distance of the model's output."""
 
@@ -114,46 +101,28 @@ class PlanChoice:
             plan = self._within_size(self.recipe)
             if not plan.predicted:
                 return
-            measured = self._measured(plan)
-            errors, scaling = measured.errors, measured.scaling
-            self.solved = scale_curves(self.solved, scaling.of(ratios_of(errors), self._depths()))
+            errors = self._measure_units(plan)
+            self.solved = scale_curves(self.solved, ratios_of(errors))
             self.curves = [error.to_json() for error in errors]
-            if errors:
-                self.scaling = asdict(scaling)
 
-    def _depths(self) -> dict[str, float]:
-        return harmonic_depths(list(self.shapes), self.context.model)
-
-    def _measured(self, plan: Plan) -> MeasuredCurves:
-        """What the cuts of a plan do, and how far to follow it; what an interrupted run has measured is read again."""
+    def _measure_units(self, plan: Plan) -> list[UnitError]:
+        """What the cuts of a plan do; what an interrupted run has measured is read again."""
         store, processes = self.context.workspace.store, self.context.workspace.processes
-        there = store.read(CURVES, CURVES)[1] if store.entries(CURVES) else {}
-        stored = processes.broadcast(({}, there))[1]
-        if stored:
-            return MeasuredCurves.from_json(stored)
+        there = store.read(CURVES, CURVES)[1] if store.entries(CURVES) else {"errors": None}
+        stored = processes.broadcast(({}, there))[1]["errors"]
+        if stored is not None:
+            return [UnitError.from_json(entry) for entry in stored]
         try:
             errors = measure_units(self.context, plan, self.factors)
-            found = MeasuredCurves(errors, best_scaling(lambda scaling: self._distance(errors, scaling)))
         except LayerwiseError as error:
             self.notes.append(
                 f"the curves were not measured: {type(self.context.model).__name__} is worked on block by block, and "
                 f"cannot be run so ({error}). Pass --stream off where it fits into memory"
             )
-            return MeasuredCurves([], Scaling(0.0))
+            return []
         if processes.main:
-            store.write(CURVES, CURVES, {}, found.to_json())
-        return found
-
-    def _distance(self, errors: Sequence[UnitError], scaling: Scaling) -> float:
-        """How far the model of the plan that a scaling leads to is from the original."""
-        before = self.solved
-        self.solved = scale_curves(before, scaling.of(ratios_of(errors), self._depths()))
-        try:
-            plan = self._within_size(self.recipe)
-        finally:
-            self.solved = before
-        rows = rows_to_read(self.context, len(errors), shift=0.0)
-        return plan_distance(self.context, plan, self.factors, rows)
+            store.write(CURVES, CURVES, {}, {"errors": [error.to_json() for error in errors]})
+        return errors
 
     def _make(self, recipe: Recipe, pricing: Pricing | None) -> Plan:
         context = self.context

@@ -16,7 +16,7 @@ from eckart.compression.options import combine_options
 from eckart.compression.pipeline import build_model, make_factors
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
-from eckart.compression.refine import plan_refinement
+from eckart.compression.refine import announce_refinement
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_dense
 from eckart.compression.settings import Settings
@@ -172,8 +172,7 @@ def compare(
             model, tokenizer, data, recipe, rows, source_folder=source_folder, report_progress=report_progress
         )
         context = prepare(run, data, rows, keeps)
-        if recipe.refine:
-            report_progress(plan_refinement(context))
+        rows = [announce_refinement(context, row, recipe, report_progress) for row in rows]
 
     def results() -> Iterator[tuple[str, float, Result]]:
         with keep_unchanged(model):

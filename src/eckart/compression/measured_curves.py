@@ -7,23 +7,21 @@ model's output is measured on a few rows of the calibration data. The curves of 
 
     measured distance / predicted loss,
 
-and the plan is made again. Cuts that are made together add up in another way than one by one, so that a few plans are
-tried as a whole: curves that follow the measurement wholly, half or not at all, with a tilt between the first blocks
-and the last. The idea is that of LEMS (ICML 2026). Only the proportions between units matter, so that the distance may
-be a KL or, of embeddings, 1 - cosine.
+and the plan is made again. The idea is that of LEMS (ICML 2026), whose depth factor, chosen by trials of whole plans on
+the calibration data, made held-out text worse here and was left out. Only the proportions between units matter, so that
+the distance may be a KL or, of embeddings, 1 - cosine.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from eckart.allocation import DENSE, Plan
-from eckart.calibration.layerwise import block_of, blocks_of
 from eckart.compression.context import CompressionContext
 from eckart.compression.curves import Losses
 from eckart.compression.factor_store import FactorStore
@@ -39,12 +37,6 @@ MOST_ROWS = 64
 
 COST = 0.5
 """What the measuring may take, as a part of what gathering the statistics takes; it takes one row at least."""
-
-POWERS = (0.0, 0.5, 1.0)
-"""Tried powers of the ratios, see :class:`Scaling`."""
-
-TILTS = (-0.5, 0.5)
-"""Tried tilts between the first blocks and the last."""
 
 BACKWARD = 3.0
 """Forward passes that a forward and backward pass takes the time of."""
@@ -103,7 +95,7 @@ def measure_units(context: CompressionContext, plan: Plan, factors: FactorStore)
     mine = range(processes.rank, len(units), processes.size)
     with trial_model(context, plan, factors) as smaller:
         variants = {place: {name: smaller.get_submodule(name) for name in units[place]} for place in mine}
-        measured = measure_variants(context, variants, len(units), rows_to_read(context, len(units)))
+        measured = measure_variants(context, variants, len(units), _rows_to_read(context, len(units)))
     predicted = [sum(plan.predicted.get(name, 0.0) for name in unit) for unit in units]
     return [UnitError(*entry) for entry in zip(units, predicted, measured, strict=True)]
 
@@ -120,78 +112,6 @@ def ratios_of(errors: Sequence[UnitError]) -> dict[str, float]:
     middle = sum(known.values()) / len(known)
     bound = math.log(LARGEST_RATIO)
     return {name: math.exp(min(max(log - middle, -bound), bound)) for members, log in known.items() for name in members}
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """How far curves are scaled: a site's by `ratio ** power * exp(tilt * h)`.
-
-    Attributes:
-        power: 0 leaves the predictions as they are, 1 replaces them by what was measured.
-        tilt: more than 0 spares the first blocks, whose errors pass through all others, and less the last ones. `h`
-            falls from 1 at the first block to 0 at the last as the harmonic tail `sum of 1/j for j = b .. B`.
-    """
-
-    power: float
-    tilt: float = 0.0
-
-    def of(self, ratios: Mapping[str, float], depths: Mapping[str, float]) -> dict[str, float]:
-        """Site -> what its curve is multiplied by.
-
-        Args:
-            ratios: site -> measured / predicted.
-            depths: site -> h.
-        """
-        names = ratios.keys() | depths.keys()
-        return {n: ratios.get(n, 1.0) ** self.power * math.exp(self.tilt * depths.get(n, 0.0)) for n in names}
-
-
-@dataclass(frozen=True)
-class MeasuredCurves:
-    """What was measured.
-
-    Attributes:
-        errors: of all units.
-        scaling: how far the curves follow them.
-    """
-
-    errors: Sequence[UnitError]
-    scaling: Scaling
-
-    def to_json(self) -> dict[str, Any]:
-        """As it is kept by an unfinished run."""
-        return {"errors": [error.to_json() for error in self.errors], "scaling": asdict(self.scaling)}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> MeasuredCurves:
-        """The reverse of :meth:`to_json`."""
-        return cls([UnitError.from_json(entry) for entry in content["errors"]], Scaling(**content["scaling"]))
-
-
-def harmonic_depths(names: Sequence[str], model: nn.Module) -> dict[str, float]:
-    """Site -> `h` of its block, from 1 at the first to 0 at the last; sites in no block are left out."""
-    block = {name: found for name in names if (found := block_of(name, model)) is not None}
-    order = blocks_of(list(block), model)
-    tails = [sum(1 / j for j in range(place + 1, len(order) + 1)) for place in range(len(order))]
-    if len(order) < 2:
-        return {}
-    return {
-        name: (tails[place] - tails[-1]) / (tails[0] - tails[-1])
-        for name, b in block.items()
-        for place in [order.index(b)]
-    }
-
-
-def best_scaling(distance: Callable[[Scaling], float]) -> Scaling:
-    """The scaling under which the whole plan's model is nearest to the original: first the power, then the tilt.
-
-    Args:
-        distance: of the model that a scaling leads to.
-    """
-    found = {scaling: distance(scaling) for scaling in map(Scaling, POWERS)}
-    best = min(found, key=found.__getitem__)
-    found |= {scaling: distance(scaling) for tilt in TILTS for scaling in [Scaling(best.power, tilt)]}
-    return min(found, key=found.__getitem__)
 
 
 def scale_curves(solved: Solved, ratios: Mapping[str, float]) -> Solved:
@@ -217,14 +137,8 @@ def scale_curves(solved: Solved, ratios: Mapping[str, float]) -> Solved:
 # -- inside ------------------------------------------------------------------------------------------------------------
 
 
-def rows_to_read(context: CompressionContext, units: int, *, shift: float = 0.5) -> list[Batch]:
-    """Rows of the calibration data, evenly spaced, so many that measuring costs a part of the statistics' time.
-
-    Args:
-        context: its data.
-        units: what will be measured on them, one after the other.
-        shift: where in its space each batch is taken, from 0 to below 1.
-    """
+def _rows_to_read(context: CompressionContext, units: int) -> list[Batch]:
+    """Rows of the calibration data, evenly spaced, so many that measuring costs a part of the statistics' time."""
     assert context.data is not None
     batches = context.data.batches
     examples = sum(len(batch) for batch in batches)
@@ -234,6 +148,6 @@ def rows_to_read(context: CompressionContext, units: int, *, shift: float = 0.5)
     step = len(batches) / max(1, -(-wanted // size))
     chosen: list[Batch] = []
     for place in range(-(-wanted // size)):
-        batch = batches[int(step * (place + shift))]
+        batch = batches[int(step * (place + 0.5))]
         chosen.append(batch.rows(0, min(len(batch), wanted - sum(len(b) for b in chosen))))
     return [batch for batch in chosen if len(batch)]

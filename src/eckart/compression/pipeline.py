@@ -35,7 +35,7 @@ from eckart.compression.options import combine_options, dtype_of
 from eckart.compression.plan_builder import Solved, stored_choices
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
-from eckart.compression.refine import plan_refinement, refine_if_better
+from eckart.compression.refine import announce_refinement, refine_if_better
 from eckart.compression.refit import refit_if_better
 from eckart.compression.report_builder import build_report, describe_dense_sites
 from eckart.compression.result import Result
@@ -117,14 +117,13 @@ def compress(
         # 3. Its sites, the calibration data, and the way to the statistics. (`compare` passes several settings.)
         context = prepare(run, data, [settings], [recipe.keep])
         settings = context.adapt_settings(settings)
-        if recipe.refine:
-            report_progress(plan_refinement(context))
+        settings = announce_refinement(context, settings, recipe, report_progress)
 
         # 4. The factors of every site; 5. to 12. the smaller model made of them; 13. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
 
         def make_model(earlier: Recipe) -> Result:
-            own = replace(settings, measures_curves=False)
+            own = replace(settings, measures_curves=False, refines=False)
             return build_model(context, own, earlier, make_factors(context, own, earlier, earlier.keep))
 
         rounds = go_through_rounds(context, settings, run.recipe, make_model)
@@ -204,7 +203,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
         notes += refit_notes
 
     # 9. The blocks trained one after another, where that was asked for and is better.
-    if recipe.refine:
+    if settings.refines:
         compressed, measured, refine_notes = refine_if_better(
             context, recipe.seed, compressed, assembly, measured, stages
         )
@@ -243,7 +242,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     if choice.found:
         report["found"] = choice.found
     if choice.curves:
-        report |= {"curves": choice.curves, "scaling": choice.scaling}
+        report["curves"] = choice.curves
     if not context.workspace.streaming:
         unshare_storage(compressed, model)
     return Result(compressed, plan, report, recipe, context.tokenizer, context.source_folder)

@@ -74,7 +74,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
             _check_budget(context, settings, recipe.model_copy(update={"keep": keep}))
     needs = _all_needs(rows, recipe)
     data = data if data is not None else recipe.data
-    if not needs and data is None and not recipe.refine:
+    if not needs and data is None and not any(settings.refines for settings in rows):
         return context
     with context.timer.step("data"):
         context.data, context.held_out = _load(context, data, recipe)

@@ -62,10 +62,10 @@ class Recipe(RecipeBase):
         description="Fit every factored weight again on the inputs that the compressed model gives it. "
         "Default: the method's.",
     )
-    refine: bool = Field(
-        False,
+    refine: bool | None = Field(
+        None,
         description="Then train the blocks of the smaller model one after another to put out what the original's do. "
-        "Takes up to ten times as long as gathering the statistics.",
+        "Takes up to ten times as long as gathering the statistics. Default: the method's.",
     )
     calibrate_curves: bool | None = Field(
         None,

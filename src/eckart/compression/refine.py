@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,10 @@ from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_bl
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.context import CompressionContext
 from eckart.compression.measure import measure_quality
+from eckart.compression.recipe import Recipe
 from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_values, without_gradients
 from eckart.compression.refit import resume_step
+from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockTraining
 from eckart.data import CalibrationData
@@ -33,6 +36,29 @@ COST = 5.0
 """How much longer a refinement takes than gathering the statistics, about."""
 
 LEFT_OUT = "the refinement was left out"
+
+
+def announce_refinement(
+    context: CompressionContext, settings: Settings, recipe: Recipe, report_progress: Callable[[str], None]
+) -> Settings:
+    """Say what a refinement will take, where there is to be one.
+
+    Returns:
+        The settings; without a refinement that was not asked for by its own option and cannot be.
+
+    Raises:
+        UsageError: it was asked for and cannot be.
+    """
+    if not settings.refines:
+        return settings
+    try:
+        report_progress(plan_refinement(context))
+    except UsageError as error:
+        if recipe.refine:
+            raise
+        reason = str(error).removeprefix("--refine: ").split(". ")[0]
+        return replace(settings, refines=False, notes=(*settings.notes, f"{LEFT_OUT}: {reason}"))
+    return settings
 
 
 def plan_refinement(context: CompressionContext) -> str:

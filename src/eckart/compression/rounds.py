@@ -31,8 +31,7 @@ logger = logging.getLogger(__name__)
 
 def earlier_rounds(recipe: Recipe) -> Iterator[Recipe]:
     """The recipes of all rounds but the last: their sizes, and no stage that concerns the final model alone."""
-    plain = {"rounds": 1, "calibrate_curves": False, "refine": False, "quantize": None, "latency": False,
-             "embeddings": "dense"}  # fmt: skip
+    plain = {"rounds": 1, "quantize": None, "latency": False, "embeddings": "dense"}
     for number in range(1, recipe.rounds):
         yield recipe.model_copy(update={**plain, "keep": recipe.keep ** (number / recipe.rounds)})
 

@@ -44,6 +44,7 @@ class Settings:
         stock: whether they keep one number, and all other weights stay dense.
         measures_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
         robust: whether gradients are clipped.
+        refines: whether the blocks of the smaller model are trained one after another.
     """
 
     method: Method
@@ -57,6 +58,7 @@ class Settings:
     stock: bool = False
     measures_curves: bool = False
     robust: bool = False
+    refines: bool = False
 
     @property
     def loss_metric(self) -> MetricFunction:
@@ -154,6 +156,7 @@ class Settings:
         return cls(
             method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock,
             measures_curves=_measures_curves(method, allocation, recipe), robust=robust,
+            refines=method.refined if recipe.refine is None else recipe.refine,
         )  # fmt: skip
 
     @property

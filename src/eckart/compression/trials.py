@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from eckart.allocation import DENSE, Plan
+from eckart.allocation import Plan
 from eckart.calibration.layerwise import all_blocks
 from eckart.calibration.variants import run_variants, run_variants_by_block
 from eckart.compression.assemble import Assembly
@@ -25,25 +25,6 @@ from eckart.storage.store import MemoryStore
 
 STAGE = "trial"
 """The stage of a run under which the modules of a plan on trial are stored."""
-
-
-def plan_distance(context: CompressionContext, plan: Plan, factors: FactorStore, batches: Sequence[Batch]) -> float:
-    """Distance of the output of a whole plan's model from the original's, averaged over rows.
-
-    Args:
-        context: the original.
-        plan: on trial.
-        factors: of all sites.
-        batches: to read; the processes divide them among themselves.
-
-    Raises:
-        LayerwiseError: the model is larger than memory and cannot be run block by block.
-    """
-    cut = [name for name, choice in plan.choices.items() if choice.form != DENSE]
-    with trial_model(context, plan, factors) as smaller:
-        variants = {0: {name: smaller.get_submodule(name) for name in cut}}
-        processes = context.workspace.processes
-        return measure_variants(context, variants, 1, batches[processes.rank :: processes.size])[0]
 
 
 @contextmanager

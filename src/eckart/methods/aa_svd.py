@@ -11,10 +11,11 @@ METHOD = Method(
     name="aa-svd",
     title="AA-SVD (anchored, adaptive SVD)",
     paper="AA-SVD, 2026, arXiv 2604.02119: uniform ranks, each weight solved in closed form on the inputs that the "
-    "compressed model gives it",
+    "compressed model gives it, and then each block trained to put out what the original's does",
     metric=metric,
     needs=frozenset({"gram"}),
     exact_for="the mean squared error of the layer's output on the inputs that the compressed model gives it",
     refit=True,
     use="You compare with the paper, or have no time for backward passes and want the refit all the same.",
+    refined=True,
 )

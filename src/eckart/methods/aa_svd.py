@@ -16,6 +16,6 @@ METHOD = Method(
     needs=frozenset({"gram"}),
     exact_for="the mean squared error of the layer's output on the inputs that the compressed model gives it",
     refit=True,
-    use="You compare with the paper, or have no time for backward passes and want the refit all the same.",
+    use="You compare with the paper, or cannot run the whole model backward: blocks are trained one by one.",
     refined=True,
 )

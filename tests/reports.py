@@ -69,6 +69,11 @@ def compression(**more: Any) -> dict[str, Any]:
             {"sites": ["model.layers.0.q_proj", "model.layers.0.up_proj"], "predicted": 0.03, "measured": 0.001},
             {"sites": ["model.layers.1.q_proj"], "predicted": 0.01, "measured": 0.003},
         ],
+        "baselines": [
+            {"name": f"original int{bits}", **sizes(2_000_000), "bytes": 250_000 * bits,
+             "quality": {"KL to the original": 0.1 / bits**2, "same most likely": 0.9}}
+            for bits in (8, 4)
+        ],
         "stages": [
             {"stage": "factors", "quality": {"KL to the original": 0.05}, "seconds": 1.5},
             {"stage": "refit", "quality": {"KL to the original": 0.0234}, "seconds": 2.5, "kept": True},

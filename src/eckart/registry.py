@@ -84,6 +84,7 @@ RECOVERIES: Registry[Any] = Registry(
     {
         "full": "eckart.recovery.full:Full",
         "refit": "eckart.recovery.refit:Refit",
+        "block": "eckart.recovery.block:Block",
         "distil": "eckart.recovery.distil:Distil",
         "noach-goldberg": "eckart.recovery.distil:NoachGoldberg",
         "ilkd": "eckart.recovery.distil:InterLayer",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.calibration import show_steps
@@ -21,7 +22,7 @@ from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_
 from eckart.compression.refit import resume_step
 from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
-from eckart.compression.train_block import BlockTraining
+from eckart.compression.train_block import BlockFit, BlockTraining
 from eckart.data import CalibrationData
 from eckart.errors import ModelError, NumericalError, OtherProcessError, UsageError
 from eckart.evaluation.quality import distance_to_original
@@ -170,6 +171,13 @@ def refine_model(
         done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
         steps = range(now.schedule.tail)
         notes: list[str] = []
+
+        def keep(step: int, values: dict[str, Tensor], fit: BlockFit | None) -> None:
+            # Killed between the two writes, another process may be one entry ahead of the first.
+            if processes.main or (str(step) not in store.entries(STAGE)):
+                store.write(STAGE, str(step), values, {"fit": vars(fit) if fit is not None else None})
+            _install(refined, assembly, now, step)
+
         for step in steps:
             if str(step) in done:
                 assembly.share_entry(STAGE, str(step))
@@ -177,17 +185,7 @@ def refine_model(
         first = next((step for step in steps if str(step) not in done), len(steps))
         start = resume_step(first, before, now, processes) if 0 < first < len(steps) else first
         try:
-            for step in show_steps(range(start, len(steps)), "refining"):
-                work.follow(step)
-                if str(step) not in done:
-                    found = work.train(step)
-                    values, fit = found if found is not None else ({}, None)
-                    # Killed between the two writes, another process may be one entry ahead of the first.
-                    if processes.main or (str(step) not in store.entries(STAGE)):
-                        store.write(STAGE, str(step), values, {"fit": vars(fit) if fit is not None else None})
-                    _install(refined, assembly, now, step)
-                if step + 1 < len(steps):
-                    work.advance(step)
+            work.run(show_steps(range(start, len(steps)), "refining"), set(map(int, done)), keep)
         except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             if processes.size > 1:  # the others go on running blocks

@@ -7,7 +7,7 @@ reads after all blocks before it have been trained.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -33,6 +33,8 @@ HELD_OUT = 8
 """One of so many steps is not trained on."""
 
 Examples = tuple[int, ...]
+
+Keep = Callable[[int, dict[str, Tensor], BlockFit | None], None]
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,21 @@ class BlockRefinement:
     text: TrainingText
     training: BlockTraining = field(default_factory=BlockTraining)
     processes: Processes = field(default_factory=Processes)
+
+    def run(self, steps: Iterable[int], done: Collection[int], keep: Keep) -> None:
+        """Train the blocks of steps that follow one another.
+
+        Args:
+            steps: both models have finished the one before the first.
+            done: steps whose blocks have been trained, and are in place.
+            keep: puts what was found into the model; nothing where the block stays as it is.
+        """
+        for step in steps:
+            self.follow(step)
+            if step not in done:
+                keep(step, *(self.train(step) or ({}, None)))
+            if step + 1 < self.now.schedule.tail:
+                self.advance(step)
 
     def train(self, step: int) -> tuple[dict[str, Tensor], BlockFit] | None:
         """Train the block of a step; both models have finished the step before it, and the original this one.

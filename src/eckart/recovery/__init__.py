@@ -12,6 +12,7 @@ from eckart.registry import RECOVERIES
 
 if TYPE_CHECKING:
     from eckart.recovery.base import ClosedFormRecovery, Recovery, RecoveryContext
+    from eckart.recovery.block import Block
     from eckart.recovery.distil import Distil, InterLayer, NoachGoldberg
     from eckart.recovery.dsee import DSEE
     from eckart.recovery.full import Full
@@ -26,6 +27,7 @@ __all__ = [
     "DSEE",
     "RECOVERIES",
     "Adapter",
+    "Block",
     "ClosedFormRecovery",
     "Distil",
     "Full",
@@ -48,6 +50,7 @@ __getattr__, __dir__ = lazy_attributes(
     {
         "training.adapter": ("Adapter", "load_adapter", "save_adapter"),
         "base": ("ClosedFormRecovery", "Recovery", "RecoveryContext"),
+        "block": ("Block",),
         "distil": ("Distil", "InterLayer", "NoachGoldberg"),
         "dsee": ("DSEE",),
         "full": ("Full",),

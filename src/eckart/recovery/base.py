@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from eckart.calibration.layerwise import HiddenStateStore
 from eckart.data import Batch, Pooling
 from eckart.errors import UsageError
+from eckart.storage.store import EntryStore
 
 
 @dataclass
@@ -32,6 +33,7 @@ class RecoveryContext:
         notes: for the report: what could not be done as asked.
         step: the current optimizer step, from 0; the training loop sets it.
         pooling: how tokens become the sentence embedding, in task "embedding".
+        journal: keeps what is done of a result that is published, so that an interrupted run can go on; else None.
     """
 
     teacher: PreTrainedModel | None
@@ -42,6 +44,7 @@ class RecoveryContext:
     notes: list[str] = field(default_factory=list)
     step: int = 0
     pooling: Pooling | None = None
+    journal: EntryStore | None = None
 
     def in_output_head(self, name: str) -> bool:
         """Whether a parameter belongs to the output head."""
@@ -65,6 +68,7 @@ class Recovery:
         learning_rate: where none is asked for.
         needs_dense_model: whether the model must not be factored yet.
         unused_options: options of the recipe that mean nothing to it: refused where they are given.
+        why_unused: what it does instead, in words.
         remedy: what to try where the model did not get better.
     """
 
@@ -76,6 +80,7 @@ class Recovery:
     learning_rate: ClassVar[float] = 5e-5
     needs_dense_model: ClassVar[bool] = False
     unused_options: ClassVar[tuple[str, ...]] = ()
+    why_unused: ClassVar[str] = "is in closed form, it has no steps and no learning rate"
     remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
 
     def refusal(self, task: str) -> str | None:
@@ -174,9 +179,9 @@ class Recovery:
 
 @dataclass
 class ClosedFormRecovery(Recovery):
-    """Solves for better weights and trains nothing: `solve` is called once, in place of the training loop.
+    """Makes the model better by itself: `solve` is called once, in place of the training loop.
 
-    Every weight that it changes comes from the statistics of one pass over the text.
+    Most solve for weights in closed form, from the statistics of one pass over the text.
     """
 
     unused_options: ClassVar[tuple[str, ...]] = (

@@ -120,7 +120,7 @@ def tune(
             # 5. A copy is prepared, then trained, or solved in closed form.
             context = RecoveryContext(
                 teacher_model, student.task, recipe, count_steps(recipe, len(training_data.rows)),
-                student.output_head(), notes, pooling=pooling,
+                student.output_head(), notes, pooling=pooling, journal=journal,
             )  # fmt: skip
             trained = prepare_training(student, recovery, context)
             if isinstance(recovery, ClosedFormRecovery):

@@ -147,7 +147,7 @@ class TuneRecipe(RecipeBase):
         if unused:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
             raise UsageError(
-                f"{flags}: recovery {self.recovery} is in closed form, it has no steps and no learning rate. Leave "
+                f"{flags}: recovery {self.recovery} {recovery.why_unused}. Leave "
                 f"{flags} out, or train instead: --recovery distil"
             )
 

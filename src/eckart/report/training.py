@@ -44,8 +44,14 @@ def _solved(report: Mapping[str, Any]) -> str:
     recovery = report["recovered_by"]
     error = recovery["output_error"]
     tokens = format_count(recovery["tokens"])
+    refined = "refined" in recovery
+    what = (
+        f"{recovery['refined']} of {recovery['of']} blocks trained"
+        if refined
+        else (f"{recovery['refitted']} of {recovery['of']} weights solved again")
+    )
     return (
-        f"{recovery['refitted']} of {recovery['of']} weights solved again on {tokens} tokens, on {report['device']}; "
+        f"{what} on {tokens} tokens, on {report['device']}; "
         f"mean relative error of outputs {format_number(error['before'])} -> {format_number(error['after'])}"
     )
 

@@ -376,3 +376,8 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links to files of the repository that are not on the site become names of files."""
     return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:src|benchmarks|tests|examples|tools)/[^)]*\)", r"`\1`", markdown)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Names in docstrings stand without the roles of Sphinx."""
+    return re.sub(r":\w+:<code>~?", "<code>", html)

@@ -125,10 +125,12 @@ def set_up_logging(verbose: bool) -> None:
 
 def _quieten_libraries() -> None:
     """Let other libraries print errors alone; called when a command runs, so that `--help` need not import them."""
+    level = logging.INFO if _verbose() else logging.ERROR
+    for name in ("torchao", "torch.utils._pytree"):  # what they say while they are imported concerns no user
+        logging.getLogger(name).setLevel(level)
     import huggingface_hub
     import transformers
 
-    level = logging.INFO if _verbose() else logging.ERROR
     huggingface_hub.utils.logging.set_verbosity(level)
     transformers.logging.set_verbosity(level)
     logging.getLogger("lm_eval").setLevel(level)

@@ -10,7 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from eckart.report.speed import describe_latency
-from eckart.report.words import add_columns, find_common_prefix, format_count, format_range, format_share, make_table
+from eckart.report.words import (
+    add_columns,
+    format_count,
+    format_range,
+    format_share,
+    make_table,
+    shorten,
+    split_kind,
+)
+
+COSTS = ("elements", "bytes", "multiply_adds")
+"""The three columns of sizes."""
+
+PART = 24
+"""Letters that are shown of a name."""
 
 NOTES = 8
 """Notes that are shown; all of them are in report.json."""
@@ -28,7 +42,15 @@ CURVATURE = {"sampled": "labels drawn from the model itself", "labels": "the lab
 def render_compression(report: Mapping[str, Any]) -> Group:
     """What was asked, the weights by kind and the whole model before and after, quality, notes, time."""
     first, *others = _asked(report)
-    parts: list[Any] = [Text(first, style="bold"), *map(Text, others), Text(), _sites(report), Text()]
+    parts: list[Any] = [
+        Text(first, style="bold"),
+        *map(Text, others),
+        Text(),
+        _kinds(report),
+        Text(),
+        _totals(report),
+        Text(),
+    ]
     parts += [Text(line) for line in (*_quality(report), *_stages(report), *_rounding(report))]
     if report.get("latency"):
         parts.append(Text(_latency(report["latency"])))
@@ -126,41 +148,42 @@ def _embedding(row: Mapping[str, Any]) -> str:
     return f"embedding {row['table']}{heads}: {row['form']}, {size}, {kept}; {error}"
 
 
-def _sites(report: Mapping[str, Any]) -> Table:
-    names = ("sites", "dense", "rank", "parameters", "kept", "bytes", "kept", "mult-adds", "kept")
+def _kinds(report: Mapping[str, Any]) -> Table:
+    """What is kept of the weights of each kind; kinds of one part of the model stand under its name."""
+    columns = ("factored", "rank", "parameters", "bytes", "multiply-adds")
+    table = add_columns(make_table("kept of the sites"), "kind of site", columns)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["sites"]:
         kinds.setdefault(row["kind"], []).append(row)
-    prefix = find_common_prefix(kinds)
-    table = add_columns(make_table(), f"kind of site, in {prefix}" if prefix else "kind of site", names)
+    part = ""
     for kind, rows in kinds.items():
+        here, name = split_kind(kind)
+        if here != part:
+            part = here
+            table.add_row(shorten(part, PART + 2), style="dim")
         factored = [row["rank"] for row in rows if row["form"] != "dense"]
         ranks = "-" if not factored else format_range(min(factored), max(factored))
-        whole = [row.get("full_rank", min(row["shape"])) for row in rows]
-        full = format_range(min(whole), max(whole))
-        totals = {
-            side: {key: sum(row[side][key] for row in rows) for key in ("elements", "bytes", "multiply_adds")}
-            for side in ("before", "after")
-        }
-        rank = f"{ranks} of {full}" if factored else ranks
-        name = kind.removeprefix(f"{prefix}.") if prefix else kind
-        table.add_row(name, str(len(rows)), str(len(rows) - len(factored)), rank, *_costs(totals))
-    table.add_section()
-    sites = len(report["sites"])
-    dense = sum(row["form"] == "dense" for row in report["sites"])
-    table.add_row("all sites", str(sites), str(dense), "", *_costs(report["sizes"]["sites"]), style="bold")
-    before = report["sizes"]["model"]["before"]
-    was = [cell for key in ("elements", "bytes", "multiply_adds") for cell in (format_count(before[key]), "")]
-    table.add_row("whole model", "", "", "", *_costs(report["sizes"]["model"]), style="bold")
-    table.add_row("  before", "", "", "", *was, style="dim")
+        full = {row.get("full_rank", min(row["shape"])) for row in rows}
+        shares = [
+            format_share(sum(row["after"][key] for row in rows), sum(row["before"][key] for row in rows))
+            for key in COSTS
+        ]
+        rank = f"{ranks} of {full.pop()}" if factored and len(full) == 1 else ranks  # sliced and factored: two sorts
+        indent = "  " if part else ""
+        table.add_row(f"{indent}{shorten(name, PART)}", f"{len(factored)} of {len(rows)}", rank, *shares)
     return table
 
 
-def _costs(sizes: Mapping[str, Mapping[str, int]]) -> list[str]:
-    cells = []
-    for key in ("elements", "bytes", "multiply_adds"):
-        cells += [format_count(sizes["after"][key]), format_share(sizes["after"][key], sizes["before"][key])]
-    return cells
+def _totals(report: Mapping[str, Any]) -> Table:
+    """Sizes before and after, and what is kept, of all sites together and of the whole model."""
+    table = add_columns(make_table(), "size", ("parameters", "bytes", "multiply-adds"))
+    for name, what in (("all sites", "sites"), ("whole model", "model")):
+        sizes = report["sizes"][what]
+        before, after = sizes["before"], sizes["after"]
+        table.add_row(f"{name}, before", *(format_count(before[key]) for key in COSTS))
+        cells = [f"{format_share(after[key], before[key])}  {format_count(after[key])}" for key in COSTS]
+        table.add_row(f"{name}, after", *cells, style="bold")
+    return table
 
 
 def _quality(report: Mapping[str, Any]) -> list[str]:

@@ -57,6 +57,23 @@ def find_common_prefix(kinds: Iterable[str]) -> str:
     return prefixes.pop() if len(prefixes) == 1 else ""
 
 
+def split_kind(kind: str) -> tuple[str, str]:
+    """A kind of site as the part of the model that is repeated and the name in it: `("model.layers.*", "mlp.up_proj")`.
+
+    The part is "" of what is not repeated.
+    """
+    part, star, name = kind.rpartition(".*.")
+    return (f"{part}.*", name) if star else ("", kind)
+
+
+def shorten(name: str, letters: int) -> str:
+    """A name with its middle left out where it is too long: its end says most."""
+    if len(name) <= letters:
+        return name
+    begin = letters // 3
+    return f"{name[:begin]}…{name[begin + 1 - letters :]}"
+
+
 def to_plain_text(renderable: Any, width: int = 110) -> str:
     """What rich would show, without colors."""
     stream = io.StringIO()

@@ -142,6 +142,15 @@ def test_weight_map_that_leaves_the_folder(name, sharded):
     refused(sharded, "model.safetensors.index.json", "b.weight", repr(name), "source you trust")
 
 
+def test_weight_map_with_a_name_that_no_file_can_have(sharded, single):
+    name = "x" * 300 + ".safetensors"
+    write_index(sharded, {"a.weight": "model-1.safetensors", "b.weight": name})
+    refused(sharded, f"shard {name} is missing")
+    config = json.loads((single / "config.json").read_text())
+    (single / "config.json").write_text(json.dumps(config | {"transformers_weights": name}))
+    refused(single, name, "config.json")
+
+
 def test_weight_map_with_pickled_shards(sharded):
     write_index(sharded, {"a.weight": "model-1.safetensors", "b.weight": "model-2.bin"})
     refused(sharded, "b.weight", "model-2.bin", "Convert")

@@ -128,6 +128,14 @@ def model_folder(folder: Path) -> Path:
     return folder
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file that a checkpoint names is there; one that no file can be called is not."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def unsafe(name: str) -> bool:
     """Whether a relative file name given by a checkpoint could point out of its folder.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from eckart.errors import CheckpointError
-from eckart.storage.layout import read_json, stays_inside, unsafe
+from eckart.storage.layout import is_there, read_json, stays_inside, unsafe
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -133,14 +133,14 @@ def read_weights(folder: Path, explicit: str | None = None) -> StoredWeights:
         )
     single = folder / (explicit or SINGLE)
     index = folder / (explicit or INDEX)
-    if single.is_file() and single.suffix == ".safetensors":
-        if explicit is None and index.is_file():
+    if is_there(single) and single.suffix == ".safetensors":
+        if explicit is None and is_there(index):
             warnings.append(
                 f"{folder} has both {SINGLE} and {INDEX}: {SINGLE} is read and the index ignored, as "
                 "transformers does. Delete the one that is stale."
             )
         weights = _read_files(folder, [single.name if explicit is None else explicit], None, warnings)
-    elif index.is_file() and index.suffix == ".json":
+    elif is_there(index) and index.suffix == ".json":
         mapping = _weight_map(index)
         weights = _read_files(folder, sorted(set(mapping.values())), mapping, warnings)
     else:
@@ -163,7 +163,7 @@ def _read_files(folder: Path, names: list[str], mapping: dict[str, str] | None, 
                 f"{path} is a link to {path.resolve()}, outside the folder. Copy the file into the folder "
                 "if you trust it."
             )
-        if not path.is_file():
+        if not is_there(path):
             problems.append(f"shard {name} is missing")
             continue
         try:

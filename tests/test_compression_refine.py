@@ -15,7 +15,13 @@ from transformers import AutoTokenizer
 import eckart
 from eckart.calibration.layerwise import LayerwiseRunner, trace_blocks
 from eckart.compression import refine
-from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_values, without_gradients
+from eckart.compression.refine_blocks import (
+    BlockRefinement,
+    TrainingText,
+    left_as_they_are,
+    put_values,
+    without_gradients,
+)
 from eckart.compression.train_block import BlockTraining, train_block
 from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
@@ -199,6 +205,9 @@ def test_what_other_blocks_hold_too_is_not_trained():
         put_values(pair.changed, "model.layers.0", values)
     assert layers[0].self_attn.k_proj.weight is layers[0].self_attn.v_proj.weight
     assert layers[1].mlp.up_proj.weight is layers[0].mlp.up_proj.weight
+    (note,) = left_as_they_are(pair.work.now)
+    assert "model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight" in note
+    assert left_as_they_are(pair.work.before) == []
 
 
 # -- a compression -------------------------------------------------------------------------------------------

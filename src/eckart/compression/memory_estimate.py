@@ -46,6 +46,9 @@ FLOAT32 = 4
 FILLED = 0.9
 """The part of a budget that a plan spends at least: ranks are whole numbers."""
 
+TRAINED = 5
+"""Numbers for each one of a block in training: itself, its gradient, two moments, and the best so far."""
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:
@@ -137,20 +140,21 @@ def estimate_memory(
     width = max(columns for _, columns in shapes.values())
     running = text.batch * width * FLOAT32 * (8 if needs_backward(needs) else 4)
     logits = _logits(model, text)
+    largest = max(per_block.values(), default=elements)
+    trained = TRAINED * largest * FLOAT32 if settings.refines else 0
     whole = PeakMemory(
-        block=elements * FLOAT32 + stored,
+        block=elements * FLOAT32 + stored + trained,
         statistics=sum(statistics.values()),
         solving=solving + sum(factors.values()),
         text=running * (max(len(blocks), 1) if needs_backward(needs) else 1) + logits,
         program=rss(),
         free=available,
     )
-    largest = max(per_block.values(), default=elements)
     inside = {id(part) for block in all_blocks(model) for part in model.get_submodule(block).modules()}
     own = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules() if id(m) not in inside)
     outside = max(own, default=0)  # one large module at a time: an embedding, a head
     streamed = PeakMemory(
-        block=largest * FLOAT32,
+        block=largest * FLOAT32 + trained,
         statistics=max(statistics.values(), default=0),
         solving=solving + in_block,
         text=min(cache, _waiting(model, sites, needs, text)) + running + logits,
@@ -164,7 +168,7 @@ def estimate_memory(
     # Inputs' statistics wait for the last layer of their group.
     disk += sum(statistics_bytes([shapes[n] for n in g[:-1]], [[i] for i in range(len(g) - 1)], needs) for g in bases)
     return MemoryEstimate(
-        whole, streamed, disk, stored * (2 if settings.refit else 1), len(blocks), max(1, at_once), result
+        whole, streamed, disk, stored * (1 + settings.refit + settings.refines), len(blocks), max(1, at_once), result
     )
 
 
@@ -248,6 +252,8 @@ def _disk(
     needs = settings.needs(planned=recipe.plan is not None)
     streams = _waiting(model, sites, needs, text)
     total = sum(factors.values()) + 2 * stored  # in the journal, and as it is published
+    if settings.refines:
+        total += stored + 2 * _waiting(model, sites, frozenset({"gram"}), text)
     if settings.refit:
         kept = [kind for kind in statistics_named(needs).values() if kind.needs_backward]
         outputs = sum(kind.nbytes(*site.shape) for kind in kept for site in sites.chosen)

@@ -18,7 +18,13 @@ from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.context import CompressionContext
 from eckart.compression.measure import measure_quality
 from eckart.compression.recipe import Recipe
-from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_values, without_gradients
+from eckart.compression.refine_blocks import (
+    BlockRefinement,
+    TrainingText,
+    left_as_they_are,
+    put_values,
+    without_gradients,
+)
 from eckart.compression.refit import resume_step
 from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
@@ -193,6 +199,8 @@ def refine_model(
             refined, notes = compressed, [f"{LEFT_OUT}: {why}"]
         before.drop_all()
         now.drop_all()
+        if refined is not compressed:
+            notes += left_as_they_are(now)
     return refined, notes
 
 

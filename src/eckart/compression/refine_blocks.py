@@ -32,6 +32,9 @@ LEAST_STEPS = 16
 HELD_OUT = 8
 """One of so many steps is not trained on."""
 
+LISTED = 5
+"""Names in a note."""
+
 Examples = tuple[int, ...]
 
 Keep = Callable[[int, dict[str, Tensor], BlockFit | None], None]
@@ -128,7 +131,7 @@ class BlockRefinement:
         name = self.now.schedule.steps[step]
         block = self.now.model.get_submodule(name)
         types = {key: p.dtype for key, p in block.named_parameters()}
-        frozen = shared_outside(self.now.model, name) if self._runs_once(step) else set(types)
+        frozen = untrained(self.now, name)
         training = replace(self.training, seed=self.training.seed + step)
         with self.now.resident(step), training_copies(block, frozen) as copies:
             if not copies:
@@ -157,9 +160,6 @@ class BlockRefinement:
             for batch in self.before.batches:
                 self.before.run_block(step, batch)
 
-    def _runs_once(self, step: int) -> bool:
-        return Counter(self.now.schedule.steps)[self.now.schedule.steps[step]] == 1
-
     def _batches(self, steps: Sequence[Examples]) -> list[Batch]:
         wanted = [set(examples) for examples in steps]
         return [batch for batch in self.now.batches if any(set(batch.examples) <= examples for examples in wanted)]
@@ -170,12 +170,24 @@ class BlockRefinement:
         return (found - target).square().sum(), target.square().sum()
 
 
-def shared_outside(model: nn.Module, block: str) -> set[str]:
-    """Names in a block of the parameters that other modules hold too."""
+def untrained(runner: LayerwiseRunner, block: str) -> set[str]:
+    """Names in a block of what is not trained: parameters that others hold too, all of a block that runs twice."""
+    model = runner.model
+    if Counter(runner.schedule.steps)[block] > 1:
+        return {name for name, _ in model.get_submodule(block).named_parameters()}
     places = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     module = model.get_submodule(block)
     inside = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
     return {name for name, p in module.named_parameters() if places[id(p)] > inside[id(p)]}
+
+
+def left_as_they_are(runner: LayerwiseRunner) -> list[str]:
+    """Notes of parameters that were not trained."""
+    left = [f"{block}.{name}" for block in runner.schedule.steps for name in sorted(untrained(runner, block))]
+    if not left:
+        return []
+    listed = ", ".join(dict.fromkeys(left[:LISTED]))
+    return [f"not refined, held by other layers too: {listed}{', ...' if len(left) > LISTED else ''}"]
 
 
 @contextmanager

@@ -16,7 +16,13 @@ from transformers import PreTrainedModel
 from eckart.calibration import show_steps
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import HiddenStateStore, LayerwiseError, LayerwiseRunner, all_blocks, start_runner
-from eckart.compression.refine_blocks import BlockRefinement, TrainingText, put_values, without_gradients
+from eckart.compression.refine_blocks import (
+    BlockRefinement,
+    TrainingText,
+    left_as_they_are,
+    put_values,
+    without_gradients,
+)
 from eckart.compression.train_block import BlockFit, BlockTraining
 from eckart.data import Batch
 from eckart.distributed import Processes
@@ -41,6 +47,10 @@ class Block(ClosedFormRecovery):
     name: ClassVar[str] = "block"
     title: ClassVar[str] = "each block trained to put out what the original's does, one after another"
     paper: ClassVar[str] = "AA-SVD, 2026, arXiv 2604.02119: its block refinement"
+    use: ClassVar[str] = (
+        "When a refit has brought what it can, and minutes of training may be spent: the best of what needs no labels "
+        "and no settings, in the memory of the two models and one block's optimizer."
+    )
     needs_teacher: ClassVar[bool] = True
     why_unused: ClassVar[str] = "sets the steps of each block itself; --recovery-option takes its epochs and rate"
     remedy: ClassVar[str] = "Try more data (--num-samples), or train the model as a whole: --recovery distil"
@@ -94,6 +104,7 @@ class Block(ClosedFormRecovery):
                     f"recovery block: {type(model).__name__} cannot be run block by block ({error}). Train it as a "
                     "whole: --recovery distil"
                 ) from error
+        context.notes += left_as_they_are(now)
         self.tokens = sum(batch.num_tokens for batch in batches)
         self.fits = {
             name: BlockFit(**fit) if (fit := journal.read(STAGE, f"block {step}")[1]["fit"]) else None

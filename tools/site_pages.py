@@ -70,6 +70,8 @@ def method_page(name: str) -> str:
         f"Form: {form}.",
         f"Sizes: {ranks}.",
         f"Refit: {refit if method.refit else 'none; `--refit` asks for one where the form has it'}.",
+        *(["Then blocks are trained one after another (`--refine`)."] if method.refined else []),
+        *(["Curves of predicted loss are scaled by what is measured."] if method.calibrated_curves else []),
         *(["Means of the inputs are folded into the bias, where there is one."] if method.centered else []),
     ]
     keep = "" if method.allocation == "paper" else " --keep 0.7"
@@ -171,7 +173,7 @@ def recovery_page(name: str) -> str:
             f"Training: `--epochs` or `--max-steps`; learning rate {recovery.learning_rate:g} unless you give one."
         )
     else:
-        needs.append("No training: everything is solved in closed form, in one pass over the text.")
+        needs.append(f"No options of the training loop, such as `--learning-rate`: it {recovery.why_unused}.")
     meanings = attributes_of(recovery)
     rows = [
         f"| `{field.name}` | `{field.default!r}` | {meanings.get(field.name, '')} |"

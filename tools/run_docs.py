@@ -2,6 +2,7 @@
 
     python tools/run_docs.py                    # run all pages, offline; `make docs-run`
     python tools/run_docs.py docs/start.md ...  # run these
+    python tools/run_docs.py --quick            # the same, but published folders are not read back in fresh processes
     python tools/run_docs.py --check            # parse all; a test of `make test` does the same
 
 A page runs from top to bottom in a folder of its own, with the names that its comment `<!-- here: NAME = KIND, ... -->`
@@ -276,7 +277,7 @@ def _check_call(node: ast.Call) -> Iterator[str]:
 # -- running -------------------------------------------------------------------------------------------
 
 
-def run_page(page: Page) -> None:
+def run_page(page: Page, quick: bool = False) -> None:
     """Run the blocks of a page in the working directory, the Python ones in one namespace.
 
     Raises:
@@ -294,27 +295,28 @@ def run_page(page: Page) -> None:
         start = time.perf_counter()
         if block.language == "python":
             exec(compile(block.code, f"{page.name}, line {block.line}", "exec"), names)
-        elif run_bash(block.code):
+        elif run_bash(block.code, quick):
             sys.exit(f"{page.name}, line {block.line}: the block failed:\n{block.code}")
         print(f"--- {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def run_bash(code: str) -> int:
+def run_bash(code: str, quick: bool = False) -> int:
     """Run commands up to the first that fails, and return its exit code.
 
     Commands of eckart alone run in forks of this process, which has imported everything already.
     """
     commands = list(split_commands(code))
     if hasattr(os, "fork") and not re.search(r"[|&;<>$]", code) and all(words[0] == "eckart" for words in commands):
-        return next((failed for failed in map(_run_eckart, commands) if failed), 0)
+        return next((failed for failed in (_run_eckart(words, quick) for words in commands) if failed), 0)
     return subprocess.run(["bash", "-euo", "pipefail", "-c", code], env=_environment()).returncode
 
 
-def _run_eckart(words: Sequence[str]) -> int:
+def _run_eckart(words: Sequence[str], quick: bool) -> int:
     from eckart.cli.app import app
 
     print("$", shlex.join(words), flush=True)
-    return _forked(lambda: app(list(words[1:])))
+    more = ["--no-verify"] if quick and words[1] in ("compress", "tune") else []
+    return _forked(lambda: app([*words[1:], *more]))
 
 
 def _forked(run: Callable[[], Any]) -> int:
@@ -349,7 +351,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{shims}{os.pathsep}{os.environ['PATH']}"}
 
 
-def run_all(pages: Sequence[Page]) -> int:
+def run_all(pages: Sequence[Page], quick: bool) -> int:
     """Run pages, each in a fork and a folder of its own; the number of those that failed."""
     import torch  # noqa: F401  imported once, for all forks
     import transformers  # noqa: F401
@@ -364,7 +366,7 @@ def run_all(pages: Sequence[Page]) -> int:
 
             def run(page: Page = page, folder: str = folder) -> None:
                 os.chdir(folder)
-                run_page(page)
+                run_page(page, quick)
 
             code = _forked(run)
         failed += code != 0
@@ -376,6 +378,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="*", help="paths of pages; all by default")
     parser.add_argument("--check", action="store_true", help="check the code, and run nothing")
+    parser.add_argument("--quick", action="store_true", help="do not read published folders back in fresh processes")
     given = parser.parse_args()
 
     os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -386,7 +389,7 @@ def main() -> None:
     chosen = given.pages or [name for name, page in pages.items() if any(not block.not_run for block in page.blocks)]
     problems = [problem for name in given.pages or pages for problem in check_page(pages[name])]
     print(*problems, sep="\n")
-    failed = 0 if given.check or problems else run_all([pages[name] for name in chosen])
+    failed = 0 if given.check or problems else run_all([pages[name] for name in chosen], given.quick)
     for page in pages.values():
         for block in page.blocks:
             if block.not_run:

@@ -75,8 +75,9 @@ def compression(**more: Any) -> dict[str, Any]:
             for bits in (8, 4)
         ],
         "stages": [
-            {"stage": "factors", "quality": {"KL to the original": 0.05}, "seconds": 1.5},
-            {"stage": "refit", "quality": {"KL to the original": 0.0234}, "seconds": 2.5, "kept": True},
+            {"stage": "factors", "distance": 0.05, "kept": True},
+            {"stage": "refit", "distance": 0.0234, "kept": True},
+            {"stage": "refinement", "distance": 0.0345, "kept": False},
         ],
         **copy.deepcopy(more),
     }  # fmt: skip

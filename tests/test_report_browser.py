@@ -78,7 +78,7 @@ def test_page_fits_every_picture_shows_and_nothing_is_asked_for(browser, files, 
         page.evaluate(OPEN)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         pictures = page.locator("svg[role=img], table.heat")
-        assert pictures.count() >= {"compression": 7, "comparison": 2, "bench": 2, "scores": 1, "tuning": 1}[name]
+        assert pictures.count() >= {"compression": 8, "comparison": 2, "bench": 2, "scores": 1, "tuning": 1}[name]
         for place in range(pictures.count()):
             picture = pictures.nth(place)
             assert picture.is_visible()

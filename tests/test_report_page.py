@@ -137,9 +137,9 @@ def test_every_part_of_a_compression_is_told(pages):
     ]  # fmt: skip
     words = page.all("main")[0]["words"]
     for told in (
-        "1.40 M", "2.80 MB", "−30.0 %", "0.0234", "89.0%", "1.25×", "16 ms", "0.6 of the numbers", "a note on", "25%",
+        "1.40 M", "2.80 MB", "−30.0%", "0.0234", "89.0%", "1.25×", "16 ms", "0.6 of the numbers", "a note on", "25%",
         "one window is short", "1 × no tokens", "output head, left alone", "model.layers.1.down_proj", "refit", "61.20",
-        "63.00", "int4",
+        "63.00", "int4", "0.0345, not kept",
     ):  # fmt: skip
         assert told in words, told
     heat = next(node for node in page.all("table") if node.get("class") == "heat")

@@ -89,11 +89,11 @@ def show_size(key: str, value: float) -> str:
 
 
 def change(after: float, before: float) -> str:
-    """`−27.1 %` of what it was."""
+    """`−27.1%` of what it was."""
     if not before:
         return ""
     part = 100 * (after / before - 1)
-    return f"{'−' if part < 0 else '+'}{abs(part):.1f} %"
+    return f"{'−' if part < 0 else '+'}{abs(part):.1f}%"
 
 
 def tile_of(key: str, before: float, after: float) -> Tile:
@@ -173,6 +173,16 @@ def list_steps(report: Mapping[str, Any]) -> list[Block]:
     """What each stage brought, where that was measured, and what each step took."""
     blocks: list[Block] = []
     stages = [stage for stage in report.get("stages") or () if isinstance(stage, Mapping)]
+    known = [stage for stage in stages if isinstance(stage.get("distance"), int | float) and stage.get("stage")]
+    if known:
+        bars = [
+            Bar(str(stage["stage"]), float(stage["distance"]), series=2 if stage.get("kept") is False else 0,
+                words=show_score(stage["distance"]) + ("" if stage.get("kept", True) else ", not kept"))
+            for stage in known
+        ]  # fmt: skip
+        caption = "Distance to the original on held-out text after each stage: less is better"
+        about = f"from {show_score(known[0]['distance'])} to {show_score(known[-1]['distance'])}"
+        blocks.append(Picture(caption, draw_bars(caption, about, bars, show_score, above=True), flush=True))
     if stages:
         flat = [_flatten(stage) for stage in stages]
         columns = list(dict.fromkeys(key for stage in flat for key in stage))

@@ -9,6 +9,9 @@ from eckart.report.page.blocks import Block, Key, Picture, Table
 from eckart.report.page.lines import Curve, draw_spectrum
 from eckart.report.page.svg import sample
 
+ROUNDING = 1e-6
+"""Singular values below this part of the largest are rounding errors after the stored rank: they are not drawn."""
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -31,12 +34,12 @@ class Spectrum:
 
 def show_spectra(spectra: Sequence[Spectrum]) -> list[Block]:
     """One picture for each weight, in parts of the largest singular value of the original."""
-    return [_show(spectrum) for spectrum in spectra if spectrum.values]
+    return [_show(spectrum) for spectrum in spectra if any(spectrum.values)]
 
 
 def _show(spectrum: Spectrum) -> Picture:
     largest = max([*spectrum.original[:1], *spectrum.values[:1]]) or 1.0
-    own = [value / largest for value in spectrum.values]
+    own = [value / largest for value in spectrum.values if value > ROUNDING * largest]
     before = [value / largest for value in spectrum.original]
     curves = [*([Curve(before, 3)] if before else []), Curve(own, 0)]
     legend = [*([Key(sample(3), "original")] if before else []), Key(sample(0), f"as stored: {spectrum.form}")]

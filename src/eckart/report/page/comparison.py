@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from eckart.report.page.blocks import Block, Details, Facts, Page, Section, Table, Tiles, Words
@@ -24,6 +25,9 @@ from eckart.report.scores import KEPT
 from eckart.report.speed import describe_latency
 from eckart.report.words import format_count, format_share
 
+MILLISECONDS = (
+    "ms: each model was timed in turn with the original; shown is the original's median time by the model's speed-up."
+)
 SHOWN = 3
 """Models that the first sentence names at most."""
 
@@ -63,13 +67,13 @@ def list_compared(found: Mapping[str, Any]) -> list[Rival]:
     series = {name: free_series(place) for place, name in enumerate(names)}
     measures = list(dict.fromkeys(measure for row in rows for measure in row["quality"]))
     perfect = {measure: 1.0 if measure == "same most likely" else 0.0 for measure in measures}
-    timed = next((row["latency"] for row in rows if row.get("latency")), None)
+    before = [row["latency"]["seconds"]["original"]["median"] for row in rows if row.get("latency")]
+    base = statistics.median(before) if before else None
     rivals = []
     if found.get("original"):
-        seconds = timed["seconds"]["original"]["median"] if timed else None
-        rivals.append(Rival("original", found["original"], perfect, seconds, ORIGINAL))
+        rivals.append(Rival("original", found["original"], perfect, base, ORIGINAL))
     if rounded := found.get("original_rounded"):
-        seconds = _seconds(rounded.get("latency"))
+        seconds = _seconds(rounded.get("latency"), base)
         label = f"original {rounded['kind']}"
         rivals.append(Rival(label, rounded, rounded["quality"], seconds, ROUNDED, rounded["kind"]))
     known = {rival.name for rival in rivals}
@@ -83,7 +87,14 @@ def list_compared(found: Mapping[str, Any]) -> list[Rival]:
                 Rival(f"{before[0]} at {keep}", was, was["quality"], None, series[before[0]], f"{before[0]} {keep}")
             )
         rivals.append(
-            Rival(f"{own} at {keep}", row, row["quality"], _seconds(row.get("latency")), series[own], f"{own} {keep}")
+            Rival(
+                f"{own} at {keep}",
+                row,
+                row["quality"],
+                _seconds(row.get("latency"), base),
+                series[own],
+                f"{own} {keep}",
+            )
         )
     return rivals
 
@@ -93,25 +104,37 @@ def _names(row: Mapping[str, Any]) -> list[str]:
     return [row["method"], f"{row['method']} {row['rounded']}"] if row.get("before_rounding") else [row["method"]]
 
 
-def _seconds(latency: Mapping[str, Any] | None) -> float | None:
-    return latency["seconds"]["eckart"]["median"] if latency else None
+def _seconds(latency: Mapping[str, Any] | None, base: float | None) -> float | None:
+    """Seconds beside those of others: each was timed in turn with the original, whatever else the machine did then."""
+    return base / latency["speedup"]["eckart"] if latency and base is not None else None
 
 
-def _best(rivals: Sequence[Rival]) -> list[Rival]:
-    """Models that no other beats in both bytes and nearness to the original, from small to large."""
+def _best(rivals: Sequence[Rival], cost: Callable[[Rival], float | None]) -> list[Rival]:
+    """Models that no other beats in both cost and nearness to the original, from small to large."""
     name = measure_of(rivals)
-    if name is None:
-        return []
-    known = [(rival, distance) for rival in rivals if (distance := rival.distance(name)) is not None]
-    points = [(rival, Point(rival.sizes["bytes"], distance, 0)) for rival, distance in known]
+    points = [
+        (rival, Point(price, distance, 0))
+        for rival in rivals
+        if name is not None and (distance := rival.distance(name)) is not None and (price := cost(rival)) is not None
+    ]
     best = find_best([point for _, point in points])
-    return sorted((rival for rival, point in points if point in best), key=lambda rival: rival.sizes["bytes"])
+    return [rival for rival, point in sorted(points, key=lambda pair: pair[1].x) if point in best]
+
+
+def _best_by(rivals: Sequence[Rival]) -> dict[str, list[Rival]]:
+    return {
+        "bytes": _best(rivals, lambda rival: rival.sizes["bytes"]),
+        "latency": _best(rivals, lambda rival: rival.seconds),
+    }
 
 
 def _best_in_words(rivals: Sequence[Rival]) -> str:
-    best = [rival.name for rival in reversed(_best(rivals)) if rival.series != ORIGINAL]
-    more = f" and {len(best) - SHOWN} smaller ones" if len(best) > SHOWN else ""
-    return f"Nearest to the original for their bytes: {', '.join(best[:SHOWN])}{more}." if best else ""
+    words = []
+    for what, best in _best_by(rivals).items():
+        names = [rival.name for rival in reversed(best) if rival.series != ORIGINAL]
+        more = f" and {len(names) - SHOWN} smaller ones" if len(names) > SHOWN else ""
+        words += [f"Nearest to the original for their {what}: {', '.join(names[:SHOWN])}{more}."] if names else []
+    return " ".join(words)
 
 
 def _choose(rivals: Sequence[Rival]) -> list[Block]:
@@ -121,25 +144,28 @@ def _choose(rivals: Sequence[Rival]) -> list[Block]:
 
 
 def _choice(rivals: Sequence[Rival]) -> list[Block]:
-    name, best = measure_of(rivals), _best(rivals)
-    if name is None or not best:
+    name, by = measure_of(rivals), _best_by(rivals)
+    if name is None:
         return [Words("Quality was not measured, so that only sizes can be compared: give --data.")]
-    before = next((rival for rival in rivals if rival.series == ORIGINAL), best[-1])
+    best = [rival for rival in rivals if any(rival in those for those in by.values())]
+    before = next((rival for rival in rivals if rival.series == ORIGINAL), rivals[-1])
+    timed = any(rival.seconds is not None for rival in rivals)
     rows = [
         [
             rival.name,
+            " and ".join(what for what, those in by.items() if rival in those),
             show_bytes(rival.sizes["bytes"]),
             format_share(rival.sizes["bytes"], before.sizes["bytes"]),
             format_share(rival.sizes["multiply_adds"], before.sizes["multiply_adds"]),
             show_score(rival.quality[name]),
-            f"{rival.seconds * 1e3:.2f}" if rival.seconds is not None else "",
+            *([f"{rival.seconds * 1e3:.2f}" if rival.seconds is not None else ""] if timed else []),
         ]
-        for rival in best
+        for rival in sorted(best, key=lambda rival: rival.sizes["bytes"])
     ]
-    header = ["model", "bytes", "of the original's", "multiply-adds", name, "ms"]
-    table = Table("Choose among these: every other is larger and further from the original than one of them", header,
-                  rows)  # fmt: skip
-    return [table]
+    header = ["model", "best for", "bytes", "of the original's", "multiply-adds", name, *(["ms"] if timed else [])]
+    caption = "Choose among these: for every other, one of them costs no more and is nearer to the original"
+    table = Table(caption, header, rows, words=(1,))
+    return [table, *([Words(MILLISECONDS)] if timed else [])]
 
 
 def _rows(found: Mapping[str, Any]) -> Table:

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from tiny import llama, place
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import eckart
 from eckart.config import QuantizationKind
@@ -198,3 +198,12 @@ def test_what_cannot_be_quantized_is_refused(original, published, tmp_path):
 
 def test_recipes_and_kinds_name_the_same():
     assert get_args(QuantizationKind) == tuple(KINDS)
+
+
+def test_dense_gpt2_is_refused_with_the_ways_that_there_are(tmp_path):
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    source = place(GPT2LMHeadModel(config), tmp_path / "gpt2", torch.float32)
+    with pytest.raises(ModelError, match=r"4 x Conv1D, which transformers does not.*--format onnx or openvino"):
+        eckart.export(source, tmp_path / "dense", format="dense", quantize="int8")
+    assert not (tmp_path / "dense").exists()

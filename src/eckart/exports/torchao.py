@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def save_rounded(
         left[name] = f"rows that groups of {GROUP} do not divide"
         del chosen[name]
     if not chosen:
-        listed = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:3])
+        listed = "; ".join(f"{count} x {reason}" for reason, count in Counter(left.values()).most_common(3))
         raise ModelError(
             f"{type(model).__name__} has no layer that transformers stores as {kind} ({listed}). Leave --quantize out, "
             "export --format onnx or openvino with it, or quantize the factored folder: eckart compress --quantize."

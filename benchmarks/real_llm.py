@@ -12,7 +12,8 @@ are scored.
 What was measured is kept in the file of `--output`: broken off and started again, the benchmark goes on with the
 methods that are missing. Sizes are exact, as the papers state them (`target none`). `excess` is ln(ppl / dense ppl);
 the column after it is its share of that of uniform low-rank `svd-llm` at the same keep. Seconds are those of a method's
-own steps: statistics are gathered once for all rows, and stand below the table.
+own steps: statistics are gathered once for all rows, and stand below the table. `--quick` leaves out the rows whose
+blocks are trained.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from smollm2 import rebuild
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eckart
+from eckart.compression.effort import with_effort
 from eckart.data import stdlib
 from eckart.evaluation.perplexity import measure_perplexity
 from eckart.evaluation.rounding import round_weights
@@ -56,6 +58,7 @@ class Protocol:
         scored: tokens of each text that are scored at most; None: all.
         at_once: windows that run together.
         keeps: sizes, separated by commas.
+        trains: whether there are rows whose blocks are trained.
     """
 
     windows: int
@@ -63,25 +66,34 @@ class Protocol:
     scored: int | None
     at_once: int
     keeps: str
+    trains: bool
 
 
-FULL = Protocol(windows=128, window=2048, scored=None, at_once=8, keeps="0.8,0.6,0.4")
-QUICK = Protocol(windows=32, window=512, scored=4096, at_once=4, keeps="0.6")
+FULL = Protocol(windows=128, window=2048, scored=None, at_once=8, keeps="0.8,0.6,0.4", trains=True)
+QUICK = Protocol(windows=32, window=512, scored=4096, at_once=4, keeps="0.6", trains=False)
 
 
 def rows() -> list[Any]:
     """The methods of the table, in its order."""
-    kfac, default = METHODS["kfac"], METHODS["eckart"]
+    kfac, aa_svd, default = METHODS["kfac"], METHODS["aa-svd"], METHODS["eckart"]
     size = replace(default, name="eckart, --optimise size", form=default.smallest_form or default.form)
     return [
         METHODS[REFERENCE],
-        *(METHODS[name] for name in ("svd", "fwsvd", "drone", "kfac", "modegpt", "aa-svd")),
+        *(METHODS[name] for name in ("svd", "fwsvd", "drone", "kfac", "modegpt")),
+        replace(aa_svd, name="aa-svd, closed form alone", refined=False),
+        aa_svd,
         replace(kfac, name="kfac, loss allocation", allocation="loss"),
         METHODS["lems"],
-        default,
-        replace(default, name="eckart, --calibrate-curves", calibrated_curves=True),
-        size,
-        replace(size, name="eckart, --optimise size --calibrate-curves", calibrated_curves=True),
+        *(variant for each in (default, size) for variant in with_stages(each)),
+    ]
+
+
+def with_stages(method: Any) -> list[Any]:
+    """A method, with measured curves, and with all stages."""
+    return [
+        method,
+        replace(method, name=f"{method.name} --calibrate-curves", calibrated_curves=True),
+        with_effort(replace(method, name=f"{method.name} --effort best"), "best"),
     ]
 
 
@@ -159,7 +171,9 @@ def main() -> None:
     parser.add_argument("--other", type=Path, help="text of another kind; Python's standard library otherwise")
     parser.add_argument("--keeps", help="separated by commas; 0.8,0.6,0.4 otherwise, with --quick 0.6")
     parser.add_argument("--only", default="", help="rows by name, separated by semicolons, made in this order")
-    parser.add_argument("--quick", action="store_true", help="little text: 15 minutes on two cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="little text, one keep, no training of blocks: 15 minutes on two cores"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--output", type=Path, help="keep what is measured in this file; what is there is not repeated")
@@ -173,7 +187,8 @@ def main() -> None:
     calibration, held = read_texts(options.text_dir)
     scores = Scores(tokenizer, (held, read_other(options.other)), protocol)
     by_name = {method.name: method for method in rows()}
-    methods = [by_name[name] for name in (options.only.split(";") if options.only else by_name)]
+    usual = [method.name for method in rows() if protocol.trains or not method.refined]
+    methods = [by_name[name] for name in (options.only.split(";") if options.only else usual)]
 
     keeps = [float(keep) for keep in (options.keeps or protocol.keeps).split(",")]
     title = (

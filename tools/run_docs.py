@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -175,12 +176,10 @@ def check_script(words: Sequence[str]) -> str | None:
 def check_eckart(words: Sequence[str]) -> str | None:
     """What the parser of a command says of its options, and the recipe of their values."""
     import click
-    from typer.main import get_command
 
-    from eckart.cli.app import app
     from eckart.errors import UsageError
 
-    group = get_command(app)
+    group = _command_line()
     words = [word for word in words if word not in ("--verbose", "-v")]
     if not words or words == ["--help"] or words == ["--version"]:
         return None
@@ -201,6 +200,16 @@ def check_eckart(words: Sequence[str]) -> str | None:
     except UsageError as error:
         return str(error)
     return None
+
+
+@functools.cache
+def _command_line() -> Any:
+    """All commands, as the parser has them."""
+    from typer.main import get_command
+
+    from eckart.cli.app import app
+
+    return get_command(app)
 
 
 def check_values(command: str, given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
 from eckart.errors import UsageError
+from eckart.evaluation.output_distance import OutputDistance
 from eckart.storage.cache import Cache
 
 # -- one block, as tensors -----------------------------------------------------------------------------------
@@ -120,7 +122,7 @@ class Pair:
         self.text = text
         self.store = Cache(sys.maxsize, None)
         before, now = (self.runner(model, name) for model, name in ((self.model, "before"), (self.changed, "now")))
-        self.work = BlockRefinement(before, now, text, BlockTraining(epochs=3))
+        self.work = BlockRefinement(before, now, text, training=BlockTraining(epochs=3))
 
     def runner(self, model: Any, name: str) -> LayerwiseRunner:
         def run(batch: Batch) -> Any:
@@ -156,6 +158,29 @@ def test_the_target_is_what_the_original_puts_out_on_its_own_inputs():
     wrong, power = float((true - now).square().sum()), float(true.square().sum())
     assert fit.after == pytest.approx(wrong / power, rel=1e-3)
     assert fit.after < 0.8 * fit.before
+
+
+def test_of_the_last_block_the_distance_of_the_outputs_is_made_small():
+    pair = Pair()
+    work = replace(pair.work, distance=OutputDistance("classes"))
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        work.follow(0)
+        work.advance(0)
+        work.follow(1)
+        found = work.train(1)
+        assert found is not None
+        values, fit = found
+        kl = []
+        for put in (lambda: None, lambda: put_values(pair.changed, "model.layers.1", values)):
+            put()
+            held = [batch for batch in pair.text.batches if batch.examples in pair.text.held]
+            true, now = (
+                torch.cat([model(**batch.inputs).logits for batch in held]).log_softmax(-1)
+                for model in (pair.model, pair.changed)
+            )
+            kl.append(float((true.exp() * (true - now)).sum(-1).mean()))
+    assert [fit.before, fit.after] == pytest.approx(kl, rel=1e-4)
+    assert fit.after < 0.95 * fit.before
 
 
 def test_padding_does_not_count():

@@ -29,8 +29,9 @@ from eckart.compression.refit import resume_step
 from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockFit, BlockTraining
-from eckart.data import CalibrationData
+from eckart.data import Batch, CalibrationData
 from eckart.errors import ModelError, NumericalError, OtherProcessError, UsageError
+from eckart.evaluation.output_distance import OutputDistance
 from eckart.evaluation.quality import distance_to_original
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
@@ -86,7 +87,7 @@ def plan_refinement(context: CompressionContext) -> str:
             "--num-samples, --data."
         )
     try:
-        runner = _start_runner(context, context.model, context.weights, data, "trial")
+        runner = _start_runner(context, context.model, context.weights, data, "trial", _distance(context))
     except LayerwiseError as error:
         raise UsageError(
             f"--refine: {type(context.model).__name__} cannot be run block by block ({error}). Leave --refine out, and "
@@ -168,12 +169,13 @@ def refine_model(
     with without_gradients(refined):
         loader = WeightLoader(refined, ComputePlacement(context.weights.device, torch.float32))
         try:
-            before = _start_runner(context, context.model, context.weights, own, "original")
-            now = _start_runner(context, refined, loader, own, "refined")
+            distance = _distance(context)
+            before = _start_runner(context, context.model, context.weights, own, "original", distance)
+            now = _start_runner(context, refined, loader, own, "refined", distance)
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
-        work = BlockRefinement(before, now, text, replace(TRAINING, seed=seed), processes)
+        work = BlockRefinement(before, now, text, distance, replace(TRAINING, seed=seed), processes)
         done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
         steps = range(now.schedule.tail)
         notes: list[str] = []
@@ -205,9 +207,18 @@ def refine_model(
 
 
 def _start_runner(
-    context: CompressionContext, model: PreTrainedModel, weights: WeightLoader, data: CalibrationData, name: str
+    context: CompressionContext,
+    model: PreTrainedModel,
+    weights: WeightLoader,
+    data: CalibrationData,
+    name: str,
+    distance: OutputDistance,
 ) -> LayerwiseRunner:
     assert context.data is not None
+
+    def run(batch: Batch) -> Any:
+        return distance.run(model, batch)
+
     return start_runner(
         model,
         context.names,
@@ -217,7 +228,15 @@ def _start_runner(
         context=forward_context(model, weights, all_blocks(model)),
         device=weights.device,
         name=name,
+        run=run,
     )
+
+
+def _distance(context: CompressionContext) -> OutputDistance:
+    """What is made small in the last block."""
+    assert context.data is not None
+    with forward_context(context.model, context.weights, all_blocks(context.model))(None):
+        return OutputDistance.of(context.model, context.data.batches[0], context.pooling)
 
 
 def _install(refined: PreTrainedModel, assembly: Assembly, now: LayerwiseRunner, step: int) -> None:

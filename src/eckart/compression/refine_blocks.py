@@ -20,6 +20,7 @@ from eckart.compression.train_block import BlockFit, BlockTraining, train_block
 from eckart.data import Batch
 from eckart.distributed import Processes
 from eckart.errors import NumericalError
+from eckart.evaluation.output_distance import OutputDistance
 from eckart.forms import Factored
 from eckart.moments import real_tokens
 
@@ -94,6 +95,8 @@ class BlockRefinement:
         before: runs the original on the text's batches.
         now: runs the smaller model in float32 on the same.
         text: its batches, cut into steps.
+        distance: of the models' outputs: what is made small in the last block, which nothing comes after that could
+            mend it; None for the distance of what the block puts out. Both runners run what it compares.
         training: how.
         processes: share the rows.
     """
@@ -101,6 +104,7 @@ class BlockRefinement:
     before: LayerwiseRunner
     now: LayerwiseRunner
     text: TrainingText
+    distance: OutputDistance | None = None
     training: BlockTraining = field(default_factory=BlockTraining)
     processes: Processes = field(default_factory=Processes)
 
@@ -133,14 +137,16 @@ class BlockRefinement:
         types = {key: p.dtype for key, p in block.named_parameters()}
         frozen = untrained(self.now, name)
         training = replace(self.training, seed=self.training.seed + step)
-        with self.now.resident(step), training_copies(block, frozen) as copies:
+        with self.before.context(None), self.now.resident(step), training_copies(block, frozen) as copies:
             if not copies:
                 return None
             steps = [self._batches([examples]) for examples in self.text.steps]
             held = self._batches(self.text.held)
 
+            distance = self.distance if step + 1 == self.now.schedule.tail else None
+
             def error(batch: Batch) -> tuple[Tensor, Tensor]:
-                return self._error(step, batch)
+                return self._error(step, batch) if distance is None else self._output_error(distance, batch)
 
             with torch.enable_grad():
                 fit = train_block(list(copies.values()), steps, held, error, training, self.processes)
@@ -168,6 +174,13 @@ class BlockRefinement:
         target = real_tokens(self.before.kept_stream(step, batch), batch).float()
         found = real_tokens(self.now.run_stream(step, batch), batch).float()
         return (found - target).square().sum(), target.square().sum()
+
+    def _output_error(self, distance: OutputDistance, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            true = distance.rows(self.before.model, self.before.run_tail(batch), batch)
+            reference = distance.reference(true)
+        rows = distance.between(distance.rows(self.now.model, self.now.run_last(batch), batch), reference)
+        return rows.float().sum(), torch.tensor(float(len(rows)))
 
 
 def untrained(runner: LayerwiseRunner, block: str) -> set[str]:

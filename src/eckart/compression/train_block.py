@@ -7,6 +7,9 @@ blocks before it give it, which are smaller already. This is the block refinemen
 AdamW, warm-up and cosine. What had to be tuned there follows from the block: each parameter's learning rate is a part
 of its own root mean square, and the epoch with the least error on text that is not trained on is kept, which may be
 the one before the first.
+
+The last block has nothing after it that could mend its errors: there the distance of the model's own outputs is made
+small instead, which the caller's error says.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from eckart.distributed import Processes
 T = TypeVar("T")
 
 SquaredError = Callable[[T], tuple[Tensor, Tensor]]
-"""Of a batch: the sum of squared errors, and that of the squares of what should come out."""
+"""Of a batch: the sum of squared errors, and that of the squares of what should come out; or of distances, and 1."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class BlockTraining:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """Squared error of a block's output relative to its squares, on text that is not trained on.
+    """Error of a block's output on text that is not trained on: squared, relative to the squares of what it should be.
+
+    Of the last block, the mean distance of the model's outputs.
 
     Attributes:
         before: the training.

@@ -25,8 +25,10 @@ from eckart.compression.refine_blocks import (
 )
 from eckart.compression.train_block import BlockFit, BlockTraining
 from eckart.data import Batch
+from eckart.data.inference import evaluating
 from eckart.distributed import Processes
 from eckart.errors import ModelError, UsageError
+from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import WeightLoader
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 from eckart.recovery.training.state import STAGE
@@ -37,7 +39,8 @@ from eckart.storage.store import EntryStore, MemoryStore
 class Block(ClosedFormRecovery):
     """`min || f(x~) - f_0(x) ||^2` over all parameters of each block f, the first block first.
 
-    f_0 and x are the teacher's block and what it reads, x~ what the student's trained blocks before f give it.
+    f_0 and x are the teacher's block and what it reads, x~ what the student's trained blocks before f give it. The last
+    block is trained on the distance of the models' outputs instead: KL, or 1 - cosine of embeddings.
 
     Attributes:
         epochs: over the text, for each block.
@@ -83,9 +86,12 @@ class Block(ClosedFormRecovery):
         training = BlockTraining(epochs=self.epochs, rate=self.rate, seed=context.recipe.seed)
         with without_gradients(model):
             try:
-                before, now = (_start(each, text, store, name) for each, name in ((teacher, "before"), (model, "now")))
+                with evaluating(teacher):
+                    distance = OutputDistance.of(teacher, text.batches[0], context.pooling)
+                both = ((teacher, "before"), (model, "now"))
+                before, now = (_start(each, text, store, name, distance) for each, name in both)
                 _check_alike(before, now)
-                work = BlockRefinement(before, now, text, training)
+                work = BlockRefinement(before, now, text, distance, training)
                 steps = now.schedule.steps
 
                 def put(step: int) -> None:
@@ -126,13 +132,16 @@ class Block(ClosedFormRecovery):
         }
 
 
-def _start(model: PreTrainedModel, text: TrainingText, store: HiddenStateStore, name: str) -> LayerwiseRunner:
+def _start(
+    model: PreTrainedModel, text: TrainingText, store: HiddenStateStore, name: str, distance: OutputDistance
+) -> LayerwiseRunner:
     weights = WeightLoader(model, None)
     blocks = all_blocks(model)
     inside = [f"{block}.{part}" for block in blocks for part, _ in model.get_submodule(block).named_children()]
     return start_runner(
         model, inside, text.batches, text.batches[0].rows(0, 1), store,
         context=forward_context(model, weights, blocks), device=weights.device, name=name,
+        run=lambda batch: distance.run(model, batch),
     )  # fmt: skip
 
 

@@ -74,6 +74,7 @@ class BlockForward:
         self.leaves: dict[Key, Tensor] = {}
         self.loaded: dict[int, dict[str, Tensor]] = {}
         self.output: Any = None
+        self.passes = False  # beyond the step's block
 
     def to_block(self) -> Any:
         """Run up to the end of the step's block, and return what it put out."""
@@ -82,6 +83,11 @@ class BlockForward:
         except ReachedError:
             return self.output
         raise LayerwiseError(f"{self.chain.schedule.steps[self.step]} is not called")
+
+    def through_block(self) -> Any:
+        """Run to the end, with the block of the last step and stand-ins for those before it."""
+        self.passes = True
+        return self._run()
 
     def to_end(self) -> Any:
         """Run to the end, with stand-ins for all blocks."""
@@ -121,6 +127,8 @@ class BlockForward:
                 raise LayerwiseError(f"{name} is called out of order")
             if here == self.step:
                 self.output = own(*args, **kwargs)
+                if self.passes:
+                    return self.output
                 raise ReachedError
             result = self._stand_in(here)
             if here == self.step - 1:

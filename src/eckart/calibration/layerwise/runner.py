@@ -140,6 +140,14 @@ class LayerwiseRunner:
         stream: Tensor = flat[self.chain.structures[step].stream]
         return stream
 
+    def run_last(self, batch: BatchLike) -> Any:
+        """Run the last step's block and what comes after it, with gradients where they are enabled; nothing is kept.
+
+        Returns:
+            What the model returned.
+        """
+        return BlockForward(self.chain, self.hidden_states, self.schedule.tail - 1, batch, None).through_block()
+
     def kept_stream(self, step: int, batch: BatchLike) -> Tensor:
         """What :meth:`run_block` has kept of a step for the next one, (..., n), where the model computes."""
         stream = self.chain.structures[step].stream

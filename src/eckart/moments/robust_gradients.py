@@ -23,6 +23,9 @@ class RobustGradientGram(OuterProducts, SequenceStatistic):
     eighth of the tokens of a sequence are left out: the first have little before them, the last little after them that
     they could change. As LEMS (ICML 2026) has it; that the mean is one sequence's, and not one of the whole text, lets
     sums over other batches be added.
+
+    The default method does without: on a causal model, three calibration seeds, its excess fell by .0018 at a keep of .6
+    and by .0001 at .4 with it, and that of kfac with allocated low-rank factors rose by .010 at both, one seed.
     """
 
     @classmethod

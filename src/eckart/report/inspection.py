@@ -20,7 +20,7 @@ from eckart.report.words import (
     split_kind,
 )
 
-PART = 22
+PART = 20
 """Letters that are shown of a name."""
 
 NOTE = (

@@ -26,6 +26,7 @@ from transformers import BertForSequenceClassification, BertModel, LlamaForSeque
 
 from eckart.data import Batch, digest_rows, load_data
 from eckart.data import source as source_module
+from eckart.data.hub import open_hub
 from eckart.errors import DataError, NumericalError, UsageError
 
 
@@ -517,6 +518,15 @@ def test_rows_of_a_batch():
 
 
 # -- what cannot be had -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["text", "json", "pandas"])
+def test_a_file_format_is_no_data_set(name, tmp_path, monkeypatch):
+    """`datasets` would read all files of the current folder, those that are pickled too."""
+    (tmp_path / "notes.txt").write_text("not meant\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=f"'{name}' is a file format"):
+        open_hub(name, config=None, split="train", revision=None)
 
 
 def test_hub_that_cannot_be_reached(monkeypatch):

@@ -37,7 +37,13 @@ def open_hub(
         DataError: If it cannot be opened; the message names it and what works without the hub.
     """
     import datasets  # takes seconds
+    from datasets import packaged_modules
 
+    if identifier in getattr(packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
+        raise DataError(
+            f"data set {identifier!r} is a file format of the datasets library, which would read every such file "
+            "in the current folder: name a file or a folder of your own, or a data set on the hub"
+        )
     try:
         builder = datasets.load_dataset_builder(identifier, config, revision=revision)
         size = builder.info.download_size or builder.info.dataset_size

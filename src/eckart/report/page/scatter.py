@@ -122,7 +122,7 @@ def _labels(placed: Sequence[tuple[Point, tuple[float, float]]]) -> list[Markup]
         for dx, dy, anchor in ((far, 4, "start"), (-far, 4, "end"), (0, -far - 1, "middle"), (0, far + 10, "middle")):
             left = NARROW * x + dx - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
             box = left, y + dy - 11, left + width, y + dy - 11 + ROW
-            inside = box[0] >= -4 and box[2] <= NARROW + 12 and box[1] >= 12 and box[3] <= HEIGHT - BOTTOM + 8
+            inside = box[0] >= -4 and box[2] <= NARROW + 4 and box[1] >= 12 and box[3] <= HEIGHT - BOTTOM + 8
             if inside and not any(_meet(box, other) for other in taken if other is not own):
                 taken.append(box)
                 parts.append(text(point.label, x, y, dx=dx, dy=dy, anchor=anchor, kind="label"))

@@ -23,7 +23,7 @@ from eckart.compression.refine_blocks import (
     put_values,
     without_gradients,
 )
-from eckart.compression.train_block import BlockTraining, train_block
+from eckart.compression.train_block import BlockTraining, part_of_rate, train_block
 from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
@@ -101,6 +101,31 @@ def test_a_parameter_of_zeros_moves():
 
     fit = train(bias, problem()[1], error, epochs=20, rate=0.1)
     assert fit.after < fit.before / 10
+
+
+def test_the_rate_rises_for_a_tenth_and_falls_to_a_tenth():
+    parts = [part_of_rate(step, 100, BlockTraining()) for step in range(100)]
+    assert parts[0] == 0.1
+    assert parts[9:11] == [1.0, 1.0]
+    assert parts[55] == pytest.approx(0.55)
+    assert parts[-1] == pytest.approx(0.1, abs=0.001)
+
+
+# -- the text --------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_the_same_for_any_number_of_processes():
+    inputs = BY_NAME["bert"].batches(9, 4)
+    batches = [Batch(values, tuple(range(9 * i, 9 * i + 9))) for i, values in enumerate(inputs)]
+    alone = TrainingText.of(batches, Processes())
+    parts = [TrainingText.of(batches, Processes(rank=rank, size=2)) for rank in range(2)]
+    assert alone is not None
+    assert all(part is not None and (part.steps, part.held) == (alone.steps, alone.held) for part in parts)
+    rows = [row for part in parts if part is not None for batch in part.batches for row in batch.examples]
+    assert sorted(rows) == list(range(36)) == sorted(sum(alone.steps + alone.held, ()))
+    assert not set(alone.steps) & set(alone.held)
+    assert len(alone.steps) > 4 * len(alone.held) > 0
+    assert max(map(len, alone.steps)) <= 3
 
 
 # -- the blocks of a model -----------------------------------------------------------------------------------

@@ -99,7 +99,7 @@ def train_block(
             for batch in steps[i]:
                 (error(batch)[0] / max(power, torch.finfo(torch.float32).tiny)).backward()
             _add_gradients(parameters, processes)
-            part = _part_of_rate(number * len(steps) + place, training.epochs * len(steps), training)
+            part = part_of_rate(number * len(steps) + place, training.epochs * len(steps), training)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * part
             optimizer.step()
@@ -138,7 +138,7 @@ def _add_gradients(parameters: Sequence[nn.Parameter], processes: Processes) -> 
         grad.copy_(part.view_as(grad))
 
 
-def _part_of_rate(step: int, steps: int, training: BlockTraining) -> float:
+def part_of_rate(step: int, steps: int, training: BlockTraining) -> float:
     """The learning rate of a step, from 0, as a part of the largest: a line up, then half a cosine down."""
     rising = max(1, round(training.warmup * steps))
     if step < rising:

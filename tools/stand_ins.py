@@ -41,7 +41,7 @@ def place(name: str, kind: str) -> None:
 def causal(path: Path) -> None:
     from tiny import llama, place
 
-    place(llama(num_hidden_layers=2), path)
+    place(llama(), path)
 
 
 def chat(path: Path) -> None:
@@ -67,7 +67,7 @@ def factored(path: Path) -> None:
 
     import eckart
 
-    eckart.compress(llama(num_hidden_layers=2).float(), _tokenizer(), method="svd", keep=0.5).save_pretrained(path)
+    eckart.compress(llama().float(), _tokenizer(), method="svd", keep=0.5).save_pretrained(path)
 
 
 def mixture(path: Path) -> None:

@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from architectures import BY_NAME
 from test_data_models import bert_config, build, byte_tokenizer, llama, word_tokenizer
 from transformers import BertForSequenceClassification, BertModel, PreTrainedModel
 
@@ -146,6 +147,12 @@ def test_inspect_takes_a_model_or_a_folder(folder, compressed):
         eckart.inspect(compressed)
     with pytest.raises(UsageError, match=r"nothing\.here"):
         eckart.inspect(llama(), targets="nothing.here")
+
+
+def test_a_model_of_images_is_probed_with_an_image(caplog):
+    found = eckart.inspect(BY_NAME["vit"].model())
+    assert any(len(group["kinds"]) == 3 for group in found["groups"]), "queries, keys and values read one tensor"
+    assert not caplog.records
 
 
 def test_own_code_of_a_model_runs_only_when_trusted(tmp_path):

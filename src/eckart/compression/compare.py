@@ -152,6 +152,7 @@ def compare(
     Raises:
         EckartError: naming what failed.
     """
+    methods, keeps = list(methods), list(keeps)
     if not methods or not keeps:
         raise UsageError("methods, keeps: name one of each at least, such as methods=['svd', 'drone'], keeps=[0.7].")
     recipe = combine_options(recipe, options, model=model, data=data, form=form, where="eckart.compare")

@@ -16,6 +16,9 @@ from eckart.data.last_token import padding_named, tell_padding
 
 T = TypeVar("T")
 
+SECOND = 16_000
+"""Samples of a second of sound."""
+
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
@@ -87,8 +90,21 @@ def forward(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:
 
 
 def dummy_inputs(model: Any) -> dict[str, Tensor]:
-    """One row of the inputs that transformers makes up for a model."""
-    return {name: value[:1] for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
+    """One row of the inputs that transformers makes up for a model; a blank image or silence where it makes none."""
+    made = {name: value[:1] for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
+    name, config = model.main_input_name, model.config
+    if name in made:
+        return made
+    if name == "pixel_values":
+        config = getattr(config, "vision_config", config)
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        return {name: torch.zeros(1, getattr(config, "num_channels", 3), height, width)}
+    if name == "input_values":
+        return {name: torch.zeros(1, SECOND)}
+    if name == "input_features" and hasattr(config, "max_source_positions"):
+        return {name: torch.zeros(1, config.num_mel_bins, 2 * config.max_source_positions)}
+    return made
 
 
 def run(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from eckart.checkpoint.open import find_checkpoint, open_model
 from eckart.config import merge_recipe, resolve_device
 from eckart.data import model_kind
-from eckart.data.inference import evaluating, forward, progress
+from eckart.data.inference import dummy_inputs, evaluating, forward, progress
 from eckart.evaluation.recipe import InspectionRecipe
 from eckart.evaluation.sizes import count_sizes
 from eckart.forms import FORMS
@@ -127,7 +127,7 @@ def _groups(model: PreTrainedModel, names: Sequence[str]) -> list[dict[str, Any]
 def _probe(model: PreTrainedModel) -> dict[str, Tensor]:
     text = model.config.get_text_config()
     if model.main_input_name != "input_ids":
-        return {name: value for name, value in model.dummy_inputs.items() if isinstance(value, Tensor)}
+        return dummy_inputs(model)
     ids = torch.arange(1, 9)[None] % max(2, int(getattr(text, "vocab_size", 8)))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model_kind(model.config, model) == "encoder-decoder":

@@ -19,6 +19,7 @@ from eckart.compression import refine
 from eckart.compression.refine_blocks import (
     BlockRefinement,
     TrainingText,
+    distance_by_token,
     left_as_they_are,
     put_values,
     without_gradients,
@@ -206,6 +207,17 @@ def test_of_the_last_block_the_distance_of_the_outputs_is_made_small():
             kl.append(float((true.exp() * (true - now)).sum(-1).mean()))
     assert [fit.before, fit.after] == pytest.approx(kl, rel=1e-4)
     assert fit.after < 0.95 * fit.before
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("llama", "classes"), ("bert-mlm", "classes"), ("bert", None), ("bert-classes", None), ("vit", None),
+])  # fmt: skip
+def test_outputs_are_compared_where_each_token_is_predicted(name: str, kind: str | None):
+    model = BY_NAME[name].model()
+    (inputs,) = BY_NAME[name].batches(4, 1)
+    with evaluating(model):
+        found = distance_by_token(model, Batch(inputs, (0, 1, 2, 3)), None)
+    assert (found and found.kind) == kind
 
 
 def test_padding_does_not_count():

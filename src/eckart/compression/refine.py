@@ -21,6 +21,7 @@ from eckart.compression.recipe import Recipe
 from eckart.compression.refine_blocks import (
     BlockRefinement,
     TrainingText,
+    distance_by_token,
     left_as_they_are,
     put_values,
     without_gradients,
@@ -29,9 +30,8 @@ from eckart.compression.refit import resume_step
 from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockFit, BlockTraining
-from eckart.data import Batch, CalibrationData
+from eckart.data import CalibrationData
 from eckart.errors import ModelError, NumericalError, OtherProcessError, UsageError
-from eckart.evaluation.output_distance import OutputDistance
 from eckart.evaluation.quality import distance_to_original
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
@@ -40,7 +40,7 @@ STAGE = "refined"
 
 TRAINING = BlockTraining()
 
-COST = 5.0
+COST = 8.0
 """How much longer a refinement takes than gathering the statistics, about."""
 
 LEFT_OUT = "the refinement was left out"
@@ -87,7 +87,7 @@ def plan_refinement(context: CompressionContext) -> str:
             "--num-samples, --data."
         )
     try:
-        runner = _start_runner(context, context.model, context.weights, data, "trial", _distance(context))
+        runner = _start_runner(context, context.model, context.weights, data, "trial")
     except LayerwiseError as error:
         raise UsageError(
             f"--refine: {type(context.model).__name__} cannot be run block by block ({error}). Leave --refine out, and "
@@ -169,9 +169,10 @@ def refine_model(
     with without_gradients(refined):
         loader = WeightLoader(refined, ComputePlacement(context.weights.device, torch.float32))
         try:
-            distance = _distance(context)
-            before = _start_runner(context, context.model, context.weights, own, "original", distance)
-            now = _start_runner(context, refined, loader, own, "refined", distance)
+            with forward_context(context.model, context.weights, all_blocks(context.model))(None):
+                distance = distance_by_token(context.model, data.batches[0], context.pooling)
+            before = _start_runner(context, context.model, context.weights, own, "original")
+            now = _start_runner(context, refined, loader, own, "refined")
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
@@ -212,13 +213,8 @@ def _start_runner(
     weights: WeightLoader,
     data: CalibrationData,
     name: str,
-    distance: OutputDistance,
 ) -> LayerwiseRunner:
     assert context.data is not None
-
-    def run(batch: Batch) -> Any:
-        return distance.run(model, batch)
-
     return start_runner(
         model,
         context.names,
@@ -228,15 +224,7 @@ def _start_runner(
         context=forward_context(model, weights, all_blocks(model)),
         device=weights.device,
         name=name,
-        run=run,
     )
-
-
-def _distance(context: CompressionContext) -> OutputDistance:
-    """What is made small in the last block."""
-    assert context.data is not None
-    with forward_context(context.model, context.weights, all_blocks(context.model))(None):
-        return OutputDistance.of(context.model, context.data.batches[0], context.pooling)
 
 
 def _install(refined: PreTrainedModel, assembly: Assembly, now: LayerwiseRunner, step: int) -> None:

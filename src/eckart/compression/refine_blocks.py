@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eckart.calibration.grow_batches import grow_batches
 from eckart.calibration.layerwise import LayerwiseRunner
 from eckart.compression.train_block import BlockFit, BlockTraining, train_block
-from eckart.data import Batch
+from eckart.data import Batch, Pooling
 from eckart.distributed import Processes
 from eckart.errors import NumericalError
 from eckart.evaluation.output_distance import OutputDistance
@@ -96,7 +96,7 @@ class BlockRefinement:
         now: runs the smaller model in float32 on the same.
         text: its batches, cut into steps.
         distance: of the models' outputs: what is made small in the last block, which nothing comes after that could
-            mend it; None for the distance of what the block puts out. Both runners run what it compares.
+            mend it; None for the distance of what the block puts out.
         training: how.
         processes: share the rows.
     """
@@ -181,6 +181,20 @@ class BlockRefinement:
             reference = distance.reference(true)
         rows = distance.between(distance.rows(self.now.model, self.now.run_last(batch), batch), reference)
         return rows.float().sum(), torch.tensor(float(len(rows)))
+
+
+def distance_by_token(model: nn.Module, batch: Batch, pooling: Pooling | None) -> OutputDistance | None:
+    """The distance of a model's outputs where it has a number for each token; else None.
+
+    One number for a whole text says too little for so many parameters: on the vectors of 1,024 sentences, of which the
+    last block of a sentence encoder was trained to make the cosines large, it became worse on others.
+    """
+    first = batch.rows(0, 1)
+    distance = OutputDistance.of(model, first, pooling)
+    if distance.kind != "classes":
+        return None
+    rows = distance.rows(model, distance.run(model, first), first)
+    return distance if sum(map(len, rows)) > max(1, first.num_tokens // 2) else None
 
 
 def untrained(runner: LayerwiseRunner, block: str) -> set[str]:

@@ -19,6 +19,7 @@ from eckart.calibration.layerwise import HiddenStateStore, LayerwiseError, Layer
 from eckart.compression.refine_blocks import (
     BlockRefinement,
     TrainingText,
+    distance_by_token,
     left_as_they_are,
     put_values,
     without_gradients,
@@ -28,7 +29,6 @@ from eckart.data import Batch
 from eckart.data.inference import evaluating
 from eckart.distributed import Processes
 from eckart.errors import ModelError, UsageError
-from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import WeightLoader
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 from eckart.recovery.training.state import STAGE
@@ -40,7 +40,7 @@ class Block(ClosedFormRecovery):
     """`min || f(x~) - f_0(x) ||^2` over all parameters of each block f, the first block first.
 
     f_0 and x are the teacher's block and what it reads, x~ what the student's trained blocks before f give it. The last
-    block is trained on the distance of the models' outputs instead: KL, or 1 - cosine of embeddings.
+    block of a model that predicts each token is trained on the KL of its predictions instead.
 
     Attributes:
         epochs: over the text, for each block.
@@ -87,9 +87,9 @@ class Block(ClosedFormRecovery):
         with without_gradients(model):
             try:
                 with evaluating(teacher):
-                    distance = OutputDistance.of(teacher, text.batches[0], context.pooling)
+                    distance = distance_by_token(teacher, text.batches[0], context.pooling)
                 both = ((teacher, "before"), (model, "now"))
-                before, now = (_start(each, text, store, name, distance) for each, name in both)
+                before, now = (_start(each, text, store, name) for each, name in both)
                 _check_alike(before, now)
                 work = BlockRefinement(before, now, text, distance, training)
                 steps = now.schedule.steps
@@ -132,16 +132,13 @@ class Block(ClosedFormRecovery):
         }
 
 
-def _start(
-    model: PreTrainedModel, text: TrainingText, store: HiddenStateStore, name: str, distance: OutputDistance
-) -> LayerwiseRunner:
+def _start(model: PreTrainedModel, text: TrainingText, store: HiddenStateStore, name: str) -> LayerwiseRunner:
     weights = WeightLoader(model, None)
     blocks = all_blocks(model)
     inside = [f"{block}.{part}" for block in blocks for part, _ in model.get_submodule(block).named_children()]
     return start_runner(
         model, inside, text.batches, text.batches[0].rows(0, 1), store,
         context=forward_context(model, weights, blocks), device=weights.device, name=name,
-        run=lambda batch: distance.run(model, batch),
     )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_no_weights_at_all(single):
 @pytest.mark.parametrize(
     "name",
     ["../model-2.safetensors", "/etc/model-2.safetensors", "x/../../y.safetensors", "..\\y.safetensors",
-     "C:\\y.safetensors", "y\0.safetensors", 7],
+     "C:\\y.safetensors", "y\0.safetensors", "y\ud800.safetensors", 7],
 )  # fmt: skip
 def test_weight_map_that_leaves_the_folder(name, sharded):
     write_index(sharded, {"a.weight": "model-1.safetensors", "b.weight": name})

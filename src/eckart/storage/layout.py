@@ -143,8 +143,10 @@ def unsafe(name: str) -> bool:
         name: the name, in POSIX or Windows spelling.
 
     Returns:
-        True for absolute names, drive letters, ``..``, backslashes and NUL.
+        True for absolute names, drive letters, ``..``, backslashes, NUL, and half characters, which no name has.
     """
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        return True
     return name.startswith("/") or "\\" in name or "\0" in name or ":" in name or ".." in name.split("/")
 
 

@@ -100,7 +100,7 @@ def test_a_parameter_of_zeros_moves():
     def error(x: Tensor) -> tuple[Tensor, Tensor]:
         return (bias - 0.001).expand_as(x).square().sum(), x.square().sum()
 
-    fit = train(bias, problem()[1], error, epochs=20, rate=0.1)
+    fit = train(bias, problem()[1], error, epochs=20, rate=1000.0, largest=0.1)
     assert fit.after < fit.before / 10
 
 

@@ -6,6 +6,7 @@ reads after all blocks before it have been trained.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from eckart.calibration.grow_batches import grow_batches
 from eckart.calibration.layerwise import LayerwiseRunner
-from eckart.compression.train_block import BlockFit, BlockTraining, train_block
+from eckart.compression.train_block import BlockFit, BlockTraining, measure_error, train_block
 from eckart.data import Batch, Pooling
 from eckart.distributed import Processes
 from eckart.errors import NumericalError
@@ -146,10 +147,19 @@ class BlockRefinement:
             distance = self.distance if step + 1 == self.now.schedule.tail else None
 
             def error(batch: Batch) -> tuple[Tensor, Tensor]:
-                return self._error(step, batch) if distance is None else self._output_error(distance, batch)
+                return self._error(step, batch)
 
+            def output_error(batch: Batch) -> tuple[Tensor, Tensor]:
+                assert distance is not None
+                return self._output_error(distance, batch)
+
+            parameters, off = list(copies.values()), None
+            if distance is not None:  # which costs a pass through the output head: half of the epochs do
+                wrong, power = measure_error(held, error, self.processes)
+                error, off = output_error, math.sqrt(wrong / power) if power else 0.0
+                training = replace(training, epochs=-(-training.epochs // 2))
             with torch.enable_grad():
-                fit = train_block(list(copies.values()), steps, held, error, training, self.processes)
+                fit = train_block(parameters, steps, held, error, training, self.processes, off)
             if not fit.epoch:
                 return None
             values = {key: _rounded(f"{name}.{key}", p, types[key]) for key, p in copies.items()}

@@ -5,8 +5,8 @@
 over all parameters of the block f: f_0 is the original block, x_t what it reads in the original, and x~_t what the
 blocks before it give it, which are smaller already. This is the block refinement of AA-SVD (arXiv 2604.02119), with its
 AdamW, warm-up and cosine. What had to be tuned there follows from the block: each parameter's learning rate is a part
-of its own root mean square, and the epoch with the least error on text that is not trained on is kept, which may be
-the one before the first.
+of its own root mean square, in proportion to the block's relative error, and the epoch with the least error on text
+that is not trained on is kept, which may be the one before the first.
 
 The last block has nothing after it that could mend its errors: there the distance of the model's own outputs is made
 small instead, which the caller's error says.
@@ -36,7 +36,9 @@ class BlockTraining:
 
     Attributes:
         epochs: passes over the text.
-        rate: largest learning rate, as a part of the root mean square of each parameter.
+        rate: largest learning rate of a block whose output is off by all of its own size, as a part of the root mean
+            square of each parameter; in proportion to the error, it is a part of what is to be mended.
+        largest: and no more than this.
         warmup: part of the steps in which the rate rises.
         last: part of the largest rate that it falls to.
         least: root mean square that each parameter is taken to have at least: zeros must be able to move.
@@ -44,8 +46,9 @@ class BlockTraining:
         seed: of the order of the batches.
     """
 
-    epochs: int = 10
-    rate: float = 0.01
+    epochs: int = 9
+    rate: float = 0.06
+    largest: float = 0.01
     warmup: float = 0.1
     last: float = 0.1
     least: float = 1e-3
@@ -77,6 +80,7 @@ def train_block(
     error: SquaredError[T],
     training: BlockTraining,
     processes: Processes,
+    off: float | None = None,
 ) -> BlockFit:
     """Train parameters in place; afterwards they are those of the best epoch.
 
@@ -88,11 +92,18 @@ def train_block(
         error: runs the block on a batch.
         training: how.
         processes: share the rows.
+        off: the relative error of the block's output, as a root, where `error` does not say it.
     """
-    rates = [training.rate * max(float(p.detach().square().mean().sqrt()), training.least) for p in parameters]
-    optimizer = torch.optim.AdamW([{"params": [p]} for p in parameters], betas=training.betas, weight_decay=0.0)
+    best, power = measure_error(held, error, processes)
+    if not best:
+        return BlockFit(0.0, 0.0, 0)
+    off = math.sqrt(best / power) if off is None and power else off or 1.0
+    rate = min(training.rate * off, training.largest)
+    rates = [rate * max(float(p.detach().square().mean().sqrt()), training.least) for p in parameters]
+    fused = parameters[0].device.type in ("cpu", "cuda")
+    groups = [{"params": [p]} for p in parameters]
+    optimizer = torch.optim.AdamW(groups, betas=training.betas, weight_decay=0.0, fused=fused)
     order = torch.Generator().manual_seed(training.seed)
-    best, power = _measure(held, error, processes)
     before, epoch, kept = best, 0, [p.detach().clone() for p in parameters]
     for number in range(training.epochs):
         for place, i in enumerate(torch.randperm(len(steps), generator=order).tolist()):
@@ -104,17 +115,17 @@ def train_block(
                 group["lr"] = rate * part
             optimizer.step()
             optimizer.zero_grad()
-        now, _ = _measure(held, error, processes)
+        now, _ = measure_error(held, error, processes)
         if now < best:  # of numbers that are not finite neither
             best, epoch, kept = now, number + 1, [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
-    return BlockFit(before / power if power else 0.0, best / power if power else 0.0, epoch)
+    return BlockFit(before / power, best / power, epoch) if power else BlockFit(0.0, 0.0, epoch)
 
 
-def _measure(held: Sequence[T], error: SquaredError[T], processes: Processes) -> tuple[float, float]:
-    """Sum of squared errors and of squares, over all processes."""
+def measure_error(held: Sequence[T], error: SquaredError[T], processes: Processes) -> tuple[float, float]:
+    """Sum of errors and of what they are relative to, over all processes, without gradients."""
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in held:

@@ -44,7 +44,8 @@ class Block(ClosedFormRecovery):
 
     Attributes:
         epochs: over the text, for each block.
-        rate: learning rate, as a part of the root mean square of each parameter.
+        rate: learning rate for each part of a block's relative error, as a part of the root mean square of each
+            parameter.
     """
 
     name: ClassVar[str] = "block"

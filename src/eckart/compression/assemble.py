@@ -70,7 +70,7 @@ class Assembly:
         chosen = {name: (name,) for name in by_name if plan.choices[name].form != DENSE}
         notes: list[str] = []
         place, processes = self.workspace, self.workspace.processes
-        there = processes.broadcast(({}, {"there": place.store.entries(self.stage)}))[1]["there"]
+        there = place.finished(self.stage)
         parts = split_by_block(chosen, self.model)
         for block, groups in progress(parts.items(), what="storing", total=len(parts)):
             name = block or "outside"

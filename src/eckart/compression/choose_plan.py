@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from eckart.allocation import DENSE, Choice, OverBudgetError, Plan, parse_plan, smallest_keep
 from eckart.calibration.layerwise import LayerwiseError
-from eckart.compression.assemble import Assembly
 from eckart.compression.budget import Budget
 from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import FactorStore
@@ -25,10 +24,10 @@ from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.pricing import Pricing, count_seconds, price_elements_and_seconds, price_seconds
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
+from eckart.compression.trials import trial_model
 from eckart.errors import UsageError
 from eckart.speed.clock import measure_in_turn, steady_stopwatch
 from eckart.speed.profile import Profile
-from eckart.storage.store import MemoryStore
 
 STAGE = "plan"
 """The stage of a run under which a plan that was searched for is stored."""
@@ -81,17 +80,15 @@ class PlanChoice:
     def choose(self) -> Plan:
         """The plan; one that an interrupted run has searched for is read again."""
         self._scale_curves()
-        store, processes = self.context.workspace.store, self.context.workspace.processes
         if self.recipe.speedup is None and self.recipe.max_loss is None:
             return self._within_size(self.recipe)
-        stored = processes.broadcast(({}, {"plan": store.read(STAGE, STAGE)[1] if store.entries(STAGE) else None}))[1]
-        if stored["plan"] is None:
-            plan = self._reach_speed() if self.recipe.speedup is not None else self._reach_quality()
-            stored = {"plan": {"plan": plan.to_json(), "found": self.found}}
-            if processes.main:
-                store.write(STAGE, STAGE, {}, stored["plan"])
-        self.found = stored["plan"]["found"]
-        return parse_plan(stored["plan"]["plan"], "the plan of this run", self.shapes)
+        stored = self.context.workspace.remember(STAGE, self._search)
+        self.found = stored["found"]
+        return parse_plan(stored["plan"], "the plan of this run", self.shapes)
+
+    def _search(self) -> dict[str, Any]:
+        plan = self._reach_speed() if self.recipe.speedup is not None else self._reach_quality()
+        return {"plan": plan.to_json(), "found": self.found}
 
     def _scale_curves(self) -> None:
         """Scale the curves by what the cuts of a first plan do to the model's output, one at a time."""
@@ -107,22 +104,19 @@ class PlanChoice:
 
     def _measure_units(self, plan: Plan) -> list[UnitError]:
         """What the cuts of a plan do; what an interrupted run has measured is read again."""
-        store, processes = self.context.workspace.store, self.context.workspace.processes
-        there = store.read(CURVES, CURVES)[1] if store.entries(CURVES) else {"errors": None}
-        stored = processes.broadcast(({}, there))[1]["errors"]
-        if stored is not None:
-            return [UnitError.from_json(entry) for entry in stored]
+
+        def measure() -> dict[str, Any]:
+            return {"errors": [error.to_json() for error in measure_units(self.context, plan, self.factors)]}
+
         try:
-            errors = measure_units(self.context, plan, self.factors)
+            found = self.context.workspace.remember(CURVES, measure)
         except LayerwiseError as error:
             self.notes.append(
                 f"the curves were not measured: {type(self.context.model).__name__} is worked on block by block, and "
                 f"cannot be run so ({error}). Pass --stream off where it fits into memory"
             )
             return []
-        if processes.main:
-            store.write(CURVES, CURVES, {}, {"errors": [error.to_json() for error in errors]})
-        return errors
+        return [UnitError.from_json(entry) for entry in found["errors"]]
 
     def _make(self, recipe: Recipe, pricing: Pricing | None) -> Plan:
         context = self.context
@@ -274,16 +268,14 @@ class PlanChoice:
 
     @contextmanager
     def _trial(self, plan: Plan) -> Iterator[PreTrainedModel]:
-        """The model of a plan, made in memory, apart from what the run stores."""
-        context = self.context
-        if context.workspace.streaming:
+        """The model of a plan, made in memory."""
+        if self.context.workspace.streaming:
             raise UsageError(
                 "--speedup and --max-loss make models on trial, which have to fit into memory as a whole: pass "
                 "--stream off on a machine where they do, or ask for --keep with --objective latency."
             )
-        workspace = replace(context.workspace, store=MemoryStore())
-        assembly = Assembly(context.model, context.sites.chosen, context.weights, workspace, dtype_of(self.recipe))
-        yield assembly.put_forms(plan, self.factors)[0]
+        with trial_model(self.context, plan, self.factors, dtype_of(self.recipe)) as model:
+            yield model
 
 
 def explain(plan: Plan, pricing: Pricing) -> dict[str, str]:

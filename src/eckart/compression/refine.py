@@ -160,7 +160,7 @@ def refine_model(
     Returns:
         The copy, or `compressed` itself where it cannot be run block by block; and notes.
     """
-    store, processes, data = context.workspace.store, context.workspace.processes, context.data
+    processes, data = context.workspace.processes, context.data
     assert data is not None
     text = TrainingText.of(data.batches, processes)
     assert text is not None
@@ -177,14 +177,12 @@ def refine_model(
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
         work = BlockRefinement(before, now, text, distance, replace(TRAINING, seed=seed), processes)
-        done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
+        done = set(context.workspace.finished(STAGE))
         steps = range(now.schedule.tail)
         notes: list[str] = []
 
         def keep(step: int, values: dict[str, Tensor], fit: BlockFit | None) -> None:
-            # Killed between the two writes, another process may be one entry ahead of the first.
-            if processes.main or (str(step) not in store.entries(STAGE)):
-                store.write(STAGE, str(step), values, {"fit": vars(fit) if fit is not None else None})
+            context.workspace.keep(STAGE, str(step), values, {"fit": vars(fit) if fit is not None else None})
             _install(refined, assembly, now, step)
 
         for step in steps:

@@ -149,7 +149,7 @@ def refit_blocks(
     Returns:
         The copy, or `compressed` itself where it cannot be run block by block; and notes.
     """
-    calibration, store, processes = context.calibration, context.workspace.store, context.workspace.processes
+    calibration, processes = context.calibration, context.workspace.processes
     assert context.data is not None
     fitted = shared_clone(compressed)
     members = [name for group in calibration.groups.values() for name in group]
@@ -176,7 +176,7 @@ def refit_blocks(
         sites, plan.choices, frozenset(names), moments, settings.method, processes, spare=lambda: _spare(context),
         rows=rows,
     )  # fmt: skip
-    done = set(processes.broadcast(({}, {"done": store.entries(STAGE)}))[1]["done"])
+    done = set(context.workspace.finished(STAGE))
     last = max(steps, default=-1)
     for step in [step for step in sorted(steps) if str(step) in done]:
         assembly.share_entry(STAGE, str(step))
@@ -187,9 +187,7 @@ def refit_blocks(
         for step in show_steps(range(start, last + 1), "refitting"):
             if step in steps and str(step) not in done:
                 changed, found = refit.step(before, now, step, steps[step])
-                # Killed between the two writes, another process may be one entry ahead of the first.
-                if processes.main or (str(step) not in store.entries(STAGE)):
-                    store.write(STAGE, str(step), *_serialize(fitted, changed, found))
+                context.workspace.keep(STAGE, str(step), *_serialize(fitted, changed, found))
                 notes += _install(fitted, assembly, plan, step)
             refit.advance(before, now, step)
     except LayerwiseError as error:  # this text takes another way through the model than the example that was tried

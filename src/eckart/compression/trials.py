@@ -1,4 +1,4 @@
-"""What cuts do to the output of the whole model, measured on a few rows of the calibration data."""
+"""Models of plans on trial, and what single cuts do to the output of the whole model."""
 
 from __future__ import annotations
 
@@ -28,8 +28,16 @@ STAGE = "trial"
 
 
 @contextmanager
-def trial_model(context: CompressionContext, plan: Plan, factors: FactorStore) -> Iterator[PreTrainedModel]:
-    """The model of a plan, in the type of the original; of a streamed run its modules lie in the journal meanwhile.
+def trial_model(
+    context: CompressionContext, plan: Plan, factors: FactorStore, dtype: torch.dtype | None = None
+) -> Iterator[PreTrainedModel]:
+    """The model of a plan, apart from what the run stores; of a streamed run its modules lie in the journal meanwhile.
+
+    Args:
+        context: the original.
+        plan: on trial.
+        factors: of all sites.
+        dtype: of the stored numbers; None for that of the original.
 
     Yields:
         The model.
@@ -37,9 +45,8 @@ def trial_model(context: CompressionContext, plan: Plan, factors: FactorStore) -
     workspace = context.workspace
     place = workspace if workspace.streaming else replace(workspace, store=MemoryStore())
     place.store.drop(STAGE)  # an interrupted run may have left another one
-    yield Assembly(context.model, context.sites.chosen, context.weights, place, None, stage=STAGE).put_forms(
-        plan, factors
-    )[0]
+    assembly = Assembly(context.model, context.sites.chosen, context.weights, place, dtype, stage=STAGE)
+    yield assembly.put_forms(plan, factors)[0]
     place.store.drop(STAGE)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from eckart.distributed import Processes
 from eckart.model import ComputePlacement
@@ -45,3 +49,28 @@ class Workspace:
     def streaming(self) -> bool:
         """Whether the model is worked on block by block."""
         return self.hidden_states is not None
+
+    # -- what an interrupted run has done ----------------------------------------------------------------------------
+
+    def finished(self, stage: str) -> list[str]:
+        """Names of what a stage has stored, as the first process knows them."""
+        names: list[str] = self.processes.broadcast(({}, {"names": self.store.entries(stage)}))[1]["names"]
+        return names
+
+    def keep(self, stage: str, name: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
+        """Store an entry in every process.
+
+        A process that was killed between two writes may be one entry ahead of the first: it has this one already.
+        """
+        if self.processes.main or name not in self.store.entries(stage):
+            self.store.write(stage, name, tensors, content)
+
+    def remember(self, stage: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Values of JSON, the same in all processes: those that were stored, or else `make()`, which is stored then."""
+        stored = self.store.read(stage, stage)[1] if self.store.entries(stage) else {}
+        found: dict[str, Any] = self.processes.broadcast(({}, stored))[1]
+        if not found:
+            found = make()
+            if self.processes.main:
+                self.store.write(stage, stage, {}, found)
+        return found

@@ -78,7 +78,7 @@ def alike(one: Any, other: Any, place: str = "report") -> None:
 CASES: dict[str, dict[str, Any]] = {
     "eckart": {},  # reads all that kfac and drone read
     "svd": {"method": "svd"},
-    "joint": {"form": "joint", "keep": 0.4},  # weights that share an input factor are refitted together
+    "joint": {"form": "joint", "keep": 0.2},  # weights that share an input factor are refitted together
     "float16 in shards, another type is stored": {
         "method": "drone",
         "checkpoint": torch.float16,

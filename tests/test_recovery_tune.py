@@ -246,7 +246,7 @@ def change_weights(folder):
 
 
 CHANGES = {
-    "data": lambda folder: (folder / "text.txt").write_text((folder / "text.txt").read_text().replace("self", "Self")),
+    "data": lambda folder: (folder / "text.txt").write_text((folder / "text.txt").read_text().replace("a", "o")),
     "eval_data": lambda folder: (folder / "held.txt").write_text((folder / "held.txt").read_text().replace("a", "b")),
     "teacher": lambda folder: change_weights(folder / "dense"),
     "model": lambda folder: change_weights(folder / "lowrank"),
@@ -359,7 +359,8 @@ def test_a_worse_model_is_not_published(place):
     ("losparse", ("keep=0.4",), True), ("dsee", ("prune=unstructured",), False),
     ("dsee", ("prune=structured", "heads=0.5"), True),
 ])  # fmt: skip
-def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, options, smaller, tmp_path):
+def test_a_smaller_model_is_published_whatever_it_scores(place, recovery, options, smaller, tmp_path, monkeypatch):
+    monkeypatch.setattr("eckart.recovery.result.is_better", lambda *_: False)
     result = tuned(place, "dense", recovery=recovery, recovery_option=options, learning_rate=9.0, max_steps=3)
     assert result.report["kept"] == "after"
     assert any("smaller model that was asked for" in note for note in result.report["notes"])

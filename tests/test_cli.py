@@ -402,7 +402,7 @@ def test_methods_lists_every_method_with_its_paper(cli):
 def test_compare_measures_every_method_at_every_size(cli, folder, tmp_path):
     text = cli("compare", folder / "llama", "--methods", "svd,drone", "--keep", "0.9,0.5", "--data",
                folder / "text.txt", *SMALL, "--json", tmp_path / "c.json")  # fmt: skip
-    assert "KL to the original" in text
+    assert "KL to the" in text
     rows = json.loads((tmp_path / "c.json").read_text())["rows"]
     assert [(row["method"], row["keep"]) for row in rows] == [
         (name, keep) for name in ("svd", "drone") for keep in (0.9, 0.5)

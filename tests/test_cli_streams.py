@@ -15,7 +15,7 @@ from tiny import llama, place
 from eckart.cli.app import app
 from eckart.cli.console import say, show
 from eckart.cli.start import hold_standard_streams
-from eckart.cli.terminal import encode_anything, make_visible
+from eckart.cli.terminal import Verbatim, encode_anything, make_visible
 from eckart.errors import EckartError
 from eckart.storage.publish import PUBLISHED
 
@@ -204,3 +204,11 @@ assert file.fileno() > 2, file.fileno()
     done = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "$0" >&- <&-', code], capture_output=True)
     assert done.returncode == 0, done.stderr
     hold_standard_streams()  # where they are open nothing changes
+
+
+def test_what_is_copied_is_never_wrapped_and_sentences_are(capsys):
+    line = "model = AutoModelForCausalLM.from_pretrained('/a/long/path/" + "of-many-folders/" * 8 + "') # more words"
+    show(Verbatim(line), line)
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == line
+    assert len(rest) > 1

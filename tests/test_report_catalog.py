@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
 from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES
-from eckart.report.catalog import list_catalog, list_methods
+from eckart.report.catalog import describe_catalog, list_catalog, list_methods
 from eckart.report.words import to_plain_text
 
 SHOWN = {
@@ -31,15 +32,22 @@ def test_what_is_read_from_source_equals_the_object(registry, attributes):
 
 def test_needs_shown_equal_those_of_the_method():
     lines = to_plain_text(list_methods("svd"), width=2000).splitlines()
-    shown = {line.split()[0]: line for line in lines if line}
+    shown = {line.split()[0]: line for line in lines if line and line[0] != " "}
     for name, method in METHODS.items():
         needs = ["data"] * method.needs_data + ["gradients"] * method.needs_gradients or ["nothing"]
         assert f"  {' + '.join(needs)}  " in shown[name].replace("(default)", "")
     assert "svd (default)" in shown["svd"]
-    assert "  loss, curves measured  " in shown["lems"]
+    assert "  loss, curves measured" in shown["lems"]
     assert "  lowrank, sliced  " in shown["modegpt"]
     assert "  joint, sliced  " in shown["eckart"]
     assert "  lowrank  " in shown["kfac"]
+
+
+def test_programs_get_the_same_as_json():
+    found = json.loads(json.dumps(describe_catalog()))
+    assert [*found["methods"]] == [*METHODS]
+    assert found["methods"]["eckart"]["needs"] == ["gradients", "gram"]
+    assert found["recoveries"]["lora"]["paper"] == RECOVERIES["lora"].paper
 
 
 def test_own_method_is_shown_with_the_others(monkeypatch):

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import pytest
+import reports
 from architectures import BY_NAME
 
 import eckart
+from eckart.demo.steps import Demo, DemoRow
+from eckart.demo.tables import ranking_table
+from eckart.registry import METHODS
+from eckart.report.catalog import list_catalog
 from eckart.report.compression import render_compression
 from eckart.report.inspection import render_inspection
-from eckart.report.words import shorten, split_kind, to_plain_text
+from eckart.report.scores import render_comparison, render_scores
+from eckart.report.speed import render_bench
+from eckart.report.training import render_tuning
+from eckart.report.wide_table import WideTable, wrap_words
+from eckart.report.words import format_bytes, shorten, split_kind, to_plain_text
 
 
 def lines_of_tables(renderable):
@@ -48,3 +57,96 @@ def test_names_are_shortened_in_the_middle():
     assert len(found) == 24
     assert found.startswith("attentio")
     assert found.endswith("name.dense")
+
+
+LONG = "a-model-of-some-length-int8-dynamic"
+
+
+def wide_comparison():
+    found = reports.comparison()
+    found["rows"][0]["method"] = "basis-sharing"
+    for row in found["rows"]:
+        before = {key: row[key] for key in ("elements", "bytes", "multiply_adds", "quality")}
+        row |= {"rounded": "int8-dynamic", "before_rounding": before}
+    return render_comparison(found)
+
+
+def wide_scores():
+    found = reports.scores()
+    columns = ("original", "eckart", "original int4", "eckart int4", "int8", "int4", "eckart int8")
+    labels = ("perplexity", "KL to the original per token (nats)", "hendrycksTest-abstract_algebra acc_norm")
+    found["scores"] = {label: dict.fromkeys(columns, 12345.678) for label in labels}
+    found["sizes"] = {key: dict.fromkeys(columns, 123_456_789) for key in found["sizes"]}
+    return render_scores(found)
+
+
+def wide_bench():
+    found = reports.bench()
+    kinds = ("feed-forward", "attention projections", "attention scores", "matrices in blocks", "activations and sums",
+             "norms", "embeddings", "heads", "other")  # fmt: skip
+    shares = dict.fromkeys(kinds, 0.1234)
+    for row in (*found["rows"], *found["shares"]):
+        row |= {"phase": "prefill", "batch": 256, "length": 131_072}
+        row["model"] = LONG if row["model"] == reports.NASTY else row["model"]
+    for row in found["rows"]:
+        row["mode"] = "compiled"
+    for row in found["shares"]:
+        row["shares"] = shares
+    for row in found["models"]:
+        row |= {"file_bytes": 123_456_789, "load_seconds": 123.45}
+    return render_bench(found)
+
+
+def tuning():
+    found = reports.tuning()
+    for row in found["scores"].values():
+        row["KL to the original per token (nats)"] = 1234.5
+    return render_tuning(found)
+
+
+def ranking():
+    rows = [DemoRow(name, keep, 2000.0, keep, 123.4) for keep in (0.7, 0.4) for name in METHODS]
+    return ranking_table(20.0, rows, Demo(methods=tuple(METHODS)))
+
+
+TABLES = {
+    "compare": wide_comparison,
+    "eval": wide_scores,
+    "bench": wide_bench,
+    "tune": tuning,
+    "methods": lambda: list_catalog("eckart"),
+    "demo": ranking,
+}
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_whatever_stands_in_a_wide_table_stands_whole_in_a_narrow_one(command):
+    wide, narrow = (to_plain_text(TABLES[command](), width=width) for width in (300, 80))
+    assert max(map(len, narrow.splitlines())) <= 80
+    assert max(map(len, wide.splitlines())) > 80 or command in ("tune", "demo")
+    assert set(wide.split()) <= set(narrow.split())
+
+
+def test_what_does_not_fit_stands_in_a_further_table_with_the_words_again():
+    table = WideTable(["name"], ["first", "second", "third"], title="numbers")
+    table.add_row("one", "1.25", "2.25", "3.25")
+    whole = to_plain_text(table, width=80).splitlines()
+    assert [line.split() for line in whole] == [
+        ["numbers"], ["name", "first", "second", "third"], ["one", "1.25", "2.25", "3.25"],
+    ]  # fmt: skip
+    exact = to_plain_text(table, width=len(whole[1])).splitlines()
+    assert exact == whole
+    parts = [line.split() for line in to_plain_text(table, width=len(whole[1]) - 1).splitlines()]
+    assert parts == [
+        ["numbers"], ["name", "first", "second"], ["one", "1.25", "2.25"], [], ["name", "third"], ["one", "3.25"],
+    ]  # fmt: skip
+
+
+def test_long_labels_are_broken_between_words():
+    assert wrap_words("KL to the original", 12) == "KL to the\noriginal"
+    assert wrap_words("speed-up", 5) == "s…-up"
+    assert wrap_words("", 5) == ""
+
+
+def test_sizes_have_their_unit():
+    assert [format_bytes(value) for value in (12, 1_500, 2_000_000)] == ["12 B", "1.50 kB", "2.00 MB"]

@@ -21,6 +21,7 @@ from eckart.cli.options import (
 from eckart.cli.push import check, push_published
 from eckart.cli.report import say_page
 from eckart.cli.run_file import read_run
+from eckart.cli.terminal import Verbatim
 from eckart.compression.recipe import Recipe
 from eckart.distributed import is_main
 from eckart.errors import UsageError
@@ -72,6 +73,7 @@ def compress(
     )
     if is_main():
         lines = load_lines(result, result.folder or folder)
-        show(render_compression(result.report), "", f"published in {result.folder}; to load it:", "", lines)
+        published = Verbatim(f"published in {result.folder}; to load it:\n\n{lines}")
+        show(render_compression(result.report), "", published)
         say_page(result.folder)
     push_published(result.folder, push_to_hub, private)

@@ -12,6 +12,7 @@ import typer
 
 from eckart.cli.compare import split_words
 from eckart.cli.console import guarded, say, show
+from eckart.cli.terminal import Verbatim
 from eckart.registry import METHODS
 
 NEXT = (
@@ -76,5 +77,5 @@ def demo(
         check_same(here, found.perplexity, folder)
         show(reload_lines(source.bytes, found.bytes, dense, here, found.perplexity, found.text))
         if output_dir is not None:
-            show(f"published in {folder}; to load it:", "", load_lines(result, folder), "")
+            show(Verbatim(f"published in {folder}; to load it:\n\n{load_lines(result, folder)}\n"))
     show(*NEXT, f"\n{time.perf_counter() - start:.0f} s in all")

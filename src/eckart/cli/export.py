@@ -10,6 +10,7 @@ import typer
 from eckart.cli.console import guarded, show
 from eckart.cli.options import PrivateOption, PushOption
 from eckart.cli.push import check, push_published
+from eckart.cli.terminal import Verbatim
 from eckart.registry import EXPORTS
 
 HELP = "Write a folder that programs without eckart load.\n\n" + "\n\n".join(
@@ -42,7 +43,7 @@ def export(
         folder, output_dir, format=format, quantize=quantize, revision=revision, overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    show(f"published in {published}" + ("" if format == "factored" else "; it loads without eckart"))
+    show(Verbatim(f"published in {published}" + ("" if format == "factored" else "; it loads without eckart")))
     push_published(published, push_to_hub, private)
 
 

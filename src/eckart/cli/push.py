@@ -9,6 +9,7 @@ import typer
 
 from eckart.cli.console import guarded, say, show
 from eckart.cli.options import PrivateOption
+from eckart.cli.terminal import Verbatim
 from eckart.distributed import is_main
 from eckart.errors import UsageError
 
@@ -51,4 +52,4 @@ def push_published(folder: Path | None, name: str | None, private: bool) -> None
     from eckart.checkpoint.push import push_folder
 
     say(f"pushing {folder} to {name}", "dim")
-    show(f"pushed to {push_folder(folder, name, private=private or None)}")
+    show(Verbatim(f"pushed to {push_folder(folder, name, private=private or None)}"))

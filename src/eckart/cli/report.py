@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.console import guarded, say, show
+from eckart.cli.terminal import Verbatim
 from eckart.distributed import is_main
 from eckart.errors import UsageError
 
@@ -125,5 +126,5 @@ def report(
         write_page(target, html)
         if source.folder is not None and output is None:
             renew(source.folder, "eckart/report.html")
-        show(f"written to {target}")
+        show(Verbatim(f"written to {target}"))
     say("open it in a browser", "dim")

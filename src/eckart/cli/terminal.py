@@ -27,6 +27,10 @@ class OutputLostError(EckartError):
     """Results that could not be printed."""
 
 
+class Verbatim(str):
+    """Lines that are copied from the terminal, such as code or a path: they are never wrapped."""
+
+
 def make_visible(text: str) -> str:
     r"""A text with `\x1b` in place of every character that a terminal obeys instead of showing it."""
     return OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
@@ -44,7 +48,8 @@ def print_results(*renderables: Any) -> None:
     try:
         console = _Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
         for renderable in renderables:
-            console.print(_Visible(Text(renderable) if isinstance(renderable, str) else renderable))
+            shown = Text(renderable) if isinstance(renderable, str) else renderable
+            console.print(_Visible(shown), soft_wrap=isinstance(renderable, Verbatim))
     except BrokenPipeError:
         _discard(sys.stdout)
     except (OSError, ValueError) as error:  # ValueError: of a stream that was closed in this process

@@ -21,6 +21,7 @@ from eckart.cli.options import (
 from eckart.cli.push import check, push_published
 from eckart.cli.report import say_page
 from eckart.cli.run_file import read_run
+from eckart.cli.terminal import Verbatim
 from eckart.recovery.recipe import TuneRecipe
 from eckart.storage.publish import check_output
 
@@ -66,6 +67,6 @@ def tune(
     check_output(folder, overwrite=replace, inputs=[config])
     say_device(recipe.device)
     result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart, verify=verify)
-    show(render_tuning(result.report), "", f"published in {result.folder}")
+    show(render_tuning(result.report), "", Verbatim(f"published in {result.folder}"))
     say_page(result.folder)
     push_published(result.folder, push_to_hub, private)

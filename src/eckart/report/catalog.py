@@ -5,70 +5,86 @@ Everything shown is read from the sources, so that the tables come without impor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
+from rich.padding import Padding
 from rich.text import Text
 
 from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES, STATISTICS
-from eckart.report.words import add_columns, make_table
 
 
 def list_catalog(default_method: str) -> Group:
     """All that can be chosen by name, as `eckart methods` shows it."""
-    tables = (list_methods(default_method), list_forms(), list_embeddings(), list_recoveries())
-    return Group(*(part for table in tables for part in (table, Text())))
+    lists = (list_methods(default_method), list_forms(), list_embeddings(), list_recoveries())
+    return Group(*(part for shown in lists for part in (shown, Text())))
 
 
-def list_methods(default: str) -> Table:
+def describe_catalog() -> dict[str, dict[str, dict[str, Any]]]:
+    """The same for programs: kind of thing -> name -> what its source says of it."""
+    kinds = {"methods": METHODS, "forms": FORMS, "embeddings": EMBEDDINGS, "recoveries": RECOVERIES}
+    return {kind: {name: _as_json(registry.about(name)) for name in registry} for kind, registry in kinds.items()}
+
+
+def _as_json(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Words, numbers and sets of words; what else there is of an object is no choice of its user."""
+    listed = {key: sorted(value) if isinstance(value, frozenset | set) else value for key, value in about.items()}
+    return {key: value for key, value in listed.items() if isinstance(value, str | bool | int | float | list)}
+
+
+def list_methods(default: str) -> Group:
     """Every method: what it needs, its settings, what its factors are optimal for, its paper."""
-    table = _make_catalog("methods (--method, --metric)", ("needs", "form", "ranks by", "optimal for", "paper"))
+    rows = []
     for name in METHODS:
         about = METHODS.about(name)
         label = f"{name} (default)" if name == default else name
         form = about["form"] + (", sliced" if about["slices"] or about["by_leverage"] else "")
         ranks = about["allocation"] + (", curves measured" if about["calibrated_curves"] else "")
         ranks += ", refit" if about["refit"] else ""
-        table.add_row(label, _list_needs(about), form, ranks, about["exact_for"], about["paper"])
-        table.add_section()
-    return table
+        below = [f"optimal for {about['exact_for']}", about["paper"]]
+        rows.append(([label, _list_needs(about), form, ranks], below))
+    return _list_entries("methods (--method, --metric)", ("name", "needs", "form", "ranks by"), rows)
 
 
-def list_forms() -> Table:
+def list_forms() -> Group:
     """How a weight matrix can be stored: the formula, with its count of numbers, and the paper."""
-    table = _make_catalog("forms of a weight of m rows and n columns, rank k (--form)", ("stored as", "paper"))
-    for name in FORMS:
-        about = FORMS.about(name)
-        table.add_row(name, about["doc"], about["paper"])
-    return table
+    rows = [([name], [FORMS.about(name)["doc"], FORMS.about(name)["paper"]]) for name in FORMS]
+    return _list_entries("forms of a weight of m rows and n columns, rank k (--form)", ("name",), rows)
 
 
-def list_embeddings() -> Table:
+def list_embeddings() -> Group:
     """How a table of token embeddings can be stored."""
-    table = _make_catalog("token embeddings (--embeddings)", ("needs", "optimal for", "paper"))
+    rows = []
     for name in EMBEDDINGS:
         about = EMBEDDINGS.about(name)
-        table.add_row(name, about["needs"], about["exact_for"], about["paper"])
-    return table
+        rows.append(([name, about["needs"]], [f"optimal for {about['exact_for']}", about["paper"]]))
+    return _list_entries("token embeddings (--embeddings)", ("name", "needs"), rows)
 
 
-def list_recoveries() -> Table:
+def list_recoveries() -> Group:
     """Every way to win back quality: what it needs, what it trains on what, its paper."""
-    table = _make_catalog("recoveries (eckart tune --recovery)", ("needs", "what is trained on what", "paper"))
+    rows = []
     for name in RECOVERIES:
         about = RECOVERIES.about(name)
         needs = "data + teacher" if about["needs_teacher"] else "labels or text of the task"
-        table.add_row(name, needs, about["title"], about["paper"])
-    return table
+        rows.append(([name, needs], [about["title"], about["paper"]]))
+    return _list_entries("recoveries (eckart tune --recovery)", ("name", "needs"), rows)
 
 
-def _make_catalog(title: str, names: tuple[str, ...]) -> Table:
-    table = add_columns(make_table(title), "name", [])
-    for name in names:
-        table.add_column(name, overflow="fold")
-    return table
+def _list_entries(title: str, heads: Sequence[str], rows: Sequence[tuple[Sequence[str], Sequence[str]]]) -> Group:
+    """A line of short facts in columns for each name, and its sentences below it."""
+    columns = zip(heads, *(facts for facts, _ in rows), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        return "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+    parts: list[Any] = [Text(title, style="bold"), Text(line(heads), style="bold")]
+    for facts, sentences in rows:
+        parts.append(Text(line(facts)))
+        parts += [Padding(Text(sentence, style="dim"), (0, 0, 0, 4)) for sentence in sentences if sentence]
+    return Group(*parts)
 
 
 def _list_needs(about: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 from eckart.report.speed import describe_latency
 from eckart.report.words import (
     add_columns,
+    format_bytes,
     format_count,
     format_range,
     format_share,
@@ -180,10 +181,14 @@ def _totals(report: Mapping[str, Any]) -> Table:
     for name, what in (("all sites", "sites"), ("whole model", "model")):
         sizes = report["sizes"][what]
         before, after = sizes["before"], sizes["after"]
-        table.add_row(f"{name}, before", *(format_count(before[key]) for key in COSTS))
-        cells = [f"{format_share(after[key], before[key])}  {format_count(after[key])}" for key in COSTS]
+        table.add_row(f"{name}, before", *(_size(before, key) for key in COSTS))
+        cells = [f"{format_share(after[key], before[key])}  {_size(after, key)}" for key in COSTS]
         table.add_row(f"{name}, after", *cells, style="bold")
     return table
+
+
+def _size(sizes: Mapping[str, int], key: str) -> str:
+    return format_bytes(sizes[key]) if key == "bytes" else format_count(sizes[key])
 
 
 def _quality(report: Mapping[str, Any]) -> list[str]:
@@ -219,8 +224,8 @@ def _rounding(report: Mapping[str, Any]) -> list[str]:
     if rounding is None:
         return []
     before, after = rounding["before"]["size"], report["sizes"]["model"]["after"]
-    line = f"rounded to {rounding['kind']}: {rounding['layers']} layers, {format_count(before['bytes'])}B -> "
-    line += f"{format_count(after['bytes'])}B"
+    line = f"rounded to {rounding['kind']}: {rounding['layers']} layers, {format_bytes(before['bytes'])} -> "
+    line += format_bytes(after["bytes"])
     was, now = list_quality({"quality": rounding["before"]["quality"]}), list_quality(report)
     changes = [f"{name} {value:.4f} -> {now[name]:.4f}" for name, value in was.items() if name in now]
     return [f"{line}; {', '.join(changes)}" if changes else line]

@@ -13,6 +13,7 @@ from rich.text import Text
 from eckart.report.words import (
     add_columns,
     find_common_prefix,
+    format_bytes,
     format_count,
     format_share,
     make_table,
@@ -90,7 +91,7 @@ def _parameters(found: Mapping[str, Any]) -> Table:
     for name, number in found["parameters"].items():
         if number:
             table.add_row(name, format_count(number), format_share(number, total))
-    table.add_row("whole model", format_count(total), f"{format_count(found['sizes']['bytes'])}B", style="bold")
+    table.add_row("whole model", format_count(total), format_bytes(found["sizes"]["bytes"]), style="bold")
     return table
 
 

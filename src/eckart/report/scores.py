@@ -10,7 +10,8 @@ from rich.text import Text
 
 from eckart.evaluation.scorers.harness import describe_errors
 from eckart.report.speed import describe_latency
-from eckart.report.words import add_columns, format_count, format_number, format_share, make_table
+from eckart.report.wide_table import WideTable
+from eckart.report.words import format_bytes, format_count, format_number, format_share
 
 ROUNDED = "int8, int4: weights rounded to the nearest of few levels, without calibration; of the original, or as named"
 KEPT = "of sites: fraction of the numbers that is kept in the weights chosen for factoring; of model: of all numbers"
@@ -24,7 +25,7 @@ def render_scores(found: Mapping[str, Any]) -> Group:
     own = next(name for name in names if name in ("eckart", "model"))
     shown = [name for name in names if not name.startswith("int")]
     rounded = [name for name in names if name.startswith("int")]
-    table = add_columns(make_table(), "", [*shown, *(["difference"] if compared else []), *rounded])
+    table = WideTable([""], [*shown, *(["difference"] if compared else []), *rounded])
     for name, row in found["scores"].items():
         both = compared and "original" in row and own in row
         change = [f"{row[own] - row['original']:+.4f}" if both else ""] if compared else []
@@ -33,10 +34,9 @@ def render_scores(found: Mapping[str, Any]) -> Group:
         )
     table.add_section()
     for key, row in found["sizes"].items():
+        size = format_bytes if key == "bytes" else format_count
         change = [format_share(row[own], row["original"])] if compared else []
-        table.add_row(
-            SIZES[key], *(format_count(row[n]) for n in shown), *change, *(format_count(row[n]) for n in rounded)
-        )
+        table.add_row(SIZES[key], *(size(row[n]) for n in shown), *change, *(size(row[n]) for n in rounded))
     latency = found["latency"]
     if latency is not None:
         times = {name: _milliseconds(latency, name) for name in latency["seconds"]}
@@ -61,59 +61,37 @@ def render_comparison(found: Mapping[str, Any]) -> Group:
     measures = list(dict.fromkeys(name for row in rows for name in row["quality"]))
     timed = next((row["latency"] for row in rows if row["latency"] is not None), None)
     speed = ["ms", "as fast"] if timed is not None else []
-    names = ("keep", "of sites", "of model", "parameters", "bytes", *measures, *speed, "seconds")
-    table = add_columns(make_table(), "method", names)
-    before = found["original"]
-    dense = [
-        "1.0000",
-        "1.0000",
-        format_count(before["elements"]),
-        format_count(before["bytes"]),
-        *("" for _ in measures),
-        *([_milliseconds(timed, "original"), "1.00x"] if timed is not None else []),
-        "",
-    ]
-    table.add_row("original", "", *dense, style="dim")
-    if rounded := found.get("original_rounded"):
+    names = ("keep", "bytes", *measures, *speed, "of sites", "of model", "parameters", "seconds")
+    table = WideTable(["method"], names)
+
+    def add(name: str, row: Mapping[str, Any], *, times: list[str], style: str | None = None) -> None:
         table.add_row(
-            f"original {rounded['kind']}",
-            "",
-            "1.0000",
-            "1.0000",
-            format_count(rounded["elements"]),
-            format_count(rounded["bytes"]),
-            *(format_number(rounded["quality"].get(name)) for name in measures),
-            *(_speed(rounded["latency"]) if timed is not None else []),
-            "",
+            name,
+            f"{row['keep']:g}" if "keep" in row else "",
+            format_bytes(row["bytes"]),
+            *(format_number(row["quality"].get(measure)) for measure in measures),
+            *(times if timed is not None else []),
+            f"{row.get('of_sites', 1):.4f}",
+            f"{row.get('of_model', 1):.4f}",
+            format_count(row["elements"]),
+            f"{row['seconds']:.1f}" if "seconds" in row else "",
+            style=style,
         )
+
+    dense = {**found["original"], "quality": {}}
+    add("original", dense, times=[_milliseconds(timed, "original"), "1.00x"] if timed is not None else [], style="dim")
+    if rounded := found.get("original_rounded"):
+        add(f"original {rounded['kind']}", {**rounded, "of_model": 1}, times=_speed(rounded["latency"]))
     last = None
     for row in sorted(rows, key=lambda row: -row["keep"]):
         if row["keep"] != last:
             table.add_section()
             last = row["keep"]
         if before := row.get("before_rounding"):
-            table.add_row(
-                row["method"],
-                f"{row['keep']:g}",
-                f"{row['of_sites']:.4f}",
-                f"{before['elements'] / found['original']['elements']:.4f}",
-                format_count(before["elements"]),
-                format_count(before["bytes"]),
-                *(format_number(before["quality"].get(name)) for name in measures),
-                *(["", ""] if timed is not None else []),
-                "",
-            )
-        table.add_row(
-            f"{row['method']} {row['rounded']}" if before else row["method"],
-            f"{row['keep']:g}",
-            f"{row['of_sites']:.4f}",
-            f"{row['of_model']:.4f}",
-            format_count(row["elements"]),
-            format_count(row["bytes"]),
-            *(format_number(row["quality"].get(name)) for name in measures),
-            *(_speed(row["latency"]) if timed is not None else []),
-            f"{row['seconds']:.1f}",
-        )
+            of_model = before["elements"] / found["original"]["elements"]
+            kept = {"keep": row["keep"], "of_sites": row["of_sites"], "of_model": of_model}
+            add(row["method"], {**before, **kept}, times=["", ""])
+        add(f"{row['method']} {row['rounded']}" if before else row["method"], row, times=_speed(row["latency"]))
     how = [f"ms: {describe_latency(timed)}; as fast: as the original beside it"] if timed is not None else []
     return Group(table, *(Text(line, style="dim") for line in (KEPT, *how, *found["notes"])))
 

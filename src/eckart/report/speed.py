@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 
-from eckart.report.words import add_columns, format_count, make_table
+from eckart.report.wide_table import WideTable
+from eckart.report.words import format_bytes, format_count
 
 EXPLAINED = (
     "ms: median of one call, and the middle half of all calls; tokens/s: computed in a call; peak: the model and all "
@@ -61,21 +61,23 @@ def describe_latency(latency: Mapping[str, Any]) -> str:
     )
 
 
-def _models(found: Mapping[str, Any]) -> Table:
-    table = add_columns(make_table(), "model", ["type", "factored", "in memory", "files", "load s"])
+def _models(found: Mapping[str, Any]) -> WideTable:
+    table = WideTable(["model"], ["type", "factored", "in memory", "files", "load s"])
     for row in found["models"]:
-        sizes = [f"{format_count(row[key])}B" if row[key] is not None else "" for key in ("held_bytes", "file_bytes")]
+        sizes = [format_bytes(row[key]) if row[key] is not None else "" for key in ("held_bytes", "file_bytes")]
         load = f"{row['load_seconds']:.2f}" if row["load_seconds"] is not None else ""
         table.add_row(row["name"], row["dtype"], str(row["factored"] or ""), *sizes, load)
     return table
 
 
-def _times(phase: str, rows: list[Mapping[str, Any]]) -> Table:
+def _times(phase: str, rows: list[Mapping[str, Any]]) -> WideTable:
     compiled = any(row["mode"] != "eager" for row in rows)
     compared = any(row["speedup"] is not None for row in rows)
     mode = ["mode"] if compiled else []
     ratios = ["speed-up", "allowed", "reached"] if compared else []
-    table = add_columns(make_table(phase), "batch x length", ["model", *mode, "ms", "", "tokens/s", *ratios, "peak"])
+    table = WideTable(
+        ["batch x length", "model", *mode], ["ms", "middle half", "tokens/s", *ratios, "peak"], title=phase
+    )
     last = None
     for row in rows:
         size = (row["batch"], row["length"])
@@ -92,16 +94,16 @@ def _times(phase: str, rows: list[Mapping[str, Any]]) -> Table:
             f"{_milliseconds(seconds['lower'])}-{_milliseconds(seconds['upper'])}",
             format_count(row["tokens_per_second"]),
             *([_ratio(row["speedup"]), _ratio(row.get("allowed")), _ratio(row["reached"])] if compared else []),
-            f"{format_count(row['peak_bytes'])}B" if row["peak_bytes"] is not None else "",
+            format_bytes(row["peak_bytes"]) if row["peak_bytes"] is not None else "",
             style="bold" if "allowed" in row else None,
         )
     return table
 
 
-def _shares(rows: list[Mapping[str, Any]]) -> Table:
+def _shares(rows: list[Mapping[str, Any]]) -> WideTable:
     kinds = [kind for kind in COLUMNS if any(kind in row["shares"] for row in rows)]
-    table = add_columns(
-        make_table("where the time goes (eager)"), "", ["batch x length", "model", *(COLUMNS[kind] for kind in kinds)]
+    table = WideTable(
+        ["", "batch x length", "model"], [COLUMNS[kind] for kind in kinds], title="where the time goes (eager)"
     )
     for row in rows:
         cells = [f"{row['shares'][kind]:.1%}" if kind in row["shares"] else "" for kind in kinds]

@@ -32,6 +32,12 @@ def format_count(value: float) -> str:
     return str(int(value))
 
 
+def format_bytes(value: float) -> str:
+    """A size in the units of a file's: `18.11 MB`."""
+    number = format_count(value)
+    return f"{number}B" if " " in number else f"{number} B"
+
+
 def format_number(value: float | None) -> str:
     """A score: four decimals below 10, two above; inf and nan as words, None as an empty cell."""
     if value is None:

@@ -16,6 +16,7 @@ from eckart.cli.evaluate import evaluate_folder
 from eckart.cli.export import export
 from eckart.cli.harness import HANDED_ON, lm_eval
 from eckart.cli.inspect import inspect
+from eckart.cli.manner import MANNER, QUIET, VERBOSE, with_manner
 from eckart.cli.methods import methods
 from eckart.cli.push import push
 from eckart.cli.report import report
@@ -50,7 +51,7 @@ for name, command in (
     ("methods", methods),
     ("demo", demo),
 ):
-    app.command(name)(command)
+    app.command(name)(with_manner(command, lambda: set_up_logging(verbose=True, quiet=MANNER.quiet)))
 app.command("lm-eval", context_settings=HANDED_ON)(lm_eval)
 
 
@@ -62,13 +63,14 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def eckart(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the log of every step.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help=VERBOSE)] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help=QUIET)] = False,
     version: Annotated[
         bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
     ] = False,
 ) -> None:
     """Make pretrained transformers smaller by factoring their weight matrices, and measure what it cost."""
-    set_up_logging(verbose)
+    set_up_logging(verbose, quiet)
 
 
 def run() -> None:

@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import guarded, say, show
+from eckart.cli.console import check_json, guarded, say, show_published, write_json
 from eckart.cli.options import (
     ConfigOption,
+    JsonOption,
     OutputOption,
     OverwriteOption,
     PrivateOption,
@@ -21,7 +22,6 @@ from eckart.cli.options import (
 from eckart.cli.push import check, push_published
 from eckart.cli.report import say_page
 from eckart.cli.run_file import read_run
-from eckart.cli.terminal import Verbatim
 from eckart.compression.recipe import Recipe
 from eckart.distributed import is_main
 from eckart.errors import UsageError
@@ -42,6 +42,7 @@ def compress(
     ] = False,
     verify: VerifyOption = True,
     config: ConfigOption = None,
+    json: JsonOption = None,
     **options: Any,
 ) -> None:  # fmt: skip
     """Factor a model's weights and publish the smaller model.
@@ -57,6 +58,8 @@ def compress(
         raise UsageError("MODEL is missing. Name a folder or a model on the hub: eckart compress MODEL ...")
     folder, replace = output.override(output_dir, overwrite)
     check(push_to_hub, private)
+    inputs = [config, folder, *recipe.inputs]
+    check_json(json, inputs)
 
     from eckart.compression.pipeline import compress as compress_model
     from eckart.compression.result import load_lines
@@ -73,7 +76,7 @@ def compress(
     )
     if is_main():
         lines = load_lines(result, result.folder or folder)
-        published = Verbatim(f"published in {result.folder}; to load it:\n\n{lines}")
-        show(render_compression(result.report), "", published)
+        show_published([render_compression(result.report), ""], result.folder, f"; to load it:\n\n{lines}")
+        write_json(json, {"output_dir": str(result.folder), **result.report}, inputs)
         say_page(result.folder)
     push_published(result.folder, push_to_hub, private)

@@ -14,15 +14,19 @@ from typing import Any, TypeVar
 
 import typer
 
+from eckart.cli.manner import MANNER, quieten_bars, set_quiet
 from eckart.cli.start import INTERRUPTED, TERMINATED, Terminated
-from eckart.cli.terminal import OutputLostError, print_message, print_results
+from eckart.cli.terminal import OutputLostError, Verbatim, print_message, print_results
 from eckart.distributed import is_main
 from eckart.errors import LESS_MEMORY, EckartError, OtherProcessError, is_out_of_memory
 from eckart.storage.publish import PUBLISHED
-from eckart.storage.report_file import check_report_file, write_report
+from eckart.storage.report_file import check_report_file, format_report, write_report
 
 LONGEST = 600
 """Characters of an error of another library that are shown."""
+
+STANDARD_OUTPUT = Path("-")
+"""What `--json` is given for standard output."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -33,12 +37,33 @@ def show(*renderables: Any) -> None:
     Raises:
         OutputLostError: stdout is closed or full.
     """
-    if is_main():
+    if is_main() and not MANNER.json_alone:
         print_results(*renderables)
 
 
+def show_published(details: Sequence[Any], folder: Any, more: str = "") -> None:
+    """Print what was made, where it is, and more lines on that; with --quiet only where it is.
+
+    Raises:
+        OutputLostError: stdout is closed or full.
+    """
+    if MANNER.quiet:
+        show(Verbatim(folder))
+    else:
+        show(*details, Verbatim(f"published in {folder}{more}"))
+
+
 def say(message: str, style: str = "") -> None:
-    """Print progress or an error on stderr; of several processes one prints progress, all print their errors."""
+    """Print progress, a warning or an error on stderr.
+
+    Of several processes one prints progress, all print their errors. With --quiet there is no progress.
+
+    Args:
+        message: a line.
+        style: "yellow" for a warning, "red" for an error, anything else for progress.
+    """
+    if MANNER.quiet and style not in ("yellow", "red"):
+        return
     if style == "red" or is_main():
         print_message(message, style)
 
@@ -59,6 +84,7 @@ def guarded(function: F) -> F:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         before = len(PUBLISHED)
+        MANNER.json_alone = False
         try:
             _quieten_libraries()
             return function(*args, **kwargs)
@@ -113,8 +139,9 @@ def _published_before(count: int) -> str:
     return f" ({done[-1]} was published before that, and is whole)" if done else ""
 
 
-def set_up_logging(verbose: bool) -> None:
-    """Show eckart's own log on stderr, and every step of it where `verbose`."""
+def set_up_logging(verbose: bool, quiet: bool = False) -> None:
+    """Show eckart's own log on stderr: warnings, and every step of it where `verbose`; no progress where `quiet`."""
+    set_quiet(quiet)
     others = r"(torch|transformers|datasets|huggingface_hub)\b"
     warnings.filterwarnings("default" if verbose else "ignore", module=others)
     logger = logging.getLogger("eckart")
@@ -136,6 +163,7 @@ def _quieten_libraries() -> None:
     logging.getLogger("lm_eval").setLevel(level)
     if sys.stderr is None or not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+    quieten_bars()
 
 
 def _verbose() -> bool:
@@ -154,13 +182,21 @@ def check_json(path: Path | None, inputs: Sequence[Any]) -> None:
     Raises:
         UsageError: naming the file and the way out.
     """
-    if path is not None:
+    if path == STANDARD_OUTPUT:
+        MANNER.json_alone = True
+    elif path is not None:
         check_report_file(path, inputs)
 
 
 def write_json(path: Path | None, content: Mapping[str, Any], inputs: Sequence[Any]) -> None:
-    """Write the results to a file if there is a path; see :func:`eckart.storage.report_file.write_report`."""
+    """Write the results to a file, or print them, if there is a path.
+
+    See :func:`eckart.storage.report_file.write_report`.
+    """
     if path is None or not is_main():
+        return
+    if path == STANDARD_OUTPUT:
+        print_results(Verbatim(format_report(content).rstrip()))
         return
     write_report(path, content, inputs)
     say(f"written to {path}", "dim")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from eckart.cli.compare import split_words
-from eckart.cli.console import guarded, say, show
+from eckart.cli.console import check_json, guarded, say, show, write_json
+from eckart.cli.options import JsonOption
 from eckart.cli.terminal import Verbatim
 from eckart.registry import METHODS
 
@@ -33,6 +35,7 @@ def demo(
     keep: Annotated[
         float, typer.Option(help="Fraction of the numbers that the published model stores.", min=0.05, max=1)
     ] = 0.7,
+    json: JsonOption = None,
     windows: Annotated[int, typer.Option(hidden=True, min=2)] = 24,
     held_tokens: Annotated[int, typer.Option(hidden=True, min=512)] = 8_192,
     methods: Annotated[str, typer.Option(hidden=True)] = ",".join(METHODS),
@@ -45,6 +48,7 @@ def demo(
     Example: eckart demo --output-dir demo-70
     """
     start = time.perf_counter()
+    check_json(json, [output_dir])
     names = [METHODS.check(name) for name in split_words(methods, "--methods")]
 
     from eckart.compression.result import load_lines
@@ -79,3 +83,13 @@ def demo(
         if output_dir is not None:
             show(Verbatim(f"published in {folder}; to load it:\n\n{load_lines(result, folder)}\n"))
     show(*NEXT, f"\n{time.perf_counter() - start:.0f} s in all")
+    write_json(
+        json,
+        {
+            "perplexity": {"original": dense, "compressed": here, "loaded": found.perplexity},
+            "bytes": {"original": source.bytes, "compressed": found.bytes},
+            "rows": [asdict(row) for row in rows],
+            "seconds": round(time.perf_counter() - start, 1),
+        },
+        [output_dir],
+    )

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from eckart.cli.console import guarded, show
-from eckart.cli.options import PrivateOption, PushOption
+from eckart.cli.console import check_json, guarded, show_published, write_json
+from eckart.cli.options import JsonOption, PrivateOption, PushOption
 from eckart.cli.push import check, push_published
-from eckart.cli.terminal import Verbatim
 from eckart.registry import EXPORTS
 
 HELP = "Write a folder that programs without eckart load.\n\n" + "\n\n".join(
@@ -27,6 +26,7 @@ def export(
         str | None, typer.Option(help="Round the weights too: int8, int8-dynamic (inputs as well) or int4.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that eckart published.")] = False,
+    json: JsonOption = None,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,
     revision: Annotated[str | None, typer.Option(help="Revision of the model on the hub.")] = None,
@@ -36,6 +36,7 @@ def export(
 ) -> None:
     """(see HELP)."""
     check(push_to_hub, private)
+    check_json(json, [folder, output_dir])
 
     from eckart.exports.pipeline import export
 
@@ -43,7 +44,10 @@ def export(
         folder, output_dir, format=format, quantize=quantize, revision=revision, overwrite=overwrite,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    show(Verbatim(f"published in {published}" + ("" if format == "factored" else "; it loads without eckart")))
+    show_published([], published, "" if format == "factored" else "; it loads without eckart")
+    files = {str(file.relative_to(published)): file.stat().st_size for file in published.rglob("*") if file.is_file()}
+    found = {"output_dir": str(published), "format": format, "quantize": quantize, "files": dict(sorted(files.items()))}
+    write_json(json, found, [folder, output_dir])
     push_published(published, push_to_hub, private)
 
 

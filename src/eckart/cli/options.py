@@ -33,8 +33,10 @@ PANELS = {
 """Headings of `--help`, in order -> fields; all other fields stand under the first."""
 
 JsonOption = Annotated[
-    Path | None, typer.Option(help="Also write all numbers to this JSON file.", rich_help_panel="Output")
-]
+    Path | None,
+    typer.Option(help="Also write all numbers to this JSON file. -: print them on standard output, and nothing else "
+                 "there.", metavar="FILE", rich_help_panel="Output"),
+]  # fmt: skip
 PageOption = Annotated[
     Path | None,
     typer.Option("--report", help="HTML file of the report. Default: beside the file of --json, or eckart-COMMAND.html "

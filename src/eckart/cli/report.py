@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import guarded, say, show
+from eckart.cli.console import STANDARD_OUTPUT, guarded, say, show
 from eckart.cli.terminal import Verbatim
 from eckart.distributed import is_main
 from eckart.errors import UsageError
@@ -28,7 +28,7 @@ def choose_page(command: str, asked: Path | None, json: Path | None, no_report: 
         if asked is not None:
             raise UsageError(f"--report {asked} and --no-report contradict each other. Leave one of them out.")
         return None
-    beside = json is not None and (json.is_file() or not json.exists())
+    beside = json is not None and json != STANDARD_OUTPUT and (json.is_file() or not json.exists())
     page = asked or (json.with_suffix(".html") if json is not None and beside else Path(f"eckart-{command}.html"))
     try:
         check_page_file(page)

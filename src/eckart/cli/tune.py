@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import guarded, say_device, show
+from eckart.cli.console import check_json, guarded, say_device, show_published, write_json
 from eckart.cli.options import (
     ConfigOption,
+    JsonOption,
     OutputOption,
     OverwriteOption,
     PrivateOption,
@@ -21,7 +22,6 @@ from eckart.cli.options import (
 from eckart.cli.push import check, push_published
 from eckart.cli.report import say_page
 from eckart.cli.run_file import read_run
-from eckart.cli.terminal import Verbatim
 from eckart.recovery.recipe import TuneRecipe
 from eckart.storage.publish import check_output
 
@@ -41,6 +41,7 @@ def tune(
     ] = False,
     verify: VerifyOption = True,
     config: ConfigOption = None,
+    json: JsonOption = None,
     **options: Any,
 ) -> None:  # fmt: skip
     """Recover the quality of a compressed model: train it on its original or on a task, or solve its factors again.
@@ -60,6 +61,8 @@ def tune(
     recipe = recipe_from_cli(TuneRecipe, model, options, content, f"--config {config}")
     folder, replace = output.override(output_dir, overwrite)
     check(push_to_hub, private)
+    inputs = [config, folder, *recipe.inputs]
+    check_json(json, inputs)
 
     from eckart.recovery.pipeline import tune as run
     from eckart.report.training import render_tuning
@@ -67,6 +70,7 @@ def tune(
     check_output(folder, overwrite=replace, inputs=[config])
     say_device(recipe.device)
     result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart, verify=verify)
-    show(render_tuning(result.report), "", Verbatim(f"published in {result.folder}"))
+    show_published([render_tuning(result.report), ""], result.folder)
+    write_json(json, {"output_dir": str(result.folder), **result.report}, inputs)
     say_page(result.folder)
     push_published(result.folder, push_to_hub, private)

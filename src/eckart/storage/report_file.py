@@ -63,7 +63,7 @@ def write_report(path: str | Path, content: Mapping[str, Any], inputs: Sequence[
     """
     check_report_file(path, inputs)
     target = Path(path).resolve()
-    text = json.dumps(MARK | finite(content), indent=2, allow_nan=False) + "\n"
+    text = format_report(content)
     try:
         if _is_stream(target):
             target.write_text(text, encoding="utf-8")
@@ -73,6 +73,11 @@ def write_report(path: str | Path, content: Mapping[str, Any], inputs: Sequence[
         raise UsageError(
             f"{path} cannot be written ({error.strerror}). Choose another file for the report, or free some space."
         ) from error
+
+
+def format_report(content: Mapping[str, Any]) -> str:
+    """A report as the text of a file; numbers that are not finite become strings."""
+    return json.dumps(MARK | finite(content), indent=2, allow_nan=False) + "\n"
 
 
 def finite(content: Any) -> Any:

@@ -97,6 +97,9 @@ RECOVERIES: Registry[Any] = Registry(
 )
 """Ways to make quality come back (`--recovery`)."""
 
+BEHAVIORS: Registry[Any] = Registry("behavior", {"early-exit": "eckart.adaptive.early_exit:EarlyExit"})
+"""How a model does less for easy inputs: what is attached to it, in the order in which it acts."""
+
 EXPORTS: Registry[Any] = Registry(
     "format",
     {

@@ -18,6 +18,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from eckart.adaptive import attach_spec
 from eckart.checkpoint.compare_files import compare_with_files, require_filled
 from eckart.checkpoint.description import METHOD, WRITTEN, EckartConfig, attach_config, detach_config, is_special
 from eckart.checkpoint.guard import guard_of
@@ -87,6 +88,7 @@ class EckartQuantizer(HfQuantizer):
         assert isinstance(self.quantization_config, EckartConfig)
         factored = {}
         guarded: list[str] = []  # names of the empty tensors
+        foreign = self._make_adaptive(model)
         specs = dict(self.quantization_config.modules)
         for name in [name for name, spec in specs.items() if isinstance(spec, dict) and spec.get("form") == EXPERTS]:
             del specs[name]
@@ -125,11 +127,21 @@ class EckartQuantizer(HfQuantizer):
         files = [Path(file) for file in checkpoint_files or () if str(file).endswith(".safetensors")]
         stored = {name: entry for file in files for name, entry in read_header(file).items()}
         compare_with_files(model, stored, Path(str(model.config.name_or_path)), whole=False)
-        if guarded:
+        if guarded or foreign:
             prefix = re.escape(model.base_model_prefix)
-            names = "|".join(re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in guarded)
-            self._pattern = rf"^(?:{prefix}\.)?(?:{names})$"
+            names = [re.escape(name.removeprefix(f"{model.base_model_prefix}.")) for name in guarded]
+            names += [rf"{re.escape(name)}\..*" for name in foreign]
+            self._pattern = rf"^(?:{prefix}\.)?(?:{'|'.join(names)})$"
             ignore_unexpected(model, self._pattern)
+
+    def _make_adaptive(self, model: PreTrainedModel) -> list[str]:
+        """Let the model behave as it did; returns the names of what only another class of models needs for that."""
+        assert isinstance(self.quantization_config, EckartConfig)
+        stated = self.quantization_config.adaptive
+        if stated is None:
+            return []
+        blocks = [place for name in stated["blocks"] if (place := locate(model, name)) is not None]
+        return attach_spec(model, stated, blocks)
 
     def _take_apart(self, model: PreTrainedModel, name: str) -> list[str]:
         """Put single experts where the model's class has fused ones; returns the names of their guards."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from eckart.adaptive import adaptive_spec
 from eckart.checkpoint.description import described, is_ours
 from eckart.checkpoint.mapped import load_mapped
 from eckart.errors import CheckpointError, EckartError
@@ -176,6 +177,8 @@ def _compare(model: PreTrainedModel, folder: Path, found: ReadBack) -> None:
     said = read_json(model_folder(folder) / "config.json").get("quantization_config") or {}
     if said.get("modules", {}) != json.loads(json.dumps(described(model))):
         found.problems.append("the modules that config.json describes are not those that were loaded")
+    if said.get("adaptive") != json.loads(json.dumps(adaptive_spec(model))):
+        found.problems.append("how config.json says that the model behaves is not how the loaded one does")
 
 
 def _compare_record(record: dict[str, Any], state: dict[str, Tensor], path: Path, found: ReadBack) -> None:

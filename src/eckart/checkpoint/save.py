@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 
+from eckart.adaptive import adaptive_spec
 from eckart.checkpoint.description import METHOD, attach_config, described, detach_config, is_special, quantization_of
 from eckart.checkpoint.read_back import read_back_in_fresh_process, write_record
 from eckart.checkpoint.stored import stored_size
@@ -248,8 +249,8 @@ def _verify(model: PreTrainedModel, folder: Path) -> None:
             "was published. Please report this with the model's name."
         )
     said = read_json(folder / "config.json").get("quantization_config") or {}
-    here_said = described(model), shared_parameters(model), quantization_of(model)
-    if (said.get("modules", {}), said.get("ties", {}), said.get("quantization")) != here_said:
+    here_said = described(model), shared_parameters(model), quantization_of(model), adaptive_spec(model)
+    if (said.get("modules", {}), said.get("ties", {}), said.get("quantization"), said.get("adaptive")) != here_said:
         raise CheckpointError(
             f"quantization_config in {folder / 'config.json'} does not describe the factored modules "
             f"({METHOD}); nothing was published. Please report this with the model's name."

@@ -137,7 +137,7 @@ class Pair:
 
     def __init__(self, name: str = "llama", dtype: torch.dtype = torch.float32) -> None:
         kind = BY_NAME[name]
-        self.model, self.changed = kind.model(), kind.model()
+        self.model, self.changed = kind.model().to(dtype), kind.model().to(dtype)
         random = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for p in self.changed.parameters():
@@ -218,6 +218,22 @@ def test_outputs_are_compared_where_each_token_is_predicted(name: str, kind: str
     with evaluating(model):
         found = distance_by_token(model, Batch(inputs, (0, 1, 2, 3)), None)
     assert (found and found.kind) == kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_multiply_as_the_original_is_stored_and_what_is_held_out_is_measured_in_float32(dtype: torch.dtype):
+    pair = Pair(dtype=dtype)
+    pair.changed.float()
+    seen: set[tuple[bool, torch.dtype]] = set()
+    layer = pair.changed.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, args, output: seen.add((torch.is_grad_enabled(), output.dtype)))
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        found = pair.train(0)
+    assert seen == {(True, dtype), (False, torch.float32)}
+    assert found is not None
+    values, fit = found
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    assert fit.after < 0.8 * fit.before
 
 
 def test_padding_does_not_count():

@@ -180,16 +180,24 @@ class BlockRefinement:
         wanted = [set(examples) for examples in steps]
         return [batch for batch in self.now.batches if any(set(batch.examples) <= examples for examples in wanted)]
 
+    def _mixed_precision(self) -> torch.autocast:
+        """Steps of a model that is stored in bfloat16 multiply in it; what is held out is measured in float32."""
+        narrow = torch.is_grad_enabled() and self.before.model.dtype == torch.bfloat16
+        return torch.autocast(self.now.device.type, torch.bfloat16, enabled=narrow)
+
     def _error(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         target = real_tokens(self.before.kept_stream(step, batch), batch).float()
-        found = real_tokens(self.now.run_stream(step, batch), batch).float()
+        with self._mixed_precision():
+            found = real_tokens(self.now.run_stream(step, batch), batch).float()
         return (found - target).square().sum(), target.square().sum()
 
     def _output_error(self, distance: OutputDistance, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             true = distance.rows(self.before.model, self.before.run_tail(batch), batch)
             reference = distance.reference(true)
-        rows = distance.between(distance.rows(self.now.model, self.now.run_last(batch), batch), reference)
+        with self._mixed_precision():
+            output = self.now.run_last(batch)
+        rows = distance.between(distance.rows(self.now.model, output, batch), reference)
         return rows.float().sum(), torch.tensor(float(len(rows)))
 
 

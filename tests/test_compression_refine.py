@@ -307,6 +307,7 @@ def tokenizer() -> Any:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "TRAINING", BlockTraining(epochs=3))
+    monkeypatch.setattr("eckart.compression.prepare.REFINED", 1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -360,3 +361,55 @@ def test_what_cannot_be_refined_is_refused_with_the_reason(model: Any, tokenizer
         model = llama(num_hidden_layers=1)
     with pytest.raises(UsageError, match=why):
         eckart.compress(model, tokenizer, **options)
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The contexts of refinements, which train nothing."""
+    found: list[Any] = []
+
+    def leave_out(context: Any, seed: int, compressed: Any, assembly: Any) -> Any:
+        found.append(context)
+        return compressed, []
+
+    monkeypatch.setattr("eckart.compression.prepare.REFINED", 3)
+    monkeypatch.setattr(refine, "refine_model", leave_out)
+    return found
+
+
+MORE: dict[str, Any] = {"data": TEXTS * 4, "keep": 0.5, "method": "drone", "refine": True, **SMALL}
+
+
+@pytest.mark.parametrize(("samples", "read", "passes"), [(None, 36, 2), (24, 24, 3), (4, 4, 18)])
+def test_of_more_text_fewer_passes_are_made(
+    model: Any, tokenizer: Any, monkeypatch: Any, prepared: Any, samples: int | None, read: int, passes: int
+):
+    monkeypatch.setattr(refine, "TRAINING", BlockTraining(epochs=6))
+    told: list[str] = []
+    result = eckart.compress(model, tokenizer, refine_samples=samples, report_progress=told.append, **MORE)
+    assert (prepared[0].data.num_examples, prepared[0].refining.num_examples) == (12, read)
+    assert f"2 blocks, {passes} times" in told[-1]
+    assert result.report["data"]["calibration_examples"] == 12
+
+
+def test_what_is_held_out_is_not_trained_on(model: Any, tokenizer: Any, prepared: Any):
+    eckart.compress(model, tokenizer, **MORE)
+    calibrating, refining, held = (
+        {example for batch in part.batches for example in batch.examples}
+        for part in (prepared[0].data, prepared[0].refining, prepared[0].held_out)
+    )
+    assert calibrating < refining
+    assert held
+    assert not held & refining
+
+
+def test_batches_that_the_user_made_all_calibrate(model: Any, prepared: Any):
+    batches = [{"input_ids": torch.randint(0, 90, (8, 12))} for _ in range(36)]
+    eckart.compress(model, data=batches, keep=0.5, method="drone", refine=True)
+    context = prepared[0]
+    assert context.data.num_examples == context.refining.num_examples == 288 - context.held_out.num_examples
+
+
+def test_samples_for_no_refinement_are_refused(model: Any, tokenizer: Any):
+    with pytest.raises(UsageError, match="--refine-samples"):
+        eckart.compress(model, tokenizer, data=TEXTS, keep=0.5, refine_samples=24, **SMALL)

@@ -24,6 +24,9 @@ DEFAULT_WINDOWS = 128
 DEFAULT_TEXTS = 1_024
 """Texts, or pairs of texts, that every other model reads."""
 
+REFINED = 3
+"""Times as many windows or texts, which a refinement reads."""
+
 DEFAULT_TOKENS = 512
 """Tokens of a window or text; fewer where the model has fewer positions."""
 

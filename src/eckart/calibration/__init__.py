@@ -2,7 +2,7 @@
 
 from eckart.calibration.calibration import Calibration, calibrate, calibrate_without_data
 from eckart.calibration.coverage import UNREACHED, note_few_tokens, why_useless
-from eckart.calibration.hold_out import hold_out
+from eckart.calibration.hold_out import hold_out, take_samples
 from eckart.calibration.progress import show_steps
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "hold_out",
     "note_few_tokens",
     "show_steps",
+    "take_samples",
     "why_useless",
 ]

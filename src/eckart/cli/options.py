@@ -23,7 +23,7 @@ PANELS = {
               "latency_length", "profile", "stock"),
     "Data": ("data", "data_config", "data_split", "data_column", "data_target_column",
              "data_label_column", "data_revision", "eval_data", "eval_split", "eval_samples", "num_samples",
-             "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
+             "refine_samples", "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
     "Tasks of lm_eval": ("lm_eval", "limit", "num_fewshot", "include_path", "apply_chat_template"),
     "Training": ("epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",
                  "gradient_accumulation", "gradient_checkpointing", "bf16"),

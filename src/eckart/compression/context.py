@@ -74,6 +74,7 @@ class CompressionContext:
         tokenizer: published with the model.
         sites: the weights that can be factored.
         data: batches to calibrate on; None where no method reads any.
+        refining: the text that a refinement reads, that of the statistics among it; None where there is none.
         held_out: batches kept back to measure quality on.
         calibration: the way to the statistics of the sites.
         pooling: how an embedding model pools its tokens.
@@ -91,6 +92,7 @@ class CompressionContext:
     tokenizer: Any
     sites: Sites
     data: CalibrationData | None
+    refining: CalibrationData | None
     held_out: CalibrationData | None
     calibration: Calibration
     pooling: Pooling | None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from eckart.compression.neuron_layers import possible_layers
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.compression.size_limits import Limits, largest_choices, largest_joint_rank
-from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TOKENS, default_samples
+from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TOKENS, REFINED, default_samples
 from eckart.data import model_kind
 from eckart.distributed import Processes
 from eckart.distributed.memory import PeakMemory, free_memory, rss
@@ -215,10 +215,11 @@ def _stored(recipe: Recipe, elements: int) -> int:
 
 @dataclass(frozen=True)
 class _Text:
-    """Tokens of the calibration text, as far as they can be known before it is read."""
+    """Tokens of the text, as far as they can be known before it is read: calibrating, in a batch, and refining."""
 
     all: int
     batch: int
+    refined: int
 
 
 def _text(model: nn.Module, recipe: Recipe) -> _Text:
@@ -228,7 +229,8 @@ def _text(model: nn.Module, recipe: Recipe) -> _Text:
     )
     samples = recipe.num_samples or default_samples(model_kind(config, model))
     batch = recipe.batch_size * length if recipe.batch_size else max(DEFAULT_BATCH_SIZE * length, CPU_TOKENS)
-    return _Text(samples * length, min(batch, samples * length))
+    refined = recipe.refine_samples or REFINED * samples
+    return _Text(samples * length, min(batch, samples * length), refined * length)
 
 
 def _logits(model: nn.Module, text: _Text) -> int:
@@ -253,7 +255,8 @@ def _disk(
     streams = _waiting(model, sites, needs, text)
     total = sum(factors.values()) + 2 * stored  # in the journal, and as it is published
     if settings.refines:
-        total += stored + 2 * _waiting(model, sites, frozenset({"gram"}), text)
+        refined = replace(text, all=text.refined)
+        total += stored + 2 * _waiting(model, sites, frozenset({"gram"}), refined)
     if settings.refit:
         kept = [kind for kind in statistics_named(needs).values() if kind.needs_backward]
         outputs = sum(kind.nbytes(*site.shape) for kind in kept for site in sites.chosen)

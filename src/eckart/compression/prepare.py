@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.calibration import Calibration, calibrate, calibrate_without_data, hold_out
+from eckart.calibration import Calibration, calibrate, calibrate_without_data, hold_out, take_samples
 from eckart.checkpoint.fingerprint import fingerprint, weights_checksum
 from eckart.checkpoint.stored import stored_dtype, stored_tensors
 from eckart.compression.basis_groups import adjacent
@@ -22,8 +22,8 @@ from eckart.compression.open_run import CompressionRun
 from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
-from eckart.config import DEFAULT_BATCH_SIZE, default_samples
-from eckart.data import CalibrationData, Pooling, digest_batches, load_data, model_kind
+from eckart.config import DEFAULT_BATCH_SIZE, REFINED, default_samples
+from eckart.data import MODEL_READY, CalibrationData, Pooling, digest_batches, load_data, model_kind
 from eckart.errors import CheckpointError, UsageError
 from eckart.evaluation.sentence import find_pooling
 from eckart.forms import form_named
@@ -48,6 +48,9 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         EckartError: something that was asked for cannot be, as far as this can be known before the long work.
     """
     recipe, workspace, folder = run.recipe, run.workspace, run.source_folder
+    refines = any(settings.refines for settings in rows)
+    if recipe.refine_samples is not None and not refines:
+        raise UsageError("--refine-samples: no refinement reads them. Give --refine too, or leave it out.")
     model = with_separate_experts(run.model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
     for name, parameter in model.named_parameters():
@@ -59,6 +62,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         tokenizer=run.tokenizer,
         sites=sites,
         data=None,
+        refining=None,
         held_out=None,
         calibration=calibrate_without_data(model, names),
         pooling=_find_pooling(folder, model, run.tokenizer),
@@ -74,10 +78,10 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
             _check_budget(context, settings, recipe.model_copy(update={"keep": keep}))
     needs = _all_needs(rows, recipe)
     data = data if data is not None else recipe.data
-    if not needs and data is None and not any(settings.refines for settings in rows):
+    if not needs and data is None and not refines:
         return context
     with context.timer.step("data"):
-        context.data, context.held_out = _load(context, data, recipe)
+        _load(context, data, recipe, refines=refines)
         _check_same_text(context)
     if needs:
         context.calibration = start_calibration(context, rows, recipe, model, context.weights)
@@ -164,13 +168,21 @@ def _find_pooling(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -
     return pooling.reading(tokenizer) if pooling is not None and tokenizer is not None else pooling
 
 
-def _load(context: CompressionContext, data: Any, recipe: Recipe) -> tuple[CalibrationData, CalibrationData | None]:
-    """Batches to calibrate on, and others to measure on: of N samples asked for, N calibrate."""
+def _load(context: CompressionContext, data: Any, recipe: Recipe, *, refines: bool) -> None:
+    """Batches to calibrate on, and others to measure on: of N samples asked for, N calibrate.
+
+    Args:
+        context: is given them.
+        data: that the user named.
+        recipe: how much of it.
+        refines: whether more may be read, to train blocks on.
+    """
     model, size = context.model, recipe.batch_size or DEFAULT_BATCH_SIZE
     kind = model_kind(model.config, model) if context.pooling is None else "encoder"
     wanted = recipe.num_samples or default_samples(kind)
-    batches = -(-wanted // size)
-    extra = max(1, batches // 8)
+    extra = max(1, -(-wanted // size) // 8)
+    sampled = isinstance(data, str) and data == "self"  # every token of more text would have to be written first
+    more = (recipe.refine_samples or (1 if sampled else REFINED) * wanted) - wanted if refines else 0
     loaded = load_data(
         data,
         tokenizer=context.tokenizer,
@@ -182,13 +194,19 @@ def _load(context: CompressionContext, data: Any, recipe: Recipe) -> tuple[Calib
         label_column=recipe.data_label_column,
         revision=recipe.data_revision,
         num_samples=recipe.num_samples,
-        extra_samples=extra * size,
+        extra_samples=extra * size + max(0, more),
         max_seq_length=recipe.max_seq_length,
         batch_size=size,
         seed=recipe.seed,
         pooling=context.pooling,
     )
-    return hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
+    rest, context.held_out = hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
+    context.data = rest
+    if refines:
+        context.refining = take_samples(rest, recipe.refine_samples or rest.num_examples)
+        given = isinstance(data, CalibrationData) or loaded.description.get("source") == MODEL_READY
+        if recipe.num_samples is not None or not given:  # of batches that the user gave, all calibrate
+            context.data = take_samples(rest, wanted)
 
 
 def _check_same_text(context: CompressionContext) -> None:
@@ -199,7 +217,8 @@ def _check_same_text(context: CompressionContext) -> None:
     """
     assert context.data is not None
     store = context.workspace.store
-    batches = [*context.data.batches, *(context.held_out.batches if context.held_out is not None else ())]
+    parts = (context.refining or context.data, context.held_out)
+    batches = [batch for part in parts if part is not None for batch in part.batches]
     now = {"sha256": digest_batches(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
     if context.workspace.streaming:
         now["weights"] = weights_checksum(context.model)

@@ -13,6 +13,7 @@ from eckart.config import (
     DEFAULT_TEXTS,
     DEFAULT_TOKENS,
     DEFAULT_WINDOWS,
+    REFINED,
     STRICT,
     QuantizationKind,
     RecipeBase,
@@ -66,6 +67,12 @@ class Recipe(RecipeBase):
         None,
         description="Then train the blocks of the smaller model one after another to put out what the original's do. "
         "Takes up to ten times as long as gathering the statistics. Default: the method's.",
+    )
+    refine_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Windows or texts that the refinement reads, those of the calibration among them; of more text it "
+        f"makes fewer passes. Default: {REFINED} times --num-samples, as far as the data goes.",
     )
     calibrate_curves: bool | None = Field(
         None,

@@ -79,7 +79,7 @@ def plan_refinement(context: CompressionContext) -> str:
         UsageError: there is too little text to hold some of it out, the model cannot be run block by block, or its
             layers are one and the same block.
     """
-    data = context.data
+    data = context.refining
     text = None if data is None else TrainingText.of(data.batches, context.workspace.processes)
     if data is None or text is None:
         raise UsageError(
@@ -99,10 +99,23 @@ def plan_refinement(context: CompressionContext) -> str:
             "trained for each of them. Leave --refine out, and train the result as a whole instead: eckart tune DIR "
             "--recovery distil"
         )
+    epochs = _epochs(context)
+    cost = COST * epochs * data.num_tokens / (TRAINING.epochs * _calibrating(context).num_tokens)
     return (
-        f"refinement: {len(runner.schedule.steps)} blocks, {TRAINING.epochs} times {len(text.steps)} steps each, about "
-        f"{COST:g} times as long as the statistics"
+        f"refinement: {len(runner.schedule.steps)} blocks, {epochs} times {len(text.steps)} steps each, about "
+        f"{cost:.0f} times as long as the statistics"
     )
+
+
+def _calibrating(context: CompressionContext) -> CalibrationData:
+    assert context.data is not None
+    return context.data
+
+
+def _epochs(context: CompressionContext) -> int:
+    """Passes over the text: of more text than the statistics have read, fewer, so that the work is the same."""
+    assert context.refining is not None
+    return max(1, round(TRAINING.epochs * _calibrating(context).num_tokens / max(1, context.refining.num_tokens)))
 
 
 def refine_if_better(
@@ -160,7 +173,7 @@ def refine_model(
     Returns:
         The copy, or `compressed` itself where it cannot be run block by block; and notes.
     """
-    processes, data = context.workspace.processes, context.data
+    processes, data = context.workspace.processes, context.refining
     assert data is not None
     text = TrainingText.of(data.batches, processes)
     assert text is not None
@@ -176,7 +189,9 @@ def refine_model(
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
-        work = BlockRefinement(before, now, text, distance, replace(TRAINING, seed=seed), processes)
+        work = BlockRefinement(
+            before, now, text, distance, replace(TRAINING, epochs=_epochs(context), seed=seed), processes
+        )
         done = set(context.workspace.finished(STAGE))
         steps = range(now.schedule.tail)
         notes: list[str] = []
@@ -212,12 +227,12 @@ def _start_runner(
     data: CalibrationData,
     name: str,
 ) -> LayerwiseRunner:
-    assert context.data is not None
+    assert context.refining is not None
     return start_runner(
         model,
         context.names,
         data.batches,
-        context.data.batches[0].rows(0, 1),
+        context.refining.batches[0].rows(0, 1),
         context.workspace.hidden_state_cache(),
         context=forward_context(model, weights, all_blocks(model)),
         device=weights.device,

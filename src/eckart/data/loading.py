@@ -42,6 +42,9 @@ from eckart.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)
 
+MODEL_READY = "model-ready batches"
+"""The source, as reports name it, of batches that the user made."""
+
 
 def load_data(
     data: Any,
@@ -230,7 +233,7 @@ def _load_ready(
     loaded = CalibrationData(batches, {"sha256": digest_batches(batches)})
     if not loaded.num_examples:
         raise DataError("data: no batch holds a row: pass at least one")
-    return _describe(loaded, {"source": "model-ready batches"})
+    return _describe(loaded, {"source": MODEL_READY})
 
 
 def _holds_examples(first: Sequence[DataRow], column: str | None) -> bool:

@@ -126,7 +126,22 @@ def test_causal_classifier_does_not_depend_on_padding(pad):
     model = build(LlamaForSequenceClassification, llama_config(num_labels=2, pad_token_id=pad))
     task, tokenizer = load_task(ROWS), byte_tokenizer()
     one, eight = (score_classification(model, tokenizer, task, batch_size=size, disable=True) for size in (1, 8))
+    lengths = [len(tokenizer(row["text"])["input_ids"]) for row in ROWS]
+    assert one.pop("padding") == 0
+    assert eight.pop("padding") == pytest.approx(1 - sum(lengths) / (len(ROWS) * max(lengths)))
     assert one == eight
+
+
+def test_rows_of_like_length_are_batched_so_that_little_is_padding():
+    model, tokenizer = build(BertForSequenceClassification, bert_config(num_labels=2)), word_tokenizer()
+    task = load_task([{"text": " ".join(["dog"] * (1 + n % 2 * 8)), "label": n % 2} for n in range(8)])
+    found = score_classification(model, tokenizer, task, batch_size=4, disable=True)
+    assert found["padding"] == 0
+    similar = load_task(
+        [{"a": row.text.text, "b": "cat " * 9, "score": n} for n, row in enumerate(task)],
+        column="a", pair_column="b", label="score",
+    )  # fmt: skip
+    assert score_similarity(model, tokenizer, similar, batch_size=2, disable=True)["padding"] == 0
 
 
 def test_similarity_does_not_depend_on_padding():

@@ -93,6 +93,7 @@ RECOVERIES: Registry[Any] = Registry(
         "losparse-distil": "eckart.recovery.losparse:LoSparseDistilled",
         "dsee": "eckart.recovery.dsee:DSEE",
         "sandwich": "eckart.recovery.sandwich:Sandwich",
+        "token-skipping": "eckart.recovery.token_skipping:SkipTokens",
     },
 )
 """Ways to make quality come back (`--recovery`)."""

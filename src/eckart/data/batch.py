@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,15 @@ class Batch:
         size = len(self)
         parts = {k: v[start:stop] if v.dim() and v.shape[0] == size else v for k, v in self.inputs.items()}
         return Batch(parts, self.examples[start:stop])
+
+
+def padding_share(batches: Iterable[Batch]) -> float:
+    """Which part of the tokens that a model computes is padding, and of the multiply-adds of its linear layers."""
+    real, computed = 0, 0
+    for batch in batches:
+        for mask in batch.masks().values():
+            real, computed = real + int(mask.sum()), computed + mask.numel()
+    return 1 - real / computed if computed else 0.0
 
 
 SIDES = (("input_ids", "attention_mask"), ("decoder_input_ids", "decoder_attention_mask"))

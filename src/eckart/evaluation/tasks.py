@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eckart.config import DEFAULT_TOKENS
-from eckart.data.batch import Batch
+from eckart.data.batch import Batch, padding_share
 from eckart.data.examples import TextExample
 from eckart.data.explain import require_known_tokens
 from eckart.data.inference import evaluating, progress, run
@@ -48,17 +48,18 @@ def score_classification(
     Returns:
         `accuracy`; `f1` (of class 1 for two classes, else the macro mean); `f1_macro`; `matthews`; `rows`;
         `right`: for each row, in the task's order, whether it was; `finite`, and `nonfinite_rows`: rows whose logits
-        are not finite count as wrong, never skipped. Where several classes may hold at once, `accuracy` counts the rows
-        with all of them right, `f1` and `matthews` are over all classes of all rows together.
+        are not finite count as wrong, never skipped; `padding`: which part of the tokens that were computed is none.
+        Where several classes may hold at once, `accuracy` counts the rows with all of them right, `f1` and `matthews`
+        are over all classes of all rows together.
 
     Raises:
         UsageError: If the model has no classification head.
         DataError: If a label is not a class of the model.
     """
-    logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)  # (N, C)
+    logits, padding = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)  # (N, C)
     classes = logits.shape[1]
     if head_problem(model) == "multi_label_classification":
-        return _score_label_sets(logits, task)
+        return _score_label_sets(logits, task) | {"padding": padding}
     if classes == 1:
         raise UsageError(f"{type(model).__name__} has one output: score it with `regression`")
     gold = []
@@ -75,6 +76,7 @@ def score_classification(
         "right": [guess == truth for guess, truth in zip(predicted, gold, strict=True)],
         "finite": bool(finite.all()),
         "nonfinite_rows": int((~finite).sum()),
+        "padding": padding,
     }
 
 
@@ -98,12 +100,12 @@ def score_regression(
         disable: No progress bar.
 
     Returns:
-        `spearman`; `pearson`; `rows`; `finite`. Of several scores a row, the means over the scores.
+        `spearman`; `pearson`; `rows`; `finite`; `padding`. Of several scores a row, the means over the scores.
 
     Raises:
         UsageError: If the model gives classes.
     """
-    logits = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)
+    logits, padding = _head_logits(model, tokenizer, task, batch_size, max_seq_length, disable)
     if logits.shape[1] != 1 and head_problem(model) != "regression":
         raise UsageError(f"{type(model).__name__} has {logits.shape[1]} outputs: score it with `classification`")
     gold = torch.tensor(task.labels, dtype=torch.float64).reshape(len(task), -1)
@@ -114,7 +116,7 @@ def score_regression(
         )
     found = [_correlations(logits[:, i], gold[:, i]) for i in range(logits.shape[1])]
     means = {name: math.fsum(one[name] for one in found) / len(found) for name in ("spearman", "pearson")}
-    return {**means, "rows": len(task), "finite": all(one["finite"] for one in found)}
+    return {**means, "rows": len(task), "finite": all(one["finite"] for one in found), "padding": padding}
 
 
 def score_similarity(
@@ -140,7 +142,7 @@ def score_similarity(
         disable: No progress bar.
 
     Returns:
-        `spearman`; `pearson`; `rows`; `finite`: False where an embedding is not, and the scores are NaN.
+        `spearman`; `pearson`; `rows`; `finite`: False where an embedding is not, and the scores are NaN; `padding`.
 
     Raises:
         DataError: If a row has no second sentence.
@@ -164,7 +166,8 @@ def score_similarity(
     first = torch.stack([found[one] for one, _ in pairs])
     second = torch.stack([found[two] for _, two in pairs])
     gold = torch.tensor(task.labels, dtype=torch.float64)
-    return _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), gold)
+    found_scores = _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), gold)
+    return found_scores | {"padding": padding_share(batches)}
 
 
 def _classification_scores(gold: list[int], predicted: list[int], classes: int) -> dict[str, float]:
@@ -228,8 +231,8 @@ def _correlations(predicted: Tensor, gold_scores: Tensor) -> dict[str, Any]:
 
 def _head_logits(
     model: nn.Module, tokenizer: Any, task: TaskData, batch_size: int, max_seq_length: int | None, disable: bool | None
-) -> Tensor:
-    """Return the logits of all rows (N, C), in the task's order."""
+) -> tuple[Tensor, float]:
+    """Return the logits of all rows (N, C), in the task's order, and which part of the tokens was padding."""
     found: dict[int, Tensor] = {}
     # A row's place in the task, not in the data, as what it is known by: rows may come from several files.
     texts = [TextExample(row.text.text, row.text.where, place, pair=row.text.pair) for place, row in enumerate(task)]
@@ -246,7 +249,7 @@ def _head_logits(
         batches = _batches(model, tokenizer, texts, batch_size, max_seq_length)
         for answers in run_in_halves(progress(batches, what="task", disable=disable), answer):
             found |= answers
-    return torch.stack([found[place] for place in range(len(task))])
+    return torch.stack([found[place] for place in range(len(task))]), padding_share(batches)
 
 
 def _batches(

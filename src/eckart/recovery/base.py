@@ -65,6 +65,7 @@ class Recovery:
         paper: authors, year, identifier; "" for common knowledge.
         use: when to take it, in words, for its page in the documentation.
         needs_teacher: whether there must be a teacher.
+        own_teacher: whether the model as it is becomes the teacher where none is named.
         learning_rate: where none is asked for.
         needs_dense_model: whether the model must not be factored yet.
         unused_options: options of the recipe that mean nothing to it: refused where they are given.
@@ -77,6 +78,7 @@ class Recovery:
     paper: ClassVar[str] = ""
     use: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
+    own_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
     needs_dense_model: ClassVar[bool] = False
     unused_options: ClassVar[tuple[str, ...]] = ()

@@ -75,6 +75,8 @@ def settle_inputs(
     settled.check_used(built)
     found = {name: getattr(settled, name) if given[name] is None or isinstance(given[name], str | Path) else given[name]
              for name in NAMED}  # fmt: skip
+    if built.own_teacher and found["teacher"] is None:
+        found["teacher"] = found["model"]
     inputs = TuneInputs(tokenizer=tokenizer, **found)
     _check_complete(settled, built, inputs)
     return settled, built, inputs

@@ -54,7 +54,12 @@ class LabeledScorer(TaskScorer):
             num_samples=recipe.num_samples,
         )
         how = self.how_together if self.classes and problem == "multi_label_classification" else self.how
-        super().__init__(self.rows.description, f"{len(self.rows)} rows; {how}")
+        self.how_scored = f"{len(self.rows)} rows; {how}"
+        super().__init__(self.rows.description, self.how_scored)
+
+    def tell_padding(self, found: dict[str, Any]) -> None:
+        """Say how much was computed for nothing: rows of like length are batched together, so it is little."""
+        self.protocol = f"{self.how_scored}; {found['padding']:.1%} of the tokens computed are padding"
 
 
 class ClassificationScorer(LabeledScorer):
@@ -66,6 +71,7 @@ class ClassificationScorer(LabeledScorer):
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
         found = score_classification(model, self.tokenizer, self.rows, **self.options)
+        self.tell_padding(found)
         return {"accuracy": found["accuracy"], "F1": found["f1"], "Matthews": found["matthews"]}
 
 
@@ -75,7 +81,9 @@ class RegressionScorer(LabeledScorer):
     how = "the output of the head against the gold score"
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
-        return _correlations(score_regression(model, self.tokenizer, self.rows, **self.options))
+        found = score_regression(model, self.tokenizer, self.rows, **self.options)
+        self.tell_padding(found)
+        return _correlations(found)
 
 
 class SimilarityScorer(LabeledScorer):
@@ -96,7 +104,9 @@ class SimilarityScorer(LabeledScorer):
         super().__init__(context)
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
-        return _correlations(score_similarity(model, self.tokenizer, self.rows, self.pooling, **self.options))
+        found = score_similarity(model, self.tokenizer, self.rows, self.pooling, **self.options)
+        self.tell_padding(found)
+        return _correlations(found)
 
 
 def _correlations(found: dict[str, Any]) -> dict[str, float]:

@@ -183,9 +183,10 @@ def _masked(
 
     rows, held, description, notes = _texts(recipe, data, eval_data, model, tokenizer, length)
     pad_id = pad_token(tokenizer, model.config)
+    groups = by_length([len(row["input_ids"]) for row in held], SCORING_BATCH)
     scorer = masked_scorer(
         tokenizer,
-        [collate(held[i : i + SCORING_BATCH], pad_id) for i in range(0, len(held), SCORING_BATCH)],
+        [collate([held[i] for i in group], pad_id) for group in groups],
         recipe.seed,
     )
     return TrainingData(rows, scorer, pad_id, description | {"trained_on": len(rows)}, notes, _digests(rows, held))

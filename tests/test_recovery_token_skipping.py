@@ -1,0 +1,230 @@
+"""Token skipping as a recovery: what it tries, what the masks learn, and that training masks what inference removes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from adaptive_models import blocks_of, classifier, texts
+from architectures import scaled
+from torch import nn
+from tuning_problem import accuracy, bert, gpt2, train, tuning_folders
+
+import eckart
+from eckart.adaptive import attach, behaviors_of
+from eckart.adaptive.token_skipping import TokenSkipping
+from eckart.errors import ModelError, UsageError
+from eckart.linalg import relative
+from eckart.recovery import make_recovery
+from eckart.recovery.skipping.costs import BlockCost
+from eckart.recovery.skipping.training import POINTS, SkipTraining
+from eckart.recovery.skipping.trial import SkippingPlaces, find_places
+from eckart.recovery.token_skipping import SkipTokens
+
+RULES = ("power-bert", "ltp")
+
+
+def deep(**options):
+    """The tiny classifier with four blocks."""
+    return scaled(bert(num_hidden_layers=4, **options))
+
+
+@pytest.mark.parametrize(("kind", "attention"), [
+    ("Bert", "attention.self"), ("DistilBert", "attention"), ("ModernBert", "attn"), ("MPNet", "change"),
+])  # fmt: skip
+def test_a_trial_finds_blocks_and_attention_and_leaves_the_model_as_it_was(kind, attention):
+    model = classifier(kind)
+    before, own = model(**texts()).logits, model.config._attn_implementation
+    places = find_places(model)
+    assert places.blocks == blocks_of(model)
+    assert places.attention == attention
+    assert places.error < 1e-5
+    assert model.config._attn_implementation == own
+    assert not behaviors_of(model)
+    assert torch.equal(model(**texts()).logits, before)
+
+
+def test_what_cannot_skip_is_refused_by_name():
+    with pytest.raises(ModelError, match=r"token-skipping: tokens cannot leave .* DebertaV2ForSequenceClassification"):
+        find_places(classifier("DebertaV2"))
+    with pytest.raises(ModelError, match="GPT2ForSequenceClassification reads its text from left to right"):
+        find_places(gpt2())
+    with pytest.raises(ModelError, match="positions for 8 tokens"):
+        find_places(bert(max_position_embeddings=8))
+
+    class Mean(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, hidden, *rest, **more):
+            # Reads padding: what has left changes it.
+            return self.layer(hidden + hidden.mean(1, keepdim=True), *rest, **more)
+
+    model = deep()
+    model.bert.encoder.layer[2] = Mean(model.bert.encoder.layer[2])
+    with pytest.raises(ModelError, match="of the largest apart when tokens leave"):
+        find_places(model)
+
+
+@pytest.mark.parametrize("rule", [("power-bert", (0.7, 0.4, 0.4)), ("ltp", (0.7, 0.9, 1.0))], ids=RULES)
+@pytest.mark.parametrize("kind", ["Bert", "ModernBert", "MPNet"])
+def test_masks_in_training_give_what_taking_tokens_out_gives(kind, rule):
+    model = classifier(kind)
+    places = find_places(model)
+    model.set_attn_implementation("eager")
+    masks = SkipTraining(rule[0], places, ("first",), 1.0)
+    masks.install(model, places)
+    masks.levels = list(rule[1])
+    given = {**texts(), "labels": torch.tensor([0, 1, 0, 1, 1])}
+    trained = model(**given).logits
+    reads = masks.kept
+    equal = model(texts((6, 6, 6))["input_ids"]).logits
+    masks.uninstall(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not hasattr(model, "eckart_token_skipping")
+    counts = []
+
+    class Counting(TokenSkipping):
+        def before_block(self, walk, args, kwargs):
+            counts.append(walk.real.sum(1))
+            return super().before_block(walk, args, kwargs)
+
+    attach(model, Counting(*rule, places.attention), places.blocks)
+    torch.testing.assert_close(model(**texts()).logits, trained, atol=2e-6, rtol=1e-4)
+    assert torch.equal(torch.stack(counts, 1), reads)
+    torch.testing.assert_close(model(texts((6, 6, 6))["input_ids"]).logits, equal, atol=2e-6, rtol=1e-4)
+
+
+def test_soft_masks_multiply_what_blocks_put_out():
+    model = classifier(layers=3, attention="eager")
+    states = model(**texts(), output_hidden_states=True, output_attentions=True)
+    places = SkippingPlaces(blocks_of(model), "attention.self", 0.0)
+    masks = SkipTraining("power-bert", places, ("first",), 1.0)
+    masks.install(model, places)
+    assert torch.equal(model(**texts()).logits, states.logits)  # at first everything is kept
+    with torch.no_grad():
+        masks.moved[0] = torch.linspace(0, 0.9, POINTS)
+    seen = []
+    model.get_submodule(places.blocks[1]).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(**texts())
+    real = texts()["attention_mask"].bool()
+    received = (states.attentions[0].sum(1) * real[:, :, None]).sum(1)
+    for row in range(len(real)):
+        length = int(real[row].sum())
+        order = sorted(range(length), key=lambda token: -received[row, token])
+        for token in range(length):
+            place = int((order.index(token) + 0.5) * POINTS / length)
+            factor = 1.0 if token == 0 else 1 - 0.9 * place / (POINTS - 1)
+            expected = states.hidden_states[1][row, token] * factor
+            torch.testing.assert_close(seen[0][row, token], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_penalty_of_power_bert_weighs_later_blocks_more():
+    places = SkippingPlaces(("a", "b", "c"), "attention.self", 0.0)
+    masks = SkipTraining("power-bert", places, ("first",), 2.0)
+    assert float(masks.penalty()) == 1
+    masks.penalty().backward()
+    first, second = (float(row.sum()) for row in masks.moved.grad)
+    assert second == pytest.approx(2 * first)
+    assert first == pytest.approx(-2 / 3)
+    with torch.no_grad():
+        masks.moved += 7
+        masks.moved[0, 0] = -1
+    masks.project()
+    assert masks.moved.min() == 0
+    assert masks.moved.max() == 0.5
+    assert masks.learned() == pytest.approx([1 / POINTS, 0])
+
+
+def test_ltp_learns_thresholds_through_sigmoids():
+    model = classifier(layers=3, attention="eager")
+    places = SkippingPlaces(blocks_of(model), "attention.self", 0.0)
+    masks = SkipTraining("ltp", places, ("first",), 1.0)
+    masks.install(model, places)
+    output = model(**texts(), output_attentions=True)
+    real = texts()["attention_mask"].bool()
+    expected = []
+    for maps, threshold in zip(output.attentions[:2], (0.25, 0.5), strict=True):
+        scores = relative((maps.sum(1) * real[:, :, None]).sum(1) * real, real)
+        mask = torch.sigmoid((scores - threshold) / 0.1)
+        mask[:, 0] = 1
+        expected.append(mask[real].mean())
+    assert float(masks.penalty()) == pytest.approx(float(sum(expected)) / 2, rel=1e-4)
+    (output.logits.sum() + masks.penalty()).backward()
+    assert (masks.moved.grad != 0).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_it_learns_reaches_the_speedup_and_says_so(rule):
+    teacher = train(bert(num_hidden_layers=4), make_recovery("full"), 60)
+    assert accuracy(teacher) > 0.9
+    model = bert(num_hidden_layers=4)
+    model.load_state_dict(teacher.state_dict())
+    recovery = SkipTokens(rule=rule, speedup=1.6, temperature=2.0)
+    prepare_model_with(recovery, model, teacher, 40)
+    before = recovery._training.learned()
+    train(model, recovery, 40, teacher)
+    report = recovery.report()
+    finished = recovery.finish(model)
+    behavior = behaviors_of(finished)["token-skipping"]
+    assert behavior.rule == rule
+    assert list(behavior.levels) == report["levels"]
+    assert report["learned"] != before
+    assert report["speedup"] == pytest.approx(1.6, rel=0.15)
+    assert report["speedup"] == pytest.approx(report["dense_multiply_adds"] / report["multiply_adds"])
+    assert accuracy(finished) > 0.8
+
+
+def prepare_model_with(recovery, model, teacher, steps):
+    from types import SimpleNamespace
+
+    from eckart.recovery.base import RecoveryContext
+
+    recipe = SimpleNamespace(learning_rate=0.01, temperature=2.0)
+    recovery.prepare(model, RecoveryContext(teacher, "classification", recipe, steps))
+
+
+def test_costs_count_linear_layers_and_attention_of_each_block():
+    model = deep()
+    cost = BlockCost.of(model, blocks_of_bert(model))
+    linear = 4 * 16 * 16 + 2 * 16 * 32
+    assert cost.linear == (linear,) * 4
+    read = torch.tensor([[8, 4, 2, 1]])
+    expected = sum(linear * t + 2 * 16 * t * t for t in (8, 4, 2, 1))
+    assert cost.mean(read) == expected
+    factored = eckart.load(tuning_folders() / "bert")
+    assert BlockCost.of(factored, [f"encoder.layer.{i}" for i in range(2)]).linear[0] < 4 * 32 * 32 + 2 * 32 * 48
+
+
+def blocks_of_bert(model):
+    return [f"bert.encoder.layer.{i}" for i in range(len(model.bert.encoder.layer))]
+
+
+@pytest.mark.parametrize(("settings", "named"), [
+    ({"rule": "other"}, "rule must be one of power-bert, ltp"),
+    ({"speedup": "0.5"}, "speedup=0.5 would be slower"),
+    ({"soft": "0"}, r"soft must be in \(0, 1\]"),
+    ({"penalty": "-1"}, "penalty"),
+])  # fmt: skip
+def test_settings_that_cannot_be_are_refused(settings, named):
+    with pytest.raises(UsageError, match=named):
+        make_recovery("token-skipping", settings)
+
+
+def test_a_speedup_beyond_the_blocks_is_refused():
+    model = deep()
+    with pytest.raises(UsageError, match="the first of 4 blocks reads all tokens, so it stays below 4"):
+        prepare_model_with(SkipTokens(speedup=4.0), model, deep(), 10)
+
+
+def test_without_a_wished_speedup_the_learned_schedule_is_taken():
+    model = deep()
+    recovery = SkipTokens(speedup=0.0, penalty=5.0)
+    prepare_model_with(recovery, model, deep(), 20)
+    train(model, recovery, 20, deep())
+    report = recovery.report()
+    assert report["levels"] == report["learned"]
+    assert math.isfinite(report["speedup"])
+    assert report["speedup"] > 1

@@ -20,7 +20,7 @@ from eckart.recovery import make_recovery
 from eckart.recovery.skipping.costs import BlockCost
 from eckart.recovery.skipping.training import POINTS, SkipTraining
 from eckart.recovery.skipping.trial import SkippingPlaces, find_places
-from eckart.recovery.token_skipping import SkipTokens
+from eckart.recovery.token_skipping import TokenSkippingRecovery
 
 RULES = ("power-bert", "ltp")
 
@@ -124,7 +124,7 @@ def test_soft_masks_multiply_what_blocks_put_out():
 def test_the_penalty_of_power_bert_weighs_later_blocks_more():
     places = SkippingPlaces(("a", "b", "c"), "attention.self", 0.0)
     masks = SkipTraining("power-bert", places, ("first",), 2.0)
-    assert float(masks.penalty()) == 1
+    assert masks.penalty().item() == 1
     masks.penalty().backward()
     first, second = (float(row.sum()) for row in masks.moved.grad)
     assert second == pytest.approx(2 * first)
@@ -162,7 +162,7 @@ def test_it_learns_reaches_the_speedup_and_says_so(rule):
     assert accuracy(teacher) > 0.9
     model = bert(num_hidden_layers=4)
     model.load_state_dict(teacher.state_dict())
-    recovery = SkipTokens(rule=rule, speedup=1.6, temperature=2.0)
+    recovery = TokenSkippingRecovery(rule=rule, speedup=1.6, temperature=2.0)
     prepare_model_with(recovery, model, teacher, 40)
     before = recovery._training.learned()
     train(model, recovery, 40, teacher)
@@ -216,12 +216,12 @@ def test_settings_that_cannot_be_are_refused(settings, named):
 def test_a_speedup_beyond_the_blocks_is_refused():
     model = deep()
     with pytest.raises(UsageError, match="the first of 4 blocks reads all tokens, so it stays below 4"):
-        prepare_model_with(SkipTokens(speedup=4.0), model, deep(), 10)
+        prepare_model_with(TokenSkippingRecovery(speedup=4.0), model, deep(), 10)
 
 
 def test_without_a_wished_speedup_the_learned_schedule_is_taken():
     model = deep()
-    recovery = SkipTokens(speedup=0.0, penalty=5.0)
+    recovery = TokenSkippingRecovery(speedup=0.0, penalty=5.0)
     prepare_model_with(recovery, model, deep(), 20)
     train(model, recovery, 20, deep())
     report = recovery.report()

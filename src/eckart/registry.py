@@ -93,12 +93,18 @@ RECOVERIES: Registry[Any] = Registry(
         "losparse-distil": "eckart.recovery.losparse:LoSparseDistilled",
         "dsee": "eckart.recovery.dsee:DSEE",
         "sandwich": "eckart.recovery.sandwich:Sandwich",
-        "token-skipping": "eckart.recovery.token_skipping:SkipTokens",
+        "token-skipping": "eckart.recovery.token_skipping:TokenSkippingRecovery",
     },
 )
 """Ways to make quality come back (`--recovery`)."""
 
-BEHAVIORS: Registry[Any] = Registry("behavior", {"early-exit": "eckart.adaptive.early_exit:EarlyExit"})
+BEHAVIORS: Registry[Any] = Registry(
+    "behavior",
+    {
+        "token-skipping": "eckart.adaptive.token_skipping:TokenSkipping",
+        "early-exit": "eckart.adaptive.early_exit:EarlyExit",
+    },
+)
 """How a model does less for easy inputs: what is attached to it, in the order in which it acts."""
 
 EXPORTS: Registry[Any] = Registry(

@@ -197,12 +197,13 @@ def attach(model: PreTrainedModel, behavior: Behavior, blocks: Sequence[str]) ->
         controller = Controller(model, blocks)
         vars(model)[ATTRIBUTE] = controller
     elif behavior.name in controller.behaviors:
-        _take_modules_off(model, controller.behaviors[behavior.name])
+        _take_off(model, controller.behaviors[behavior.name], controller.blocks)
     known = {**controller.behaviors, behavior.name: behavior}
     controller.behaviors = {name: known[name] for name in sorted(known, key=list(BEHAVIORS).index)}
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for name, module in behavior.modules().items():
         model.add_module(name, module.to(like.device, like.dtype).train(model.training))
+    behavior.attached(model, controller.blocks)
 
 
 def attach_spec(model: PreTrainedModel, spec: Mapping[str, Any], blocks: Sequence[str] | None = None) -> list[str]:
@@ -261,7 +262,7 @@ def detach(model: PreTrainedModel, name: str | None = None) -> None:
     for known in list(controller.behaviors) if name is None else [name]:
         behavior = controller.behaviors.pop(known, None)
         if behavior is not None:
-            _take_modules_off(model, behavior)
+            _take_off(model, behavior, controller.blocks)
     if not controller.behaviors:
         controller.remove()
         del vars(model)[ATTRIBUTE]
@@ -277,6 +278,12 @@ def blocks_of_behaviors(model: nn.Module) -> tuple[str, ...]:
     """Names of the blocks between which the behaviors of a model act, in the order of their calls."""
     controller = vars(model).get(ATTRIBUTE)
     return () if controller is None else controller.blocks
+
+
+def walk_of(model: nn.Module) -> Walk | None:
+    """The pass of a model that is under way in this thread; None where it runs in full."""
+    controller = vars(model).get(ATTRIBUTE)
+    return None if controller is None else controller.current()
 
 
 def adaptive_spec(model: nn.Module) -> dict[str, Any] | None:
@@ -311,7 +318,8 @@ def refuse_adaptive(model: nn.Module, what: str, way_out: str) -> None:
         raise ModelError(f"{type(model).__name__} has {' and '.join(found)}, and {what}. {way_out}")
 
 
-def _take_modules_off(model: nn.Module, behavior: Behavior) -> None:
+def _take_off(model: PreTrainedModel, behavior: Behavior, blocks: tuple[str, ...]) -> None:
+    behavior.detached(model, blocks)
     for name in behavior.modules():
         delattr(model, name)
 

@@ -52,6 +52,12 @@ class Behavior:
         """Attribute of the model -> module that the behavior needs there, new, on the CPU."""
         return {}
 
+    def attached(self, model: PreTrainedModel, blocks: tuple[str, ...]) -> None:
+        """It has been put on a model: change what it needs otherwise there."""
+
+    def detached(self, model: PreTrainedModel, blocks: tuple[str, ...]) -> None:
+        """It is being taken off: undo :meth:`attached`."""
+
     def in_words(self, blocks: int) -> str:
         """One line for cards and tables.
 

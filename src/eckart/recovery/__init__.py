@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from eckart.recovery.refit import Refit
     from eckart.recovery.sandwich import Sandwich
     from eckart.recovery.settings import make_recovery
+    from eckart.recovery.token_skipping import TokenSkippingRecovery
     from eckart.recovery.training.adapter import Adapter, load_adapter, save_adapter
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "RecoveryContext",
     "Refit",
     "Sandwich",
+    "TokenSkippingRecovery",
     "load_adapter",
     "make_recovery",
     "save_adapter",
@@ -59,5 +61,6 @@ __getattr__, __dir__ = lazy_attributes(
         "settings": ("make_recovery",),
         "refit": ("Refit",),
         "sandwich": ("Sandwich",),
+        "token_skipping": ("TokenSkippingRecovery",),
     },
 )

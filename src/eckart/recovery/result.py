@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.adaptive import behaviors_of
 from eckart.checkpoint.description import attach_config, described
 from eckart.checkpoint.push import push_result
 from eckart.checkpoint.save import save
@@ -146,8 +147,8 @@ def choose_better(
         kept, when = student.own_model(), "before"
     if kept is trained:
         cast(kept, student.dtype)
-    if shared_parameters(kept):
-        attach_config(kept)  # or `save_pretrained` would leave out the parameters that are shared
+    if shared_parameters(kept) or behaviors_of(kept):
+        attach_config(kept)  # or `save_pretrained` would leave out what is shared, and how the model behaves
     return kept.eval(), when
 
 

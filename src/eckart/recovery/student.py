@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.adaptive import detach
 from eckart.checkpoint.exact import load_exactly
 from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
@@ -220,6 +221,7 @@ def open_teacher(recipe: TuneRecipe, teacher: Any, student: Student) -> PreTrain
         name = str(teacher)
         folder = resolve(name, recipe.teacher_revision, trust_remote_code=recipe.trust_remote_code)
         model = load(folder, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
+    detach(model)  # what is learned is what the whole of it says
     if student.task == "embedding":
         bare: Any = model.base_model
         model = bare if has_output_head(model) else model

@@ -35,7 +35,7 @@ WATCHED = 8
 
 
 @dataclass
-class SkipTokens(Distil):
+class TokenSkippingRecovery(Distil):
     """`loss = logits T^2 KL(p_t || p_s) + ... + penalty * (what is left of the tokens)`, then the same without penalty.
 
     In the soft stage every block's output is multiplied by a mask that is learned. At its end each block's mask becomes

@@ -125,7 +125,8 @@ class SkipTraining(nn.Module):
 
     def _clear(self, mask: Tensor | None) -> None:
         # Each block's own entry is written by it alone: blocks that gradient checkpointing runs again write the same.
-        self._given, self._first = mask, None
+        self._given: Tensor | None = mask
+        self._first: Tensor | None = None
         self._left: dict[int, Tensor] = {}
         self._maps: dict[int, Tensor] = {}
         self._masks: dict[int, Tensor] = {}

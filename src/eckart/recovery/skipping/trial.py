@@ -68,12 +68,12 @@ def find_places(model: PreTrainedModel, stays: tuple[str, ...] = ("first",)) -> 
                 raise LayerwiseError("its blocks are in several lists")
             attention = find_attention(model, blocks, inputs)
             error = _try(model, blocks, attention, stays, inputs)
-        except (LayerwiseError, RuntimeError, ModelError, IndexError, TypeError, ValueError) as error:
-            why = str(error).strip().splitlines()[0]
+        except (LayerwiseError, RuntimeError, ModelError, IndexError, TypeError, ValueError) as failure:
+            why = str(failure).strip().splitlines()[0]
             raise ModelError(
                 f"recovery token-skipping: tokens cannot leave between the blocks of {name}: {why} The models with one "
                 "list of blocks, and with absolute or rotary positions, are those that it is for."
-            ) from error
+            ) from failure
     if not error <= CLOSE:
         raise ModelError(
             f"recovery token-skipping: {name} gives outputs that are {error:.2g} of the largest apart when tokens "

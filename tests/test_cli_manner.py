@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import transformers
+import typer
 from huggingface_hub import utils as hub_utils
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tiny import llama, place, text
@@ -12,6 +13,9 @@ from tiny import llama, place, text
 from eckart.cli.app import app
 from eckart.cli.console import say
 from eckart.cli.manner import MANNER, quieten_bars, set_quiet
+from eckart.compression.memory_estimate import CACHE_MEMORY
+from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, DEFAULT_WINDOWS
+from eckart.evaluation.perplexity import WINDOW
 from eckart.registry import METHODS
 from eckart.report.page.folder import find_sources
 
@@ -113,10 +117,24 @@ def test_json_on_standard_output_stands_there_alone(capsys):
 
 
 def test_every_command_that_prints_results_takes_json():
-    import typer
-
     commands = typer.main.get_command(app).commands
     taking = {name for name, command in commands.items() if any("--json" in p.opts for p in command.params)}
     assert taking == {*commands} - {"report", "push", "lm-eval"}  # they print the place of what they have written
     quiet = {name for name, command in commands.items() if any("--quiet" in p.opts for p in command.params)}
     assert quiet == {*commands} - {"lm-eval"}  # every word after it is lm_eval's
+
+
+def test_help_says_what_every_option_is_where_it_is_not_given():
+    for name, command in typer.main.get_command(app).commands.items():
+        for option in command.params:
+            words = getattr(option, "help", None) or ""
+            told = "Default: " in words or option.show_default or option.required or option.hidden
+            assert told or option.param_type_name == "argument", (name, option.opts)
+    help_of = {option.opts[0]: option.help for option in typer.main.get_command(app).commands["compress"].params[1:]}
+    for flag, value in (("--num-samples", f"{DEFAULT_WINDOWS} windows"), ("--num-samples", f"{DEFAULT_TEXTS:,} texts"),
+                        ("--max-seq-length", str(DEFAULT_TOKENS)), ("--batch-size", str(DEFAULT_BATCH_SIZE)),
+                        ("--cache-memory", str(CACHE_MEMORY)), ("--strict", "no"), ("--seed", "0")):  # fmt: skip
+        assert value in help_of[flag].split("Default: ")[1]
+    of_eval = {option.opts[0]: option.help for option in typer.main.get_command(app).commands["eval"].params[1:]}
+    assert f"{WINDOW:,} for perplexity, else {DEFAULT_TOKENS}" in of_eval["--max-seq-length"]
+    assert f"{DEFAULT_BATCH_SIZE}, of labeled rows 32" in of_eval["--batch-size"]

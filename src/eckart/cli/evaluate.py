@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import check_json, guarded, say_device, show, write_json
+from eckart.cli.console import check_json, guarded, say, say_device, show, write_json
 from eckart.cli.options import JsonOption, options_of, recipe_from_cli, recipe_options
 from eckart.evaluation.recipe import EvaluationRecipe
 
@@ -37,6 +37,6 @@ def evaluate_folder(
     from eckart.report.scores import render_scores
 
     say_device(recipe.device)
-    found = evaluate(folder, against, recipe=recipe)
+    found = evaluate(folder, against, recipe=recipe, report_progress=lambda message: say(message, "dim"))
     show(render_scores(found))
     write_json(json, found, inputs)

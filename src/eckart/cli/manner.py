@@ -44,7 +44,7 @@ def set_quiet(quiet: bool) -> None:
 
 def quieten_bars() -> None:
     """Take away the bars of all libraries where nothing is to be shown, and give them back where it is."""
-    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars  # type: ignore[attr-defined]
+    from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
     global _taken
     if MANNER.quiet:

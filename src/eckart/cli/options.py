@@ -151,8 +151,11 @@ def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:
     if description is None:
         if choices:
             words += f" One of: {', '.join(choices)}."
-        if field.default not in (None, ()) and parsed is not bool:
-            words += f" Default: {field.default}."
+        if field.default not in (None, ()):
+            default = ("no", "yes")[field.default] if parsed is bool else field.default
+            words += f" Default: {default}."
+        elif "Default: " not in words:
+            words += " Default: none."
         if typing.get_origin(parsed) is list:
             words += " May be given several times."
     declared = f"{flag}/--no-{flag[2:]}" if parsed is bool else flag

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -47,9 +48,10 @@ def print_results(*renderables: Any) -> None:
         raise OutputLostError(_lost("it is closed"))
     try:
         console = _Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-        for renderable in renderables:
-            shown = Text(renderable) if isinstance(renderable, str) else renderable
-            console.print(_Visible(shown), soft_wrap=isinstance(renderable, Verbatim))
+        with _bars_aside(sys.stdout):
+            for renderable in renderables:
+                shown = Text(renderable) if isinstance(renderable, str) else renderable
+                console.print(_Visible(shown), soft_wrap=isinstance(renderable, Verbatim))
     except BrokenPipeError:
         _discard(sys.stdout)
     except (OSError, ValueError) as error:  # ValueError: of a stream that was closed in this process
@@ -64,7 +66,8 @@ def print_message(message: str, style: str = "") -> None:
     if sys.stderr is None:
         return
     try:
-        _Console(stderr=True, highlight=False, soft_wrap=True).print(Text(make_visible(message), style=style))
+        with _bars_aside(sys.stderr):
+            _Console(stderr=True, highlight=False, soft_wrap=True).print(Text(make_visible(message), style=style))
     except (OSError, ValueError):
         _discard(sys.stderr)
 
@@ -99,6 +102,12 @@ class _Visible:
     def _segments(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for text, style, control in console.render(self.renderable, options):
             yield Segment(text if control else make_visible(text), style, control)
+
+
+def _bars_aside(stream: Any) -> AbstractContextManager[None]:
+    """Take the bars of a terminal away while something is printed there; nothing where nobody has drawn any."""
+    bars = sys.modules.get("tqdm")
+    return bars.tqdm.external_write_mode(file=stream) if bars is not None else nullcontext()
 
 
 def _lost(why: str) -> str:

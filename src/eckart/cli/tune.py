@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from eckart.cli.console import check_json, guarded, say_device, show_published, write_json
+from eckart.cli.console import check_json, guarded, say, say_device, show_published, write_json
 from eckart.cli.options import (
     ConfigOption,
     JsonOption,
@@ -69,7 +69,10 @@ def tune(
 
     check_output(folder, overwrite=replace, inputs=[config])
     say_device(recipe.device)
-    result = run(recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart, verify=verify)
+    result = run(
+        recipe.model, recipe=recipe, output_dir=folder, overwrite=replace, restart=restart, verify=verify,
+        report_progress=lambda message: say(message, "dim"),
+    )  # fmt: skip
     show_published([render_tuning(result.report), ""], result.folder)
     write_json(json, {"output_dir": str(result.folder), **result.report}, inputs)
     say_page(result.folder)

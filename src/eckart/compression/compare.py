@@ -13,6 +13,7 @@ from eckart.compression.baselines import measure_baselines
 from eckart.compression.context import Timer
 from eckart.compression.open_run import keep_unchanged, open_in_memory
 from eckart.compression.options import combine_options
+from eckart.compression.outlook import announce_comparison, name_run
 from eckart.compression.pipeline import build_model, make_factors
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
@@ -174,8 +175,14 @@ def compare(
         )
         context = prepare(run, data, rows, keeps)
         rows = [announce_refinement(context, row, recipe, report_progress) for row in rows]
+        outlook = announce_comparison(context, rows, keeps, recipe, report_progress)
 
     def results() -> Iterator[tuple[str, float, Result]]:
+        with outlook:
+            yield from runs()
+
+    def runs() -> Iterator[tuple[str, float, Result]]:
+        outlook.enter("statistics")
         with keep_unchanged(model):
             windows = list(context.timer.gathering(context.calibration.windows()))
         shared = context.timer.seconds
@@ -186,10 +193,12 @@ def compare(
             )
             context.timer = Timer(shared)
             context.workspace.store = MemoryStore()
+            outlook.enter(name_run(row, keeps[0]))
             with keep_unchanged(model):
                 factors = make_factors(context, settings, asked, max(keeps), windows)
             own = context.timer.seconds
             for keep in keeps:
+                outlook.enter(name_run(row, keep))
                 context.timer = Timer(own)
                 context.workspace.store = MemoryStore()  # the factors stay in theirs
                 with keep_unchanged(model):
@@ -203,6 +212,7 @@ def compare(
             return round_dense(context, recipe.quantize, timed=recipe.latency is not False)
 
     def rounded() -> list[dict[str, Any]]:
+        outlook.enter("rounded originals")
         with keep_unchanged(model):
             return measure_baselines(context)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,16 +33,40 @@ from eckart.speed.profile import Profile
 
 
 class Timer:
-    """Seconds that each step of a run took; statistics that are gathered inside another step are counted apart."""
+    """Seconds that each step of a run took; statistics that are gathered inside another step are counted apart.
+
+    Attributes:
+        seconds: step -> what it took.
+        enter: is told the name of each step that begins, or goes on after another inside it.
+    """
 
     def __init__(self, seconds: dict[str, float] | None = None) -> None:
         self.seconds = dict(seconds or {})
+        self.enter: Callable[[str], None] = lambda name: None
+        self._open: list[str] = []
 
     @contextmanager
-    def step(self, name: str, *, noted: bool = True) -> Iterator[None]:
-        """Add the seconds that the body takes to a step; nothing is added unless `noted`."""
+    def step(self, name: str, *, noted: bool = True, told: bool = True) -> Iterator[None]:
+        """Add the seconds that the body takes to a step.
+
+        Args:
+            name: of the step.
+            noted: else nothing is added.
+            told: else it begins after the first step inside it.
+
+        Yields:
+            Nothing.
+        """
         start = time.perf_counter()
-        yield
+        self._open.append(name)
+        if told:
+            self.enter(name)
+        try:
+            yield
+        finally:
+            self._open.pop()
+        if self._open:
+            self.enter(self._open[-1])
         if noted:
             self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - start, 3)
 
@@ -50,7 +74,7 @@ class Timer:
     def factorizing(self) -> Iterator[None]:
         """Time the factorization without the gathering of the statistics that it waits for."""
         before = self.seconds.get("calibration", 0.0)
-        with self.step("factorization"):
+        with self.step("factorization", told=False):
             yield
         gathering = self.seconds.get("calibration", 0.0) - before
         self.seconds["factorization"] = round(self.seconds["factorization"] - gathering, 3)

@@ -26,6 +26,7 @@ from eckart.compression.size_limits import largest_choices, largest_joint_rank
 from eckart.compression.solve_joint import solve_joint
 from eckart.compression.solve_site import SiteFactors, solve_group, solve_site
 from eckart.compression.solve_slicing import solve_slicing
+from eckart.data.inference import progress
 from eckart.model import Site, dense_weight
 from eckart.model.neurons import NeuronLayer
 from eckart.moments import Moments, deserialize, serialize
@@ -139,7 +140,8 @@ class SiteFactorizer:
         joined: dict[str, Moments | None] = {}  # useful sites that wait for the others of their group
         left = {group: set(group) for group in self.joint}
         with processes.failing_together():
-            for name in [n for members in window.groups.values() for n in members]:
+            names = [name for members in window.groups.values() for name in members]
+            for name in progress(names, what="factoring", total=len(names)):
                 entry = moments.pop(name, None)
                 if owners.get(name, 0) != processes.rank:
                     continue

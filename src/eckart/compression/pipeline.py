@@ -32,6 +32,7 @@ from eckart.compression.measure import measure_quality, time_models
 from eckart.compression.neuron_layers import make_stock
 from eckart.compression.open_run import keep_unchanged, open_run
 from eckart.compression.options import combine_options, dtype_of
+from eckart.compression.outlook import STAGE_OF, announce
 from eckart.compression.plan_builder import Solved, stored_choices
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
@@ -119,6 +120,11 @@ def compress(
         settings = context.adapt_settings(settings)
         settings = announce_refinement(context, settings, recipe, report_progress)
 
+        outlook = announce(
+            context, settings, recipe, report_progress, published=output_dir is not None, verified=verify
+        )
+        context.timer.enter = lambda step: outlook.enter(STAGE_OF.get(step, step))
+
         # 4. The factors of every site; 5. to 12. the smaller model made of them; 13. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
 
@@ -126,18 +132,20 @@ def compress(
             own = replace(settings, measures_curves=False, refines=False)
             return build_model(context, own, earlier, make_factors(context, own, earlier, earlier.keep))
 
-        rounds = go_through_rounds(context, settings, run.recipe, make_model)
-        factors = make_factors(context, settings, run.recipe, largest)
-        refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
-        result = build_model(context, settings, run.recipe, factors)
-        refuse_fallbacks(result.report["notes"], strict=recipe.strict)
-        if output_dir is not None:  # for the picture in its report
-            with context.timer.step("baselines"):
-                baselines = measure_baselines(context)
-            if baselines:
-                result.report |= {"baselines": baselines, "seconds": context.timer.seconds}
-        result.report.update({"rounds": rounds} if rounds else {})
-        return run.publish(result)
+        with outlook:
+            rounds = go_through_rounds(context, settings, run.recipe, make_model)
+            factors = make_factors(context, settings, run.recipe, largest)
+            refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
+            result = build_model(context, settings, run.recipe, factors)
+            refuse_fallbacks(result.report["notes"], strict=recipe.strict)
+            if output_dir is not None:  # for the picture in its report
+                with context.timer.step("baselines"):
+                    baselines = measure_baselines(context)
+                if baselines:
+                    result.report |= {"baselines": baselines, "seconds": context.timer.seconds}
+            result.report.update({"rounds": rounds} if rounds else {})
+            outlook.enter("publishing")
+            return run.publish(result)
 
 
 def make_factors(

@@ -38,9 +38,11 @@ class Recipe(RecipeBase):
     renamed_values: ClassVar[Mapping[str, Mapping[str, str]]] = {"embeddings": {"keep": DENSE}}
 
     model: str | None = Field(None, description="Hub name or folder of the model to compress.")
-    revision: str | None = Field(None, description="Revision of the model on the hub.")
+    revision: str | None = Field(None, description="Revision of the model on the hub. Default: main.")
     method: str = Field("eckart", description="A method by name; `eckart methods` lists them.")
-    metric: str | None = Field(None, description="Another method's metric in place of this method's own.")
+    metric: str | None = Field(
+        None, description="Another method's metric in place of this one's. Default: the method's."
+    )
     form: str | None = Field(
         None, description=f"How a factored weight is stored: {', '.join(FORMS)}. Default: the method's form."
     )
@@ -114,7 +116,9 @@ class Recipe(RecipeBase):
         description="Where the model will run: ranks are multiples of what it computes fast; none: the exact sizes of "
         "the papers; auto: the device of this run.",
     )
-    rank_multiple: int | None = Field(None, ge=1, description="Ranks are multiples of this, whatever the target.")
+    rank_multiple: int | None = Field(
+        None, ge=1, description="Ranks are multiples of this. Default: what the target computes fast."
+    )
     objective: Literal["size", "latency"] = Field(
         "size",
         description="What ranks and forms are paid for: stored numbers, or seconds that are measured on this machine.",
@@ -147,21 +151,29 @@ class Recipe(RecipeBase):
         "when methods are compared.",
     )
     plan: str | None = Field(None, description="A plan.json: its forms and ranks are used, and none are chosen.")
-    targets: tuple[str, ...] | None = Field(None, description="Factor only these modules: names, globs or regexes.")
-    ignore: tuple[str, ...] | None = Field(None, description="Do not factor these modules: names, globs or regexes.")
+    targets: tuple[str, ...] | None = Field(
+        None, description="Factor only these modules: names, globs or regexes. Default: all that can be."
+    )
+    ignore: tuple[str, ...] | None = Field(
+        None, description="Do not factor these modules: names, globs or regexes. Default: none."
+    )
     data: str | None = Field(
         None,
         description="Calibration text: a file, a folder, a hub data set, 'stdlib' (Python's standard library), or "
         "'self' (text that the model writes). Default: WikiText-2.",
     )
-    data_config: str | None = Field(None, description="Configuration of the hub data set.")
+    data_config: str | None = Field(None, description="Configuration of the hub data set. Default: its own.")
     data_split: str = Field("train", description="Split of the hub data set.")
-    data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")
-    data_target_column: str | None = Field(
-        None, description="Second column: of a sentence pair, or the target of an encoder-decoder."
+    data_column: str | None = Field(
+        None, description="Column that holds the text; a number for files without header. Default: found by its name."
     )
-    data_label_column: str | None = Field(None, description="Column that holds the task's own labels.")
-    data_revision: str | None = Field(None, description="Revision of the hub data set.")
+    data_target_column: str | None = Field(
+        None,
+        description="Second column: of a sentence pair, or the target of an encoder-decoder. "
+        "Default: found by its name.",
+    )
+    data_label_column: str | None = Field(None, description="Column that holds the task's own labels. Default: none.")
+    data_revision: str | None = Field(None, description="Revision of the hub data set. Default: main.")
     num_samples: int | None = Field(
         None,
         ge=1,
@@ -192,7 +204,9 @@ class Recipe(RecipeBase):
         "interrupted run; auto: where the whole model is too large for memory.",
     )
     cache_memory: float | None = Field(
-        None, ge=0, description="GB of hidden states kept in memory between blocks; the rest is kept in files."
+        None,
+        ge=0,
+        description="GB of hidden states kept in memory between blocks; the rest is kept in files. Default: 0.5.",
     )
     trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
     strict: bool = Field(False, description=STRICT)

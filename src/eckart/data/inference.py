@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 
 from eckart.data.explain import explaining
 from eckart.data.last_token import padding_named, tell_padding
+from eckart.progress import show_bar
 
 T = TypeVar("T")
 
@@ -130,4 +130,5 @@ def progress(items: Iterable[T], *, what: str, total: int | None = None, disable
     Returns:
         The items.
     """
-    return tqdm(items, desc=what, total=total, disable=disable, leave=False, name="eckart")
+    shown: Iterable[T] = show_bar(items, what=what, total=total, disable=disable)
+    return shown

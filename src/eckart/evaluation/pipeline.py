@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,20 @@ from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.scorers.choose import build_scorer, choose_task
 from eckart.evaluation.sizes import Size, count_sizes
 from eckart.model import find_sites, preserve_random_state, shared_clone, with_separate_experts
+from eckart.progress import Outlook, Stage, describe_count
 from eckart.quantization import choose_layers, prepare, quantize, require_torchao
 from eckart.speed.latency import measure_latency, time_where_memory_allows
 from eckart.storage.layout import model_folder, read_json
 
+logger = logging.getLogger(__name__)
+
 BASELINE_BITS = (8, 4)
+
+LATENCY = "latency"
+"""The stage in which a forward pass is timed."""
+
+TIMING = 6.0
+"""Seconds that it takes, about."""
 
 
 def evaluate(
@@ -33,6 +43,7 @@ def evaluate(
     *,
     data: Any = None,
     recipe: EvaluationRecipe | None = None,
+    report_progress: Callable[[str], None] = logger.info,
     **options: Any,
 ) -> dict[str, Any]:
     """Score a model, and the original that it was made from by the same protocol.
@@ -45,6 +56,7 @@ def evaluate(
         tokenizer: reads the data; None for the one in the model's folder, or in the original's.
         data: a file, folder, hub data set, "stdlib", or rows or text in memory; None for WikiText-2.
         recipe: what is scored and how.
+        report_progress: told what is scored, and how long the rest takes.
         **options: fields of :class:`EvaluationRecipe`, such as `task="agreement"` or `device="cpu"`; an option wins
             over the recipe's field.
 
@@ -73,15 +85,18 @@ def evaluate(
         details: dict[str, Any] = {}
         kind = recipe.quantize
         quantized = {f"{name} {kind}": _quantize(opened, kind) for name, opened in _opened(context) if kind is not None}
-        for column, scored, size in _list_columns(context, quantized):
-            itself = scorer.compares and column == "original"
-            for name, score in ({} if itself else scorer.score(scored)).items():
-                scores.setdefault(name, {})[column] = score
-            if scorer.detail:
-                details[column] = scorer.detail
-            for name, number in size.as_dict().items():
-                sizes.setdefault(name, {})[column] = number
-        latency = _time(context, quantized) if recipe.latency else None
+        with _announce(context, quantized, task, report_progress) as outlook:
+            for column, scored, size in _list_columns(context, quantized):
+                outlook.enter(column)
+                itself = scorer.compares and column == "original"
+                for name, score in ({} if itself else scorer.score(scored)).items():
+                    scores.setdefault(name, {})[column] = score
+                if scorer.detail:
+                    details[column] = scorer.detail
+                for name, number in size.as_dict().items():
+                    sizes.setdefault(name, {})[column] = number
+            outlook.enter(LATENCY)
+            latency = _time(context, quantized) if recipe.latency else None
     return {
         "model": context.model.name,
         "against": context.original.name if context.original is not None else None,
@@ -95,6 +110,14 @@ def evaluate(
         **({"details": details} if details else {}),
         "notes": [*scorer.notes, *_list_notes(context, scorer)],
     }
+
+
+def _announce(context: EvaluationContext, quantized: Quantized, task: str, report: Callable[[str], None]) -> Outlook:
+    """Say what is scored; how long that takes is known once the first model is."""
+    columns = [*(column for column, _ in _opened(context)), *quantized, *_list_baselines(context, quantized)]
+    timed = [Stage(LATENCY, seconds=TIMING)] if context.recipe.latency else []
+    report(f"{task} of {describe_count(len(columns), 'model')}: {', '.join(columns)}")
+    return Outlook([*(Stage(column, 1) for column in columns), *timed], report)
 
 
 def _open(model: Any, against: Any, tokenizer: Any, data: Any, recipe: EvaluationRecipe) -> EvaluationContext:
@@ -121,18 +144,25 @@ Quantized = Mapping[str, tuple[PreTrainedModel, Size]]
 
 def _list_columns(context: EvaluationContext, quantized: Quantized) -> Iterator[tuple[str, PreTrainedModel, Size]]:
     """Every model that is scored, by the name of its column; rounded baselines are made when they are reached."""
-    original, scored = context.original, context.model
     for column, opened in _opened(context):
         yield column, opened.model, opened.size
     for column, (model, size) in quantized.items():
         yield column, model, size
+    for column, (opened, bits) in _list_baselines(context, quantized).items():
+        yield column, *_round(opened, bits)
+
+
+def _list_baselines(context: EvaluationContext, quantized: Quantized) -> dict[str, tuple[EvaluatedModel, int]]:
+    """Column -> what is rounded, and to how many bits."""
+    original, scored = context.original, context.model
+    found: dict[str, tuple[EvaluatedModel, int]] = {}
     if original is None or not context.recipe.baselines:
-        return
+        return found
     if not original.factored and not original.quantized:
-        for bits in BASELINE_BITS:
-            yield f"int{bits}", *_round(original, bits)
+        found |= {f"int{bits}": (original, bits) for bits in BASELINE_BITS}
     if scored.factored and not scored.quantized and "eckart int8" not in quantized:
-        yield "eckart int8", *_round(scored, 8)
+        found["eckart int8"] = (scored, 8)
+    return found
 
 
 def _time(context: EvaluationContext, quantized: Quantized) -> dict[str, Any] | None:

@@ -30,20 +30,38 @@ class EvaluationRecipe(RecipeBase):
         description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib' (the source of Python's "
         "library). Default: WikiText-2.",
     )
-    data_config: str | None = Field(None, description="Configuration of the hub data set.")
+    data_config: str | None = Field(None, description="Configuration of the hub data set. Default: its own.")
     data_split: str | None = Field(
         None, description="Split of the hub data set. Default: test, and of 'stdlib' the held-out modules."
     )
-    data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")
-    data_target_column: str | None = Field(
-        None, description="Second column: of a sentence pair, or the target of an encoder-decoder."
+    data_column: str | None = Field(
+        None, description="Column that holds the text; a number for files without header. Default: found by its name."
     )
-    data_label_column: str | None = Field(None, description="Column that holds the label or score.")
-    data_revision: str | None = Field(None, description="Revision of the hub data set.")
-    num_samples: int | None = Field(None, ge=1, description="Rows, windows or texts to score.")
-    max_seq_length: int | None = Field(None, ge=2, description="Tokens of a window or text.")
-    max_tokens: int | None = Field(None, ge=1, description="Score only this many tokens of running text.")
-    batch_size: int | None = Field(None, ge=1, description="Windows or texts that run at a time.")
+    data_target_column: str | None = Field(
+        None,
+        description="Second column: of a sentence pair, or the target of an encoder-decoder. "
+        "Default: found by its name.",
+    )
+    data_label_column: str | None = Field(
+        None, description="Column that holds the label or score. Default: found by its name."
+    )
+    data_revision: str | None = Field(None, description="Revision of the hub data set. Default: main.")
+    num_samples: int | None = Field(
+        None,
+        ge=1,
+        description="Rows, windows or texts to score. "
+        "Default: all rows; for distances to the original 128 windows or 1,024 texts.",
+    )
+    max_seq_length: int | None = Field(
+        None,
+        ge=2,
+        description="Tokens of a window or text. "
+        "Default: 1,024 for perplexity, else 512, or the model's positions if fewer.",
+    )
+    max_tokens: int | None = Field(None, ge=1, description="Score only this many tokens of running text. Default: all.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Windows or texts that run at a time. Default: 8, of labeled rows 32."
+    )
     lm_eval: str | None = Field(
         None, description="Tasks of lm_eval to score instead, as its --tasks: names with commas between, or files."
     )
@@ -62,7 +80,7 @@ class EvaluationRecipe(RecipeBase):
         True, description="Score the original rounded to int8 and int4 as well, and a factored model rounded to int8."
     )
     latency: bool = Field(True, description="Also time a forward pass of each model, all in turn.")
-    revision: str | None = Field(None, description="Revision of the models on the hub.")
+    revision: str | None = Field(None, description="Revision of the models on the hub. Default: main.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")
 
@@ -85,10 +103,10 @@ class InspectionRecipe(RecipeBase):
 
     model: str | None = Field(None, description="Hub name or folder of the model.")
     targets: tuple[str, ...] | None = Field(
-        None, description="Only these modules: names, globs or regular expressions."
+        None, description="Only these modules: names, globs or regular expressions. Default: all that can be factored."
     )
-    ignore: tuple[str, ...] | None = Field(None, description="Leave these modules out.")
-    revision: str | None = Field(None, description="Revision of the model on the hub.")
+    ignore: tuple[str, ...] | None = Field(None, description="Leave these modules out. Default: none.")
+    revision: str | None = Field(None, description="Revision of the model on the hub. Default: main.")
     trust_remote_code: bool = Field(False, description="Allow the model's own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")
 

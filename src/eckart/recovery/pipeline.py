@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from eckart.model import preserve_random_state
 from eckart.recovery.base import ClosedFormRecovery, Recovery, RecoveryContext
 from eckart.recovery.device import on_device
 from eckart.recovery.inputs import settle_inputs
+from eckart.recovery.outlook import announce
 from eckart.recovery.output import output_lock, training_journal, training_key
 from eckart.recovery.prepare import finish_training, prepare_training
 from eckart.recovery.recipe import TuneRecipe
@@ -40,6 +43,7 @@ def tune(
     overwrite: bool = False,
     restart: bool = False,
     verify: bool = False,
+    report_progress: Callable[[str], None] = logger.info,
     **options: Any,
 ) -> TuneResult:
     """Train a model, factored or dense, or solve its factors again: to recover quality, or to learn a task.
@@ -62,6 +66,7 @@ def tune(
         overwrite: replace a model folder that was published there.
         restart: discard an unfinished training on the same output.
         verify: let a fresh process read the folder back, and compare, before it is published.
+        report_progress: told what is done, and how long the rest takes.
         **options: fields of :class:`eckart.TuneRecipe`.
 
     Returns:
@@ -116,23 +121,31 @@ def tune(
                 teacher_scores = {"teacher": scorer.score(teacher_model).numbers}
 
         key = training_key(recipe, student.model, teacher_model, training_data) if output_dir is not None else {}
-        with training_journal(output_dir, key, restart=restart) as journal:
+        with training_journal(output_dir, key, restart=restart) as journal, ExitStack() as stack:
             # 5. A copy is prepared, then trained, or solved in closed form.
             context = RecoveryContext(
                 teacher_model, student.task, recipe, count_steps(recipe, len(training_data.rows)),
                 student.output_head(), notes, pooling=pooling, journal=journal,
             )  # fmt: skip
+            outlook = announce(
+                student.model, recovery, context, training_data, device, report_progress,
+                scoring=clock.seconds["scoring"], published=output_dir is not None, verified=verify,
+            )  # fmt: skip
+            stack.enter_context(outlook)
             trained = prepare_training(student, recovery, context)
             if isinstance(recovery, ClosedFormRecovery):
+                outlook.enter("solving")
                 with clock("solving"):
                     done = {"solving": solve(trained, recovery, context, training_data, device)}
             else:
+                outlook.enter("training")
                 with clock("training"):
                     done = {
                         "training": train(trained, recovery, context, training_data, student.tokenizer, device, journal)
                     }
 
             # 6. It is finished as it will be published, and scored again.
+            outlook.enter("scoring")
             trained = finish_training(trained, recovery, student)
             with clock("scoring"), on_device(device, trained):
                 after = scorer.score(trained)
@@ -147,5 +160,6 @@ def tune(
             result = TuneResult(kept, report, recipe, student.tokenizer, student.folder, recovery=recovery)
             refuse_fallbacks(notes, strict=recipe.strict)
             if output_dir is not None:
+                outlook.enter("publishing")
                 result.save_pretrained(output_dir, overwrite=overwrite, lock=lock, verify=verify)
     return result

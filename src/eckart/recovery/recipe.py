@@ -30,9 +30,9 @@ class TuneRecipe(RecipeBase):
     renamed: ClassVar[Mapping[str, str]] = {"method": "recovery", "data_pair_column": "data_target_column"}
 
     model: str | None = Field(None, description="Folder or hub name of the model to train, factored or dense.")
-    revision: str | None = Field(None, description="Revision of the model on the hub.")
+    revision: str | None = Field(None, description="Revision of the model on the hub. Default: main.")
     teacher: str | None = Field(None, description="Folder or hub name of the model to learn from.")
-    teacher_revision: str | None = Field(None, description="Revision of the teacher on the hub.")
+    teacher_revision: str | None = Field(None, description="Revision of the teacher on the hub. Default: main.")
     recovery: str = Field("distil", description="How quality is recovered; `eckart methods` lists the names.")
     recovery_option: tuple[str, ...] = Field((), description="A setting of the recovery: name=value, such as rank=8.")
     task: Literal["auto", "classification", "regression", "masked", "causal", "embedding", "logits"] = Field(
@@ -42,22 +42,30 @@ class TuneRecipe(RecipeBase):
         "labels.",
     )
     data: str | None = Field(None, description="Text or labeled rows: a file, a folder, a hub data set, or 'stdlib'.")
-    data_config: str | None = Field(None, description="Configuration of the hub data set.")
+    data_config: str | None = Field(None, description="Configuration of the hub data set. Default: its own.")
     data_split: str = Field("train", description="Split of the hub data set.")
-    data_column: str | None = Field(None, description="Column that holds the text; a number for files without header.")
-    data_target_column: str | None = Field(
-        None, description="Second column: of a sentence pair, or the target of an encoder-decoder."
+    data_column: str | None = Field(
+        None, description="Column that holds the text; a number for files without header. Default: found by its name."
     )
-    data_label_column: str | None = Field(None, description="Column that holds the label or score.")
-    data_revision: str | None = Field(None, description="Revision of the hub data set.")
+    data_target_column: str | None = Field(
+        None,
+        description="Second column: of a sentence pair, or the target of an encoder-decoder. "
+        "Default: found by its name.",
+    )
+    data_label_column: str | None = Field(
+        None, description="Column that holds the label or score. Default: found by its name."
+    )
+    data_revision: str | None = Field(None, description="Revision of the hub data set. Default: main.")
     eval_data: str | None = Field(
-        None, description="What the model is scored on before and after; default: a tenth of the data, held out."
+        None, description="What the model is scored on before and after. Default: a tenth of the data, held out."
     )
     eval_split: str = Field("validation", description="Split of the hub data set that --eval-data names.")
-    eval_samples: int | None = Field(None, ge=1, description="Score only this many rows or windows.")
-    num_samples: int | None = Field(None, ge=1, description="Train on only this many rows or windows.")
+    eval_samples: int | None = Field(None, ge=1, description="Score only this many rows or windows. Default: all.")
+    num_samples: int | None = Field(None, ge=1, description="Train on only this many rows or windows. Default: all.")
     epochs: float = Field(3.0, gt=0, description="How often the data are read.")
-    max_steps: int | None = Field(None, ge=1, description="Steps of the optimizer, in place of epochs.")
+    max_steps: int | None = Field(
+        None, ge=1, description="Steps of the optimizer, in place of epochs. Default: as many as the epochs have."
+    )
     learning_rate: float | None = Field(None, gt=0, description="Highest learning rate. Default: the recovery's.")
     batch_size: int = Field(16, ge=1, description="Rows or windows of a batch.")
     gradient_accumulation: int = Field(
@@ -69,7 +77,9 @@ class TuneRecipe(RecipeBase):
     bf16: bool = Field(
         False, description="Compute in bfloat16 where torch.autocast does; weights and optimizer stay in float32."
     )
-    max_seq_length: int | None = Field(None, ge=2, description="Tokens of a row or window.")
+    max_seq_length: int | None = Field(
+        None, ge=2, description="Tokens of a row or window. Default: 512, or the model's positions if fewer."
+    )
     warmup: float = Field(0.06, ge=0, lt=1, description="Fraction of the steps in which the learning rate rises.")
     weight_decay: float = Field(0.01, ge=0, description="Weight decay; biases and norms have none.")
     temperature: float = Field(2.0, gt=0, description="What logits are divided by before they are compared.")

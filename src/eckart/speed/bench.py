@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from eckart.config import merge_recipe, resolve_device
 from eckart.errors import UsageError
 from eckart.model import preserve_random_state
+from eckart.progress import Outlook, Stage, describe_count, describe_seconds
 from eckart.speed.allowed import find_allowed
 from eckart.speed.clock import Run, Timing, measure_in_turn, take_processor
 from eckart.speed.kinds import add_up, find_kinds
@@ -83,14 +84,18 @@ def bench(
         everything = [*subjects, *made]
         rows: list[dict[str, Any]] = []
         shares: list[dict[str, Any]] = []
-        for phase in phases_of(subjects[0].model, recipe.decode):
-            for batch in recipe.batch_sizes:
-                for length in recipe.lengths:
-                    report_progress(f"timing {phase}, {batch} x {length} tokens")
-                    size = {"phase": phase, "batch": batch, "length": length}
-                    timed, where = _time_size(everything, size, recipe, device, notes)
-                    rows += timed
-                    shares += where
+        sizes = [
+            {"phase": phase, "batch": batch, "length": length}
+            for phase in phases_of(subjects[0].model, recipe.decode)
+            for batch in recipe.batch_sizes
+            for length in recipe.lengths
+        ]
+        with _announce(sizes, [subject.name for subject in everything], recipe, report_progress) as outlook:
+            for size in sizes:
+                outlook.enter(_in_words(size))
+                timed, where = _time_size(everything, size, recipe, device, notes)
+                rows += timed
+                shares += where
     described = [{"name": s.name, "role": s.role, "dtype": s.dtype, "of": s.of, **s.facts} for s in everything]
     return {
         "device": str(device),
@@ -104,6 +109,25 @@ def bench(
         "verdict": judge(rows, described) if recipe.baselines else [],
         "notes": list(dict.fromkeys(notes)),
     }
+
+
+def _announce(
+    sizes: Sequence[Mapping[str, Any]], names: Sequence[str], recipe: BenchRecipe, report: Callable[[str], None]
+) -> Outlook:
+    """Say what is timed, and how long that takes at least; large inputs take longer, as the first of them show."""
+    seconds = len(names) * recipe.seconds * (2 if recipe.compile else 1)
+    outlook = Outlook(
+        [Stage(_in_words(size), tokens_of(**size) / 1e3, seconds) for size in sizes], report, pass_seconds=0.0
+    )
+    report(
+        f"{describe_count(len(names), 'model')} ({', '.join(names)}) at {describe_count(len(sizes), 'size')}, in turn"
+    )
+    report(f"{describe_seconds(seconds * len(sizes))} in all, at least")
+    return outlook
+
+
+def _in_words(size: Mapping[str, Any]) -> str:
+    return f"{size['phase']}, {size['batch']} x {size['length']} tokens"
 
 
 def _named(models: Models, against: PreTrainedModel | str | Path | None) -> list[tuple[str, Any]]:

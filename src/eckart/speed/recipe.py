@@ -30,7 +30,7 @@ class BenchRecipe(RecipeBase):
         description="Seconds that pass; or that the processor works for this process, which a busy machine changes "
         "little: for one thread.",
     )
-    revision: str | None = Field(None, description="Revision of the models on the hub.")
+    revision: str | None = Field(None, description="Revision of the models on the hub. Default: main.")
     trust_remote_code: bool = Field(False, description="Allow the models' own Python code to run.")
     device: str = Field("auto", description="Device to compute on: cpu, cuda, cuda:1; auto: a GPU where there is one.")
 

@@ -15,12 +15,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 
 from eckart.data.last_token import padding_named, tell_padding
 from eckart.errors import NumericalError, UsageError
+from eckart.progress import show_bar
 from eckart.recovery.base import Recovery, RecoveryContext
 from eckart.recovery.training.data import TrainingData
 from eckart.recovery.training.masking import mask_tokens
@@ -83,8 +83,8 @@ def train(
     if recipe.gradient_checkpointing:
         _checkpoint_gradients(model)
     model.train()
-    bar = tqdm(total=context.total_steps, initial=resumed_from, desc="training", leave=False, name="eckart",
-               disable=None if sys.stderr is not None else True)  # fmt: skip
+    shown = None if sys.stderr is not None else True
+    bar = show_bar(what="training", total=context.total_steps, initial=resumed_from, disable=shown)
     with bar:
         for step, groups in _rows_of_steps(data, recipe, resumed_from, context.total_steps):
             context.step = step

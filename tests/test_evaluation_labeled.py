@@ -21,7 +21,7 @@ from eckart.data import Pooling, load_task
 from eckart.errors import DataError, UsageError
 from eckart.evaluation.tasks import (
     _classification_scores,
-    _correlations,
+    correlations,
     score_classification,
     score_regression,
     score_similarity,
@@ -57,11 +57,11 @@ def test_correlations_share_ranks_and_are_undefined_for_constants():
     a = torch.tensor([1.0, 2.0, 2.0, 3.5, 5.0, 5.0, 5.0, 0.5])
     b = [2.0, 1.0, 4.0, 4.0, 4.0, 9.0, 8.0, 0.1]
     gold = torch.tensor(b, dtype=torch.float64)
-    found = _correlations(a, gold)
+    found = correlations(a, gold)
     assert found["spearman"] == pytest.approx(0.8679416943609327)
     assert found["pearson"] == pytest.approx(0.8439005385731561)
     for predicted, finite in ((torch.ones(8), True), (a.clone().fill_(torch.nan), False)):
-        undefined = _correlations(predicted, gold)
+        undefined = correlations(predicted, gold)
         assert math.isnan(undefined["spearman"])
         assert math.isnan(undefined["pearson"])
         assert undefined["finite"] == finite

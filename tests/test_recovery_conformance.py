@@ -14,6 +14,7 @@ import yaml
 from tuning_problem import QUICK, interrupted, is_closed_form, reader, tuning_folders
 
 import eckart
+from eckart.adaptive import behaviors_of
 from eckart.errors import UsageError
 from eckart.model import factored_modules
 from eckart.recovery import RECOVERIES, make_recovery
@@ -25,6 +26,7 @@ SETTINGS = {
     "losparse": {"keep": "0.5", "every": "1", "final": "0.1"},
     "losparse-distil": {"keep": "0.5", "every": "1", "final": "0.1"},
     "token-skipping": {"speedup": "1.2", "soft": "0.4"},
+    "early-exit": {"threshold": "0.69", "epochs": "2"},
     "dsee": {"prune": "structured", "score": "gates", "heads": "0.5", "prune_at": "0.3", "rank": "2", "rounds": "2"},
 }
 """Settings with which a short training shows what a recovery does; the others have good defaults for that."""
@@ -32,6 +34,9 @@ SETTINGS = {
 
 OF_ENCODERS = ("token-skipping",)
 """Recoveries of models whose tokens see all others."""
+
+OF_CLASSIFIERS = ("early-exit",)
+"""Recoveries of models that give one answer a text."""
 
 
 def representatives(*names):
@@ -50,11 +55,14 @@ def make_case(name):
     student = dense if kind.needs_dense_model or name == "sandwich" else folder / "pivoted"
     if name in OF_ENCODERS:
         dense = student = folder / "bert-mlm"
+    data = {"data": folder / "text.txt"}
+    if name in OF_CLASSIFIERS:
+        student, data = folder / "classifier", {"data": folder / "rows.tsv", "data_label_column": "label"}
     options = {key: value for key, value in QUICK.items() if key not in kind.unused_options}
     teacher = {"teacher": dense} if kind.needs_teacher else {}
     return SimpleNamespace(
         name=name, kind=kind, student=student, teacher=teacher, recovery=make_recovery(name, SETTINGS.get(name)),
-        options={"data": folder / "text.txt", **options}, closed=is_closed_form(kind),
+        options={**data, **options}, closed=is_closed_form(kind),
     )  # fmt: skip
 
 
@@ -153,7 +161,12 @@ def test_what_is_passed_in_stays_as_it_was(case):
         assert {n: m.spec() for n, m in factored_modules(result.model).items()} == {
             n: m.spec() for n, m in factored_modules(model).items()
         }
-        assert sum(p.numel() for p in result.model.parameters()) == sum(p.numel() for p in model.parameters())
+        added = result.report["recovered_by"].get("added_parameters", 0)
+        assert sum(p.numel() for p in result.model.parameters()) == sum(p.numel() for p in model.parameters()) + added
+    if case.name in OF_CLASSIFIERS:
+        assert behaviors_of(result.model)
+        assert not behaviors_of(model)
+        return
     assert result.model.get_output_embeddings().weight is result.model.get_input_embeddings().weight
 
 

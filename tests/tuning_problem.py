@@ -16,7 +16,14 @@ import transformers
 from architectures import scaled
 from tiny import DEMO, llama, text
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    PreTrainedModel,
+)
 
 import eckart
 from eckart.recovery.base import RecoveryContext
@@ -116,16 +123,15 @@ def reader() -> Any:
 
 def bert_config(**more: Any) -> BertConfig:
     """Of a tiny encoder for the demo model's tokenizer."""
-    return BertConfig(
-        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=32, pad_token_id=0, **more,
-    )  # fmt: skip
+    sizes = {"vocab_size": 8256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return BertConfig(**{**sizes, "num_attention_heads": 4, "max_position_embeddings": 32, "pad_token_id": 0, **more})
 
 
 @cache
 def tuning_folders() -> Path:
     """Once a process: `dense`, a causal model; `lowrank` and `pivoted`, the same factored; `deep`, one with layers for
-    sandwiches; `bert` and `bert-mlm`, factored encoders; `text.txt` and `rows.tsv`. Only to be read.
+    sandwiches; `bert` and `bert-mlm`, factored encoders; `classifier`, one of four blocks; `text.txt` and `rows.tsv`.
+    Only to be read.
     """
     folder = Path(tempfile.mkdtemp(prefix="eckart-tuning-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -142,6 +148,8 @@ def tuning_folders() -> Path:
     for name, kind in (("bert", BertModel), ("bert-mlm", BertForMaskedLM)):
         result = eckart.compress(scaled(kind(bert_config())), tokenizer, method="svd", keep=0.5)
         result.save_pretrained(folder / name)
+    deep = scaled(BertForSequenceClassification(bert_config(num_labels=2, num_hidden_layers=4)))
+    eckart.compress(deep, tokenizer, method="svd", keep=0.5).save_pretrained(folder / "classifier")
     words = ["yes good fine", "no bad poor"]
     rows = [f"{words[i % 2]} {i}\t{words[(i // 2) % 2]}\t{i % 2}\t{(i % 2) * 2.5}" for i in range(40)]
     (folder / "rows.tsv").write_text("text\tother\tlabel\tscore\n" + "\n".join(rows) + "\n")

@@ -14,6 +14,7 @@ from eckart.errors import EckartError
 from eckart.lookup.version import VERSION
 
 if TYPE_CHECKING:
+    from eckart.adaptive.early_exit import set_early_exit
     from eckart.allocation import Choice, Plan
     from eckart.checkpoint.load import load
     from eckart.checkpoint.push import push_folder
@@ -59,6 +60,7 @@ _PLACES = {
     "load": "checkpoint.load:load",
     "densify": "exports.densify:densify",
     "dequantize": "checkpoint.quantize:dequantize",
+    "set_early_exit": "adaptive.early_exit:set_early_exit",
     "export": "exports.pipeline:export",
     "push_folder": "checkpoint.push:push_folder",
     # What goes in, and what comes out.
@@ -122,6 +124,7 @@ __all__ = [
     "register_form",
     "register_method",
     "register_recovery",
+    "set_early_exit",
     "tune",
 ]
 

@@ -93,6 +93,7 @@ RECOVERIES: Registry[Any] = Registry(
         "losparse-distil": "eckart.recovery.losparse:LoSparseDistilled",
         "dsee": "eckart.recovery.dsee:DSEE",
         "sandwich": "eckart.recovery.sandwich:Sandwich",
+        "early-exit": "eckart.recovery.early_exit:EarlyExitRecovery",
         "token-skipping": "eckart.recovery.token_skipping:TokenSkippingRecovery",
     },
 )

@@ -5,7 +5,7 @@ knows which are left in one pass, :mod:`eckart.adaptive.attach` puts behaviors o
 one class on :class:`Behavior`, and one line in :data:`eckart.registry.BEHAVIORS`.
 """
 
-from eckart.adaptive.attach import adaptive_spec, attach, attach_spec, behaviors_of, detach, refuse_adaptive
+from eckart.adaptive.attach import adaptive_spec, attach, attach_spec, behaviors_of, detach, in_words, refuse_adaptive
 from eckart.adaptive.behavior import Behavior
 from eckart.adaptive.walk import Walk
 
@@ -17,5 +17,6 @@ __all__ = [
     "attach_spec",
     "behaviors_of",
     "detach",
+    "in_words",
     "refuse_adaptive",
 ]

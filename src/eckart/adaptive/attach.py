@@ -199,7 +199,10 @@ def attach(model: PreTrainedModel, behavior: Behavior, blocks: Sequence[str]) ->
     elif behavior.name in controller.behaviors:
         _take_off(model, controller.behaviors[behavior.name], controller.blocks)
     known = {**controller.behaviors, behavior.name: behavior}
-    controller.behaviors = {name: known[name] for name in sorted(known, key=list(BEHAVIORS).index)}
+    order = list(BEHAVIORS)
+    controller.behaviors = {
+        n: known[n] for n in sorted(known, key=lambda n: order.index(n) if n in order else len(order))
+    }
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     for name, module in behavior.modules().items():
         model.add_module(name, module.to(like.device, like.dtype).train(model.training))

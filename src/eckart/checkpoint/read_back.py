@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eckart.adaptive import adaptive_spec
+from eckart.adaptive import adaptive_spec, in_words
 from eckart.checkpoint.description import described, is_ours
 from eckart.checkpoint.mapped import load_mapped
 from eckart.errors import CheckpointError, EckartError
@@ -44,6 +44,7 @@ class ReadBack:
         numbers: how many numbers it has.
         compared: how many of its tensors were compared with those that were written.
         files: how many files were compared with the list of what was published.
+        behaviors: what lets the model do less for easy inputs, in words.
         problems: what is wrong, each with the place; empty for a folder that is whole.
         notes: what could not be looked at.
     """
@@ -52,6 +53,7 @@ class ReadBack:
     numbers: int = 0
     compared: int = 0
     files: int = 0
+    behaviors: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -168,6 +170,7 @@ def _plain(model: PreTrainedModel) -> dict[str, Tensor]:
 def _compare(model: PreTrainedModel, folder: Path, found: ReadBack) -> None:
     found.model = type(model).__name__
     state = _plain(model)
+    found.behaviors = in_words(model)
     found.numbers = sum(parameter.numel() for parameter in model.parameters())
     path = folder / RECORD
     if not path.is_file():

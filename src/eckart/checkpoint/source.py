@@ -87,6 +87,14 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
             warnings += _remote_code(folder / name, trust_remote_code)
     for key, quantization in _quantizations(config):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if is_ours(method) and quantization.get("adaptive") and not quantization.get("modules"):
+            names = " and ".join(quantization["adaptive"].get("behaviors", {}))
+            raise ModelError(
+                f"{folder} has {names} (quantization_config.adaptive in config.json), which was made for its weights "
+                "as they are. Compress the model that it was made from, and let the result do less for easy inputs: "
+                f"eckart tune COMPRESSED --recovery {names.partition(' ')[0]}; or take it off first: eckart export "
+                f"{folder} --drop-adaptive --output-dir WHOLE."
+            )
         if is_ours(method):
             raise ModelError(
                 f"{folder} is already factored ({key}.quant_method in config.json is eckart's). Compress "

@@ -25,6 +25,10 @@ def export(
     quantize: Annotated[
         str | None, typer.Option(help="Round the weights too: int8, int8-dynamic (inputs as well) or int4.")
     ] = None,
+    drop_adaptive: Annotated[
+        bool,
+        typer.Option("--drop-adaptive", help="Leave out early exit and token skipping: the whole model is exported."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a folder that eckart published.")] = False,
     json: JsonOption = None,
     push_to_hub: PushOption = None,
@@ -41,8 +45,8 @@ def export(
     from eckart.exports.pipeline import export
 
     published = export(
-        folder, output_dir, format=format, quantize=quantize, revision=revision, overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
+        folder, output_dir, format=format, quantize=quantize, revision=revision, drop_adaptive=drop_adaptive,
+        overwrite=overwrite, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     show_published([], published, "" if format == "factored" else "; it loads without eckart")
     files = {str(file.relative_to(published)): file.stat().st_size for file in published.rglob("*") if file.is_file()}

@@ -37,4 +37,5 @@ def verify(
         listed = "".join(f"\n  - {problem}" for problem in found.problems)
         raise CheckpointError(f"{folder} is not what eckart published:{listed}\nDownload it or publish it again.")
     model = f"; {found.compared} tensors of {found.model}, {found.numbers:,} numbers" if found.model else ""
-    show(f"{folder} is whole: {found.files} files{model}", *(f"note: {note}" for note in found.notes))
+    notes = [f"note: {note}" for note in found.notes]
+    show(f"{folder} is whole: {found.files} files{model}", *found.behaviors, *notes)

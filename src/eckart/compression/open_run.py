@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from eckart.adaptive import refuse_adaptive
 from eckart.checkpoint.open import find_checkpoint, open_model
 from eckart.checkpoint.save import check_savable
 from eckart.compression.memory_estimate import estimate_result
@@ -90,6 +91,12 @@ def open_run(
             f"model: {type(model).__name__} is not a transformers model. Pass what from_pretrained returns, or the "
             "name or folder of one."
         )
+    if isinstance(model, PreTrainedModel):
+        refuse_adaptive(
+            model, "which was made for its weights as they are",
+            "Take it off first (eckart.adaptive.detach(model)), compress, and let the result do less for easy inputs: "
+            "eckart.tune(..., recovery='early-exit')",
+        )  # fmt: skip
     if output_dir is None:
         yield open_in_memory(
             model, tokenizer, data, recipe, rows, source_folder=source_folder, workspace=workspace,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,6 +81,28 @@ def count_sizes(model: nn.Module, names: Iterable[str] = (), dtype: torch.dtype 
         _size(parts.values(), dtype),
         {name: _size([module], dtype) for name, module in parts.items()},
     )
+
+
+def measure_multiply_adds(model: nn.Module, run: Callable[[], Any]) -> int:
+    """Multiply-adds of linear layers in what a function runs, of the rows and tokens that are computed, padding too.
+
+    Args:
+        model: linear layers are counted as in :func:`count_sizes`; what several of them compute once counts for each.
+        run: makes passes.
+    """
+    total = 0
+
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        nonlocal total
+        total += _multiply_adds(module) * (args[0].numel() // args[0].shape[-1])
+
+    handles = [module.register_forward_pre_hook(count) for module in {id(m): m for m in _computing(model)}.values()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return total
 
 
 def _size(modules: Iterable[nn.Module], dtype: torch.dtype | None) -> Size:

@@ -114,7 +114,7 @@ def score_regression(
             f"{task.rows[0].text.where}: {gold.shape[1]} scores a row, but {type(model).__name__} gives "
             f"{logits.shape[1]}: give as many"
         )
-    found = [_correlations(logits[:, i], gold[:, i]) for i in range(logits.shape[1])]
+    found = [correlations(logits[:, i], gold[:, i]) for i in range(logits.shape[1])]
     means = {name: math.fsum(one[name] for one in found) / len(found) for name in ("spearman", "pearson")}
     return {**means, "rows": len(task), "finite": all(one["finite"] for one in found), "padding": padding}
 
@@ -166,7 +166,7 @@ def score_similarity(
     first = torch.stack([found[one] for one, _ in pairs])
     second = torch.stack([found[two] for _, two in pairs])
     gold = torch.tensor(task.labels, dtype=torch.float64)
-    found_scores = _correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), gold)
+    found_scores = correlations(torch.nn.functional.cosine_similarity(first, second, dim=-1), gold)
     return found_scores | {"padding": padding_share(batches)}
 
 
@@ -214,7 +214,7 @@ def _score_label_sets(logits: Tensor, task: TaskData) -> dict[str, Any]:
     }
 
 
-def _correlations(predicted: Tensor, gold_scores: Tensor) -> dict[str, Any]:
+def correlations(predicted: Tensor, gold_scores: Tensor) -> dict[str, Any]:
     """Spearman and Pearson correlation with the gold scores; NaN where a side is constant or not finite."""
     from scipy.stats import pearsonr, spearmanr
 

@@ -20,6 +20,7 @@ class ExportSource:
         tokenizer: None where the folder has none.
         trust_remote_code: whether the model's own Python code may run.
         name: what the published folder will be called, for its card.
+        made_whole: whether the folder's model did less for easy inputs, and this one does not.
     """
 
     model: PreTrainedModel
@@ -27,6 +28,7 @@ class ExportSource:
     tokenizer: Any
     trust_remote_code: bool
     name: str
+    made_whole: bool = False
 
 
 class Exporter:
@@ -37,12 +39,14 @@ class Exporter:
         title: what it is, one line for `--help`.
         extra: the extra of eckart that brings the libraries it needs; "" for none.
         takes_dense: whether a model without factors can be exported too.
+        keeps_behaviors: whether it holds what lets a model do less for easy inputs (:mod:`eckart.adaptive`).
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     extra: ClassVar[str] = ""
     takes_dense: ClassVar[bool] = False
+    keeps_behaviors: ClassVar[bool] = False
 
     def check(self, source: ExportSource, quantize: str | None) -> None:
         """Refuse what cannot be exported, before any work.

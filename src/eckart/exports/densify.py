@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from eckart.checkpoint.description import detach_config, is_special
+from eckart.checkpoint.description import attach_config, detach_config, is_factored, is_special
 from eckart.checkpoint.save import write
 from eckart.errors import ModelError
 from eckart.exports.base import Exporter, ExportSource
@@ -29,20 +29,25 @@ def densify(model: PreTrainedModel) -> PreTrainedModel:
 
     Returns:
         The same model with plain Linear and Conv1D modules; `save_pretrained` then writes an ordinary checkpoint
-        that needs no eckart.
+        that needs no eckart. What lets the model do less for easy inputs stays: :func:`eckart.adaptive.detach`
+        takes it off.
 
     Raises:
         ModelError: the model holds no factored weight.
     """
     if quantized_layers(model):
         dequantize(model)
-        if not is_special(model):
-            detach_config(model)
+        if not is_factored(model):
+            _describe(model)
             return model
     to_dense_modules(model)
     fuse_experts(model)
-    detach_config(model)
+    _describe(model)
     return model
+
+
+def _describe(model: PreTrainedModel) -> None:
+    (attach_config if is_special(model) else detach_config)(model)
 
 
 class Dense(Exporter):
@@ -55,7 +60,7 @@ class Dense(Exporter):
         """Refuse a model without factors, unless it is to be quantized."""
         if quantize is not None:
             require_torchao()
-        elif not is_special(source.model):
+        elif not is_special(source.model) and not source.made_whole:
             raise ModelError(
                 f"{source.folder} holds no factored weight: it loads without eckart as it is. Copy the folder."
             )

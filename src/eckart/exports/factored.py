@@ -23,6 +23,7 @@ class Factored(Exporter):
     title: ClassVar[str] = "for eckart itself: the factors as they are, in the few bits that --quantize names"
     extra: ClassVar[str] = "quant"
     takes_dense: ClassVar[bool] = True
+    keeps_behaviors: ClassVar[bool] = True
 
     def check(self, source: ExportSource, quantize: str | None) -> None:
         """Refuse to write what is there already."""

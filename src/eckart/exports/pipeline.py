@@ -7,12 +7,15 @@ import json
 import logging
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from eckart.adaptive import behaviors_of, detach
 from eckart.checkpoint.load import load
 from eckart.checkpoint.save import check_savable, stored_bytes
 from eckart.checkpoint.source import resolve
 from eckart.checkpoint.tokenizer import load_tokenizer
-from eckart.errors import UsageError
-from eckart.exports.base import ExportSource
+from eckart.errors import ModelError, UsageError
+from eckart.exports.base import Exporter, ExportSource
 from eckart.quantization import check_kind, dequantize, kind_of
 from eckart.registry import EXPORTS
 from eckart.storage.lock import OutputLock, output_path
@@ -29,6 +32,7 @@ def export(
     format: str = "dense",
     quantize: str | None = None,
     revision: str | None = None,
+    drop_adaptive: bool = False,
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
@@ -40,6 +44,8 @@ def export(
         format: one of :data:`eckart.registry.EXPORTS`.
         quantize: round the weights as well: "int8", "int8-dynamic" or "int4".
         revision: revision of the model on the hub.
+        drop_adaptive: leave out what lets the model do less for easy inputs, and export the whole of it: early exits
+            and token skipping are decisions on numbers, which only the format "factored" holds.
         overwrite: replace an output that eckart published earlier.
         trust_remote_code: accept a model that brings its own Python code.
 
@@ -60,6 +66,7 @@ def export(
     check_output(output_dir, overwrite=overwrite, inputs=[home])
     with OutputLock(output_dir) as lock:
         model = load(home, trust_remote_code=trust_remote_code)
+        made_whole = _make_whole(model, exporter, home, drop=drop_adaptive)
         kind = kind_of(model)
         if kind is not None and quantize is not None:
             raise UsageError(
@@ -71,7 +78,7 @@ def export(
             dequantize(model)
         source = ExportSource(
             model, home, load_tokenizer(home, trust_remote_code=trust_remote_code), trust_remote_code,
-            Path(output_dir).name,
+            Path(output_dir).name, made_whole,
         )  # fmt: skip
         exporter.check(source, quantize)
         check_savable(model, home)
@@ -89,3 +96,21 @@ def export(
             text = json.dumps(finite(record), indent=2, allow_nan=False) + "\n"
             (staging / "eckart" / "export.json").write_text(text, encoding="utf-8")
     return output_path(output_dir)
+
+
+def _make_whole(model: PreTrainedModel, exporter: Exporter, home: Path, *, drop: bool) -> bool:
+    """Take off what lets a model do less for easy inputs, where that is asked for; returns whether it was there.
+
+    Raises:
+        ModelError: the format cannot hold it, and nobody has asked to leave it out.
+    """
+    found = behaviors_of(model)
+    if not found or (exporter.keeps_behaviors and not drop):
+        return False
+    if not drop:
+        raise ModelError(
+            f"{home} has {' and '.join(found)}, which format {exporter.name} cannot hold: rows or tokens leave the "
+            "batch as their numbers say. Load it with eckart, or export the whole model without it: --drop-adaptive"
+        )
+    detach(model)
+    return True

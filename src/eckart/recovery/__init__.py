@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from eckart.recovery.block import Block
     from eckart.recovery.distil import Distil, InterLayer, NoachGoldberg
     from eckart.recovery.dsee import DSEE
+    from eckart.recovery.early_exit import EarlyExitRecovery
     from eckart.recovery.full import Full
     from eckart.recovery.lora import LoRA
     from eckart.recovery.losparse import LoSparse, LoSparseDistilled
@@ -31,6 +32,7 @@ __all__ = [
     "Block",
     "ClosedFormRecovery",
     "Distil",
+    "EarlyExitRecovery",
     "Full",
     "InterLayer",
     "LoRA",
@@ -55,6 +57,7 @@ __getattr__, __dir__ = lazy_attributes(
         "block": ("Block",),
         "distil": ("Distil", "InterLayer", "NoachGoldberg"),
         "dsee": ("DSEE",),
+        "early_exit": ("EarlyExitRecovery",),
         "full": ("Full",),
         "lora": ("LoRA",),
         "losparse": ("LoSparse", "LoSparseDistilled"),

@@ -68,6 +68,7 @@ class Recovery:
         own_teacher: whether the model as it is becomes the teacher where none is named.
         learning_rate: where none is asked for.
         needs_dense_model: whether the model must not be factored yet.
+        keeps_behaviors: behaviors of :mod:`eckart.adaptive` that a model may have that it is given.
         unused_options: options of the recipe that mean nothing to it: refused where they are given.
         why_unused: what it does instead, in words.
         remedy: what to try where the model did not get better.
@@ -81,6 +82,7 @@ class Recovery:
     own_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
     needs_dense_model: ClassVar[bool] = False
+    keeps_behaviors: ClassVar[tuple[str, ...]] = ()
     unused_options: ClassVar[tuple[str, ...]] = ()
     why_unused: ClassVar[str] = "is in closed form, it has no steps and no learning rate"
     remedy: ClassVar[str] = "Try a lower --learning-rate, more data, or fewer --epochs"
@@ -184,7 +186,14 @@ class ClosedFormRecovery(Recovery):
     """Makes the model better by itself: `solve` is called once, in place of the training loop.
 
     Most solve for weights in closed form, from the statistics of one pass over the text.
+
+    Class attributes:
+        reads_labels: whether the batches have labels, where the data have.
+        most_rows: that are read where no number is asked for; None for as many as calibration takes.
     """
+
+    reads_labels: ClassVar[bool] = False
+    most_rows: ClassVar[int | None] = None
 
     unused_options: ClassVar[tuple[str, ...]] = (
         "epochs", "max_steps", "learning_rate", "warmup", "weight_decay", "temperature", "save_steps",

@@ -61,7 +61,7 @@ def find_task(recipe: TuneRecipe, model: PreTrainedModel, data: Any, recovery: R
     try:
         rows = load_labeled(recipe, data, model=model if classifies else None, task=task)
     except NoSuchColumnError:
-        if recipe.data_label_column is None and recipe.task == "auto" and problem and recovery.needs_teacher:
+        if recipe.data_label_column is None and recipe.task == "auto" and problem and _is_taught(recovery):
             return "logits", None  # a teacher's predictions need no labels
         raise
     if task is None:
@@ -80,6 +80,11 @@ def has_head_for(model: PreTrainedModel, task: str) -> bool:
     return AUTO_CLASSES[task] in heads
 
 
+def _is_taught(recovery: Recovery) -> bool:
+    """Whether there is a model whose predictions are learned."""
+    return recovery.needs_teacher or recovery.own_teacher
+
+
 def _task_of_head(recipe: TuneRecipe, model: PreTrainedModel, recovery: Recovery) -> str | None:
     """The task that a head is for; None for labels on a model that has none yet."""
     if has_head_for(model, "classification"):
@@ -92,7 +97,7 @@ def _task_of_head(recipe: TuneRecipe, model: PreTrainedModel, recovery: Recovery
             return "masked"
         if kind == "causal":
             return "causal"
-    if has_head_for(model, "logits") and recovery.needs_teacher:
+    if has_head_for(model, "logits") and _is_taught(recovery):
         return "logits"
     if recipe.data_label_column is None or headed:
         raise UsageError(
@@ -105,7 +110,7 @@ def _task_of_head(recipe: TuneRecipe, model: PreTrainedModel, recovery: Recovery
 def _check_taught(model: PreTrainedModel, recovery: Recovery) -> None:
     if not has_head_for(model, "logits"):
         raise UsageError(f"--task logits: {type(model).__name__} makes no predictions on text. {TUNABLE}.")
-    if not recovery.needs_teacher:
+    if not _is_taught(recovery):
         raise UsageError(
             f"--task logits: recovery {recovery.name} has no teacher whose predictions could be learned. Give "
             "--recovery distil --teacher MODEL, or labels: --data-label-column COLUMN"

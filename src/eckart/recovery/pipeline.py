@@ -96,9 +96,9 @@ def tune(
         if student.left_out:
             notes.append("trained without the language head that the model was saved with: no embedding reads it")
         teacher_model = None
-        if recovery.needs_teacher:
+        if recovery.needs_teacher or (recovery.own_teacher and student.task == "logits"):
             teacher_model = open_teacher(recipe, inputs.teacher, student).to(device)  # type: ignore[arg-type]
-        elif inputs.teacher is not None:
+        elif inputs.teacher is not None and not recovery.own_teacher:
             notes.append(
                 f"the teacher was not used for training: recovery {recipe.recovery} learns from the task alone"
             )

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.adaptive import behaviors_of
-from eckart.checkpoint.description import attach_config, described
+from eckart.adaptive import behaviors_of, in_words
+from eckart.checkpoint.description import attach_config, described, is_factored
 from eckart.checkpoint.push import push_result
 from eckart.checkpoint.save import save
 from eckart.model import cast, shared_parameters
@@ -94,6 +94,8 @@ class TuneResult:
             loading=loading,
             method=_in_words(self.recipe.recovery, self.report["recovery_settings"], kept=self.report["kept"]),
             form=", ".join(forms) or "dense",
+            about=[f"It does less for easy inputs: {line}." for line in in_words(self.model)],
+            **_words_of_whole(self.model),
             measured=list_tuning_card_rows(self.report),
             results=list_results(
                 self.report["scores"][self.report["kept"]],
@@ -197,6 +199,17 @@ def _in_words(name: str, settings: dict[str, Any], *, kept: str) -> str:
     words = ", ".join(f"{key}={value}" for key, value in settings.items() if value not in (None, ""))
     tried = f"recovery {name}{f' ({words})' if words else ''}"
     return tried if kept == "after" else f"none: {tried} was tried, and this is the model before, which was better"
+
+
+def _words_of_whole(model: PreTrainedModel) -> dict[str, str]:
+    """What the card says of a model without factors that does less for easy inputs."""
+    if not behaviors_of(model) or is_factored(model):
+        return {}
+    return {
+        "summary": "which does less for easy inputs with eckart",
+        "notice": "`pip install eckart` is needed: transformers without it says so, and runs the whole model for every "
+        "input. `eckart export --drop-adaptive` makes a copy of the whole model that loads anywhere.",
+    }  # fmt: skip
 
 
 def _scored_on(recipe: TuneRecipe, data: dict[str, Any]) -> tuple[dict[str, Any], str | None]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from eckart.adaptive import detach
+from eckart.adaptive import behaviors_of, detach
 from eckart.checkpoint.exact import load_exactly
 from eckart.checkpoint.load import load
 from eckart.checkpoint.source import resolve
@@ -180,6 +180,11 @@ def check_fits(recovery: Recovery, student: Student) -> None:
             f"recovery {recovery.name}, task {student.task}: {reason}. Learn from the original's sentence embeddings "
             "or predictions (--recovery distil or refit, with --teacher MODEL), or name the labels of another task "
             "(--data-label-column COLUMN)"
+        )
+    if others := [name for name in behaviors_of(student.model) if name not in recovery.keeps_behaviors]:
+        raise UsageError(
+            f"recovery {recovery.name}: the model has {' and '.join(others)}, which was made for its weights as they "
+            "are. Give the model that it was made from, and let it do less for easy inputs after this."
         )
     factored = next(iter(factored_modules(student.model)), None)
     if recovery.needs_dense_model and factored is not None:

@@ -60,6 +60,7 @@ class TokenSkippingRecovery(Distil):
         "computes less for each text, with the weights that it has, factored or not."
     )
     own_teacher: ClassVar[bool] = True
+    keeps_behaviors: ClassVar[tuple[str, ...]] = ("token-skipping",)
     learning_rate: ClassVar[float] = 5e-5
     remedy: ClassVar[str] = "Try a lower speed-up (--recovery-option speedup=1.5), or more data and --epochs"
 

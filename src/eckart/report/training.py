@@ -42,6 +42,8 @@ def _trained(report: Mapping[str, Any]) -> str:
 
 def _solved(report: Mapping[str, Any]) -> str:
     recovery = report["recovered_by"]
+    if "lines" in recovery:
+        return "\n".join(recovery["lines"])
     error = recovery["output_error"]
     tokens = format_count(recovery["tokens"])
     refined = "refined" in recovery

@@ -31,24 +31,25 @@ def solve(
         model: the student.
         recovery: solves.
         context: shared with the recovery.
-        data: the text; labels are left out. Of more rows than calibration takes by default, and no `num_samples`
-            asked for, as many are drawn.
+        data: the text; labels are left out where the recovery reads none. Of more rows than calibration, or the
+            recovery, takes by default, and no `num_samples` asked for, as many are drawn.
         device: to compute on.
 
     Returns:
         `rows` and `tokens` that were read.
     """
-    batches = _batches(data, context)
+    batches = _batches(data, context, recovery)
     with on_device(device, model), evaluating(model), torch.no_grad():
         recovery.solve(model, context, batches, Cache(memory=sys.maxsize, folder=None))
     return {"rows": sum(map(len, batches)), "tokens": sum(batch.num_tokens for batch in batches)}
 
 
-def _batches(data: TrainingData, context: RecoveryContext) -> list[Batch]:
-    """The rows without labels, those of about equal lengths together."""
+def _batches(data: TrainingData, context: RecoveryContext, recovery: ClosedFormRecovery) -> list[Batch]:
+    """The rows, those of about equal lengths together."""
     recipe = context.recipe
-    rows = [{key: value for key, value in row.items() if key != "labels"} for row in data.rows]
-    enough = default_samples("causal" if context.task == "causal" else "encoder")
+    left_out = () if recovery.reads_labels else ("labels",)
+    rows = [{key: value for key, value in row.items() if key not in left_out} for row in data.rows]
+    enough = recovery.most_rows or default_samples("causal" if context.task == "causal" else "encoder")
     if recipe.num_samples is None and len(rows) > enough:
         context.notes.append(f"{enough} of {len(rows)} rows were solved on; --num-samples gives another number")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))

@@ -78,5 +78,6 @@ def _asked(report: Mapping[str, Any]) -> list[Block]:
         pairs.append(("weights solved again", f"{done['refitted']} of {done['of']}"))
     for when, error in (done.get("output_error") or {}).items():
         pairs.append((f"error of outputs {when}", show_score(error)))
+    lines = [Words(line) for line in done.get("lines", [])]
     paper = [Words(f"Paper: {report['paper']}")] if report.get("paper") else []
-    return [Facts(pairs), *paper, list_options(report["recipe"])]
+    return [Facts(pairs), *lines, *paper, list_options(report["recipe"])]

@@ -281,6 +281,18 @@ def test_exits_and_rounded_weights_go_together(tmp_path):
     assert torch.equal(found.exit_blocks, expected.exit_blocks)
 
 
+def test_the_threshold_is_chosen_on_other_rows_where_asked():
+    rows = {"data": tuning_folders() / "rows.tsv", "data_label_column": "label", "max_seq_length": 16}
+    few = ["yes good fine\t1", "no bad poor\t0", "yes good\t1"]
+    given = [dict(zip(("text", "label"), row.split("\t"), strict=True)) for row in few]
+    options = {"recovery": EarlyExitRecovery(speedup=1.2, epochs=1, choose_on="eval"), "eval_data": given, **rows}
+    done = eckart.tune(tuning_folders() / "classifier", **options).report["recovered_by"]
+    assert (done["rows"], done["held_out"]["rows"]) == (40, 3)
+    assert done["held_out"]["against"] == "labels"
+    done = eckart.tune(tuning_folders() / "classifier", recovery=EarlyExitRecovery(epochs=1), **rows)
+    assert (done.report["recovered_by"]["rows"], done.report["recovered_by"]["held_out"]["rows"]) == (29, 7)
+
+
 def test_labels_are_not_needed():
     result = eckart.tune(
         tuning_folders() / "classifier", recovery=EarlyExitRecovery(max_drop=10, epochs=2), max_seq_length=16,

@@ -33,6 +33,8 @@ class RecoveryContext:
         notes: for the report: what could not be done as asked.
         step: the current optimizer step, from 0; the training loop sets it.
         pooling: how tokens become the sentence embedding, in task "embedding".
+        held_out: what the models are scored on, for a recovery in closed form that reads labels, of tasks with one
+            answer a text.
         journal: keeps what is done of a result that is published, so that an interrupted run can go on; else None.
     """
 
@@ -45,6 +47,7 @@ class RecoveryContext:
     step: int = 0
     pooling: Pooling | None = None
     journal: EntryStore | None = None
+    held_out: Sequence[Batch] = ()
 
     def in_output_head(self, name: str) -> bool:
         """Whether a parameter belongs to the output head."""

@@ -23,7 +23,7 @@ from eckart.recovery.exits.heads import train_head
 from eckart.recovery.exits.states import ExitStates, find_blocks, record_states, try_exits
 
 HELD_OUT = 0.2
-"""Fraction of the rows on which the threshold is chosen; no head is trained on them."""
+"""Fraction of the rows on which the threshold is chosen, where no others are; no head is trained on them."""
 
 MAX_DROP = 0.5
 """Points that may be lost where nothing else is asked for."""
@@ -54,6 +54,8 @@ class EarlyExitRecovery(ClosedFormRecovery):
         rate: highest learning rate.
         temperature: T of the distillation.
         labels: weight of the labels, where there are any.
+        choose_on: "data": the threshold is chosen on a fifth of the data, which no head is trained on; "eval": on what
+            the model is scored on, as `--eval-data` names it. A model is surer of rows that it was trained on itself.
     """
 
     name: ClassVar[str] = "early-exit"
@@ -83,9 +85,11 @@ class EarlyExitRecovery(ClosedFormRecovery):
     rate: float = 1e-3
     temperature: float = 1.0
     labels: float = 1.0
+    choose_on: str = "data"
 
     def __post_init__(self) -> None:
         self.check_choice(("", *RULES), "rule")
+        self.check_choice(("data", "eval"), "choose_on")
         self.check_range("[1, inf)", "speedup", "epochs")
         self.check_range("[0, inf)", "max_drop", "threshold", "tolerance", "width", "labels")
         self.check_range("(0, inf)", "rate", "temperature")
@@ -142,11 +146,14 @@ class EarlyExitRecovery(ClosedFormRecovery):
             tolerance=0.0 if problem == "regression" else None,
         )  # fmt: skip
         states = record_states(model, blocks, exits, behavior.pool, batches)
-        trained_on, held = self._split(len(states.logits), context)
+        if self.choose_on == "eval":
+            held = record_states(model, blocks, exits, behavior.pool, context.held_out)
+        else:
+            trained_on, kept = self._split(len(states.logits), context)
+            states, held = states.of(trained_on), states.of(kept)
         heads = {
             place: train_head(
-                states.states[place][trained_on], states.logits[trained_on],
-                None if states.labels is None else states.labels[trained_on], problem=problem, width=behavior.width,
+                states.states[place], states.logits, states.labels, problem=problem, width=behavior.width,
                 epochs=self.epochs, rate=self.rate, temperature=self.temperature, weight=self.labels,
                 seed=context.recipe.seed,
             )
@@ -155,14 +162,14 @@ class EarlyExitRecovery(ClosedFormRecovery):
         head = next(iter(heads.values()))
         size_of_head = sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2)
         with torch.no_grad():
-            given = [heads[place](states.states[place][held]) for place in exits]
-        chosen = self._choose(states.of(held), given, behavior, size_of_head, context)
+            given = [heads[place](held.states[place]) for place in exits]
+        chosen = self._choose(held, given, behavior, size_of_head, context)
         behavior.threshold, behavior.tolerance = chosen.threshold, chosen.tolerance
         attach(model, behavior, blocks)
         for place, trained in heads.items():
             model.get_submodule(f"{HEADS}.{place}").load_state_dict(trained.state_dict())
         added = sum(parameter.numel() for each in heads.values() for parameter in each.parameters())
-        self._note(states, len(trained_on), len(held), behavior, chosen, len(blocks), added)
+        self._note(len(states.logits), held, behavior, chosen, len(blocks), added)
 
     def _rule(self, problem: str) -> str:
         rule = self.rule or ("patience" if problem == "regression" else "entropy")
@@ -213,23 +220,23 @@ class EarlyExitRecovery(ClosedFormRecovery):
         return chosen
 
     def _note(
-        self, states: ExitStates, trained_on: int, held: int, behavior: EarlyExit, chosen: ExitPoint, blocks: int,
-        added: int,
-    ) -> None:  # fmt: skip
-        what = "labels" if states.labels is not None else "the whole model's answers"
+        self, trained_on: int, held: ExitStates, behavior: EarlyExit, chosen: ExitPoint, blocks: int, added: int
+    ) -> None:
+        what = "labels" if held.labels is not None else "the whole model's answers"
+        rows = len(held.logits)
         places = [*behavior.exits, blocks]
         left = ", ".join(f"{100 * part:.0f}% after {place}" for place, part in zip(places, chosen.left, strict=True))
         some = self.points[:: max(1, len(self.points) // SHOWN)]
         self.found = {
             "lines": [
                 f"{behavior.in_words(blocks)}; heads trained on {trained_on} rows",
-                f"on {held} held-out rows: {chosen.speedup:.2f}x fewer multiply-adds, {self.quality:.2f} -> "
+                f"on {rows} held-out rows: {chosen.speedup:.2f}x fewer multiply-adds, {self.quality:.2f} -> "
                 f"{chosen.quality:.2f} by {what}; rows leave {left}",
             ],
             "behavior": {key: value for key, value in behavior.spec().items() if key != "features"},
             "blocks": blocks,
             "rows": trained_on,
-            "held_out": {"rows": held, "against": what, "whole": self.quality, **chosen.as_dict()},
+            "held_out": {"rows": rows, "against": what, "whole": self.quality, **chosen.as_dict()},
             "thresholds": [point.as_dict() for point in some],
             "added_parameters": added,
         }

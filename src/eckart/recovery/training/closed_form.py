@@ -39,6 +39,7 @@ def solve(
         `rows` and `tokens` that were read.
     """
     batches = _batches(data, context, recovery)
+    context.held_out = _group(data, data.held, context) if recovery.reads_labels else []
     with on_device(device, model), evaluating(model), torch.no_grad():
         recovery.solve(model, context, batches, Cache(memory=sys.maxsize, folder=None))
     return {"rows": sum(map(len, batches)), "tokens": sum(batch.num_tokens for batch in batches)}
@@ -54,5 +55,10 @@ def _batches(data: TrainingData, context: RecoveryContext, recovery: ClosedFormR
         context.notes.append(f"{enough} of {len(rows)} rows were solved on; --num-samples gives another number")
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
         rows = [rows[i] for i in order[:enough].sort().values.tolist()]
-    chosen = by_length([len(row["input_ids"]) for row in rows], recipe.batch_size)
+    return _group(data, rows, context)
+
+
+def _group(data: TrainingData, rows: list[dict[str, Any]], context: RecoveryContext) -> list[Batch]:
+    """Batches of rows of about equal lengths."""
+    chosen = by_length([len(row["input_ids"]) for row in rows], context.recipe.batch_size)
     return [Batch(data.collate([rows[i] for i in group]), tuple(group)) for group in chosen]

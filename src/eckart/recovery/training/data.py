@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.config import DEFAULT_TOKENS
-from eckart.data import Batch, Pooling, TaskData, load_data, load_task
+from eckart.data import Batch, Pooling, TaskData, TaskRow, load_data, load_task
 from eckart.data.documents import load_documents
 from eckart.data.examples import TextExample
 from eckart.data.model_kind import ModelKind, pad_token, problem_of, sequence_length
@@ -51,6 +51,7 @@ class TrainingData:
         description: of the data, as JSON values.
         notes: what was not as asked.
         digests: SHA-256 of the rows, and of what is held out: equal where the same was read, wherever it lies.
+        held: tokenized rows that are held out, of tasks with one answer a text; else empty.
     """
 
     rows: list[dict[str, Any]]
@@ -59,6 +60,7 @@ class TrainingData:
     description: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    held: list[dict[str, Any]] = field(default_factory=list)
 
     def collate(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         """A batch of rows, padded on the right."""
@@ -165,14 +167,21 @@ def _labeled(
         train, kept = _split(train, recipe.seed)
         held = TaskData(kept, rows.description)
         notes.append(f"scored on {len(kept)} rows held out of the data; --eval-data gives others")
-    encoded: list[dict[str, Any]] = list(encode([row.text for row in train], tokenizer, length))
-    for row, source in zip(encoded, train, strict=True):
-        several = isinstance(source.label, list)
-        row["labels"] = source.label if several or task == "classification" else float(source.label)  # type: ignore[arg-type]
+    encoded, kept_out = (_encode_labeled(part, task, tokenizer, length) for part in (train, held.rows))
     scorer = labeled_scorer(task, tokenizer, held, length)
     scored = ((row.text.text, row.text.pair, row.label) for row in held)
     description = rows.description | {"trained_on": len(train)}
-    return TrainingData(encoded, scorer, pad_token(tokenizer, config), description, notes, _digests(encoded, scored))
+    digests = _digests(encoded, scored)
+    return TrainingData(encoded, scorer, pad_token(tokenizer, config), description, notes, digests, kept_out)
+
+
+def _encode_labeled(rows: Sequence[TaskRow], task: str, tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """Tokenized rows with their labels."""
+    encoded: list[dict[str, Any]] = list(encode([row.text for row in rows], tokenizer, length))
+    for row, source in zip(encoded, rows, strict=True):
+        several = isinstance(source.label, list)
+        row["labels"] = source.label if several or task == "classification" else float(source.label)  # type: ignore[arg-type]
+    return encoded
 
 
 def _masked(
@@ -228,7 +237,7 @@ def _predictions(
     batches = [Batch(collate([held[i] for i in group], pad_id), tuple(group)) for group in groups]
     scorer = prediction_scorer(teacher, batches)
     described = description | {"trained_on": len(rows)}
-    return TrainingData(rows, scorer, pad_id, described, notes, _digests(rows, held))
+    return TrainingData(rows, scorer, pad_id, described, notes, _digests(rows, held), held)
 
 
 def _texts(

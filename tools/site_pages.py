@@ -161,12 +161,18 @@ def recovery_page(name: str) -> str:
     """A recovery: what it trains or solves, its settings with their defaults, when to take it."""
     recovery = RECOVERIES[name]
     shown, rest = split_doc(recovery)
+    teacher = "Labels or text of the task; no teacher."
+    if recovery.needs_teacher:
+        teacher = f"A teacher (`--teacher`){'; by default the model as it is' if recovery.own_teacher else ''}."
     needs = [
         "The model may be dense or factored."
         if not recovery.needs_dense_model
         else "A dense model: it makes the smaller one itself.",
-        "A teacher (`--teacher`)." if recovery.needs_teacher else "Labels or text of the task; no teacher.",
+        teacher,
     ]
+    if recovery.students != "any":
+        answers = ", with one answer a text" if recovery.students == "classifier" else ""
+        needs.insert(0, f"An encoder: every token sees all others{answers}.")
     trains = "learning_rate" not in recovery.unused_options
     if trains:
         needs.append(
@@ -181,11 +187,14 @@ def recovery_page(name: str) -> str:
         if field.init and not field.name.startswith("_")
     ]
     table = "\n".join(["| setting | default | meaning |", "|:--|:--|:--|", *rows]) if rows else ""
-    model = "MODEL" if recovery.needs_dense_model else "small"
-    teacher = " --teacher MODEL" if recovery.needs_teacher else ""
+    own = recovery.students != "any"
+    model = recovery.students.upper() if own else "MODEL" if recovery.needs_dense_model else "small"
+    teacher = " --teacher MODEL" if recovery.needs_teacher and not own else ""
     command = f"eckart tune {model} --recovery {name}{teacher} --data texts.txt --output-dir tuned"
+    kind = "sentence encoder" if recovery.students == "encoder" else recovery.students
+    placed = f"{model} = {kind}" if own else "small = factored"
     return join(
-        STAND_INS.replace(" -->", ", small = factored -->"),
+        STAND_INS.replace(" -->", f", {placed} -->"),
         f"# {name}",
         sentence(recovery.title),
         section("When to take it", recovery.use),

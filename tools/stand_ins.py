@@ -166,7 +166,7 @@ def _bert(kind: type, **more: Any) -> Any:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=8256, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
         max_position_embeddings=64, pad_token_id=0, **more,
     )  # fmt: skip
     return scaled(kind(config)).eval()

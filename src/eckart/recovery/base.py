@@ -68,6 +68,8 @@ class Recovery:
         paper: authors, year, identifier; "" for common knowledge.
         use: when to take it, in words, for its page in the documentation.
         needs_teacher: whether there must be a teacher.
+        students: which models it takes: "any", "encoder" (every token sees all others) or "classifier" (an encoder with
+            one answer a text).
         own_teacher: whether the model as it is becomes the teacher where none is named.
         learning_rate: where none is asked for.
         needs_dense_model: whether the model must not be factored yet.
@@ -82,6 +84,7 @@ class Recovery:
     paper: ClassVar[str] = ""
     use: ClassVar[str] = ""
     needs_teacher: ClassVar[bool] = False
+    students: ClassVar[str] = "any"
     own_teacher: ClassVar[bool] = False
     learning_rate: ClassVar[float] = 5e-5
     needs_dense_model: ClassVar[bool] = False

@@ -65,6 +65,7 @@ class EarlyExitRecovery(ClosedFormRecovery):
         "A classifier or regressor answers many easy texts: they leave after the first blocks. It takes one pass over "
         "the text and no labels, combines with factors, and the threshold can be changed at every call."
     )
+    students: ClassVar[str] = "classifier"
     own_teacher: ClassVar[bool] = True
     reads_labels: ClassVar[bool] = True
     most_rows: ClassVar[int | None] = 20_000

@@ -59,6 +59,7 @@ class TokenSkippingRecovery(Distil):
         "An encoder reads texts of tens or hundreds of tokens, and most of them matter little for the answer: it then "
         "computes less for each text, with the weights that it has, factored or not."
     )
+    students: ClassVar[str] = "encoder"
     own_teacher: ClassVar[bool] = True
     keeps_behaviors: ClassVar[tuple[str, ...]] = ("token-skipping",)
     learning_rate: ClassVar[float] = 5e-5

@@ -4,6 +4,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+from architectures import BY_NAME
 from tiny import llama, place, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,6 +81,14 @@ def test_a_pass_is_timed_where_the_model_is_in_memory(context, monkeypatch):
     assert time_pass(streamed) is None
     monkeypatch.setattr(outlooks, "forward", lambda *_: 1 / 0)
     assert time_pass(context) is None
+
+
+def test_images_are_counted_as_samples():
+    said = []
+    case = BY_NAME["vit"]
+    eckart.compress(case.model(), data=case.batches(rows=8), method="drone", report_progress=said.append)
+    assert any(re.match(r"\d+ samples to calibrate on, \d more to measure on; batches of \d$", line) for line in said)
+    assert sum(bool(TOLD.match(line)) for line in said) == 1
 
 
 def test_costs_are_told_in_times_the_statistics():

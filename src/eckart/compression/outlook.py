@@ -20,6 +20,7 @@ from eckart.compression.factor_store import STAGE as FACTORS
 from eckart.compression.recipe import Recipe
 from eckart.compression.refine import COST as REFINEMENT
 from eckart.compression.settings import Settings
+from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
 from eckart.moments import needs_backward
 from eckart.progress import Outlook, Stage, describe_count, describe_seconds
@@ -210,8 +211,9 @@ def describe_text(context: CompressionContext) -> str:
     examples = sum(len(batch) for batch in context.data.batches)
     held = sum(len(batch) for batch in context.held_out.batches) if context.held_out is not None else 0
     tokens = sum(batch.num_tokens for batch in context.data.batches)
+    read = f"{describe_count(examples, 'sample')}{f' with {tokens:,} tokens' if tokens else ''}"
     return (
-        f"{examples:,} samples with {tokens:,} tokens to calibrate on, {held:,} more to measure on; batches of "
+        f"{read} to calibrate on, {held:,} more to measure on; batches of "
         f"{max(len(batch) for batch in context.data.batches)}"
     )
 
@@ -250,7 +252,7 @@ def time_pass(context: CompressionContext) -> float | None:
     except Exception as error:  # the stage that needs a pass says so
         logger.info("a pass was not timed: %s", error)
         return None
-    return seconds * sum(each.num_tokens for each in data.batches) / batch.num_tokens / context.workspace.processes.size
+    return seconds * _size(data.batches) / _size([batch]) / context.workspace.processes.size
 
 
 def _now(context: CompressionContext) -> float:
@@ -263,8 +265,12 @@ def _held_out(context: CompressionContext) -> float:
     """The held-out text as a part of the calibration text."""
     if context.held_out is None or context.data is None:
         return 0.0
-    held, read = (sum(batch.num_tokens for batch in data.batches) for data in (context.held_out, context.data))
-    return held / max(read, 1)
+    return _size(context.held_out.batches) / _size(context.data.batches)
+
+
+def _size(batches: Sequence[Batch]) -> int:
+    """Tokens, or of data without any, such as images, samples."""
+    return sum(batch.num_tokens for batch in batches) or sum(len(batch) for batch in batches)
 
 
 def _factoring_seconds(context: CompressionContext, settings: Settings) -> float:

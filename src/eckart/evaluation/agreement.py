@@ -37,18 +37,21 @@ def compare_predictions(
 
     Returns:
         `kl`: mean KL(reference || model) in nats; `top1`: share of positions where the most likely class is the
-        same; `tokens` (positions compared, or labels); `finite`: False where a value is not, which is kept.
+        same; `tokens` (positions compared, or labels); `unit`: what each of them is, "token", "example", "label" or
+        "end of a span"; `finite`: False where a value is not, which is kept.
 
     Raises:
         UsageError: If the models return no logits of several classes, or logits of different shapes.
         DataError: If there is nothing to compare.
     """
-    total, same, count = 0.0, 0, 0
+    total, same, count, units = 0.0, 0, 0, set[str]()
     compare = compare_labels if head_problem(reference) == MULTI_LABEL else compare_distributions
 
     def compare_batch(batch: Batch) -> list[tuple[float, int, int]]:
         found = []
-        for logits, truth in zip(_logits(model, batch), _logits(reference, batch), strict=True):
+        pairs = list(zip(_logits(model, batch), _logits(reference, batch), strict=True))
+        units.add(_unit_of(reference, [truth for _, truth in pairs]))
+        for logits, truth in pairs:
             if logits.shape != truth.shape:
                 raise UsageError(
                     f"the models' logits differ in shape, {tuple(logits.shape)} and {tuple(truth.shape)}: "
@@ -64,7 +67,8 @@ def compare_predictions(
                 total, same, count = total + cost, same + equal, count + size
     if count == 0:
         raise DataError("batches: no real token to compare: pass batches that hold text")
-    return {"kl": total / count, "top1": same / count, "tokens": count, "finite": math.isfinite(total)}
+    finite = math.isfinite(total)
+    return {"kl": total / count, "top1": same / count, "tokens": count, "unit": units.pop(), "finite": finite}
 
 
 def compare_embeddings(
@@ -155,6 +159,15 @@ def logits_of(model: nn.Module, output: Any, batch: Batch) -> list[Tensor]:
     if not isinstance(logits, Tensor) or logits.dim() not in (2, 3) or problem == "regression":
         return []
     return [logits] if logits.shape[-1] > 1 or problem == MULTI_LABEL else []
+
+
+def _unit_of(model: nn.Module, logits: list[Tensor]) -> str:
+    """What each of the distributions belongs to."""
+    if len(logits) > 1:
+        return "end of a span"
+    if logits[0].dim() == 3:
+        return "token"
+    return "label" if head_problem(model) == MULTI_LABEL else "example"
 
 
 def _logits(model: nn.Module, batch: Batch) -> list[Tensor]:

@@ -12,6 +12,7 @@ from eckart.checkpoint.description import attach_config, detach_config, is_facto
 from eckart.checkpoint.save import write
 from eckart.errors import ModelError
 from eckart.exports.base import Exporter, ExportSource
+from eckart.exports.card import keep_of_card
 from eckart.model import fuse_experts, to_dense_modules
 from eckart.quantization import dequantize, quantized_layers, require_torchao
 from eckart.report.card import render_model_card
@@ -70,17 +71,35 @@ class Dense(Exporter):
         model = densify(source.model) if is_special(source.model) else source.model
         if quantize is None:
             write(model, staging, tokenizer=source.tokenizer, source_folder=source.folder)
+            self._write_card(
+                source, model, staging, summary="made smaller with eckart, every weight multiplied out again"
+            )
             return {}
         from eckart.exports.torchao import write_quantized
 
         record = write_quantized(model, staging, quantize, tokenizer=source.tokenizer, source_folder=source.folder)
-        card = render_model_card(
-            source.name,
-            loading=find_loading(model, source.folder, needs_eckart=False),
+        self._write_card(
+            source, model, staging, quantize,
             summary=f"with weights in {quantize} by torchao",
             notice="It is an ordinary checkpoint of transformers, and loads without eckart: `pip install torchao`.",
             records="`eckart/export.json` says which layers keep their floating-point numbers, and why.",
-            command=f"eckart export FOLDER --format dense --quantize {quantize} --output-dir {source.name}",
+        )  # fmt: skip
+        return record
+
+    @staticmethod
+    def _write_card(
+        source: ExportSource, model: PreTrainedModel, staging: Path, quantize: str | None = None, **more: Any
+    ) -> None:
+        rounded = f" --quantize {quantize}" if quantize else ""
+        settings = {
+            "records": "`eckart/export.json` says what was exported.",
+            **keep_of_card(source.folder, exact=quantize is None),
+            **more,
+        }
+        card = render_model_card(
+            source.name,
+            loading=find_loading(model, source.folder, needs_eckart=False),
+            command=f"eckart export FOLDER --format dense{rounded} --output-dir {source.name}",
+            **settings,
         )
         (staging / "README.md").write_text(card, encoding="utf-8")
-        return record

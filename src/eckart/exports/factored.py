@@ -11,6 +11,7 @@ from eckart.checkpoint.quantize import quantize as quantize_model
 from eckart.checkpoint.save import write
 from eckart.errors import UsageError
 from eckart.exports.base import Exporter, ExportSource
+from eckart.exports.card import keep_of_card
 from eckart.quantization import require_torchao
 from eckart.report.card import render_model_card
 from eckart.report.loading import find_loading
@@ -43,6 +44,7 @@ class Factored(Exporter):
             loading=find_loading(source.model, source.folder),
             summary=f"with weights as factors and in {quantize}",
             records="`eckart/export.json` says how many layers keep their floating-point numbers, and why.",
+            **keep_of_card(source.folder, exact=False),
             command=f"eckart export FOLDER --format factored --quantize {quantize} --output-dir {source.name}",
         )
         (staging / "README.md").write_text(card, encoding="utf-8")

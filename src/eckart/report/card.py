@@ -79,13 +79,13 @@ def render_model_card(
         model_name=Path(name).name if results else None,
         eval_results=list(results) or None,
     )
-    header, rows = _table(measured or {})
+    header, rows = format_rows(measured or {})
     card = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
         name=name,
         short_name=Path(name).name,
-        original=on_hub or (Path(base_model).name if base_model else None),
+        original=name_original(base_model),
         lines=loading.replace("{name}", name).strip() if isinstance(loading, str) else plain.lines(name),
         summary=summary,
         method=method,
@@ -101,12 +101,19 @@ def render_model_card(
     return str(card)
 
 
+def name_original(base_model: str | None) -> str | None:
+    """How a card calls the original: its name on the hub, or the last part of its path; None where there is none."""
+    if not base_model:
+        return None
+    return base_model if _hub_name(base_model) else Path(base_model).name
+
+
 def _hub_name(name: str) -> bool:
     return re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", name) is not None and not Path(name).exists()
 
 
-def _table(measured: Measured) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; the columns are those of the mappings, in the order they come."""
+def format_rows(measured: Measured) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a card's table; the columns are those of the mappings, in the order they come."""
     columns: dict[str, None] = {}
     for value in measured.values():
         columns |= dict.fromkeys(value if isinstance(value, Mapping) else ("value",))

@@ -30,12 +30,11 @@ PART = 24
 NOTES = 8
 """Notes that are shown; all of them are in report.json."""
 
-CARD_QUALITY = (
-    ("KL to the original per token (nats, held-out text)", "agreement", "kl", 5),
-    ("same most likely token as the original", "agreement", "top1", 4),
-    ("1 - cosine to the original embedding (held-out text)", "embedding", "cosine_distance", 5),
-)
-"""Rows of a card: name, part and key of what was measured, digits."""
+COSINE = "1 - cosine to the original embedding (held-out text)"
+"""Row of a card, of a model whose embeddings are compared."""
+
+SIZE_ROWS = {"parameters": "elements", "bytes": "bytes", "multiply-adds per token": "multiply_adds"}
+"""Rows of a card on sizes, by their keys in a report."""
 
 CURVATURE = {"sampled": "labels drawn from the model itself", "labels": "the labels of the data"}
 
@@ -82,18 +81,36 @@ def list_card_rows(report: Mapping[str, Any]) -> dict[str, Any]:
             **({"before rounding": unrounded[key]} if unrounded else {}),
             "eckart": model["after"][key],
         }
-        for label, key in (("parameters", "elements"), ("bytes", "bytes"), ("multiply-adds per token", "multiply_adds"))
+        for label, key in SIZE_ROWS.items()
     }
     before = {"before rounding": rounding["before"]["quality"]} if rounding else {}
     for name, quality in {**before, "eckart": report["quality"]}.items():
-        for label, part, key, digits in CARD_QUALITY:
-            if part in (quality or {}):
-                rows.setdefault(label, {})[name] = round(quality[part][key], digits)
+        for label, value in _card_quality(quality or {}).items():
+            rows.setdefault(label, {})[name] = value
     if report.get("latency"):
         latency = report["latency"]
         times = {name: round(seconds["median"] * 1e3, 2) for name, seconds in latency["seconds"].items()}
         rows[f"milliseconds of {describe_latency(latency)}"] = times
     return rows
+
+
+def _card_quality(quality: Mapping[str, Any]) -> dict[str, float]:
+    """What was measured on held-out data, in words of the model's task."""
+    found = {}
+    if "agreement" in quality:
+        values = quality["agreement"]
+        unit = values.get("unit", "token")
+        found[f"KL to the original per {unit} (nats, held-out {'text' if unit == 'token' else 'data'})"] = round(
+            values["kl"], 5
+        )
+        found[_same(unit)] = round(values["top1"], 4)
+    if "embedding" in quality:
+        found[COSINE] = round(quality["embedding"]["cosine_distance"], 5)
+    return found
+
+
+def _same(unit: str) -> str:
+    return "same most likely token as the original" if unit == "token" else "same answer as the original"
 
 
 def list_quality(report: Mapping[str, Any]) -> dict[str, float]:
@@ -199,9 +216,10 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
     on = f"on {quality['examples']} held-out examples of the same data"
     if "agreement" in quality:
         values = quality["agreement"]
+        unit = values.get("unit", "token")
         lines.append(
-            f"against the original, {on}: KL {values['kl']:.4f} nats a token, "
-            f"same most likely token {values['top1']:.1%}"
+            f"against the original, {on}: KL {values['kl']:.4f} nats per {unit}, "
+            f"{_same(unit).removesuffix(' as the original')} {values['top1']:.1%}"
         )
     if "embedding" in quality:
         lines.append(f"against the original, {on}: 1 - cosine {quality['embedding']['cosine_distance']:.4f}")

@@ -10,7 +10,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from eckart.exports.base import ExportSource
+from eckart.exports.card import keep_of_card
 from eckart.exports.engines.trace import SENTENCE, Graph
+from eckart.report.card import format_rows, name_original
 
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "base_model")
@@ -28,7 +30,8 @@ def write_card(
 ) -> None:
     """Write README.md at the top of the folder."""
     stated = _stated(source.folder / "README.md")
-    base = stated.get("base_model")
+    kept = keep_of_card(source.folder, exact=False)
+    header, rows = format_rows(kept["measured"])
     sentence = (source.folder / "modules.json").is_file()
     library = "sentence-transformers" if sentence else engine
     kind = type(graph.model).__name__
@@ -40,7 +43,9 @@ def write_card(
             {**stated, "library_name": library, "tags": ["eckart", engine]}, sort_keys=False
         ).rstrip(),
         name=source.name,
-        original=base if isinstance(base, str) else "A pretrained model",
+        original=name_original(kept["base_model"]) or "A pretrained model",
+        header=header,
+        rows=rows,
         engine=engine,
         file=file.relative_to(staging).as_posix(),
         kind=KINDS[quantize] if quantize is not None else None,

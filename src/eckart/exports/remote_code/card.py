@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub import ModelCard
 
 from eckart.exports.base import ExportSource
+from eckart.exports.card import keep_of_card
 from eckart.exports.remote_code.folder import Written
 from eckart.report.card import render_model_card
 from eckart.report.loading import find_loading
-from eckart.report.origin import origin_of
 
 SPLITS = "It may be split among processes: `--tensor-parallel-size`."
 
@@ -22,7 +19,6 @@ def write_card(source: ExportSource, staging: Path, written: Written, quantize: 
     card = render_model_card(
         source.name,
         loading=find_loading(source.model, source.folder, needs_eckart=False).with_arguments(trust_remote_code=True),
-        base_model=_base_model(source.folder),
         summary=f"with weights as factors{f', in {quantize} by torchao' if quantize else ''}, made by eckart",
         notice=(
             f"`{written.names.module}.py` puts the factors in place: read it before you trust it. eckart is not needed"
@@ -32,7 +28,7 @@ def write_card(source: ExportSource, staging: Path, written: Written, quantize: 
         records="`eckart/export.json` says what was compared before it was published, and the largest difference.",
         command=f"eckart export FOLDER --format remote-code{rounded} --output-dir {source.name}",
         tags=["custom_code"],
-        **origin_of(source.folder),
+        **keep_of_card(source.folder, exact=quantize is None),
     )
     (staging / "README.md").write_text(card, encoding="utf-8")
 
@@ -50,12 +46,3 @@ def _about(name: str, written: Written) -> list[str]:
     runner = "" if causal else " --runner pooling"
     served = f"Served by vLLM: `vllm serve {name} --trust-remote-code{runner}`"
     return [*found, f"{served}. {written.parallel.refusal or SPLITS}"]
-
-
-def _base_model(folder: Path) -> Any:
-    """The hub name of the original, as the card of the source says it."""
-    file = folder / "README.md"
-    try:
-        return ModelCard.load(file).data.to_dict().get("base_model") if file.is_file() else None
-    except ValueError:
-        return None

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from adaptive_models import LENGTHS, blocks_of, classifier, texts
+from adaptive_models import LENGTHS, blocks_of, classifier, texts, with_exits
 from transformers import BertConfig, BertModel
 
-from eckart.adaptive import attach, detach
+from eckart.adaptive import attach, behaviors_of, detach
 from eckart.adaptive.token_skipping import TokenSkipping, attention_in, choose_tokens, hidden_change, staying
 from eckart.errors import ModelError, UsageError
 
@@ -161,3 +161,18 @@ def test_maps_are_found_among_what_attention_returns_and_the_stand_in_is_a_norm(
     assert attention_in(maps) is None
     read = torch.zeros(1, 2, 2)
     assert hidden_change(read, torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])).tolist() == [[5, 1]]
+
+
+@pytest.mark.parametrize("rule", [HALF, ABOVE], ids=["power-bert", "ltp"])
+def test_rows_leave_early_while_tokens_leave(rule):
+    model = with_exits(skipping(rule=rule), threshold=0.5)
+    together = model(**texts())
+    assert len(set(together.exit_blocks.tolist())) > 1
+    single = [model(texts()["input_ids"][i : i + 1, :n]) for i, n in enumerate(LENGTHS)]
+    assert together.exit_blocks.tolist() == [int(one.exit_blocks) for one in single]
+    torch.testing.assert_close(together.logits, torch.cat([one.logits for one in single]), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(model(**texts(extra=3)).logits, together.logits, atol=2e-5, rtol=1e-4)
+    detach(model, "token-skipping")
+    assert list(behaviors_of(model)) == ["early-exit"]
+    assert model.config._attn_implementation == "sdpa"
+    assert not torch.allclose(model(**texts()).logits, together.logits, atol=1e-3)

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+import transformers
 from adaptive_models import blocks_of, classifier, texts
 from architectures import scaled
 from torch import nn
-from tuning_problem import accuracy, bert, gpt2, train, tuning_folders
+from tuning_problem import QUICK, accuracy, batch, bert, bert_config, gpt2, reader, train, tuning_folders
 
 import eckart
 from eckart.adaptive import attach, behaviors_of
@@ -151,7 +152,7 @@ def test_ltp_learns_thresholds_through_sigmoids():
         mask = torch.sigmoid((scores - threshold) / 0.1)
         mask[:, 0] = 1
         expected.append(mask[real].mean())
-    assert float(masks.penalty()) == pytest.approx(float(sum(expected)) / 2, rel=1e-4)
+    assert masks.penalty().item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
     (output.logits.sum() + masks.penalty()).backward()
     assert (masks.moved.grad != 0).all()
 
@@ -186,6 +187,48 @@ def prepare_model_with(recovery, model, teacher, steps):
     recovery.prepare(model, RecoveryContext(teacher, "classification", recipe, steps))
 
 
+@pytest.mark.parametrize("soft", [0.0, 0.5])
+def test_of_several_schedules_the_nearest_to_the_teacher_is_taken_and_weights_wait_for_it(soft):
+    model, teacher = deep(), deep()
+    recovery = TokenSkippingRecovery(speedup=1.5, soft=soft)
+    prepare_model_with(recovery, model, teacher, 16)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    train(model, recovery, 8 if soft else 7, teacher)
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, weights[name])}
+    if soft:
+        assert moved == {"eckart_token_skipping.moved"}
+    else:
+        assert not moved
+        assert recovery._training.levels is None
+        train(model, recovery, 8, teacher)
+    tried = recovery.report()["tried"]
+    assert ("learned" in tried) == bool(soft)
+    assert len({tuple(each["levels"]) for each in tried.values()}) == len(tried)
+    for each in tried.values():
+        assert each["speedup"] == pytest.approx(1.5, rel=0.2)
+        assert each["distance"] == pytest.approx(distance(model, teacher, recovery, each["levels"]), rel=1e-3)
+    best = min(tried, key=lambda name: tried[name]["distance"])
+    assert recovery.report()["chosen"] == best
+    assert recovery._training.levels == tried[best]["levels"]
+    train(model, recovery, 2, teacher)
+    assert not torch.equal(model.state_dict()["classifier.weight"], weights["classifier.weight"])
+
+
+def distance(model, teacher, recovery, levels):
+    """KL to the teacher where tokens really leave, on the batches of the soft stage."""
+    other = deep()
+    names = set(other.state_dict())
+    other.load_state_dict({name: value for name, value in model.state_dict().items() if name in names})
+    attach(other, TokenSkipping("power-bert", levels, "attention.self"), blocks_of_bert(other))
+    costs = []
+    for step in range(8):
+        inputs = {name: value for name, value in batch(step).items() if name != "labels"}
+        with torch.no_grad():
+            mine, theirs = (each.eval()(**inputs).logits.div(2).log_softmax(-1) for each in (other, teacher))
+        costs.append(4 * float((theirs.exp() * (theirs - mine)).sum(-1).mean()))
+    return sum(costs) / len(costs)
+
+
 def test_costs_count_linear_layers_and_attention_of_each_block():
     model = deep()
     cost = BlockCost.of(model, blocks_of_bert(model))
@@ -205,7 +248,7 @@ def blocks_of_bert(model):
 @pytest.mark.parametrize(("settings", "named"), [
     ({"rule": "other"}, "rule must be one of power-bert, ltp"),
     ({"speedup": "0.5"}, "speedup=0.5 would be slower"),
-    ({"soft": "0"}, r"soft must be in \(0, 1\]"),
+    ({"soft": "1.5"}, r"soft must be in \[0, 1\]"),
     ({"penalty": "-1"}, "penalty"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(settings, named):
@@ -228,3 +271,65 @@ def test_without_a_wished_speedup_the_learned_schedule_is_taken():
     assert report["levels"] == report["learned"]
     assert math.isfinite(report["speedup"])
     assert report["speedup"] > 1
+
+
+# -- folders ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def skipped(tmp_path_factory):
+    """A factored classifier that skips tokens, published."""
+    place = tmp_path_factory.mktemp("skipping")
+    torch.manual_seed(0)
+    config = bert_config(num_labels=2)
+    config.num_hidden_layers = 4
+    model = scaled(transformers.BertForSequenceClassification(config))
+    eckart.compress(model, reader(), method="svd", keep=0.5).save_pretrained(place / "small")
+    options = {**QUICK, "max_steps": 3, "recovery_option": ["speedup=1.5"]}
+    data = {"data": tuning_folders() / "rows.tsv", "data_label_column": "label"}
+    return eckart.tune(place / "small", recovery="token-skipping", output_dir=place / "done", **data, **options)
+
+
+def test_a_published_folder_loads_as_it_was_scored(skipped, tmp_path):
+    assert skipped.report["kept"] == "after"
+    given = {"input_ids": torch.arange(2, 38).view(3, 12), "attention_mask": torch.ones(3, 12, dtype=torch.long)}
+    given["attention_mask"][1, 7:] = 0
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(skipped.folder)
+    behavior = behaviors_of(loaded)["token-skipping"]
+    assert behavior.levels == pytest.approx(skipped.report["recovered_by"]["levels"], abs=1e-6)
+    with torch.no_grad():
+        expected = skipped.model(**given).logits
+        assert torch.equal(loaded(**given).logits, expected)
+        assert not torch.allclose(loaded(**given, skip_tokens=False).logits, expected, atol=1e-4)
+        loaded.save_pretrained(tmp_path)
+        again = eckart.load(tmp_path)
+        assert torch.equal(again(**given).logits, expected)
+        body = transformers.AutoModel.from_pretrained(skipped.folder)
+        assert behaviors_of(body)
+        pooled = body(**given).pooler_output
+        torch.testing.assert_close(loaded.classifier(pooled), expected, atol=1e-5, rtol=1e-4)
+    classify = transformers.pipeline("text-classification", model=str(skipped.folder), device="cpu")
+    assert behaviors_of(classify.model)
+    texts_read = ["yes good fine 1", "no bad poor and a longer text than that"]
+    one, two = ([classify(text)[0] for text in texts_read], classify(texts_read, batch_size=2))
+    assert [each["score"] for each in one] == pytest.approx([each["score"] for each in two], rel=1e-4)
+
+
+def test_a_report_says_what_is_saved(skipped):
+    found = skipped.report["recovered_by"]
+    assert found["scores"] == "attention.self"
+    assert found["speedup"] == pytest.approx(1.5, rel=0.2)
+    assert found["multiply_adds"] < found["dense_multiply_adds"]
+    assert len(found["levels"]) == 3
+    assert "teacher" in skipped.report["scores"]  # the model as it was
+
+
+def test_sentence_embeddings_are_learned_from_the_model_as_it_was():
+    options = {**QUICK, "max_steps": 3, "recovery_option": ["speedup=1.2"]}
+    result = eckart.tune(
+        tuning_folders() / "bert", recovery="token-skipping", data=tuning_folders() / "text.txt", **options
+    )
+    assert result.report["task"] == "embedding"
+    output = result.model(input_ids=torch.arange(20).view(2, 10))
+    assert output.last_hidden_state.shape == (2, 10, 32)
+    assert behaviors_of(result.model)

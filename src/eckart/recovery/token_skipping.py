@@ -6,8 +6,10 @@ many tokens are needed after each block, then fix that, and train the weights on
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,22 +33,33 @@ TRAVEL = 2.0
 """How often a parameter of the masks could cross its range in the soft stage, at the learning rate that falls to 0."""
 
 WATCHED = 8
-"""The last batches of the soft stage, on which the levels are brought to the wished speed-up."""
+"""The last batches of the soft stage, on which levels are brought to the wished speed-up and compared."""
+
+LENGTHS = 4096
+"""The last rows of the soft stage whose lengths say what a schedule saves."""
+
+POWERS = (1.0, 1.5, 2.0, 3.0)
+"""Schedules that are tried beside the learned one: `f_l = exp(-c (l / L)^a)` for these a; a larger one waits longer."""
 
 
 @dataclass
 class TokenSkippingRecovery(Distil):
     """`loss = logits T^2 KL(p_t || p_s) + ... + penalty * (what is left of the tokens)`, then the same without penalty.
 
-    In the soft stage every block's output is multiplied by a mask that is learned. At its end each block's mask becomes
-    a level: the fraction of a row's tokens that go on (power-bert: the mean retention parameter), or a threshold of the
-    attention that a token receives (ltp). The levels are then bent, all by one number, until the blocks do `1 /
-    speedup` of their multiply-adds, and the weights are trained on while tokens leave.
+    In the soft stage every block's output is multiplied by a mask that is learned, while the weights stand still. At
+    its end each block's mask becomes a level: the fraction of a row's tokens that go on (power-bert: the mean retention
+    parameter), or a threshold of the attention that a token receives (ltp). The levels are bent, all by one number,
+    until the blocks do `1 / speedup` of their multiply-adds, and so are a few schedules that are not learned; those
+    whose answers are nearest the teacher's on the last batches are taken. Then the weights are trained while tokens
+    leave.
+
+    Other than in the papers, levels are relative: a fraction of a row's own length, a multiple of the mean attention
+    of its tokens; and tokens leave after a block, not inside it, so that any block will do.
 
     Attributes:
         rule: "power-bert" or "ltp".
         speedup: multiply-adds of all blocks before over those after; 0: what the masks have learned, as published.
-        soft: fraction of the steps that the soft stage takes.
+        soft: fraction of the steps that the soft stage takes; 0: no mask is learned.
         penalty: weight of what is left, in the soft stage.
     """
 
@@ -62,19 +75,19 @@ class TokenSkippingRecovery(Distil):
     students: ClassVar[str] = "encoder"
     own_teacher: ClassVar[bool] = True
     keeps_behaviors: ClassVar[tuple[str, ...]] = ("token-skipping",)
-    learning_rate: ClassVar[float] = 5e-5
+    learning_rate: ClassVar[float] = 3e-5
     remedy: ClassVar[str] = "Try a lower speed-up (--recovery-option speedup=1.5), or more data and --epochs"
 
     hidden: float = 0.0
     rule: str = "power-bert"
     speedup: float = 2.0
-    soft: float = 0.5
+    soft: float = 0.25
     penalty: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_choice(tuple(RULES), "rule")
-        self.check_range("(0, 1]", "soft")
+        self.check_range("[0, 1]", "soft")
         self.check_range("[0, inf)", "penalty", "speedup")
         if 0 < self.speedup < 1:
             raise UsageError(f"recovery {self.name}: speedup={self.speedup:g} would be slower; give 1 or more, or 0")
@@ -89,7 +102,8 @@ class TokenSkippingRecovery(Distil):
 
     @property
     def _soft_steps(self) -> int:
-        return max(1, round(self.soft * self.context.total_steps))
+        least = 1 if self.soft else min(WATCHED, self.context.total_steps)
+        return max(least, round(self.soft * self.context.total_steps))
 
     def prepare(self, model: PreTrainedModel, context: RecoveryContext) -> None:
         """Find where tokens can leave, and put the masks there.
@@ -128,17 +142,19 @@ class TokenSkippingRecovery(Distil):
         total = super().loss(outputs, teacher_outputs, batch, task_loss)
         if self._training.levels is not None:
             return total
-        self._lengths += self._training.kept_before().tolist()
-        if self.rule == "ltp":
-            inputs = {name: value.detach() for name, value in batch.items() if name != "labels"}
-            self._batches = [*self._batches, inputs][-WATCHED:]
+        inputs = {name: value.detach() for name, value in batch.items() if name != "labels"}
+        self._batches = [*self._batches, inputs][-WATCHED:]
+        self._lengths = [*self._lengths, *self._training.kept_before().tolist()][-LENGTHS:]
         return total + self.penalty * self._training.penalty()
 
     def after_backward(self, model: nn.Module, step: int) -> None:
-        """What moves the masks counts among the other gradients as if it were a weight."""
+        """While masks are learned the weights stand still, or they would learn to live with masks that change."""
         super().after_backward(model, step)
-        if self._training.moved.grad is not None:
-            self._training.moved.grad /= self._training.rate
+        if self._training.levels is not None:
+            return
+        for parameter in model.parameters():
+            if not (self.soft and parameter is self._training.moved):
+                parameter.grad = None
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Bring the masks back into their range; after the soft stage, fix the levels."""
@@ -167,10 +183,8 @@ class TokenSkippingRecovery(Distil):
         """What the levels are fixed on, and the levels."""
         found = super().state() | {"lengths": torch.tensor(self._lengths)}
         if self._training.levels is not None:
-            found["levels"] = torch.tensor(self._training.levels, dtype=torch.float64)
-            numbers = [self._report[key] for key in ("speedup", "multiply_adds", "dense_multiply_adds")]
-            found["costs"] = torch.tensor(numbers, dtype=torch.float64)
-            found["learned"] = torch.tensor(self._report["learned"], dtype=torch.float64)
+            words = json.dumps(self._report).encode()
+            found["report"] = torch.tensor(list(words), dtype=torch.uint8)
         for place, batch in enumerate(self._batches):
             found |= {f"batch/{place}/{name}": value for name, value in batch.items()}
         return found
@@ -184,67 +198,80 @@ class TokenSkippingRecovery(Distil):
             prefix = f"batch/{place}/"
             batch = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
             self._batches += [batch] if batch else []
-        if "levels" in state:
-            self._training.levels = state["levels"].tolist()
-            self._report |= {"levels": self._training.levels, "learned": state["learned"].tolist()}
-            self._report |= dict(
-                zip(("speedup", "multiply_adds", "dense_multiply_adds"), state["costs"].tolist(), strict=True)
-            )
+        if "report" in state:
+            self._report = json.loads(bytes(state["report"].tolist()))
+            self._training.levels = self._report["levels"]
 
     # -- inside ---------------------------------------------------------------------------------------------
 
     def _fix_levels(self, model: nn.Module) -> None:
-        """Turn what the masks have learned into levels that reach the speed-up."""
+        """Turn what the masks have learned into levels: those of the wished speed-up that change the answers least."""
         learned = self._training.learned()
         whole = self._cost.mean(self._all_kept())
-        wished = whole / self.speedup if self.speedup else math.inf
-        if self.rule == "power-bert":
-            shape = _below_one(learned)
-
-            def cost(levels: list[float]) -> float:
-                return self._cost.mean(self._planned(levels))
-
-            levels = learned if not self.speedup else reach(bent(shape), cost, wished)
-        else:
-
-            def cost(levels: list[float]) -> float:
-                return self._cost.mean(self._measured(model, levels))
-
-            levels = learned if not self.speedup else reach(raised(learned), cost, wished, 12)
-        reached = cost(levels)
-        self._training.levels = levels
+        tried: dict[str, dict[str, Any]] = {}
+        for name, levels in self._candidates(model, learned, whole).items():
+            reached = self._cost.mean(self._read(model, levels))
+            tried[name] = {"levels": levels, "distance": self._distance(model, levels), "speedup": whole / reached}
+        best = min(tried, key=lambda name: float(tried[name]["distance"]))
+        self._training.levels = tried[best]["levels"]
         self._batches = []
-        self._report |= {
-            "learned": learned,
-            "levels": levels,
-            "speedup": whole / reached,
-            "multiply_adds": reached,
-            "dense_multiply_adds": whole,
-        }
+        self._report |= {"learned": learned, "tried": tried, "chosen": best, **tried[best]}
+        self._report |= {"multiply_adds": whole / tried[best]["speedup"], "dense_multiply_adds": whole}
+
+    def _candidates(self, model: nn.Module, learned: list[float], whole: float) -> dict[str, list[float]]:
+        """Levels to try, of the wished speed-up."""
+        if not self.speedup:
+            return {"learned": learned}
+
+        def cost(levels: list[float]) -> float:
+            return self._cost.mean(self._read(model, levels))
+
+        wished = whole / self.speedup
+        if self.rule == "ltp":
+            shapes = {"learned": learned, "rising": self._training.start().tolist()}
+            return {name: reach(raised(shape), cost, wished, halvings=10) for name, shape in shapes.items()}
+        ends = range(1, len(learned) + 1)
+        shapes = {f"power {power:g}": [math.exp(-((i / len(learned)) ** power)) for i in ends] for power in POWERS}
+        if self.soft:
+            shapes["learned"] = [
+                min(max(fraction, 1e-3), 1 - 1e-3 * i) for i, fraction in zip(ends, learned, strict=True)
+            ]
+        return {name: reach(bent(shape), cost, wished) for name, shape in shapes.items()}
+
+    def _distance(self, model: nn.Module, levels: list[float]) -> float:
+        """How far the answers are from the teacher's, by the loss of the training, on the batches that were kept."""
+        before = dict(self._sums), dict(self._counts)
+        teacher: Any = self.context.teacher
+        arguments = {f"output_{name}": True for name in self.needed_outputs}
+        total = 0.0
+        with evaluating(model), self._hard(levels):
+            for batch in self._batches:
+                outputs, taught = model(**batch, **arguments), teacher(**batch, **arguments)
+                zero = torch.zeros((), device=batch["input_ids"].device)
+                total += float(super().loss(outputs, taught, batch, zero)) * len(batch["input_ids"])
+        self._sums, self._counts = before
+        return total / sum(len(batch["input_ids"]) for batch in self._batches)
+
+    @contextmanager
+    def _hard(self, levels: list[float]) -> Iterator[None]:
+        """Tokens leave at these levels inside."""
+        before, self._training.levels = self._training.levels, levels
+        try:
+            yield
+        finally:
+            self._training.levels = before
 
     def _all_kept(self) -> Tensor:
         return torch.tensor(self._lengths)[:, None].expand(-1, len(self._places.blocks))
 
-    def _planned(self, fractions: list[float]) -> Tensor:
+    def _read(self, model: nn.Module, levels: list[float]) -> Tensor:
         """Tokens that each block reads, (rows, blocks)."""
-        lengths = torch.tensor(self._lengths)
-        return torch.stack([lengths, *(count_kept(lengths, fraction) for fraction in fractions)], dim=1)
-
-    def _measured(self, model: nn.Module, thresholds: list[float]) -> Tensor:
-        """The same of thresholds, of the batches that were kept."""
-        self._training.levels = thresholds
+        if self.rule == "power-bert":
+            lengths = torch.tensor(self._lengths)
+            return torch.stack([lengths, *(count_kept(lengths, fraction) for fraction in levels)], dim=1)
         found = []
-        with evaluating(model):
+        with evaluating(model), self._hard(levels):
             for batch in self._batches:
                 model(**batch)
                 found.append(self._training.kept.cpu())
-        self._training.levels = None
         return torch.cat(found)
-
-
-def _below_one(fractions: list[float]) -> list[float]:
-    """A shape that can be bent: where nothing has been learned to leave, a little less after each block."""
-    found = []
-    for place, fraction in enumerate(fractions):
-        found.append(min(max(fraction, 1e-3), 1 - 0.01 * (place + 1)))
-    return found

@@ -66,8 +66,11 @@ class SkipTraining(nn.Module):
 
     def thresholds(self) -> Tensor:
         """LTP's, (blocks - 1,), of scores whose mean is 1."""
-        start = torch.linspace(0, HIGHEST_START, self.blocks, device=self.moved.device)[1:]
-        return (start + self.rate * self.moved).clamp_min(0)
+        return (self.start() + self.rate * self.moved).clamp_min(0)
+
+    def start(self) -> Tensor:
+        """LTP's thresholds before they are learned."""
+        return torch.linspace(0, HIGHEST_START, self.blocks, device=self.moved.device)[1:]
 
     def learned(self) -> list[float]:
         """The schedule, or the thresholds, as they are now."""
@@ -87,8 +90,7 @@ class SkipTraining(nn.Module):
             if self.rule == "power-bert":
                 self.moved.clamp_(0, 1 / self.rate)
             else:
-                start = torch.linspace(0, HIGHEST_START, self.blocks, device=self.moved.device)[1:]
-                self.moved.copy_(self.moved.maximum(-start / self.rate))
+                self.moved.copy_(self.moved.maximum(-self.start() / self.rate))
 
     # -- hooks ----------------------------------------------------------------------------------------------
 

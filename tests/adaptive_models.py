@@ -7,7 +7,7 @@ import transformers
 from torch import nn
 
 from eckart.adaptive import attach
-from eckart.adaptive.early_exit import HEADS, EarlyExit
+from eckart.adaptive.early_exit import HEADS, EarlyExit, pool
 from eckart.adaptive.exit_rules import entropy
 from eckart.calibration.layerwise.blocks import all_blocks, schedule_of
 
@@ -61,7 +61,7 @@ def with_exits(model, exits=(1, 2, 3), seed=3, **options):
         for parameter in head.parameters():
             nn.init.normal_(parameter)
         with torch.no_grad():
-            answers = head(behavior.pool(states[place], texts()["attention_mask"].bool()))
+            answers = head(pool(states[place], texts()["attention_mask"].bool(), behavior.pooling))
             scale = 1.0
             if behavior.rule == "entropy":
                 for scale in torch.logspace(-2, 3, 800).tolist():

@@ -23,9 +23,11 @@ from eckart.errors import ModelError, UsageError
 from eckart.evaluation.sizes import measure_multiply_adds
 from eckart.exports.densify import densify
 from eckart.recovery import EarlyExitRecovery
+from eckart.recovery.base import RecoveryContext
 from eckart.recovery.exits.choose import choose_point, list_points, measure_quality
 from eckart.recovery.exits.heads import head_loss, train_head
 from eckart.recovery.exits.states import ExitStates, find_blocks, record_states, try_exits
+from eckart.recovery.recipe import TuneRecipe
 
 SINGLE = "single_label_classification"
 TRAINING = {"width": 8, "epochs": 30, "rate": 1e-2, "temperature": 1.0, "weight": 1.0, "seed": 0}
@@ -360,3 +362,30 @@ def test_exits_go_beside_tokens_that_leave():
     torch.testing.assert_close(whole.logits, torch.cat([one.logits for one in alone]), rtol=1e-4, atol=1e-5)
     detach(both, "early-exit")
     assert list(behaviors_of(both)) == ["token-skipping"]
+
+
+@pytest.mark.parametrize("told", ["first", "mean"])
+def test_heads_read_what_tells_more(told):
+    """Classes show in the first token alone, or in the others alone."""
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(bert_config(num_labels=2, num_hidden_layers=3)).eval()
+    stream = torch.Generator().manual_seed(0)
+    rows = []
+    for number in range(60):
+        words = torch.randint(5, 200, (8,), generator=stream).tolist()
+        mark = 1000 + number % 2
+        ids = [mark, *words] if told == "first" else [7, *([mark] * 4), *words]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": number % 2})
+    batches = [Batch({key: torch.tensor([row[key] for row in rows]) for key in rows[0]}, tuple(range(60)))]
+    with torch.no_grad():
+        for layer in model.bert.encoder.layer:  # tokens do not see each other
+            layer.attention.output.dense.weight.zero_()
+    context = RecoveryContext(None, "classification", TuneRecipe(), 1)
+    recovery = EarlyExitRecovery(speedup=1.1, after="1", epochs=20, labels=5.0)
+    with torch.no_grad():
+        recovery.solve(model, context, batches, None)
+    assert behaviors_of(model)["early-exit"].pooling == told
+    named = EarlyExitRecovery(speedup=1.1, after="1", epochs=1, pooling="first" if told == "mean" else "mean")
+    with torch.no_grad():
+        named.solve(model, context, batches, None)
+    assert behaviors_of(model)["early-exit"].pooling == named.pooling

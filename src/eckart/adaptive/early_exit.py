@@ -46,6 +46,20 @@ class ExitHead(nn.Module):
         return y
 
 
+def pool(hidden: Tensor, real: Tensor, pooling: str) -> Tensor:
+    """What a head reads, (r, n).
+
+    Args:
+        hidden: states (r, t, n).
+        real: which of them are tokens, (r, t) bool.
+        pooling: one of :data:`POOLINGS`.
+    """
+    if pooling == "first":
+        return hidden[:, 0]
+    weight = real.to(hidden.dtype)[..., None]
+    return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
 @dataclass
 class EarlyExit(Behavior):
     """After some blocks a head answers for each row, and rows whose answer is sure go no further.
@@ -130,13 +144,6 @@ class EarlyExit(Behavior):
         times = f"{int(self.threshold)} time{'s' if self.threshold > 1 else ''}"
         return f"{where}, where the answer has stayed the same{within} {times}"
 
-    def pool(self, hidden: Tensor, real: Tensor) -> Tensor:
-        """What a head reads, (r, n), of hidden states (r, t, n) and which of them are tokens, (r, t)."""
-        if self.pooling == "first":
-            return hidden[:, 0]
-        weight = real.to(hidden.dtype)[..., None]
-        return (hidden * weight).sum(1) / weight.sum(1).clamp_min(1)
-
     def begin(self, walk: Walk) -> None:
         """See :class:`Behavior`."""
         given = walk.options[self.name].get("exit_threshold")
@@ -154,7 +161,7 @@ class EarlyExit(Behavior):
             memory["logits"] = None
             memory["answers"] = Answers.none(walk.batch, walk.hidden.device)
         head = walk.model.get_submodule(f"{HEADS}.{walk.done}")
-        logits = head(self.pool(walk.hidden, walk.real))
+        logits = head(pool(walk.hidden, walk.real, self.pooling))
         leaves, answers = leave(
             logits, memory["answers"], rule=self.rule, threshold=memory["threshold"], problem=self.problem,
             tolerance=self.tolerance,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from eckart.adaptive import attach, detach
-from eckart.adaptive.early_exit import HEADS, EarlyExit
+from eckart.adaptive.early_exit import HEADS, POOLINGS, EarlyExit, ExitHead, pool
 from eckart.adaptive.exit_rules import RULES
 from eckart.calibration.layerwise import HiddenStateStore
 from eckart.data import Batch
@@ -19,7 +20,7 @@ from eckart.data.model_kind import head_problem
 from eckart.errors import UsageError
 from eckart.recovery.base import ClosedFormRecovery, RecoveryContext
 from eckart.recovery.exits.choose import ExitPoint, choose_point, list_points, measure_quality
-from eckart.recovery.exits.heads import train_head
+from eckart.recovery.exits.heads import head_loss, train_head
 from eckart.recovery.exits.states import ExitStates, find_blocks, record_states, try_exits
 
 HELD_OUT = 0.2
@@ -49,6 +50,8 @@ class EarlyExitRecovery(ClosedFormRecovery):
             lost; 0.5 where none of the three is given.
         threshold: of the rule.
         tolerance: numbers of a regression that differ by less agree; goes with `threshold`.
+        pooling: what a head reads: the "first" token, or the "mean" of all; "" for what heads learn better from,
+            by their loss on held-out rows.
         width: of the layer inside a head; 0 for a linear head, None for the width of the model.
         epochs: over the kept states, for each head.
         rate: highest learning rate.
@@ -81,6 +84,7 @@ class EarlyExitRecovery(ClosedFormRecovery):
     max_drop: float | None = None
     threshold: float | None = None
     tolerance: float | None = None
+    pooling: str = ""
     width: int | None = None
     epochs: int = 10
     rate: float = 1e-3
@@ -91,6 +95,7 @@ class EarlyExitRecovery(ClosedFormRecovery):
     def __post_init__(self) -> None:
         self.check_choice(("", *RULES), "rule")
         self.check_choice(("data", "eval"), "choose_on")
+        self.check_choice(("", *POOLINGS), "pooling")
         self.check_range("[1, inf)", "speedup", "epochs")
         self.check_range("[0, inf)", "max_drop", "threshold", "tolerance", "width", "labels")
         self.check_range("(0, inf)", "rate", "temperature")
@@ -139,31 +144,31 @@ class EarlyExitRecovery(ClosedFormRecovery):
         detach(model, EarlyExit.name)
         blocks = find_blocks(model, batches[0].rows(0, 1))
         exits = self._places(len(blocks))
-        pooling = try_exits(model, blocks, exits, batches)
-        size: int = model.config.get_text_config().hidden_size
-        behavior = EarlyExit(
-            exits=exits, rule=rule, threshold=1.0, pooling=pooling, features=size, problem=problem,
-            width=size if self.width is None else self.width, outputs=model.config.num_labels or 1,
-            tolerance=0.0 if problem == "regression" else None,
-        )  # fmt: skip
-        states = record_states(model, blocks, exits, behavior.pool, batches)
+        own = try_exits(model, blocks, exits, batches)
+        pools = (self.pooling,) if self.pooling else (own, *(each for each in POOLINGS if each != own))
+        states = record_states(model, blocks, exits, partial(_pool_all, pools), batches)
         if self.choose_on == "eval":
-            held = record_states(model, blocks, exits, behavior.pool, context.held_out)
+            held = record_states(model, blocks, exits, partial(_pool_all, pools), context.held_out)
         else:
             trained_on, kept = self._split(len(states.logits), context)
             states, held = states.of(trained_on), states.of(kept)
-        heads = {
-            place: train_head(
-                states.states[place], states.logits, states.labels, problem=problem, width=behavior.width,
-                epochs=self.epochs, rate=self.rate, temperature=self.temperature, weight=self.labels,
-                seed=context.recipe.seed,
-            )
-            for place in exits
-        }  # fmt: skip
+        size: int = model.config.get_text_config().hidden_size
+        width = size if self.width is None else self.width
+        tried = []
+        for number, pooling in enumerate(pools):
+            mine, others = states.part(number, len(pools)), held.part(number, len(pools))
+            heads = self._train(mine, problem, width, context)
+            given = [head(others.states[place]) for place, head in heads.items()]
+            rest = {"temperature": self.temperature, "weight": self.labels}
+            far = sum(float(head_loss(each, held.logits, held.labels, problem, **rest)) for each in given)
+            tried.append((far, pooling, heads, given))
+        _, pooling, heads, given = min(tried, key=lambda each: each[0])
+        behavior = EarlyExit(
+            exits=exits, rule=rule, threshold=1.0, pooling=pooling, features=size, problem=problem, width=width,
+            outputs=model.config.num_labels or 1, tolerance=0.0 if problem == "regression" else None,
+        )  # fmt: skip
         head = next(iter(heads.values()))
         size_of_head = sum(parameter.numel() for parameter in head.parameters() if parameter.dim() == 2)
-        with torch.no_grad():
-            given = [heads[place](held.states[place]) for place in exits]
         chosen = self._choose(held, given, behavior, size_of_head, context)
         behavior.threshold, behavior.tolerance = chosen.threshold, chosen.tolerance
         attach(model, behavior, blocks)
@@ -171,6 +176,16 @@ class EarlyExitRecovery(ClosedFormRecovery):
             model.get_submodule(f"{HEADS}.{place}").load_state_dict(trained.state_dict())
         added = sum(parameter.numel() for each in heads.values() for parameter in each.parameters())
         self._note(len(states.logits), held, behavior, chosen, len(blocks), added)
+
+    def _train(self, states: ExitStates, problem: str, width: int, context: RecoveryContext) -> dict[int, ExitHead]:
+        """A head for each exit."""
+        return {
+            place: train_head(
+                found, states.logits, states.labels, problem=problem, width=width, epochs=self.epochs, rate=self.rate,
+                temperature=self.temperature, weight=self.labels, seed=context.recipe.seed,
+            )
+            for place, found in states.states.items()
+        }  # fmt: skip
 
     def _rule(self, problem: str) -> str:
         rule = self.rule or ("patience" if problem == "regression" else "entropy")
@@ -245,3 +260,8 @@ class EarlyExitRecovery(ClosedFormRecovery):
     def report(self) -> dict[str, Any]:
         """The exits, what the threshold does to held-out rows, and what others would."""
         return self.found
+
+
+def _pool_all(pools: Sequence[str], hidden: Tensor, real: Tensor) -> Tensor:
+    """All that heads may read, side by side."""
+    return torch.cat([pool(hidden, real, each) for each in pools], -1)

@@ -43,6 +43,11 @@ class ExitStates:
         states = {after: each[rows] for after, each in self.states.items()}
         return replace(self, states=states, logits=self.logits[rows], labels=labels, costs=self.costs[rows])
 
+    def part(self, number: int, parts: int) -> ExitStates:
+        """One of several pooled states that were kept side by side."""
+        states = {after: each.chunk(parts, 1)[number] for after, each in self.states.items()}
+        return replace(self, states=states)
+
     def costs_of(self, exits: Sequence[int], head: int) -> tuple[Tensor, float]:
         """Multiply-adds of a row that leaves at each exit or stays to the end, (N, exits + 1); of all without exits.
 
@@ -79,7 +84,7 @@ def find_blocks(model: PreTrainedModel, batch: Batch) -> tuple[str, ...]:
 
 
 def try_exits(model: PreTrainedModel, blocks: Sequence[str], exits: Sequence[int], batches: Sequence[Batch]) -> str:
-    """Try whether rows can leave at these exits; returns what the model's head pools: "first" or "mean".
+    """Try whether rows can leave at these exits; returns what the model's own head reads: "first" or "mean".
 
     Raises:
         ModelError: they cannot, or the head reads something else.

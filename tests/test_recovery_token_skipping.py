@@ -79,10 +79,13 @@ def test_masks_in_training_give_what_taking_tokens_out_gives(kind, rule):
     masks.install(model, places)
     masks.levels = list(rule[1])
     given = {**texts(), "labels": torch.tensor([0, 1, 0, 1, 1])}
+    states = []
+    watch = model.base_model.register_forward_hook(lambda _, args, output: states.append(output[0]))
     trained = model(**given).logits
     reads = masks.kept
     equal = model(texts((6, 6, 6))["input_ids"]).logits
     masks.uninstall(model)
+    watch.remove()
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not hasattr(model, "eckart_token_skipping")
     counts = []
@@ -93,7 +96,10 @@ def test_masks_in_training_give_what_taking_tokens_out_gives(kind, rule):
             return super().before_block(walk, args, kwargs)
 
     attach(model, Counting(*rule, places.attention), places.blocks)
+    model.base_model.register_forward_hook(lambda _, args, output: states.append(output[0]))
     torch.testing.assert_close(model(**texts()).logits, trained, atol=2e-6, rtol=1e-4)
+    real = texts()["attention_mask"].bool()
+    torch.testing.assert_close(states[-1][real], states[0][real], atol=1e-5, rtol=1e-4)  # of tokens that left, too
     assert torch.equal(torch.stack(counts, 1), reads)
     torch.testing.assert_close(model(texts((6, 6, 6))["input_ids"]).logits, equal, atol=2e-6, rtol=1e-4)
 

@@ -109,7 +109,7 @@ class TokenSkipping(Behavior):
     def before_block(self, walk: Walk, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Note what the block reads; hide places that hold no token where the model made no mask."""
         memory = walk.memory[self.name]
-        memory["rows"], memory["read"] = walk.rows, walk.hidden
+        memory["read"] = walk.hidden
         if walk.done == 0:
             memory["lengths"] = walk.real.sum(1)
         memory.pop("attention", None)
@@ -131,12 +131,10 @@ class TokenSkipping(Behavior):
         walk.keep_tokens(places.masked_fill(~there, -1))
 
     def _scores(self, walk: Walk, memory: dict[str, Any]) -> Tensor:
-        """(r, t) of the rows that are left, which may be fewer than the block was called with."""
-        same = torch.isin(memory["rows"], walk.rows)
-        read, rows = memory["read"][same], walk.real
+        """(r, t); rows leave after tokens do, so they are those that the block was called with."""
         if self.attention == CHANGE:
-            return hidden_change(read, walk.hidden) * rows
-        return significance(memory["attention"][same], rows)
+            return hidden_change(memory["read"], walk.hidden) * walk.real
+        return significance(memory["attention"], walk.real)
 
 
 def choose_tokens(

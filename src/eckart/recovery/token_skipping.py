@@ -76,11 +76,11 @@ class TokenSkippingRecovery(Distil):
     own_teacher: ClassVar[bool] = True
     keeps_behaviors: ClassVar[tuple[str, ...]] = ("token-skipping",)
     learning_rate: ClassVar[float] = 3e-5
-    remedy: ClassVar[str] = "Try a lower speed-up (--recovery-option speedup=1.5), or more data and --epochs"
+    remedy: ClassVar[str] = "Try a lower speed-up (--recovery-option speedup=1.25), or more data and --epochs"
 
     hidden: float = 0.0
     rule: str = "power-bert"
-    speedup: float = 2.0
+    speedup: float = 1.5
     soft: float = 0.25
     penalty: float = 1.0
 

@@ -20,6 +20,9 @@ from eckart.linalg import count_kept, keep_above, keep_most, pick, relative, sig
 RULES = {"power-bert": "fractions", "ltp": "thresholds"}
 """Rule -> what it is told of each block."""
 
+KEEP_ALL = {"power-bert": 1.0, "ltp": 0.0}
+"""Rule -> the level at which no token but padding leaves."""
+
 CHANGE = "change"
 """In place of an attention's name: the stand-in where a model shows none."""
 
@@ -123,8 +126,10 @@ class TokenSkipping(Behavior):
         memory = walk.memory[self.name]
         if walk.is_last or walk.options[self.name].get("skip_tokens", True) is False:
             return
-        scores, lengths = self._scores(walk, memory), memory["lengths"][walk.rows]
-        kept = choose_tokens(self.rule, self.levels[walk.done - 1], scores, walk.real, lengths, self.stays)
+        level, kept = self.levels[walk.done - 1], walk.real
+        if level != KEEP_ALL[self.rule]:  # else there is no need of scores
+            lengths = memory["lengths"][walk.rows]
+            kept = choose_tokens(self.rule, level, self._scores(walk, memory), walk.real, lengths, self.stays)
         if torch.equal(kept, walk.real) and int(kept.sum(1).max()) == kept.shape[1]:
             return  # the longest row keeps all: nothing would become smaller
         places, there = pick(kept)

@@ -25,9 +25,10 @@ def significance(attention: Tensor, real: Tensor) -> Tensor:
     Returns:
         (B, T), in float32 at least; 0 for padding.
     """
-    received = attention.to(torch.promote_types(attention.dtype, torch.float32))
-    received = (received.sum(1) * real[:, :, None].to(received)).sum(1)  # (B, T)
-    return received * real.to(received)
+    maps = attention.to(torch.promote_types(attention.dtype, torch.float32))
+    queries = real.to(maps)
+    received = (queries[:, None, None] @ maps).sum((1, 2))  # (B, 1, 1, T) (B, heads, T, T): the maps are read once
+    return received * queries
 
 
 def relative(scores: Tensor, real: Tensor) -> Tensor:
@@ -57,8 +58,9 @@ def keep_most(scores: Tensor, real: Tensor, counts: Tensor, always: Tensor | Non
     if always is not None:
         ordered = ordered.masked_fill(always & real, torch.inf)
         counts = torch.maximum(counts, (always & real).sum(1))
-    place = ordered.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 for the best
-    return (place < counts[:, None]) & real
+    order = ordered.argsort(dim=1, descending=True, stable=True)
+    best = torch.arange(real.shape[1], device=real.device)[None] < counts[:, None]
+    return torch.zeros_like(real).scatter(1, order, best) & real
 
 
 def keep_above(scores: Tensor, real: Tensor, threshold: float, always: Tensor | None = None) -> Tensor:

@@ -15,7 +15,6 @@ from eckart.compression.compare import compare
 from eckart.compression.pipeline import compress
 from eckart.compression.recipe import Recipe
 from eckart.compression.result import Result
-from eckart.data.inference import progress
 from eckart.demo.held_out import HeldOutText
 from eckart.errors import CheckpointError
 from eckart.registry import METHODS
@@ -85,7 +84,7 @@ class Demo:
         results = compare(
             self.source.model, self.source.tokenizer, methods=self.methods, keeps=self.keeps, recipe=self.recipe()
         )
-        for name, keep, result in progress(results, what="methods", total=len(self.methods) * len(self.keeps)):
+        for name, keep, result in results:
             seconds = sum(result.report["seconds"].get(step, 0.0) for step in OWN_STEPS)
             yield DemoRow(name, keep, self.measure(result.model), result.report["kept"]["of_sites"], seconds)
 

@@ -85,6 +85,11 @@ def test_a_loop_tells_of_the_stage_that_runs(clock):
     known.enter("one")
     known.follow(1, 2, 50.0)
     assert known.left == 50  # longer than the short timing says
+    both, _ = outlook_of(clock, Stage("one", 4), Stage("two", seconds=3), pass_seconds=1)
+    both.enter("one")
+    both.follow(1, 2, 50.0)
+    both.enter("two")
+    assert both.left == 3  # the loop was that of the stage before
 
 
 def test_stages_that_take_turns_are_both_open_until_a_later_one_begins(clock):
@@ -93,6 +98,8 @@ def test_stages_that_take_turns_are_both_open_until_a_later_one_begins(clock):
         outlook.enter(name)
         clock.now += seconds
     assert outlook.spent == [6, 4, 0]
+    assert outlook.left == 14 + 16 + 5
+    outlook.enter("two")
     assert outlook.left == 14 + 16 + 5
     outlook.enter("three")
     assert outlook.left == pytest.approx(10 / 8)
@@ -106,6 +113,8 @@ def test_going_back_opens_a_stage_again(clock):
         outlook.enter(name)
         clock.now += 1
     assert outlook.left == 18 + 19
+    outlook.enter("two")
+    assert outlook.left == 18 + 19  # and it stays open
 
 
 def test_a_name_that_no_stage_has_belongs_to_the_stage_that_runs(clock):

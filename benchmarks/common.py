@@ -148,14 +148,17 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], outp
 
 def variants_of_default() -> list[Any]:
     """The default method, and what each of its parts is worth."""
+    from eckart.compression.effort import with_effort
     from eckart.methods import METHODS
 
     default = METHODS["eckart"]
+    size = replace(default, name="eckart, --optimise size", form=default.smallest_form or default.form)
     return [
         replace(default, name="eckart, low-rank alone", form="lowrank", slices=False),
         replace(default, name="eckart, low-rank or joint", slices=False),
         replace(default, name="eckart without refit", refit=False),
         default,
         replace(default, name="eckart, pivoted alone", form="pivoted", slices=False),
-        replace(default, name="eckart, --optimise size", form="pivoted-joint"),
+        size,
+        *(with_effort(replace(method, name=f"{method.name} --effort best"), "best") for method in (default, size)),
     ]

@@ -3,7 +3,8 @@
     python benchmarks/encoder_quality.py --model FOLDER --calibration train.csv --task dev.csv
 
 The files have columns sentence1, sentence2, score and no header. Without arguments: all-MiniLM-L6-v2 and STS-B from
-the hub.
+the hub. `--unseen FILE:COLUMN ...` names tables of other sentences than those that calibrate: the distance on them
+shows what calibrating on one set costs elsewhere.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from eckart.evaluation.tasks import score_similarity
 from eckart.methods import METHODS
 from eckart.model import find_sites
 
+REFERENCE = "drone"
+UNSEEN = 512
+"""Sentences of each unseen set."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,6 +37,8 @@ def main() -> None:
     parser.add_argument("--task", default="sentence-transformers/stsb")
     parser.add_argument("--keeps", default="0.8,0.6,0.4")
     parser.add_argument("--samples", type=int, default=2048)
+    parser.add_argument("--unseen", nargs="*", default=[], help="tables of other sentences, each as FILE:COLUMN")
+    parser.add_argument("--only", default="", help="rows by name, separated by semicolons; drone is always there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="also write the table as JSON")
     options = parser.parse_args()
@@ -50,21 +57,31 @@ def main() -> None:
         batch_size=32,
     )  # fmt: skip
 
-    def measured(candidate: torch.nn.Module) -> tuple[float, float]:
-        distance = compare_embeddings(candidate, model, held, pooling)["cosine_distance"]
-        return distance, score_similarity(candidate, tokenizer, task, pooling)["spearman"]
+    unseen = [
+        load_data(file, tokenizer=tokenizer, model=model, column=column, num_samples=UNSEEN, batch_size=32)
+        for file, _, column in (each.rpartition(":") for each in options.unseen)
+    ]
+
+    def measured(candidate: torch.nn.Module) -> tuple[float, float, float]:
+        own, *others = (
+            compare_embeddings(candidate, model, data, pooling)["cosine_distance"] for data in (held, *unseen)
+        )
+        spearman = score_similarity(candidate, tokenizer, task, pooling)["spearman"]
+        return own, sum(others) / max(1, len(others)), spearman
 
     methods = [*(m for m in METHODS.values() if m.name != "eckart"),
                replace(METHODS["kfac"], name="kfac, allocated", allocation="loss"),
                *variants_of_default()]  # fmt: skip
-    table: list[list[object]] = [["dense", 1.0, 1.0, *measured(model), "-"]]
+    if options.only:
+        methods = [method for method in methods if method.name in (REFERENCE, *options.only.split(";"))]
+    table: list[list[object]] = [["dense", 1.0, 1.0, *measured(model), "-", "-"]]
     names = [site.name for site in find_sites(model).chosen]
     elements = sum(site.elements for site in find_sites(model).chosen)
     for bits in (8, 4):
         quantized = round_weights(model, names, bits)
         share = quantized.named_bytes / (4 * elements)
         table.append([f"round to nearest, int{bits} ({share:.3f} of the bytes)", "-", "-",
-                      *measured(quantized.model), "-"])  # fmt: skip
+                      *measured(quantized.model), "-", "-"])  # fmt: skip
     found = {}
     keeps = [float(keep) for keep in options.keeps.split(",")]
     for name, keep, result in eckart.compare(
@@ -83,13 +100,23 @@ def main() -> None:
         found[name, keep] = (result.report["kept"]["of_sites"], *measured(result.model))
         print(f"{name} at {keep}: {found[name, keep]}", flush=True)
     for keep in keeps:
-        reference = found["drone", keep][1]
+        _, own, other, _ = found[REFERENCE, keep]
         for method in methods:
-            stored, distance, spearman = found[method.name, keep]
-            table.append([method.name, keep, stored, distance, spearman, f"{distance / reference:.3f}"])
+            stored, distance, elsewhere, spearman = found[method.name, keep]
+            shares = [f"{distance / own:.3f}", f"{elsewhere / other:.3f}" if unseen else "-"]
+            table.append([method.name, keep, stored, distance, elsewhere, spearman, *shares])
     show(
         "sentence encoder, STS-B dev",
-        ["method", "keep", "stored parameters", "1 - cosine", "Spearman", "1 - cosine / drone"],
+        [
+            "method",
+            "keep",
+            "stored parameters",
+            "1 - cosine",
+            "unseen sets",
+            "Spearman",
+            "1 - cosine / drone",
+            "unseen sets / drone",
+        ],
         table,
         options.output,
     )

@@ -24,7 +24,7 @@ DEFAULT_WINDOWS = 128
 DEFAULT_TEXTS = 1_024
 """Texts, or pairs of texts, that every other model reads."""
 
-REFINED = 8
+REFINED = 3
 """Times as many windows or texts, which a refinement reads."""
 
 DEFAULT_TOKENS = 512

@@ -3,6 +3,7 @@
 import io
 
 import pytest
+from huggingface_hub.utils import enable_progress_bars
 
 from eckart import progress
 from eckart.progress import Outlook, Stage, describe_seconds, show_bar
@@ -141,6 +142,7 @@ def open_terminal(monkeypatch):
     """Called in the test itself: pytest puts its own streams in place after the fixtures are made."""
 
     def open_one():
+        enable_progress_bars()  # a command that has run elsewhere in this process may have switched them off
         stream = Terminal()
         monkeypatch.setattr("sys.stderr", stream)
         return stream

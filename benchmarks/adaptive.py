@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from common import show
 from survey import tasks
-from survey_jobs import Task, compressed, in_fresh_process, scored, tuned
+from survey_jobs import Task, compressed, fine_tuned, in_fresh_process, scored, tuned
 from transformers import AutoTokenizer
 
 import eckart
@@ -34,17 +34,14 @@ from eckart.data import load_task
 from eckart.data.padding import collate, encode
 from eckart.evaluation.sizes import measure_multiply_adds
 
-COLUMNS = ["model", "accuracy", "points below dense", "multiply-adds a row", "fewer than dense",
+COLUMNS = ["task", "model", "accuracy", "points below dense", "multiply-adds a row", "fewer than dense",
            "faster, batch 1", "faster, batch 32"]  # fmt: skip
 
 
 def made(task: Task, options: argparse.Namespace) -> dict[str, Path]:
     """Name of each row -> its folder; what is not there is made."""
     work: Path = options.work
-    dense = work / f"{task.name}-dense"
-    if not dense.is_dir():
-        settings = {"recovery": "full", "learning_rate": 1e-4, "seed": options.seed, "batch_size": 32}
-        in_fresh_process(tuned, task.model, dense, task, settings, None, options.dense_steps)
+    dense = fine_tuned(task, work, options.dense_steps, options.seed)
     factored = work / f"{task.name}-eckart-{options.keep}"
     if not factored.is_dir():
         in_fresh_process(
@@ -133,21 +130,26 @@ def main() -> None:
     options = parser.parse_args()
     options.gpt2 = options.llama = options.texts = None
     options.work.mkdir(parents=True, exist_ok=True)
+    rows: list[list[Any]] = []
     for task in tasks(options):
         folders = made(task, options)
         found = in_fresh_process(measured, folders, task, options)
-        rows: list[list[Any]] = []
-        for name, folder in folders.items():
-            score = in_fresh_process(scored, folder, folders["dense"], task, options.tokens, 0)["score"]
+        scores = {
+            name: in_fresh_process(scored, folder, folders["dense"], task, options.tokens, 0)["score"]
+            for name, folder in folders.items()
+        }
+        for name, score in scores.items():
             one, whole = found[name], found["dense"]
             ratios = [whole[size] / one[size] if size in one else "-" for size in (1, 32)]
-            below = 100 * (rows[0][1] - score) if rows else 0.0
+            below = 100 * (scores["dense"] - score)
             million = f"{one['multiply_adds'] / 1e6:.0f} M"
-            rows.append([name, score, below, million, whole["multiply_adds"] / one["multiply_adds"], *ratios])
-        show(f"{task.name}: less for easy inputs", COLUMNS, rows, options.output)
+            rows.append(
+                [task.name, name, score, below, million, whole["multiply_adds"] / one["multiply_adds"], *ratios]
+            )
         for name, one in found.items():
             if one["words"]:
                 print(f"{name}: {'; '.join(one['words'])}")
+    show("less for easy inputs", COLUMNS, rows, options.output)
 
 
 if __name__ == "__main__":

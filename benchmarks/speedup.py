@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from common import show
 from survey import tasks
-from survey_jobs import BATCH, LENGTH, compressed, in_fresh_process, scored, tuned
+from survey_jobs import BATCH, LENGTH, compressed, fine_tuned, in_fresh_process, scored
 
 COLUMNS = ["task", "model", "accuracy", "points below dense", "speed-up asked", "speed-up measured", "kept", "forms"]
 
@@ -50,10 +50,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     rows: list[list[Any]] = []
     for task in tasks(options):
-        dense = options.work / f"{task.name}-dense"
-        if not dense.is_dir():
-            settings = {"recovery": "full", "learning_rate": 1e-4, "seed": options.seed, "batch_size": 32}
-            in_fresh_process(tuned, task.model, dense, task, settings, None, options.dense_steps)
+        dense = fine_tuned(task, options.work, options.dense_steps, options.seed)
         before = in_fresh_process(scored, dense, dense, task, options.tokens, 0)
         folder = options.work / f"{task.name}-fast"
         asked = {"speedup": options.speedup, "latency_batch_size": BATCH, "latency_length": LENGTH}

@@ -114,6 +114,15 @@ def tuned(source: Path, output: Path, task: Task, options: dict[str, Any], teach
     eckart.tune(recipe.model, recipe=recipe, output_dir=output, restart=True)
 
 
+def fine_tuned(task: Task, work: Path, steps: int, seed: int) -> Path:
+    """The folder of the encoder that has learned a task; it is made once."""
+    folder = work / f"{task.name}-dense"
+    if not folder.is_dir():
+        settings = {"recovery": "full", "learning_rate": 1e-4, "seed": seed, "batch_size": 32}
+        in_fresh_process(tuned, task.model, folder, task, settings, None, steps)
+    return folder
+
+
 def rounded(dense: Path, output: Path) -> int:
     """The model with its sites rounded to int8, saved as it computes; returns the bytes that storing int8 takes."""
     model = eckart.load(dense, dtype=torch.float32)

@@ -106,10 +106,11 @@ class OutputMetricSource:
             LayerwiseError: some of the text takes another way through the model than the example.
         """
         metrics = OutputMetrics(store)
-        if ALL in self.processes.broadcast(({}, {"there": store.entries(STAGE)}))[1]["there"]:
+        there = self.processes.broadcast(({}, {"there": store.entries(STAGE)}))[1]["there"]
+        if ALL in there:
             return metrics, []
         try:
-            reason = self._why_not()
+            reason = self.why_no_backward()
         except LayerwiseError as error:
             reason = f"it cannot be run backwards block by block ({error})"
         if reason is not None:
@@ -118,13 +119,18 @@ class OutputMetricSource:
         for step, fisher in gather_output_fisher(runner, show_steps):
             sums = {} if fisher is None else {"fisher": fisher}
             self.processes.all_reduce(sums)
-            if sums and float(sums["fisher"].diagonal().sum()) > 0:
+            known = self.processes.main and str(step) in there  # of a run that was interrupted on its way back
+            if not known and sums and float(sums["fisher"].diagonal().sum()) > 0:
                 keep(str(step), {"factor": metric_factor(sums["fisher"]).cpu()})
         keep(ALL, {})
         return metrics, []
 
-    def _why_not(self) -> str | None:
-        """What keeps a gradient from the blocks of the example, or None."""
+    def why_no_backward(self) -> str | None:
+        """What keeps gradients from the blocks of the example, or None.
+
+        Raises:
+            LayerwiseError: the model cannot be run backwards block by block.
+        """
         runner = self._with_loss(self.start([self.example]))
 
         def backward() -> None:

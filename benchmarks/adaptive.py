@@ -48,10 +48,11 @@ def made(task: Task, options: argparse.Namespace) -> dict[str, Path]:
             compressed, dense, factored, task, {"method": "eckart", "keep": options.keep}, options.samples, options.seed
         )
     found = {}
-    for name, source in (("dense", dense), (f"eckart, keep {options.keep}", factored)):
+    sources = ("dense", dense, options.skip), (f"eckart, keep {options.keep}", factored, options.skip_factored)
+    for name, source, skip in sources:
         fewer, early, both = (source.with_name(f"{source.name}-{kind}") for kind in ("skipping", "exit", "both"))
         skipping = {
-            "recovery": "token-skipping", "recovery_option": (f"speedup={options.skip}",), "seed": options.seed,
+            "recovery": "token-skipping", "recovery_option": (f"speedup={skip}",), "seed": options.seed,
             "learning_rate": 5e-5, "batch_size": 32,
         }  # fmt: skip
         if not fewer.is_dir():
@@ -118,6 +119,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.35, help="of the linear layers, in the factored model")
     parser.add_argument("--max-drop", type=float, default=0.5, help="points that exits may lose where they are chosen")
     parser.add_argument("--skip", type=float, default=1.5, help="speed-up that token skipping is asked for")
+    parser.add_argument("--skip-factored", type=float, default=1.2, help="the same, of the factored model itself")
     parser.add_argument("--steps", type=int, default=220, help="of token skipping, of 32 rows")
     parser.add_argument("--dense-steps", type=int, default=650, help="of fine-tuning the encoder")
     parser.add_argument("--rows", type=int, default=16, help="of a step; pairs: half as many")

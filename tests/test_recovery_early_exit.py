@@ -24,7 +24,13 @@ from eckart.evaluation.sizes import measure_multiply_adds
 from eckart.exports.densify import densify
 from eckart.recovery import EarlyExitRecovery
 from eckart.recovery.base import RecoveryContext
-from eckart.recovery.exits.choose import choose_point, list_points, measure_quality
+from eckart.recovery.exits.choose import (
+    ExitPoint,
+    choose_point,
+    list_points,
+    measure_error,
+    measure_quality,
+)
 from eckart.recovery.exits.heads import head_loss, train_head
 from eckart.recovery.exits.states import ExitStates, find_blocks, record_states, try_exits
 from eckart.recovery.recipe import TuneRecipe
@@ -102,9 +108,41 @@ def test_points_say_what_each_threshold_brings_and_costs():
     assert "speedup 9 is not reached: 4" in note
     least, note = choose_point(points, 200.0, speedup=None, max_drop=1.0)
     assert least.quality == 100.0
-    assert "more than 1 points: 100" in note
+    assert "may lose more than 1 points: 100 with" in note
+    # The second head is wrong on one row of four: one standard error of that is a quarter as well.
+    assert [(point.quality, point.error) for point in points if point.left == (0.5, 0.5, 0.0)] == [(75.0, 25.0)]
     patient = make_points("patience")
     assert [(point.threshold, point.left) for point in patient] == [(1.0, (0.0, 0.75, 0.25))]
+
+
+def test_a_threshold_that_is_good_by_chance_is_not_taken():
+    def point(speedup, quality, error):
+        return ExitPoint(speedup, None, quality, error, speedup, ())
+
+    # Slowest first; of the third as many answers have become right as wrong.
+    points = [point(1.0, 80.0, 0.0), point(1.2, 79.8, 0.2), point(1.9, 80.0, 1.1), point(2.5, 79.6, 0.3)]
+    for drop, expected in ((0.3, 1.0), (0.5, 1.2), (0.8, 2.5)):
+        best, note = choose_point(points, 80.0, speedup=None, max_drop=drop)
+        assert (best.speedup, note) == (expected, None)
+    assert choose_point(points, 80.0, speedup=1.1, max_drop=None)[0].speedup == 1.9
+    least, note = choose_point(points[2:], 80.0, speedup=None, max_drop=0.5)
+    assert least.speedup == 2.5
+    assert "may lose more than 0.5 points: 0.4 with a standard error of 0.3 is the least" in note
+
+
+def test_standard_errors_count_the_answers_that_differ_in_being_right():
+    whole = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
+    answers = torch.tensor([[0, 1.0], [1, 0], [1, 0], [0, 1]])  # one wrong that was right, one right that was wrong
+    labels = torch.tensor([0, 0, 0, 0])
+    assert measure_quality(answers, whole, labels, SINGLE) == measure_quality(whole, whole, labels, SINGLE) == 50
+    assert measure_error(answers, whole, labels, SINGLE) == pytest.approx(100 * 2**0.5 / 4)
+    assert measure_error(whole, whole, labels, SINGLE) == 0
+    three = torch.tensor([[1.0, 0, -1], [0, 1, -1], [0, 1, 2], [0, 1, -1]])
+    kinds = torch.tensor([2, 2, 2, 2])  # answers that are wrong in another way change nothing
+    assert measure_error(three[[1, 1, 2, 3]], three, kinds, SINGLE) == 0
+    assert measure_error(three[[1, 1, 0, 3]], three, kinds, SINGLE) == 25
+    assert measure_error(answers, whole, None, "multi_label_classification") == 100 * 2**0.5 / 4
+    assert measure_error(answers, whole, None, "regression") == 0
 
 
 def test_qualities_are_accuracy_agreement_and_correlation():

@@ -47,7 +47,7 @@ class EarlyExitRecovery(ClosedFormRecovery):
             Zhou et al., NeurIPS 2020), which is what a regression has. "" for entropy, in a regression for patience.
         speedup: multiply-adds of the whole model for each one that is done, a mean over held-out rows.
         max_drop: points of held-out accuracy (or agreement with the whole model, or correlation times 100) that may be
-            lost; 0.5 where none of the three is given.
+            lost, a standard error of what is lost included; 0.5 where none of the three is given.
         threshold: of the rule.
         tolerance: numbers of a regression that differ by less agree; goes with `threshold`.
         pooling: what a head reads: the "first" token, or the "mean" of all; "" for what heads learn better from,

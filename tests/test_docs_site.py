@@ -209,6 +209,17 @@ def test_readme_is_one_screen_and_its_numbers_are_those_of_the_tables():
     assert f"**{fast}** times as fast" in text
 
 
+def test_table_of_the_readme_has_every_family_with_a_command_that_exists():
+    rows = dict(re.findall(r"^\| ([^|`]+) \|[^|]+\| (`eckart .*) \|$", (ROOT / "README.md").read_text(), re.M))
+    families = ("truncated SVD", "Noach & Goldberg", "DRONE", "FWSVD", "KnGPT2", "LoSparse", "DSEE", "SAFE",
+                "Basis Sharing", "Sandwich", "pruning", "quantisation", "distillation", "early exit",
+                "token skipping")  # fmt: skip
+    assert [each for each in families if not any(each in row for row in rows)] == []
+    for cell in rows.values():
+        for command in re.findall(r"`([^`]+)`", cell):
+            assert list(run_docs.check_bash(command)) == []
+
+
 def test_picture_is_that_of_the_tables():
     text = draw_results.TABLES.read_text()
     drawing = "\n".join(draw_results.draw(*draw_results.read_points(text))) + "\n"

@@ -13,9 +13,10 @@ from torch import nn
 from tuning_problem import QUICK, accuracy, batch, bert, bert_config, gpt2, reader, train, tuning_folders
 
 import eckart
-from eckart.adaptive import attach, behaviors_of
+from eckart.adaptive import attach, behaviors_of, detach
 from eckart.adaptive.token_skipping import TokenSkipping
 from eckart.errors import ModelError, UsageError
+from eckart.forms.transformers_internals import attention_of
 from eckart.linalg import relative
 from eckart.recovery import make_recovery
 from eckart.recovery.skipping.costs import BlockCost
@@ -270,6 +271,7 @@ def test_a_speedup_beyond_the_blocks_is_refused():
 
 def test_without_a_wished_speedup_the_learned_schedule_is_taken():
     model = deep()
+    assert attention_of(model.config) == "sdpa"
     recovery = TokenSkippingRecovery(speedup=0.0, penalty=5.0)
     prepare_model_with(recovery, model, deep(), 20)
     train(model, recovery, 20, deep())
@@ -277,6 +279,10 @@ def test_without_a_wished_speedup_the_learned_schedule_is_taken():
     assert report["levels"] == report["learned"]
     assert math.isfinite(report["speedup"])
     assert report["speedup"] > 1
+    finished = recovery.finish(model)
+    assert attention_of(finished.config) == "eager"  # which shows its maps
+    detach(finished)
+    assert attention_of(finished.config) == "sdpa"
 
 
 # -- folders ---------------------------------------------------------------------------------------------

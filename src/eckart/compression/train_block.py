@@ -1,10 +1,9 @@
 """Train the parameters of one block until its outputs are nearest to what they should be.
 
-    min  sum_t || (f(x~_t) - f_0(x_t)) L ||^2
+    min  sum_t || f(x~_t) - f_0(x_t) ||^2
 
 over all parameters of the block f: f_0 is the original block, x_t what it reads in the original, and x~_t what the
-blocks before it give it, which are smaller already. `L L^T` says which errors of the output matter, see
-:mod:`eckart.compression.output_metrics`. Without it this is the block refinement of AA-SVD (arXiv 2604.02119), with its
+blocks before it give it, which are smaller already. This is the block refinement of AA-SVD (arXiv 2604.02119), with its
 AdamW, warm-up and cosine. What had to be tuned there follows from the block: each parameter's learning rate is a part
 of its own root mean square, in proportion to the block's relative error, and the epoch with the least error on text
 that is not trained on is kept, which may be the one before the first.
@@ -61,7 +60,7 @@ class BlockTraining:
 class BlockFit:
     """Error of a block's output on text that is not trained on: squared, relative to the squares of what it should be.
 
-    Both are taken in the metric of the block. Of the last block, the mean distance of the model's outputs.
+    Of the last block, the mean distance of the model's outputs.
 
     Attributes:
         before: the training.

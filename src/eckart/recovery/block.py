@@ -39,12 +39,10 @@ from eckart.storage.store import EntryStore, MemoryStore
 
 @dataclass
 class Block(ClosedFormRecovery):
-    """`min || (f(x~) - f_0(x)) L ||^2` over all parameters of each block f, the first block first.
+    """`min || f(x~) - f_0(x) ||^2` over all parameters of each block f, the first block first.
 
-    f_0 and x are the teacher's block and what it reads, x~ what the student's trained blocks before f give it, and
-    `L L^T` the Fisher information of what the teacher's block puts out: errors count by what they change in the
-    teacher's predictions. The last block of a model that predicts each token is trained on the KL of its predictions
-    instead.
+    f_0 and x are the teacher's block and what it reads, x~ what the student's trained blocks before f give it. The last
+    block of a model that predicts each token is trained on the KL of its predictions instead.
 
     Attributes:
         epochs: over the text, for each block.

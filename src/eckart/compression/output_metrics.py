@@ -106,11 +106,10 @@ class OutputMetricSource:
             LayerwiseError: some of the text takes another way through the model than the example.
         """
         metrics = OutputMetrics(store)
-        there = self.processes.broadcast(({}, {"there": store.entries(STAGE)}))[1]["there"]
-        if ALL in there:
+        if ALL in self.processes.broadcast(({}, {"there": store.entries(STAGE)}))[1]["there"]:
             return metrics, []
         try:
-            reason = self.why_no_backward()
+            reason = self._why_not()
         except LayerwiseError as error:
             reason = f"it cannot be run backwards block by block ({error})"
         if reason is not None:
@@ -119,18 +118,13 @@ class OutputMetricSource:
         for step, fisher in gather_output_fisher(runner, show_steps):
             sums = {} if fisher is None else {"fisher": fisher}
             self.processes.all_reduce(sums)
-            known = self.processes.main and str(step) in there  # of a run that was interrupted on its way back
-            if not known and sums and float(sums["fisher"].diagonal().sum()) > 0:
+            if sums and float(sums["fisher"].diagonal().sum()) > 0:
                 keep(str(step), {"factor": metric_factor(sums["fisher"]).cpu()})
         keep(ALL, {})
         return metrics, []
 
-    def why_no_backward(self) -> str | None:
-        """What keeps gradients from the blocks of the example, or None.
-
-        Raises:
-            LayerwiseError: the model cannot be run backwards block by block.
-        """
+    def _why_not(self) -> str | None:
+        """What keeps a gradient from the blocks of the example, or None."""
         runner = self._with_loss(self.start([self.example]))
 
         def backward() -> None:

@@ -19,7 +19,7 @@ from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.context import CompressionContext
 from eckart.compression.measure import measure_quality
 from eckart.compression.output_metrics import STAGE as METRICS
-from eckart.compression.output_metrics import OutputMetricSource
+from eckart.compression.output_metrics import OutputMetrics, OutputMetricSource
 from eckart.compression.recipe import Recipe
 from eckart.compression.refine_blocks import (
     BlockRefinement,
@@ -80,7 +80,7 @@ def plan_refinement(context: CompressionContext) -> str:
 
     Raises:
         UsageError: there is too little text to hold some of it out, the model cannot be run block by block, or its
-            layers are one and the same block, or no backward pass runs through it.
+            layers are one and the same block.
     """
     data = context.refining
     text = None if data is None else TrainingText.of(data.batches, context.workspace.processes)
@@ -101,11 +101,6 @@ def plan_refinement(context: CompressionContext) -> str:
             f"--refine: the layers of {type(context.model).__name__} are one and the same block, which cannot be "
             "trained for each of them. Leave --refine out, and train the result as a whole instead: eckart tune DIR "
             "--recovery distil"
-        )
-    if (why := _why_no_backward(context)) is not None:
-        raise UsageError(
-            f"--refine: no backward pass runs through {type(context.model).__name__} ({why}), and training needs one. "
-            "Leave --refine out."
         )
     epochs = _epochs(context)
     cost = COST * epochs * data.num_tokens / (TRAINING.epochs * _calibrating(context).num_tokens)
@@ -192,9 +187,7 @@ def refine_model(
         try:
             with forward_context(context.model, context.weights, all_blocks(context.model))(None):
                 distance = distance_by_token(context.model, data.batches[0], context.pooling)
-            metrics, notes = _output_metrics(context, seed).gather(
-                context.workspace.store, lambda name, tensors: context.workspace.keep(METRICS, name, tensors, {})
-            )
+            metrics, notes = _output_metrics(context, seed)
             before = _start_runner(context, context.model, context.weights, own, "original")
             now = _start_runner(context, refined, loader, own, "refined")
         except LayerwiseError as error:
@@ -231,27 +224,19 @@ def refine_model(
     return refined, notes
 
 
-def _output_metrics(context: CompressionContext, seed: int) -> OutputMetricSource:
-    """Finds which errors of the original's blocks matter, on the text of the statistics."""
-    processes, data = context.workspace.processes, _calibrating(context)
+def _output_metrics(context: CompressionContext, seed: int) -> tuple[OutputMetrics, list[str]]:
+    """Gather which errors of the original's blocks matter, on the text of the statistics."""
+    workspace, data = context.workspace, _calibrating(context)
 
     def start(batches: Sequence[Batch]) -> LayerwiseRunner:
-        own = CalibrationData(list(batches))
-        return _start_runner(context, context.model, context.weights, own, "backwards", backward=True)
+        return _start_runner(
+            context, context.model, context.weights, CalibrationData(list(batches)), "backwards", backward=True
+        )
 
-    mine = grow_batches(processes.own_part(data.batches), context.calibration.batch_tokens)
+    mine = grow_batches(workspace.processes.own_part(data.batches), context.calibration.batch_tokens)
     example = data.batches[0].rows(0, 1)
-    return OutputMetricSource(context.model, start, mine, example, context.pooling, seed, processes)
-
-
-def _why_no_backward(context: CompressionContext) -> str | None:
-    """Why blocks cannot be trained, or None."""
-    try:
-        return _output_metrics(context, 0).why_no_backward()
-    except (
-        LayerwiseError
-    ):  # some of what lies between the blocks: the blocks themselves are tried when they are trained
-        return None
+    source = OutputMetricSource(context.model, start, mine, example, context.pooling, seed, workspace.processes)
+    return source.gather(workspace.store, lambda name, tensors: workspace.keep(METRICS, name, tensors, {}))
 
 
 def _start_runner(

@@ -134,11 +134,6 @@ class Block(ClosedFormRecovery):
             teacher, start, batches, batches[0].rows(0, 1), context.pooling, context.recipe.seed, Processes()
         )
         with evaluating(teacher):
-            if (why := source.why_no_backward()) is not None:
-                raise ModelError(
-                    f"recovery block: no backward pass runs through {type(teacher).__name__} ({why}), and training "
-                    "needs one. A closed form needs none: --recovery refit"
-                )
             return source.gather(journal, lambda name, tensors: journal.write(METRICS, name, tensors, {}))
 
     def report(self) -> dict[str, Any]:

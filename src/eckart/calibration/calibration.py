@@ -6,7 +6,9 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from eckart.calibration.backward_probe import why_no_backward
@@ -25,16 +27,17 @@ from eckart.calibration.layerwise import (
     split_by_block,
     start_runner,
 )
-from eckart.calibration.losses import Loss, choose_loss, loss_or_output
+from eckart.calibration.losses import Loss, choose_loss
 from eckart.calibration.progress import show_steps
 from eckart.calibration.site_calls import calls_on_common_inputs, group_by_input
 from eckart.calibration.whole_passes import WholePasses, one_example_each
 from eckart.data import Batch, CalibrationData, Pooling
 from eckart.data.explain import explaining
+from eckart.data.inference import forward
 from eckart.distributed import Processes
 from eckart.errors import ModelError
 from eckart.model import WeightLoader
-from eckart.moments import Moments, gather, needs_backward
+from eckart.moments import Moments, Step, gather, needs_backward
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +182,7 @@ def calibrate(
         found.how = passes.description
     else:
         blockwise = runner
-        blockwise.chain.run = loss_or_output(loss.step, model)
+        blockwise.chain.run = _loss_or_output(loss.step, model)
         found.gather = lambda done: _layerwise_windows(found, blockwise, passes, processes, done)
         found.how = f"block by block, {runner.schedule.tail} blocks"
     return found
@@ -236,7 +239,7 @@ def _probe_backward(
                 gather(model, groups, [example], loss.step, needs=needs)
             return
         plain = runner.chain.run
-        runner.chain.run = loss_or_output(loss.step, model)
+        runner.chain.run = _loss_or_output(loss.step, model)
         probe = LayerwiseRunner(
             runner.chain, [example], runner.hidden_states.store, context=context, name="backward probe"
         )
@@ -251,6 +254,15 @@ def _probe_backward(
             loss.step(example)
 
     return why_no_backward(backward, without_gradients, of_labels=loss.name == "labels")
+
+
+def _loss_or_output(step: Step, model: PreTrainedModel) -> Callable[[Batch], Any]:
+    """What runs block by block: the loss where gradients are wanted, else a plain forward."""
+
+    def run(batch: Batch) -> Any:
+        return step(batch) if torch.is_grad_enabled() else forward(model, batch.inputs)
+
+    return run
 
 
 def _not_layerwise(model: object, error: LayerwiseError) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,15 +119,6 @@ def labeled_step(model: PreTrainedModel) -> Step:
         return _finite(labeled_loss(outputs, labels, shifted=shifted), batch)  # counted where they came from
 
     return step
-
-
-def loss_or_output(step: Step, model: PreTrainedModel) -> Callable[[Batch], Any]:
-    """What runs block by block: the loss where gradients are wanted, else a plain forward."""
-
-    def run(batch: Batch) -> Any:
-        return step(batch) if torch.is_grad_enabled() else forward(model, batch.inputs)
-
-    return run
 
 
 def _finite(loss: Tensor, batch: Batch) -> Tensor:

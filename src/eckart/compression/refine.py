@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,13 +13,10 @@ from transformers import PreTrainedModel
 
 from eckart.calibration import show_steps
 from eckart.calibration.forward_context import forward_context
-from eckart.calibration.grow_batches import grow_batches
 from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks, start_runner
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.context import CompressionContext
 from eckart.compression.measure import measure_quality
-from eckart.compression.output_metrics import STAGE as METRICS
-from eckart.compression.output_metrics import OutputMetrics, OutputMetricSource
 from eckart.compression.recipe import Recipe
 from eckart.compression.refine_blocks import (
     BlockRefinement,
@@ -33,7 +30,7 @@ from eckart.compression.refit import resume_step
 from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockFit, BlockTraining
-from eckart.data import Batch, CalibrationData
+from eckart.data import CalibrationData
 from eckart.errors import ModelError, NumericalError, OtherProcessError, UsageError
 from eckart.evaluation.quality import distance_to_original
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
@@ -43,7 +40,7 @@ STAGE = "refined"
 
 TRAINING = BlockTraining()
 
-COST = 9.0
+COST = 8.0
 """How much longer a refinement takes than gathering the statistics, about."""
 
 LEFT_OUT = "the refinement was left out"
@@ -187,18 +184,17 @@ def refine_model(
         try:
             with forward_context(context.model, context.weights, all_blocks(context.model))(None):
                 distance = distance_by_token(context.model, data.batches[0], context.pooling)
-            metrics, notes = _output_metrics(context, seed)
             before = _start_runner(context, context.model, context.weights, own, "original")
             now = _start_runner(context, refined, loader, own, "refined")
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
         work = BlockRefinement(
-            before, now, text, distance, replace(TRAINING, epochs=_epochs(context), seed=seed), processes,
-            metrics.factor,
-        )  # fmt: skip
+            before, now, text, distance, replace(TRAINING, epochs=_epochs(context), seed=seed), processes
+        )
         done = set(context.workspace.finished(STAGE))
         steps = range(now.schedule.tail)
+        notes: list[str] = []
 
         def keep(step: int, values: dict[str, Tensor], fit: BlockFit | None) -> None:
             context.workspace.keep(STAGE, str(step), values, {"fit": vars(fit) if fit is not None else None})
@@ -224,29 +220,12 @@ def refine_model(
     return refined, notes
 
 
-def _output_metrics(context: CompressionContext, seed: int) -> tuple[OutputMetrics, list[str]]:
-    """Gather which errors of the original's blocks matter, on the text of the statistics."""
-    workspace, data = context.workspace, _calibrating(context)
-
-    def start(batches: Sequence[Batch]) -> LayerwiseRunner:
-        return _start_runner(
-            context, context.model, context.weights, CalibrationData(list(batches)), "backwards", backward=True
-        )
-
-    mine = grow_batches(workspace.processes.own_part(data.batches), context.calibration.batch_tokens)
-    example = data.batches[0].rows(0, 1)
-    source = OutputMetricSource(context.model, start, mine, example, context.pooling, seed, workspace.processes)
-    return source.gather(workspace.store, lambda name, tensors: workspace.keep(METRICS, name, tensors, {}))
-
-
 def _start_runner(
     context: CompressionContext,
     model: PreTrainedModel,
     weights: WeightLoader,
     data: CalibrationData,
     name: str,
-    *,
-    backward: bool = False,
 ) -> LayerwiseRunner:
     assert context.refining is not None
     return start_runner(
@@ -258,7 +237,6 @@ def _start_runner(
         context=forward_context(model, weights, all_blocks(model)),
         device=weights.device,
         name=name,
-        backward=backward,
     )
 
 

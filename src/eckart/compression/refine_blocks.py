@@ -100,7 +100,6 @@ class BlockRefinement:
             mend it; None for the distance of what the block puts out.
         training: how.
         processes: share the rows.
-        metrics: step -> L, so that an error e of what its block puts out counts `|| e L ||^2`; None for `|| e ||^2`.
     """
 
     before: LayerwiseRunner
@@ -109,7 +108,6 @@ class BlockRefinement:
     distance: OutputDistance | None = None
     training: BlockTraining = field(default_factory=BlockTraining)
     processes: Processes = field(default_factory=Processes)
-    metrics: Callable[[int], Tensor | None] = lambda _: None
 
     def run(self, steps: Iterable[int], done: Collection[int], keep: Keep) -> None:
         """Train the blocks of steps that follow one another.
@@ -148,11 +146,8 @@ class BlockRefinement:
 
             distance = self.distance if step + 1 == self.now.schedule.tail else None
 
-            metric = self.metrics(step)
-            metric = None if metric is None else metric.to(self.now.device)
-
             def error(batch: Batch) -> tuple[Tensor, Tensor]:
-                return self._error(step, batch, metric)
+                return self._error(step, batch)
 
             def output_error(batch: Batch) -> tuple[Tensor, Tensor]:
                 assert distance is not None
@@ -190,14 +185,11 @@ class BlockRefinement:
         narrow = torch.is_grad_enabled() and self.before.model.dtype == torch.bfloat16
         return torch.autocast(self.now.device.type, torch.bfloat16, enabled=narrow)
 
-    def _error(self, step: int, batch: Batch, metric: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _error(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         target = real_tokens(self.before.kept_stream(step, batch), batch).float()
         with self._mixed_precision():
             found = real_tokens(self.now.run_stream(step, batch), batch).float()
-        wrong = found - target
-        if metric is not None:
-            wrong, target = wrong @ metric, target @ metric
-        return wrong.square().sum(), target.square().sum()
+        return (found - target).square().sum(), target.square().sum()
 
     def _output_error(self, distance: OutputDistance, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():

@@ -16,8 +16,6 @@ from transformers import PreTrainedModel
 from eckart.calibration import show_steps
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import HiddenStateStore, LayerwiseError, LayerwiseRunner, all_blocks, start_runner
-from eckart.compression.output_metrics import STAGE as METRICS
-from eckart.compression.output_metrics import OutputMetrics, OutputMetricSource
 from eckart.compression.refine_blocks import (
     BlockRefinement,
     TrainingText,
@@ -92,10 +90,9 @@ class Block(ClosedFormRecovery):
                 with evaluating(teacher):
                     distance = distance_by_token(teacher, text.batches[0], context.pooling)
                 both = ((teacher, "before"), (model, "now"))
-                before, now = (_start(each, text.batches, store, name) for each, name in both)
+                before, now = (_start(each, text, store, name) for each, name in both)
                 _check_alike(before, now)
-                metrics, notes = self._output_metrics(teacher, context, batches, store, journal)
-                work = BlockRefinement(before, now, text, distance, training, metrics=metrics.factor)
+                work = BlockRefinement(before, now, text, distance, training)
                 steps = now.schedule.steps
 
                 def put(step: int) -> None:
@@ -114,27 +111,12 @@ class Block(ClosedFormRecovery):
                     f"recovery block: {type(model).__name__} cannot be run block by block ({error}). Train it as a "
                     "whole: --recovery distil"
                 ) from error
-        context.notes += [*notes, *left_as_they_are(now)]
+        context.notes += left_as_they_are(now)
         self.tokens = sum(batch.num_tokens for batch in batches)
         self.fits = {
             name: BlockFit(**fit) if (fit := journal.read(STAGE, f"block {step}")[1]["fit"]) else None
             for step, name in enumerate(steps)
         }
-
-    def _output_metrics(
-        self, teacher: PreTrainedModel, context: RecoveryContext, batches: Sequence[Batch], store: HiddenStateStore,
-        journal: EntryStore,
-    ) -> tuple[OutputMetrics, list[str]]:  # fmt: skip
-        """Gather which errors of the teacher's blocks matter."""
-
-        def start(part: Sequence[Batch]) -> LayerwiseRunner:
-            return _start(teacher, part, store, "backwards", backward=True)
-
-        source = OutputMetricSource(
-            teacher, start, batches, batches[0].rows(0, 1), context.pooling, context.recipe.seed, Processes()
-        )
-        with evaluating(teacher):
-            return source.gather(journal, lambda name, tensors: journal.write(METRICS, name, tensors, {}))
 
     def report(self) -> dict[str, Any]:
         """How many blocks were trained, and how near their outputs were and are, on text that was not trained on."""
@@ -151,15 +133,13 @@ class Block(ClosedFormRecovery):
         }
 
 
-def _start(
-    model: PreTrainedModel, batches: Sequence[Batch], store: HiddenStateStore, name: str, *, backward: bool = False
-) -> LayerwiseRunner:
+def _start(model: PreTrainedModel, text: TrainingText, store: HiddenStateStore, name: str) -> LayerwiseRunner:
     weights = WeightLoader(model, None)
     blocks = all_blocks(model)
     inside = [f"{block}.{part}" for block in blocks for part, _ in model.get_submodule(block).named_children()]
     return start_runner(
-        model, inside, batches, batches[0].rows(0, 1), store, context=forward_context(model, weights, blocks),
-        device=weights.device, name=name, backward=backward,
+        model, inside, text.batches, text.batches[0].rows(0, 1), store,
+        context=forward_context(model, weights, blocks), device=weights.device, name=name,
     )  # fmt: skip
 
 

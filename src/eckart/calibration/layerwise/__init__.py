@@ -19,7 +19,6 @@ from eckart.calibration.layerwise.gather import (
 )
 from eckart.calibration.layerwise.hidden_states import HiddenStateStore
 from eckart.calibration.layerwise.kept_tensors import KeptTensors, replaying
-from eckart.calibration.layerwise.output_fisher import gather_output_fisher
 from eckart.calibration.layerwise.runner import LayerwiseRunner
 from eckart.calibration.layerwise.start import start_runner
 from eckart.calibration.layerwise.trace import trace_blocks
@@ -37,7 +36,6 @@ __all__ = [
     "block_of",
     "blocks_of",
     "gather_layerwise",
-    "gather_output_fisher",
     "groups_to_gather",
     "replaying",
     "run_branches",

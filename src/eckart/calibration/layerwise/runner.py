@@ -153,12 +153,6 @@ class LayerwiseRunner:
         stream = self.chain.structures[step].stream
         return self.hidden_states.outputs(step, batch)[str(stream)].to(self.device)
 
-    def stream_gradient(self, step: int, batch: BatchLike) -> Tensor | None:
-        """The gradient at what a step gave to the next one, (..., n), once the steps after it have run backwards."""
-        key = f"{step}.{self.chain.structures[step].stream}"
-        found = self.hidden_states.get("gradients", step + 1, batch).get(key)
-        return None if found is None else found.to(self.device)
-
     def run_tail(self, batch: BatchLike, gatherer: Gatherer | None = None, *, backward: bool = False) -> Any:
         """Run what comes after the last block; backwards, the model returns a loss, whose gradients are kept.
 

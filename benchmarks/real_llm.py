@@ -89,12 +89,10 @@ def rows() -> list[Any]:
 
 
 def with_stages(method: Any) -> list[Any]:
-    """A method, with measured curves, and with all stages."""
-    return [
-        method,
-        replace(method, name=f"{method.name} --calibrate-curves", calibrated_curves=True),
-        with_effort(replace(method, name=f"{method.name} --effort best"), "best"),
-    ]
+    """A method, with measured curves, with the stages of the best effort, and with both."""
+    best = with_effort(replace(method, name=f"{method.name} --effort best"), "best")
+    curved = (replace(each, name=f"{each.name} --calibrate-curves", calibrated_curves=True) for each in (method, best))
+    return [method, best, *curved]
 
 
 def read_texts(folder: Path | None) -> tuple[str, str]:

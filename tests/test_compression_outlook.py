@@ -49,17 +49,24 @@ def stages_of(context, method="eckart", published=True, verified=True, **options
     return {stage.name: stage for stage in found}
 
 
+EVERY = {"effort": "best", "calibrate_curves": True}
+
+
 def test_every_stage_is_there_in_the_order_of_the_run_with_a_cost(context):
-    names = [*stages_of(context, effort="best", latency=True, quantize="int8", max_loss="1%")]
+    names = [*stages_of(context, **EVERY, latency=True, quantize="int8", max_loss="1%")]
     assert names == ["statistics", "factors", "curves", "plan", "refit", "refinement", "rounding", "latency",
                      "rounded originals", "publishing"]  # fmt: skip
     assert [*stages_of(context, "svd", published=False)] == ["factors", "quality"]
-    for stage in stages_of(context, effort="best", latency=True, quantize="int8", max_loss="1%").values():
+    for stage in stages_of(context, **EVERY, latency=True, quantize="int8", max_loss="1%").values():
         assert stage.passes + stage.seconds > 0
 
 
 def test_costs_are_in_proportion(context):
-    plain, drone, best = stages_of(context), stages_of(context, "drone"), stages_of(context, effort="best")
+    plain, drone, best = (
+        stages_of(context),
+        stages_of(context, "drone"),
+        stages_of(context, **EVERY),
+    )
     assert plain["statistics"].passes > 2 * drone["statistics"].passes > 0
     assert best["refinement"].passes > 5 * best["statistics"].passes > 5 * best["curves"].passes > 0
     assert 0.5 < plain["refit"].passes / plain["statistics"].passes < 4

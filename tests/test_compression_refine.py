@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import BY_NAME
+from test_calibration_backward import without_backward
 from tiny import DEMO, llama
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -390,6 +391,14 @@ def test_of_more_text_fewer_passes_are_made(
     assert (prepared[0].data.num_examples, prepared[0].refining.num_examples) == (12, read)
     assert f"2 blocks, {passes} times" in "\n".join(told)
     assert result.report["data"]["calibration_examples"] == 12
+
+
+def test_where_no_backward_pass_runs_the_model_stays_and_that_is_said():
+    batches = BY_NAME["llama"].batches(rows=4, count=4)
+    how: dict[str, Any] = {"data": batches, "method": "asvd", "keep": 0.6}
+    result, plain = (eckart.compress(without_backward(), refine=refine, **how) for refine in (True, False))
+    assert any("left out: " in note and "this kernel has no backward pass" in note for note in result.report["notes"])
+    assert all(torch.equal(value, plain.model.state_dict()[key]) for key, value in result.model.state_dict().items())
 
 
 def test_what_is_held_out_is_not_trained_on(model: Any, tokenizer: Any, prepared: Any):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from architectures import BY_NAME
 from folders import model_folders
+from test_calibration_backward import without_backward
 from torch import nn
 from typer.testing import CliRunner
 
@@ -121,5 +122,8 @@ def test_what_cannot_be_trained_is_refused_with_the_reason():
     llama = BY_NAME["llama"]
     with pytest.raises(ModelError, match=r"runs 3 blocks and the student 2.*--teacher MODEL"):
         trained(llama.model(), llama.model(num_hidden_layers=3), load_data(llama.batches(), model=model).batches)
+    bare = without_backward()
+    with pytest.raises(ModelError, match="no backward pass runs .*this kernel has no backward pass"):
+        trained(bare, bare, load_data(llama.batches(4, 4), model=bare).batches)
     with pytest.raises(UsageError, match="epochs must be"):
         Block(epochs=0)

@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
+from eckart.calibration.backward_probe import NO_GRADIENTS
 from eckart.calibration.grow_batches import grow_batches
-from eckart.calibration.layerwise import LayerwiseRunner
+from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner
 from eckart.compression.train_block import BlockFit, BlockTraining, measure_error, train_block
 from eckart.data import Batch, Pooling
 from eckart.distributed import Processes
-from eckart.errors import NumericalError
+from eckart.errors import NumericalError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.forms import Factored
 from eckart.moments import real_tokens
@@ -132,6 +133,9 @@ class BlockRefinement:
         Returns:
             Name in the block -> new value in the stored type, of all parameters that are trained, and how near the
             block is with them. None where there is nothing to train, or it is no nearer.
+
+        Raises:
+            LayerwiseError: no backward pass runs through the block.
         """
         name = self.now.schedule.steps[step]
         block = self.now.model.get_submodule(name)
@@ -158,8 +162,14 @@ class BlockRefinement:
                 wrong, power = measure_error(held, error, self.processes)
                 error, off = output_error, math.sqrt(wrong / power) if power else 0.0
                 training = replace(training, epochs=-(-training.epochs // 2))
-            with torch.enable_grad():
-                fit = train_block(parameters, steps, held, error, training, self.processes, off)
+            try:
+                with torch.enable_grad():
+                    fit = train_block(parameters, steps, held, error, training, self.processes, off)
+            except NO_GRADIENTS as failure:
+                if is_out_of_memory(failure):
+                    raise
+                reason = f"{type(failure).__name__}: {failure}"
+                raise LayerwiseError(f"no backward pass runs through {name}: {reason}") from failure
             if not fit.epoch:
                 return None
             values = {key: _rounded(f"{name}.{key}", p, types[key]) for key, p in copies.items()}

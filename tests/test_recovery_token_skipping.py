@@ -16,6 +16,7 @@ import eckart
 from eckart.adaptive import attach, behaviors_of, detach
 from eckart.adaptive.token_skipping import TokenSkipping
 from eckart.errors import ModelError, UsageError
+from eckart.evaluation.sizes import measure_multiply_adds
 from eckart.forms.transformers_internals import attention_of
 from eckart.linalg import relative
 from eckart.recovery import make_recovery
@@ -174,8 +175,8 @@ def test_it_learns_reaches_the_speedup_and_says_so(rule):
     prepare_model_with(recovery, model, teacher, 40)
     before = recovery._training.learned()
     train(model, recovery, 40, teacher)
-    report = recovery.report()
     finished = recovery.finish(model)
+    report = recovery.report()
     behavior = behaviors_of(finished)["token-skipping"]
     assert behavior.rule == rule
     assert list(behavior.levels) == report["levels"]
@@ -183,6 +184,33 @@ def test_it_learns_reaches_the_speedup_and_says_so(rule):
     assert report["speedup"] == pytest.approx(1.6, rel=0.15)
     assert report["speedup"] == pytest.approx(report["dense_multiply_adds"] / report["multiply_adds"])
     assert accuracy(finished) > 0.8
+
+
+def test_thresholds_reach_the_speedup_after_training_too():
+    teacher = train(bert(num_hidden_layers=4), make_recovery("full"), 20)
+    model = bert(num_hidden_layers=4)
+    model.load_state_dict(teacher.state_dict())
+    recovery = TokenSkippingRecovery(rule="ltp", speedup=1.6, temperature=2.0)
+    prepare_model_with(recovery, model, teacher, 40)
+    train(model, recovery, 40, teacher)
+    fixed, rows = list(recovery._training.levels), list(recovery._batches)
+    assert len(rows) == 8
+    recovery._training.levels = [0.2 * level for level in fixed]  # as if attention had drifted
+    finished = recovery.finish(model)
+    report = recovery.report()
+    assert report["speedup"] == pytest.approx(1.6, rel=0.15)
+
+    alone = [
+        {"input_ids": ids[mask.bool()][None]}
+        for each in rows
+        for ids, mask in zip(each["input_ids"], each["attention_mask"], strict=True)
+    ]
+
+    def run(skip):
+        return measure_multiply_adds(finished, lambda: [finished(**each, skip_tokens=skip) for each in alone])
+
+    with torch.no_grad():
+        assert run(False) / run(True) == pytest.approx(report["speedup"], rel=0.1)
 
 
 def prepare_model_with(recovery, model, teacher, steps):

@@ -140,10 +140,12 @@ class TokenSkippingRecovery(Distil):
     def loss(self, outputs: Any, teacher_outputs: Any, batch: Mapping[str, Tensor], task_loss: Tensor) -> Tensor:
         """The distillation's, and what is left of the tokens while that is learned."""
         total = super().loss(outputs, teacher_outputs, batch, task_loss)
-        if self._training.levels is not None:
+        if self._training.levels is not None and self.rule != "ltp":
             return total
         inputs = {name: value.detach() for name, value in batch.items() if name != "labels"}
         self._batches = [*self._batches, inputs][-WATCHED:]
+        if self._training.levels is not None:
+            return total
         self._lengths = [*self._lengths, *self._training.kept_before().tolist()][-LENGTHS:]
         return total + self.penalty * self._training.penalty()
 
@@ -166,6 +168,8 @@ class TokenSkippingRecovery(Distil):
 
     def finish(self, model: PreTrainedModel) -> PreTrainedModel:
         """Take the masks off: tokens leave the sequence instead."""
+        if self.rule == "ltp" and self.speedup and self._batches:
+            self._reach_again(model)
         levels = self._training.levels
         assert levels is not None
         self._training.uninstall(model)
@@ -217,6 +221,22 @@ class TokenSkippingRecovery(Distil):
         self._batches = []
         self._report |= {"learned": learned, "tried": tried, "chosen": best, **tried[best]}
         self._report |= {"multiply_adds": whole / tried[best]["speedup"], "dense_multiply_adds": whole}
+
+    def _reach_again(self, model: nn.Module) -> None:
+        """Bring thresholds to the wished speed-up again: training has changed what they let through."""
+        levels = self._training.levels
+        assert levels is not None
+
+        def cost(levels: list[float]) -> float:
+            return self._cost.mean(self._read(model, levels))
+
+        whole = cost([0.0] * len(levels))
+        levels = reach(raised(levels), cost, whole / self.speedup, halvings=10)
+        reached = cost(levels)
+        self._report |= {
+            "levels": levels, "speedup": whole / reached, "multiply_adds": reached, "dense_multiply_adds": whole,
+        }  # fmt: skip
+        self._training.levels, self._batches = levels, []
 
     def _candidates(self, model: nn.Module, learned: list[float], whole: float) -> dict[str, list[float]]:
         """Levels to try, of the wished speed-up."""

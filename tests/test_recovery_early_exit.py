@@ -28,8 +28,8 @@ from eckart.recovery.exits.choose import (
     ExitPoint,
     choose_point,
     list_points,
-    measure_error,
     measure_quality,
+    measure_standard_error,
 )
 from eckart.recovery.exits.heads import head_loss, train_head
 from eckart.recovery.exits.states import ExitStates, find_blocks, record_states, try_exits
@@ -135,14 +135,14 @@ def test_standard_errors_count_the_answers_that_differ_in_being_right():
     answers = torch.tensor([[0, 1.0], [1, 0], [1, 0], [0, 1]])  # one wrong that was right, one right that was wrong
     labels = torch.tensor([0, 0, 0, 0])
     assert measure_quality(answers, whole, labels, SINGLE) == measure_quality(whole, whole, labels, SINGLE) == 50
-    assert measure_error(answers, whole, labels, SINGLE) == pytest.approx(100 * 2**0.5 / 4)
-    assert measure_error(whole, whole, labels, SINGLE) == 0
+    assert measure_standard_error(answers, whole, labels, SINGLE) == pytest.approx(100 * 2**0.5 / 4)
+    assert measure_standard_error(whole, whole, labels, SINGLE) == 0
     three = torch.tensor([[1.0, 0, -1], [0, 1, -1], [0, 1, 2], [0, 1, -1]])
     kinds = torch.tensor([2, 2, 2, 2])  # answers that are wrong in another way change nothing
-    assert measure_error(three[[1, 1, 2, 3]], three, kinds, SINGLE) == 0
-    assert measure_error(three[[1, 1, 0, 3]], three, kinds, SINGLE) == 25
-    assert measure_error(answers, whole, None, "multi_label_classification") == 100 * 2**0.5 / 4
-    assert measure_error(answers, whole, None, "regression") == 0
+    assert measure_standard_error(three[[1, 1, 2, 3]], three, kinds, SINGLE) == 0
+    assert measure_standard_error(three[[1, 1, 0, 3]], three, kinds, SINGLE) == 25
+    assert measure_standard_error(answers, whole, None, "multi_label_classification") == 100 * 2**0.5 / 4
+    assert measure_standard_error(answers, whole, None, "regression") == 0
 
 
 def test_qualities_are_accuracy_agreement_and_correlation():

@@ -57,8 +57,7 @@ class Recipe(RecipeBase):
     effort: Effort = Field(
         "default",
         description="Which stages follow the statistics and the factors. fast: none. default: those of the method. "
-        "best: the refit and the refinement, about ten times the work. Options of single stages come "
-        "first.",
+        "best: the refit and the refinement, about ten times the work. Options of single stages come first.",
     )
     refit: bool | None = Field(
         None,

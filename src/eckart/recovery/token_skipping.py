@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -214,7 +215,7 @@ class TokenSkippingRecovery(Distil):
         whole = self._cost.mean(self._all_kept())
         tried: dict[str, dict[str, Any]] = {}
         for name, levels in self._candidates(model, learned, whole).items():
-            reached = self._cost.mean(self._read(model, levels))
+            reached = self._cost_at(model, levels)
             tried[name] = {"levels": levels, "distance": self._distance(model, levels), "speedup": whole / reached}
         best = min(tried, key=lambda name: float(tried[name]["distance"]))
         self._training.levels = tried[best]["levels"]
@@ -227,9 +228,7 @@ class TokenSkippingRecovery(Distil):
         levels = self._training.levels
         assert levels is not None
 
-        def cost(levels: list[float]) -> float:
-            return self._cost.mean(self._read(model, levels))
-
+        cost = partial(self._cost_at, model)
         whole = cost([0.0] * len(levels))
         levels = reach(raised(levels), cost, whole / self.speedup, halvings=10)
         reached = cost(levels)
@@ -243,9 +242,7 @@ class TokenSkippingRecovery(Distil):
         if not self.speedup:
             return {"learned": learned}
 
-        def cost(levels: list[float]) -> float:
-            return self._cost.mean(self._read(model, levels))
-
+        cost = partial(self._cost_at, model)
         wished = whole / self.speedup
         if self.rule == "ltp":
             shapes = {"learned": learned, "rising": self._training.start().tolist()}
@@ -283,6 +280,10 @@ class TokenSkippingRecovery(Distil):
 
     def _all_kept(self) -> Tensor:
         return torch.tensor(self._lengths)[:, None].expand(-1, len(self._places.blocks))
+
+    def _cost_at(self, model: nn.Module, levels: list[float]) -> float:
+        """Multiply-adds of a row, a mean over the rows that were kept."""
+        return self._cost.mean(self._read(model, levels))
 
     def _read(self, model: nn.Module, levels: list[float]) -> Tensor:
         """Tokens that each block reads, (rows, blocks)."""

@@ -74,7 +74,7 @@ def find_right(answers: Tensor, logits: Tensor, labels: Tensor | None, problem: 
     return answers.argmax(-1) == truth
 
 
-def measure_error(answers: Tensor, logits: Tensor, labels: Tensor | None, problem: str) -> float:
+def measure_standard_error(answers: Tensor, logits: Tensor, labels: Tensor | None, problem: str) -> float:
     """Standard error of the difference of two qualities, see :class:`ExitPoint`; arguments as of measure_quality."""
     if problem == "regression":
         return 0.0
@@ -111,7 +111,7 @@ def list_points(
     for threshold, tolerance in _candidates(given, rule, problem) if candidates is None else candidates:
         at = find_exits(given, rule=rule, threshold=threshold, problem=problem, tolerance=tolerance)
         quality = measure_quality(every[at, rows], logits, labels, problem)
-        error = measure_error(every[at, rows], logits, labels, problem)
+        error = measure_standard_error(every[at, rows], logits, labels, problem)
         left = torch.bincount(at, minlength=len(every)).double() / len(rows)
         points.append(
             ExitPoint(threshold, tolerance, quality, error, whole / float(costs[rows, at].sum()), tuple(left.tolist()))

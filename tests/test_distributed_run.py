@@ -13,7 +13,9 @@ from tiny import Done, Server, Workdir, llama, place, published, text
 from torch import Tensor
 
 import eckart
+from eckart.compression.open_workspace import remove_other_journals
 from eckart.model import dense_weight, factored_modules
+from eckart.storage.journal import Journal
 from eckart.storage.lock import OutputLock
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
@@ -275,6 +277,18 @@ def test_processes_that_have_stored_different_entries_resume(worlds, tmp_path):
     shutil.rmtree(tmp_path / "out.rank1.partial")
     done = worlds.finish(case, tmp_path)
     assert done[0]["Journal.write"] == 0
+
+
+def test_main_process_removes_no_journal_of_a_process_that_still_runs(tmp_path):
+    """Each process removes its own at the end; two that removed one folder at the same time left it behind."""
+    for rank in (1, 2, 10):
+        Journal.open(tmp_path / f"out.rank{rank}", {"process": rank})
+    foreign = tmp_path / "out.rank3.partial"
+    foreign.mkdir()
+    remove_other_journals(tmp_path / "out", at_least=2)
+    assert listed(tmp_path) == ["out.rank1.partial", foreign.name]
+    remove_other_journals(tmp_path / "out")
+    assert listed(tmp_path) == [foreign.name]
 
 
 def test_unfinished_run_refuses_other_arguments_resumes_and_restarts(worlds, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def open_workspace(
         yield Workspace(processes=processes), f"in memory, as a whole: {size or estimate.whole}"  # type: ignore[union-attr]
         if processes.main:
             remove_unfinished(target)
-            _remove_others(target)
+            remove_other_journals(target)
         return
     journal = _open_journal(folder, target, recipe, processes, restart)
     try:
@@ -93,8 +94,8 @@ def open_workspace(
         raise
     cache.close()
     journal.remove()
-    if processes.main:
-        _remove_others(target)
+    if processes.main:  # the others of this run remove their own, perhaps at this moment
+        remove_other_journals(target, at_least=processes.size)
 
 
 def _open_journal(folder: Path, target: Path, recipe: Recipe, processes: Processes, restart: bool) -> Journal:
@@ -103,15 +104,16 @@ def _open_journal(folder: Path, target: Path, recipe: Recipe, processes: Process
     key = _run_key(folder, recipe, processes)
     with processes.failing_together():  # before any of them begins anew
         if restart and processes.main:
-            _remove_others(target)
+            remove_other_journals(target)
     with processes.failing_together():
         return Journal.open(place, key, restart=restart)
 
 
-def _remove_others(target: Path) -> None:
-    """Remove journals of the other processes of an earlier run, which may have had more of them."""
-    for folder in target.parent.glob(f"{target.name}.rank*.partial"):
-        if (folder / KEY_FILE).is_file():
+def remove_other_journals(target: Path, at_least: int = 1) -> None:
+    """Remove journals of other processes of an earlier run, which may have had more of them: from which rank on."""
+    for folder in target.parent.glob(f"{glob.escape(target.name)}.rank*.partial"):
+        rank = folder.name.removeprefix(f"{target.name}.rank").removesuffix(".partial")
+        if rank.isdecimal() and int(rank) >= at_least and (folder / KEY_FILE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
 
 

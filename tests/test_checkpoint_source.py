@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 
 from eckart.checkpoint import source
@@ -324,6 +329,19 @@ def test_distributed_checkpoint(single):
 def test_already_factored(single):
     configure(single, quantization_config={"quant_method": "eckart", "format_version": 1, "modules": {}})
     refused(single, str(single), "quant_method", "original", "eckart.densify", error=ModelError)
+    said = refused(single, "Inspect the original model instead.", error=ModelError, purpose="inspect")
+    assert "ompress the" not in said
+    (single / "eckart").mkdir()
+    (single / "eckart" / "report.json").write_text("{}")
+    refused(single, f"or see what this folder holds: eckart report {single}", error=ModelError, purpose="inspect")
+
+
+def test_what_is_inspected_is_not_told_to_be_compressed(single):
+    described = {"quant_method": "eckart", "adaptive": {"behaviors": {"early-exit": {}}}}
+    for given in (described, {"quant_method": "gptq"}):
+        configure(single, quantization_config=given)
+        assert "Compress the" in refused(single, error=ModelError)
+        assert "ompress" not in refused(single, "Inspect the", error=ModelError, purpose="inspect")
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -375,6 +393,24 @@ def unresolved(name: str, *words: str) -> None:
 def test_a_name_that_no_path_can_have():
     with pytest.raises(CheckpointError, match="too long for a path"):
         resolve("x" * 300)
+
+
+@pytest.mark.parametrize("name", ["encodr", "./encodr", "ENCODER"])
+def test_a_name_that_is_nowhere_is_told_without_names_of_errors_and_with_the_nearest(name, single, monkeypatch):
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("not there")
+
+    monkeypatch.setattr(source, "snapshot_download", fail)
+    monkeypatch.chdir(single.parent)
+    single.rename("encoder")
+    Path("encodr.txt").touch()
+    with pytest.raises(CheckpointError) as caught:
+        resolve(name)
+    assert "Did you mean encoder?" in str(caught.value)
+    assert "Error" not in str(caught.value)
+    with pytest.raises(CheckpointError) as caught:
+        resolve("quite-another")
+    assert "Did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "a/b/c", "..", "~no-such-user/model", "org/"])

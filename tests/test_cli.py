@@ -1,8 +1,11 @@
 """The command line, in this process; what must hold in a fresh process is tried in one."""
 
+import html
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -198,10 +201,48 @@ def test_compress_follows_an_edited_plan(cli, folder, published, tmp_path):
     assert (rows[second]["form"], rows[second]["rank"]) == ("lowrank", 3)
 
 
+def command_of(published: Path) -> list[str]:
+    """The command on a page that makes its folder again, and above it what has to be known for it."""
+    page = html.unescape((published / "eckart/report.html").read_text())
+    comments, command = re.search(r"((?:# .*\n)+)(eckart compress .*--output-dir [\w.-]+)", page).groups()
+    return [comments, *shlex.split(command)[1:]]
+
+
+def test_the_line_that_makes_a_folder_again_does_so_where_it_was_run(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").symlink_to(folder / "llama")
+    (tmp_path / "text.txt").write_text((folder / "text.txt").read_text())
+    cli("compress", "own", "--data", "text.txt", "--method", "drone", *SMALL, "--output-dir", "small")
+    comments, *command = command_of(tmp_path / "small")
+    assert "it reads model own, data text.txt: run it in the folder where it was run" in comments
+    assert str(tmp_path) not in (tmp_path / "small/eckart/recipe.yaml").read_text()
+    cli(*command)
+    plans = [(tmp_path / name / "eckart/plan.json").read_text() for name in ("small", "small-again")]
+    assert plans[0] == plans[1]
+
+
+def test_the_line_that_makes_a_folder_again_asks_for_what_python_gave_as_objects(cli, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    lines = (folder / "text.txt").read_text().splitlines()
+    eckart.compress(model, words_tokenizer(), data=lines, method="drone", num_samples=24, max_seq_length=32,
+                    output_dir="small")  # fmt: skip
+    comments, *command = command_of(tmp_path / "small")
+    assert "# MODEL: the folder or hub name of the model; it was given as an object in Python" in comments
+    assert "# DATA: a file of the text" in comments
+    meant = {"MODEL": folder / "llama", "DATA": folder / "text.txt"}
+    cli(*(meant.get(word, word) for word in command))
+    assert (tmp_path / "small-again/eckart/report.html").is_file()
+    said = cli("compress", "--config", "small/eckart/recipe.yaml", "--output-dir", "third", code=2)
+    assert "MODEL is missing: --config small/eckart/recipe.yaml names none" in said
+
+
 REFUSALS = {
     "near miss of a method": (2, ["llama", "--method", "dron"], ["'dron'", "Did you mean 'drone'?"]),
     "near miss of a field in a run file": (2, ["--config", "typo.yaml"], ["typo.yaml", "'kep'", "'keep'"]),
     "a value out of range": (2, ["llama", "--keep", "1.5"], ["keep", "1.5"]),
+    "a percentage": (2, ["llama", "--keep", "60"], ["--keep 60: a fraction", "for 60 % give --keep 0.6"]),
+    "words for a number": (2, ["llama", "--seed", "x"], ["--seed x: a whole number is meant"]),
     "an unknown option": (2, ["llama", "--kep", "1"], ["--kep"]),
     "no model at all": (2, [], ["MODEL"]),
     "a folder that is not there": (1, ["./nowhere"], ["nowhere", "does not exist"]),
@@ -216,7 +257,7 @@ REFUSALS = {
     "a plan that is not there": (2, ["llama", "--plan", "gone.json", "--method", "svd"], ["gone.json"]),
     "labels for a causal model": (2, ["llama", "--data", "rows.csv", "--data-label-column", "label"], ["label"]),
     "a way of working that there is not": (2, ["llama", "--stream", "sometimes"], ["stream", "sometimes", "auto"]),
-    "less than no memory": (2, ["llama", "--cache-memory", "-1"], ["cache_memory", "-1"]),
+    "less than no memory": (2, ["llama", "--cache-memory", "-1"], ["--cache-memory -1: a number of at least 0"]),
     "a former flag": (2, ["llama", "--share", "2"], ["'share' is now called", "(--layers-per-basis 2)"]),
     "a former value": (2, ["llama", "--embeddings", "keep"], ["is now called 'dense'", "(--embeddings dense)"]),
     "a former key in a run file": (2, ["--config", "former.yaml"], ["former.yaml", "layers_per_basis: 3"]),
@@ -374,7 +415,7 @@ def test_eval_refuses_what_does_not_fit(cli, folder, published):
     assert "gone" in cli("eval", published, "--data", folder / "held.txt", "--json", folder / "gone/e.json", code=2)
 
 
-def test_inspect_shows_sites_groups_and_what_stays_dense(cli, folder, tmp_path):
+def test_inspect_shows_sites_groups_and_what_stays_dense(cli, folder, published, tmp_path):
     text = cli("inspect", folder / "llama", "--ignore", "down_proj", "--json", tmp_path / "i.json")
     assert "self_attn.q_proj = self_attn.k_proj = self_attn.v_proj" in text
     assert "named by --ignore" in text
@@ -383,7 +424,7 @@ def test_inspect_shows_sites_groups_and_what_stays_dense(cli, folder, tmp_path):
     assert sum(found["parameters"].values()) == numbers
     for row in found["kinds"]:
         assert 1 <= row["effective_rank"] <= min(row["shape"])
-    assert "already factored" in cli("inspect", folder / "llama-60", code=1)
+    assert f"eckart report {published}" in cli("inspect", published, code=1)
 
 
 def test_methods_lists_every_method_with_its_paper(cli):
@@ -413,6 +454,7 @@ def test_compare_measures_every_method_at_every_size(cli, folder, tmp_path):
     text = cli("compare", folder / "llama", "--methods", "svd", "--keep", "0.9;0.5", code=2)
     assert "0.9,0.7,0.5" in text
     assert "Did you mean" in cli("compare", folder / "llama", "--methods", "svdd", "--keep", "0.9", code=2)
+    assert "give --keep 0.6" in cli("compare", folder / "llama", "--methods", "svd", "--keep", "0.9,60", code=2)
 
 
 @pytest.fixture(scope="module")

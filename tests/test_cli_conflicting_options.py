@@ -49,7 +49,7 @@ COMPRESS = {
                                "kronecker is its form, kronecker, and in another one nothing of it is left. Leave "
                                "--form out, or use a method that any form can store: --method svd --form pivoted"),
     "more than all of the embeddings": (["--method", "svd", "--embeddings", "safe", "--embeddings-keep", "1.5"],
-                                        "embeddings_keep = 1.5: Input should be less than or equal to 1"),
+                                        "--embeddings-keep 1.5: a fraction above 0 up to 1 is meant"),
     "too little of the embeddings": (["--method", "svd", "--embeddings", "safe", "--embeddings-keep", "0.0001"],
                                      "--embeddings-keep 0.0001: model.embed_tokens is 8192 x 32"),
     "a part of embeddings that are kept": (["--method", "svd", "--embeddings-keep", "0.5"],

@@ -19,37 +19,37 @@ from eckart.methods import METHODS
 from eckart.recovery.recipe import TuneRecipe
 
 BAD_VALUES = [
-    ("keep", 0, "greater than 0"),
-    ("keep", 1.5, "less than or equal to 1"),
-    ("keep", float("nan"), "finite number"),
+    ("keep", 0, "a fraction above 0 up to 1 is meant"),
+    ("keep", 1.5, "a fraction above 0 up to 1 is meant; for 1.5 % give keep: 0.015"),
+    ("keep", float("nan"), "a finite number is meant"),
     ("keep", True, "not a boolean"),
-    ("keep", "abc", "valid number"),
-    ("keep", None, "valid number"),
-    ("keep_of", "layers", "'sites', 'reached' or 'model'"),
-    ("rank_multiple", 0, "greater than or equal to 1"),
+    ("keep", "abc", "a number is meant"),
+    ("keep", None, "a number is meant"),
+    ("keep_of", "layers", "one of sites, reached, model is meant"),
+    ("rank_multiple", 0, "a whole number of at least 1 is meant"),
     ("rank_multiple", True, "not a boolean"),
-    ("rank_multiple", 2.5, "valid integer"),
-    ("num_samples", -4, "greater than or equal to 1"),
-    ("max_seq_length", 1, "greater than or equal to 2"),
-    ("batch_size", 0, "greater than or equal to 1"),
-    ("seed", -1, "greater than or equal to 0"),
-    ("allocation", "greedy", "'uniform' or 'loss'"),
-    ("curvature", "none", "'auto', 'sampled' or 'labels'"),
-    ("dtype", "int8", "'float32', 'bfloat16' or 'float16'"),
+    ("rank_multiple", 2.5, "a whole number is meant"),
+    ("num_samples", -4, "of at least 1 is meant"),
+    ("max_seq_length", 1, "of at least 2 is meant"),
+    ("batch_size", 0, "of at least 1 is meant"),
+    ("seed", -1, "of at least 0 is meant"),
+    ("allocation", "greedy", "one of uniform, loss is meant"),
+    ("curvature", "none", "one of auto, sampled, labels is meant"),
+    ("dtype", "int8", "one of float32, bfloat16, float16 is meant"),
     ("method", "svd_lm", "Did you mean 'svd-llm'?"),
-    ("method", 5, "valid string"),
+    ("method", 5, "a word is meant"),
     ("method", "builtins.eval", "Choose one of: eckart, svd"),
     ("metric", "dron", "Did you mean 'drone'?"),
     ("form", "pivot", "Did you mean 'pivoted'?"),
     ("embeddings", "krone", "Did you mean 'kronecker'?"),
-    ("targets", 5, "valid tuple"),
+    ("targets", 5, "a word, or a list of them, is meant"),
     ("device", "gpu", "no such device here"),
     ("device", "meta", "no such device here"),
     ("seed", 2**32, "must be at most 4,294,967,295"),
     ("num_samples", 10**30, "must be at most"),
     ("model", "a\0b", "characters that no name and no path can have"),
     ("data", "\ud800", "characters that no name and no path can have"),
-    ("trust_remote_code", "perhaps", "valid boolean"),
+    ("trust_remote_code", "perhaps", "true or false is meant"),
 ]
 
 
@@ -67,6 +67,35 @@ def test_bad_value_is_refused_with_place_field_value_and_meaning():
         assert message.startswith(f"--config run.yaml: {field} = {value!r}: ")
         assert problem in message
         assert Recipe.model_fields[field].description in message  # what the option is for: the way out
+
+
+@pytest.mark.parametrize(
+    ("where", "field", "value", "said"),
+    [
+        ("command line", "keep", 60.0, "--keep 60: a fraction above 0 up to 1 is meant; for 60 % give --keep 0.6 ("),
+        ("command line", "keep", "60", "--keep 60: a fraction above 0 up to 1 is meant; for 60 % give --keep 0.6 ("),
+        ("command line", "keep", 600, "--keep 600: a fraction above 0 up to 1 is meant ("),
+        ("command line", "rounds", 9, "--rounds 9: a whole number of at least 1 and of at most 8 is meant ("),
+        ("command line", "cache_memory", -1, "--cache-memory -1: a number of at least 0 is meant ("),
+        ("command line", "curvature", "lables", "is meant; did you mean --curvature labels? ("),
+        ("command line", "num_samples", "2.5", "--num-samples 2.5: a whole number is meant ("),
+        ("eckart.compress", "keep", 60, "keep = 60: a fraction above 0 up to 1 is meant; for 60 % give keep=0.6 ("),
+    ],
+)  # fmt: skip
+def test_a_refused_value_is_spelled_as_it_was_given(where, field, value, said):
+    with pytest.raises(UsageError) as refusal:
+        check_recipe(Recipe, {field: value}, where)
+    assert said in str(refusal.value)
+    assert "nput should" not in str(refusal.value)
+
+
+def test_a_fraction_that_ends_below_one_is_told_as_that():
+    with pytest.raises(
+        UsageError, match=r"--warmup 6: a fraction from 0 and below 1 is meant; for 6 % give --warmup 0"
+    ):
+        check_recipe(TuneRecipe, {"warmup": 6}, "command line")
+    with pytest.raises(UsageError, match=r"--warmup 100: a fraction from 0 and below 1 is meant \("):
+        check_recipe(TuneRecipe, {"warmup": 100}, "command line")
 
 
 @pytest.mark.parametrize(

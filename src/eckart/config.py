@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from eckart.errors import NumericalError, UsageError
+from eckart.lookup.refused_values import describe_refusal, name_flag
 
 if TYPE_CHECKING:
     import torch
@@ -47,6 +48,9 @@ QuantizationKind = Literal["int8", "int8-dynamic", "int4"]
 
 STRICT = "Every fallback is an error: publish nothing that is not as it was asked for."
 """What the option is for, in every recipe that has it."""
+
+COMMAND_LINE = "command line"
+"""Where options come from that were typed: messages spell them as flags."""
 
 INPUTS = ("model", "teacher", "data", "eval_data", "plan")
 """Fields of recipes that name what a run reads."""
@@ -156,12 +160,10 @@ def check_recipe(kind: type[R], options: Mapping[str, Any], where: str = "option
         return kind(**options)
     except ValidationError as error:
         first = error.errors()[0]
-        message = first["msg"].removeprefix("Value error, ")
         if not first["loc"]:  # two fields that do not go together: the message names both
-            raise UsageError(f"{where}: {message}") from None
-        field = ".".join(str(part) for part in first["loc"])
-        help_text = known[field.split(".")[0]].description
-        raise UsageError(f"{where}: {field} = {_shown(first['input'])}: {message} ({help_text})") from None
+            place = "" if where == COMMAND_LINE else f"{where}: "
+            raise UsageError(f"{place}{first['msg'].removeprefix('Value error, ')}") from None
+        raise UsageError(_refuse_value(known, first, where)) from None
 
 
 def merge_recipe(kind: type[R], recipe: R | None, options: Mapping[str, Any], where: str) -> R:
@@ -251,6 +253,19 @@ def read_text_file(path: str | Path, limit: int) -> str:
     if len(raw) > limit:
         raise OSError(f"it is larger than {limit:,} bytes")
     return raw.decode("utf-8-sig")
+
+
+def _refuse_value(known: Mapping[str, Any], error: Any, where: str) -> str:
+    """The option as it was written, what is wrong with its value, and what is meant instead."""
+    field = ".".join(str(part) for part in error["loc"])
+    name, value = field.partition(".")[0], error["input"]
+    flag, typed = name_flag(name), f"{value:g}" if isinstance(value, float) else str(value)
+    if where == COMMAND_LINE:
+        place, again = f"{flag} {typed if len(typed) <= SHOWN else _shown(value)}", f"{flag} {{}}"
+    else:
+        place, again = f"{where}: {field} = {_shown(value)}", f"{name}: {{}}" if "--config" in where else f"{name}={{}}"
+    message = describe_refusal(error, known[name].metadata if name == field else (), again)
+    return f"{place}: {message} ({known[name].description})"
 
 
 def _refuse_former_names(kind: type[RecipeBase], options: Mapping[str, Any], where: str) -> None:

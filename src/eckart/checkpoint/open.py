@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.load import load
 from eckart.checkpoint.mapped import load_mapped
-from eckart.checkpoint.source import inspect_source, resolve
+from eckart.checkpoint.source import Purpose, inspect_source, resolve
 from eckart.checkpoint.stored import stored_dtype, stored_size
 from eckart.checkpoint.tokenizer import FILES, load_tokenizer
 from eckart.errors import CheckpointError
@@ -66,7 +66,11 @@ class OpenedModel:
 
 
 def find_checkpoint(
-    model: str | Path, revision: str | None = None, *, trust_remote_code: bool = False
+    model: str | Path,
+    revision: str | None = None,
+    *,
+    trust_remote_code: bool = False,
+    purpose: Purpose = "compress",
 ) -> FoundCheckpoint:
     """Find a checkpoint and check that it is complete, safe to read, and neither factored nor quantized.
 
@@ -74,13 +78,14 @@ def find_checkpoint(
         model: a folder, or a name on the hub.
         revision: branch, tag or commit on the hub.
         trust_remote_code: accept a model that brings its own Python code.
+        purpose: what it is opened for, which the ways out fit.
 
     Raises:
         CheckpointError: it is not there, damaged or pickled.
         ModelError: it is factored or quantized already.
     """
     folder = resolve(str(model), revision, trust_remote_code=trust_remote_code)
-    checked = inspect_source(folder, trust_remote_code=trust_remote_code)
+    checked = inspect_source(folder, trust_remote_code=trust_remote_code, purpose=purpose)
     for warning in checked.warnings:
         logger.warning(warning)
     elements, size = stored_size(checked.tensors)

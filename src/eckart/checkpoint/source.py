@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
@@ -22,7 +23,7 @@ from huggingface_hub.errors import (
 
 from eckart.checkpoint.description import is_ours
 from eckart.config import is_too_long
-from eckart.errors import CheckpointError, ModelError
+from eckart.errors import CheckpointError, EckartError, ModelError
 from eckart.storage.layout import model_folder, read_json, require_files_inside, sentence_modules
 from eckart.storage.shards import TensorEntry, read_weights
 
@@ -38,6 +39,10 @@ WANTED = [
     "LICENSE*",
 ]
 UNWANTED = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors", "*.fp16.safetensors"]
+
+
+Purpose = Literal["compress", "inspect"]
+"""What a model is opened for."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +64,13 @@ class SourceReport:
     warnings: list[str] = field(default_factory=list)
 
 
-def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceReport:
+def inspect_source(folder: Path, *, trust_remote_code: bool = False, purpose: Purpose = "compress") -> SourceReport:
     """Check that a folder is whole, safe to read and not factored yet.
 
     Args:
         folder: a model folder; for sentence-transformers the one with ``modules.json`` will do.
         trust_remote_code: accept a config that names Python files to run.
+        purpose: what it is opened for, which the ways out fit.
 
     Returns:
         What the folder holds.
@@ -88,22 +94,21 @@ def inspect_source(folder: Path, *, trust_remote_code: bool = False) -> SourceRe
     for key, quantization in _quantizations(config):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         if is_ours(method) and quantization.get("adaptive") and not quantization.get("modules"):
-            names = " and ".join(quantization["adaptive"].get("behaviors", {}))
+            names = tuple(quantization["adaptive"].get("behaviors", {}))
             raise ModelError(
-                f"{folder} has {names} (quantization_config.adaptive in config.json), which was made for its weights "
-                "as they are. Compress the model that it was made from, and let the result do less for easy inputs: "
-                f"eckart tune COMPRESSED --recovery {names.partition(' ')[0]}; or take it off first: eckart export "
-                f"{folder} --drop-adaptive --output-dir WHOLE."
+                f"{folder} has {' and '.join(names)} (quantization_config.adaptive in config.json), which was made for "
+                f"its weights as they are. {_whole_first(folder, names, purpose)}"
             )
         if is_ours(method):
             raise ModelError(
-                f"{folder} is already factored ({key}.quant_method in config.json is eckart's). Compress "
-                f"the original model instead, or turn this one into a dense model first: eckart export {folder} "
-                "--output-dir DENSE (in Python: eckart.densify(model))."
+                f"{folder} is already factored ({key}.quant_method in config.json is eckart's). "
+                f"{_original_instead(folder, purpose)}"
             )
+        instead = "Inspect" if purpose == "inspect" else "Compress"
+        then = "" if purpose == "inspect" else ", and quantize the result"
         raise ModelError(
-            f"{folder} is quantized ({key}.quant_method in config.json is {method!r}). Compress the "
-            "original, unquantized model, and quantize the result."
+            f"{folder} is quantized ({key}.quant_method in config.json is {method!r}). {instead} the original, "
+            f"unquantized model{then}."
         )
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -151,8 +156,8 @@ def resolve(
         raise CheckpointError(f"{path} is a file. Give the model's folder: {path.parent}")
     if not re.fullmatch(r"[\w][\w.-]*(/[\w][\w.-]*)?", model):
         raise CheckpointError(
-            f"{model} does not exist. Check the path (the current folder is {Path.cwd()}); names on the hub "
-            "look like org/model."
+            f"{model} does not exist.{_near_folder(path)} Check the path (the current folder is {Path.cwd()}); names "
+            "on the hub look like org/model."
         )
     try:
         folder = Path(
@@ -172,7 +177,7 @@ def resolve(
         RevisionResolutionError,
         OSError,
     ) as error:
-        raise CheckpointError(_unreachable(model, revision, error)) from error
+        raise CheckpointError(_unreachable(model, revision, error, _near_folder(path))) from error
     if not (model_folder(folder) / "config.json").is_file():
         raise CheckpointError(_no_config(folder))
     if not any(model_folder(folder).glob("*.safetensors")):
@@ -200,6 +205,28 @@ def _remote_code(path: Path, trusted: bool) -> list[str]:
     return [f"Remote code was trusted: auto_map in {path} names {', '.join(named)}."]
 
 
+def _original_instead(folder: Path, purpose: Purpose) -> str:
+    """The way out of a factored model."""
+    if purpose == "inspect":
+        shown = f", or see what this folder holds: eckart report {folder}"
+        return f"Inspect the original model instead{shown if (folder / 'eckart' / 'report.json').is_file() else ''}."
+    return (
+        "Compress the original model instead, or turn this one into a dense model first: eckart export "
+        f"{folder} --output-dir DENSE (in Python: eckart.densify(model))."
+    )
+
+
+def _whole_first(folder: Path, names: Sequence[str], purpose: Purpose) -> str:
+    """The way out of a model that does less for easy inputs."""
+    off = f"eckart export {folder} --drop-adaptive --output-dir WHOLE"
+    if purpose == "inspect":
+        return f"Inspect the model that it was made from, or take it off first: {off}."
+    return (
+        "Compress the model that it was made from, and let the result do less for easy inputs: eckart tune COMPRESSED "
+        f"--recovery {names[0]}; or take it off first: {off}."
+    )
+
+
 def _quantizations(config: dict[str, Any], key: str = "") -> Iterator[tuple[str, Any]]:
     """Every non-empty quantization_config of a config and its sub-configs, with its dotted key."""
     for name, value in config.items():
@@ -217,19 +244,33 @@ def _no_config(folder: Path) -> str:
     return f"{folder} has no config.json{named or ''} (found: {', '.join(found[:12]) or 'nothing'}). {remedy}"
 
 
-def _unreachable(model: str, revision: str | None, error: Exception) -> str:
+def _near_folder(path: Path) -> str:
+    """A question after the model folder whose name is nearest to one that is not there; "" for none."""
+    parent = path.parent
+    try:
+        found = [each.name for each in parent.iterdir() if (model_folder(each) / "config.json").is_file()]
+    except (OSError, EckartError):
+        return ""
+    names = {name.lower(): name for name in found}
+    near = get_close_matches(path.name.lower(), names, 1)
+    return f" Did you mean {parent / names[near[0]]}?" if near else ""
+
+
+def _unreachable(model: str, revision: str | None, error: Exception, near: str) -> str:
     if isinstance(error, GatedRepoError):
         return f"{model} is gated on the hub. Ask for access on its page, then log in: hf auth login"
     if isinstance(error, RevisionNotFoundError | RevisionResolutionError):
         return f"{model} has no revision {revision!r} that can be found. Check --revision ({error})."
     if isinstance(error, RepositoryNotFoundError):
         return (
-            f"{model} is neither a folder here nor a model on the hub. Check the name; private ones need: hf auth login"
+            f"{model} is neither a folder here nor a model on the hub.{near} Check the name; private ones need: "
+            "hf auth login"
         )
     if isinstance(error, HFValidationError):
-        return f"{model} is neither a folder here nor a valid name on the hub ({error}). Names look like org/model."
+        return (
+            f"{model} is neither a folder here nor a valid name on the hub ({error}).{near} Names look like org/model."
+        )
     return (
-        f"{model} is not a folder here, not in the cache, and the hub cannot be reached "
-        f"({type(error).__name__}). Check the name and the connection (HF_HUB_OFFLINE), or download it "
-        "elsewhere and give the folder."
+        f"{model} is not a folder here, not in the cache, and the hub cannot be reached.{near} Check the name and the "
+        "connection (HF_HUB_OFFLINE), or download it elsewhere and give the folder."
     )

@@ -35,6 +35,8 @@ def compare(
     recipe = recipe_from_cli(Recipe, model, options)
     check_json(json, recipe.inputs)
     names, keeps = split_words(methods, "--methods"), _fractions(keep)
+    for each in keeps:
+        recipe_from_cli(Recipe, None, {"keep": each})
     page = choose_page("compare", report, json, no_report)
 
     from eckart.compression.compare import compare as compare_methods

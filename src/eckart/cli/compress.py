@@ -55,7 +55,8 @@ def compress(
     content, output = read_run(config)
     recipe = recipe_from_cli(Recipe, model, options, content, f"--config {config}")
     if recipe.model is None:
-        raise UsageError("MODEL is missing. Name a folder or a model on the hub: eckart compress MODEL ...")
+        of = f": --config {config} names none, such as the recipe of a model that was in memory" if config else ""
+        raise UsageError(f"MODEL is missing{of}. Name a folder or a model on the hub: eckart compress MODEL ...")
     folder, replace = output.override(output_dir, overwrite)
     check(push_to_hub, private)
     inputs = [config, folder, *recipe.inputs]

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 import typer
 
-from eckart.config import RecipeBase, check_recipe
+from eckart.config import COMMAND_LINE, RecipeBase, check_recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=RecipeBase)
@@ -31,6 +31,9 @@ PANELS = {
                           "trust_remote_code", "strict"),
 }  # fmt: skip
 """Headings of `--help`, in order -> fields; all other fields stand under the first."""
+
+NUMBERS = {int: "<int>", float: "<float>"}
+"""A kind of number -> what `--help` calls it."""
 
 JsonOption = Annotated[
     Path | None,
@@ -140,7 +143,7 @@ def recipe_from_cli(
     if content:
         check_recipe(kind, content, where)
     given = {**options, **({"model": model} if model is not None else {})}
-    return check_recipe(kind, kind.combine(content, given), "command line")
+    return check_recipe(kind, kind.combine(content, given), COMMAND_LINE)
 
 
 def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:
@@ -159,7 +162,10 @@ def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:
         if typing.get_origin(parsed) is list:
             words += " May be given several times."
     declared = f"{flag}/--no-{flag[2:]}" if parsed is bool else flag
-    option = typer.Option(declared, help=words, rich_help_panel=_panel(name), show_default=False)
+    metavar = NUMBERS.get(parsed)
+    if metavar is not None:  # the recipe parses it: its message names the way out
+        parsed = str
+    option = typer.Option(declared, help=words, metavar=metavar, rich_help_panel=_panel(name), show_default=False)
     return Annotated[Union[parsed, None], option]  # noqa: UP007  (parsed is a value)
 
 

@@ -16,7 +16,8 @@ from eckart.report.card import render_model_card
 from eckart.report.compression import list_card_rows, list_quality, render_compression
 from eckart.report.loading import find_loading
 from eckart.report.origin import origin_of
-from eckart.report.page.pages import make_again, render_or_warn
+from eckart.report.page.again import make_again
+from eckart.report.page.pages import render_or_warn
 from eckart.report.results import list_results
 from eckart.report.words import to_plain_text
 from eckart.storage.lock import OutputLock
@@ -87,7 +88,7 @@ class Result:
             **origin,
         )
         name = Path(output_dir).name
-        page = render_or_warn(self.report, name, loading=loading.lines(name), again=make_again("compress", name))
+        page = render_or_warn(self.report, name, loading=loading.lines(name), again=make_again(self.report, name))
         return save(
             self.model,
             output_dir,

@@ -55,7 +55,8 @@ def inspect(
     recipe = merge_recipe(InspectionRecipe, recipe, options, "eckart.inspect")
     dtype = None
     if not isinstance(model, PreTrainedModel):
-        opened = open_model(find_checkpoint(model, recipe.revision, trust_remote_code=recipe.trust_remote_code))
+        trusted = recipe.trust_remote_code
+        opened = open_model(find_checkpoint(model, recipe.revision, trust_remote_code=trusted, purpose="inspect"))
         model, dtype = opened.model, opened.dtype
     with preserve_random_state():
         model = with_separate_experts(model)

@@ -1,1 +1,1 @@
-"""Finding objects by name, and what their source says of them, without importing torch: registries, lazy names."""
+"""Objects by name and what their source says, without importing torch; what a refused value should have been."""

@@ -43,6 +43,10 @@ class Registry(Mapping[str, T], Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self._places or name in self._added
 
+    def is_built_in(self, name: object) -> bool:
+        """Whether eckart itself has an object of this name: other processes know it too."""
+        return name in self._places
+
     def add(self, name: str, found: T) -> T:
         """Make an object of one's own known under its name, in this process; it replaces an earlier one of one's own.
 

@@ -249,7 +249,7 @@ def _refuse_factored(model: nn.Module) -> None:
     sliced = next(iter(sliced_features(model)), None)
     if factored is not None or sliced is not None:
         raise ModelError(
-            f"{factored or sliced} is already {'factored' if factored else 'sliced'}. Compress the original model, "
+            f"{factored or sliced} is already {'factored' if factored else 'sliced'}. Give the original model, "
             "or turn this one into ordinary weights first with eckart.densify(model)."
         )
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):

@@ -27,7 +27,8 @@ from eckart.recovery.training.scorer import Scores
 from eckart.report.card import render_model_card
 from eckart.report.loading import find_loading
 from eckart.report.origin import origin_of
-from eckart.report.page.pages import make_again, render_or_warn
+from eckart.report.page.again import make_again
+from eckart.report.page.pages import render_or_warn
 from eckart.report.results import list_results
 from eckart.report.training import list_tuning_card_rows, render_tuning
 from eckart.report.words import to_plain_text
@@ -105,7 +106,7 @@ class TuneResult:
             **origin,
         )
         name = Path(output_dir).name
-        page = render_or_warn(self.report, name, loading=loading.lines(name), again=make_again("tune", name))
+        page = render_or_warn(self.report, name, loading=loading.lines(name), again=make_again(self.report, name))
         self.folder = save(
             self.model, output_dir, tokenizer=self.tokenizer, source_folder=source,
             recipe_yaml=self.recipe.to_yaml(), plan=_plan(self.source_folder), report=self.report, report_html=page,

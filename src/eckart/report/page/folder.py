@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eckart.errors import UsageError
-from eckart.report.page.pages import FILE, make_again
+from eckart.report.page.again import make_again
+from eckart.report.page.pages import FILE
 from eckart.storage.layout import read_json
 from eckart.storage.report_file import MARK
 
@@ -51,8 +52,7 @@ def find_sources(path: Path) -> list[Source]:
     if report.is_file():
         found = read_json(report)
         name = path.resolve().name
-        made = make_again("tune" if found.get("kind") == "tune" else "compress", name)
-        again = made if (path / "eckart" / "recipe.yaml").is_file() else None
+        again = make_again(found, name) if (path / "eckart" / "recipe.yaml").is_file() else None
         return [Source(name, found, path / FILE, _loading(path / "README.md"), again, path)]
     files = [file for file in sorted(path.glob("*.json")) if _is_ours(file)] if path.is_dir() else []
     if not files:

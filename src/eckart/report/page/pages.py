@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def render_report(
         found: a report of a compression or a recovery, or what `compare`, `bench` or `evaluate` return; values of JSON.
         name: of the folder or the model.
         loading: of a published folder, the lines of Python that load it.
-        again: the command that makes it again.
+        again: the command that makes it again (:func:`eckart.report.page.again.make_again`).
         scores: of a published folder, what :func:`eckart.evaluate` says of it.
         spectra: of its weights, those that were asked for.
 
@@ -69,12 +68,6 @@ def render_or_warn(found: Mapping[str, Any], name: str, **more: Any) -> str | No
     except Exception as error:
         logger.warning("no report.html is written: %s", error)
         return None
-
-
-def make_again(command: str, name: str) -> str:
-    """The command that makes a published folder again."""
-    words = ["eckart", command, "--config", f"{name}/eckart/recipe.yaml", "--output-dir", f"{name}-again"]
-    return " ".join(shlex.quote(word) for word in words)
 
 
 def check_page_file(path: Path) -> None:

@@ -11,7 +11,7 @@ from eckart.data import stdlib
 from eckart.demo import reload, steps
 from eckart.demo.reload import check_same, reload_in_fresh_process
 from eckart.demo.steps import DEFAULT, Demo, DemoRow
-from eckart.demo.tables import ranking_table
+from eckart.demo.tables import ranking_table, reload_lines
 from eckart.errors import EckartError
 from eckart.report.words import to_plain_text
 
@@ -27,7 +27,15 @@ def test_demo_compares_publishes_and_reloads(capsys, monkeypatch, tmp_path):
         app(["demo", *map(str, words)])
     found = capsys.readouterr()
     assert not left.value.code, found.err
-    for part in ("original", "svd", f"by the default, {DEFAULT}", "in a fresh process", "class Reader", "to try next"):
+    for part in (
+        "original",
+        "svd",
+        f"by the default, {DEFAULT}",
+        "in a fresh process",
+        "class Reader",
+        "to try next",
+        "minutes on one",
+    ):
         assert part in found.out + found.err
     assert (tmp_path / "out" / "config.json").is_file()
 
@@ -37,6 +45,13 @@ def test_ranking_puts_the_best_method_on_top():
     text = to_plain_text(ranking_table(20.0, rows, Demo(methods=("a", "b")))).splitlines()
     assert [line.split()[0] for line in text[2:5]] == ["original", "b", "a"]
     assert text[4].split() == ["a", "21.00", "+5.0%", "21.00", "+5.0%", "3.0"]
+
+
+def test_other_number_in_the_table_is_explained():
+    told = reload_lines(100, 80, 20.0, 22.41, 22.41, "x", 22.49)
+    assert "The table has 22.49 for it: a comparison reads one text" in told
+    for same in (None, 22.411):
+        assert "The table" not in reload_lines(100, 80, 20.0, 22.41, 22.41, "x", same)
 
 
 def test_reload_that_differs_is_an_error(tmp_path):

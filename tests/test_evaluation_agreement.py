@@ -12,7 +12,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 from eckart.data import load_data
 from eckart.errors import DataError, NumericalError, UsageError
 from eckart.evaluation import divergence as divergence_module
-from eckart.evaluation.agreement import compare_embeddings, compare_predictions
+from eckart.evaluation.agreement import compare_embeddings, compare_predictions, standard_error
 from eckart.evaluation.divergence import compare_distributions, negative_log_likelihood
 from eckart.evaluation.quality import distance_to_original, measure_quality
 
@@ -84,6 +84,28 @@ def test_agreement_equals_a_loop_over_tokens(models, data):
     assert (itself["kl"], itself["top1"]) == (0, 1)
 
 
+def test_standard_error_is_that_of_examples():
+    values, counts = torch.tensor([1.0, 3.0, 2.0, 6.0]), torch.ones(4, dtype=torch.long)
+    assert standard_error(values, counts) == pytest.approx(float(values.std()) / 2)
+    assert standard_error(values * 3, counts * 3) == pytest.approx(float(values.std()) / 2)
+    assert standard_error(values[:1], counts[:1]) is None
+    assert standard_error(torch.tensor([1.0, math.inf]), counts[:2]) is None
+    assert standard_error(torch.tensor([2.0, 4.0, 0.0]), torch.tensor([1, 2, 0])) == pytest.approx(0)  # mean 2 in both
+    # Of a model: the examples alone, one after another, have the spread.
+    models = [build(BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
+    data = load_data(SENTENCES, tokenizer=word_tokenizer(), model=models[0], batch_size=3)
+    alone = [
+        compare_predictions(*models, [batch.rows(row, row + 1)], disable=True)
+        for batch in data
+        for row in range(len(batch))
+    ]
+    assert all(found["standard_error"] is None for found in alone)
+    sums, sizes = (torch.tensor([found[name] for found in alone]) for name in ("kl", "tokens"))
+    expected = standard_error(sums * sizes, sizes)
+    assert expected > 0
+    assert compare_predictions(*models, data, disable=True)["standard_error"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_agreement_does_not_depend_on_padding():
     models = [build(BertForMaskedLM, bert_config(), seed) for seed in (0, 1)]
     results = [
@@ -123,6 +145,8 @@ def test_embeddings_are_compared_without_head_and_padding():
     assert one["cosine_distance"] == pytest.approx(eight["cosine_distance"], abs=1e-5)
     assert one["sentences"] == len(SENTENCES)
     assert one["worst"] >= one["cosine_distance"] > 0.01
+    assert one["standard_error"] == pytest.approx(eight["standard_error"], rel=1e-3)
+    assert 0 < one["standard_error"] < one["worst"]
     # A head does not matter: the backbone's embeddings are compared.
     assert compare_embeddings(masked, models[0], data[1], disable=True)["cosine_distance"] == pytest.approx(0, abs=1e-6)
     with pytest.raises(DataError, match="no sentence"):

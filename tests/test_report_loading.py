@@ -224,7 +224,8 @@ def test_kind_of_sentence_transformers_is_read_from_its_folder(said, expected, t
     loading = find_loading(build("BertModel", "BertConfig", BERT), tmp_path)
     assert (loading.name, loading.task, loading.library) == (expected, task, "sentence-transformers")
     assert loading.with_arguments(backend="onnx").lines("x") == (
-        f'from sentence_transformers import {expected}\n\nmodel = {expected}("x", backend="onnx")'
+        f"from sentence_transformers import {expected}  # pip install sentence-transformers\n\n"
+        f'model = {expected}("x", backend="onnx")'
     )
 
 
@@ -259,7 +260,9 @@ def test_lines_load_every_kind_of_sentence_transformers_as_its_own(name, head, t
     model = run(load_lines(result, result.folder))
     assert type(model) is kind
     assert type(model[0].auto_model) is head
-    assert f'{name}("small")' in (tmp_path / "small/README.md").read_text()
+    card, page = ((tmp_path / "small" / file).read_text() for file in ("README.md", "eckart/report.html"))
+    assert f'{name}("small")' in card
+    assert all("# pip install sentence-transformers\n" in text for text in (card, page))
 
 
 # -- the card --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from eckart.report.page.pages import check_page_file, render_report, write_page
 from eckart.report.page.render import MARK
 from eckart.report.page.scatter import Axis, Point, draw_scatter, find_best
 from eckart.report.page.spectra import Spectrum
-from eckart.report.page.svg import color_of, free_series, round_ticks, shape_of
+from eckart.report.page.svg import color_of, free_series, round_ladder, round_ticks, shape_of
 from eckart.storage.manifest import find_changes, not_published
 
 VOID = {"meta", "link", "br", "hr", "img", "input", "wbr"}
@@ -153,12 +153,56 @@ def test_every_part_of_a_compression_is_told(pages):
 def test_a_report_without_data_or_stages_is_shown_too():
     bare = reports.compression(quality=None, data=None, curvature="none", latency=None, curves=None, stages=None,
                                notes=[], seconds={}, skipped={})  # fmt: skip
+    bare.pop("baselines")
     bare["sites"] = [{k: v for k, v in site.items() if k not in ("predicted_loss", "effective_rank", "left_dense")}
                      for site in bare["sites"]]  # fmt: skip
     words = Document(render_report(bare, "bare")).all("main")[0]["words"]
     assert "everything was done as it was asked for" in words
     assert "eckart eval" in words
-    assert "Predicted and measured" not in words
+    assert "by layer" not in words.replace("by layer and kind", "")
+    assert "exp of the entropy" not in words
+    assert "`eckart bench DIR --against MODEL`" in words
+
+
+def test_heading_of_the_errors_says_what_is_there():
+    words = Document(render_report(reports.compression(curves=None), "x")).all("h2")
+    assert "Predicted error by layer" in [node["words"] for node in words]
+
+
+def test_what_numbers_mean_is_said_beside_them():
+    causal = reports.compression(baselines=None)
+    causal["data"]["kind"] = "causal"
+    causal["quality"]["agreement"]["standard_error"] = 0.0042
+    words = Document(render_report(causal, "x")).all("main")[0]["words"]
+    for told in (
+        "exp(KL) = 1.02 times", "`eckart eval DIR --against MODEL --data FILE`", "Standard error of KL to the original",
+        "0.0042", "rounded to int8 and int4 is not beside it", "kept: whether the run went on",
+        "weighted effective rank: exp of the entropy", "column –", "kept of the sites",
+    ):  # fmt: skip
+        assert (told in words) == (told != "column –"), told
+    plain = Document(render_report(reports.compression(), "x")).all("main")[0]["words"]
+    for told in ("exp(KL)", "Standard error", "is not beside it", "No time was taken"):
+        assert told not in plain, told
+
+
+def test_layers_that_lose_neurons_say_so():
+    found = reports.compression()
+    sliced = reports.site(0, "down_proj", 20, form="sliced", full_rank=64)
+    pooler = reports.site(0, "q", 4) | {"site": "pooler", "kind": "pooler"}
+    found["sites"] += [sliced, pooler]
+    words = Document(render_report(found, "x")).all("main")[0]["words"]
+    for told in (
+        "Rank of every weight, or neurons kept",
+        "rank or neurons: a weight of form sliced",
+        "column –: outside",
+    ):
+        assert told in words, told
+    cells = [cell for _, row in draw_ranks(found["sites"]).rows for cell in row]
+    assert [cell.about for cell in cells if "neurons" in cell.about] == [
+        "model.layers.0.down_proj: sliced, neurons 20 of 64, 250% of its numbers"
+    ]
+    assert draw_ranks([sliced]).caption.startswith("Neurons kept in every layer that loses some, by layer")
+    assert draw_ranks(reports.compression()["sites"]).caption.startswith("Rank of every weight, by layer")
 
 
 def test_numbers_that_are_not_finite_are_words():
@@ -264,11 +308,35 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+@pytest.mark.parametrize("largest", [1e-7, 0.004, 0.0157, 0.06, 0.3, 1.0, 2.1, 12345.0])
+def test_ticks_of_a_square_root_scale_are_round_and_apart(largest):
+    ticks = round_ladder(largest)
+    assert ticks[0] == 0
+    assert len(ticks) >= 4
+    assert ticks[-1] <= largest * (1 + 1e-9)
+    assert all(f"{value:.6e}"[0] in "125" and float(f"{value:.0e}") == pytest.approx(value) for value in ticks[1:])
+    places = [(value / largest) ** 0.5 for value in ticks]
+    assert min(after - before for before, after in itertools.pairwise(places)) >= 0.15 - 1e-9
+    assert places[1] < 0.46
+    assert places[-1] > 0.7
+
+
+def test_scale_of_the_quality_picture_is_named(pages):
+    text = pages["compression"]
+    assert "KL to the original (square-root scale)" in text
+    assert "Heights are by the square root" in text
+    ticks = re.findall(r'text-anchor="end" class="tick">([\d.e-]+)<', text.split("Quality against latency")[0])
+    assert ticks[:5] == ["0", "0.002", "0.005", "0.01", "0.02"]
+
+
 def test_rounding_that_is_better_is_said():
     own = Rival("this model", reports.sizes(100), {"KL to the original": 0.1})
     small = Rival("original int4", reports.sizes(100, 1), {"KL to the original": 0.05}, series=1)
     worse = Rival("original int8", reports.sizes(100, 1), {"KL to the original": 0.2}, series=1)
-    assert "original int4 is the better choice" in judge_rounding([own, small, worse], own)
+    verdict = judge_rounding([own, small, worse], own)
+    assert "original int4 is the better choice" in verdict
+    assert "`--quantize int8`" in verdict
+    assert "--quantize" not in judge_rounding([own, small, worse], own, rounded=True)
     assert judge_rounding([own, worse], own) is None
 
 

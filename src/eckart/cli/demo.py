@@ -17,6 +17,8 @@ from eckart.cli.options import JsonOption
 from eckart.cli.terminal import Verbatim
 from eckart.registry import METHODS
 
+DURATION = "The demo takes about three minutes on one core of a CPU, and less on several."
+
 NEXT = (
     "What to try next:",
     "  eckart compress MODEL --keep 0.7 --data your.txt --output-dir DIR   your own model, your own text",
@@ -62,7 +64,8 @@ def demo(
     if output_dir is not None:
         check_output(output_dir, overwrite=overwrite, inputs=[MODEL])
     source = shown.source
-    say(f"The bundled model: {source.elements:,} parameters, {source.bytes / 1e6:.1f} MB. Comparing methods ...")
+    say(f"The bundled model: {source.elements:,} parameters, {source.bytes / 1e6:.1f} MB. {DURATION}")
+    say(f"Comparing {len(names)} methods at {len(shown.keeps)} sizes ...")
     dense = shown.measure(source.model)
     rows = []
     for row in shown.rows():
@@ -79,7 +82,8 @@ def demo(
         say("Loading it in a fresh process ...")
         found = reload_in_fresh_process(folder, shown.held_out)
         check_same(here, found.perplexity, folder)
-        show(reload_lines(source.bytes, found.bytes, dense, here, found.perplexity, found.text))
+        listed = next((row.perplexity for row in rows if (row.method, row.keep) == (DEFAULT, keep)), None)
+        show(reload_lines(source.bytes, found.bytes, dense, here, found.perplexity, found.text, listed))
         if output_dir is not None:
             show(Verbatim(f"published in {folder}; to load it:\n\n{load_lines(result, folder)}\n"))
     show(*NEXT, f"\n{time.perf_counter() - start:.0f} s in all")

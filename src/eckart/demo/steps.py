@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from eckart.checkpoint.open import OpenedModel, find_checkpoint, open_model
-from eckart.compression.compare import compare
+from eckart.compression.compare import OWN_STEPS, compare
 from eckart.compression.pipeline import compress
 from eckart.compression.recipe import Recipe
 from eckart.compression.result import Result
@@ -21,13 +21,11 @@ from eckart.registry import METHODS
 
 MODEL = Path(__file__).parent / "model"
 DEFAULT = str(Recipe.model_fields["method"].default)
-OWN_STEPS = ("factorization", "curves", "replacement", "refit")
-"""Steps that each method of a comparison takes by itself; the others are shared."""
 
 
 @dataclass(frozen=True)
 class DemoRow:
-    """What one method made of the model at one size."""
+    """What one method made of the model at one size; seconds are those of the steps that it takes by itself."""
 
     method: str
     keep: float
@@ -82,7 +80,11 @@ class Demo:
     def rows(self) -> Iterator[DemoRow]:
         """Every method at every size, as each is ready."""
         results = compare(
-            self.source.model, self.source.tokenizer, methods=self.methods, keeps=self.keeps, recipe=self.recipe()
+            self.source.model,
+            self.source.tokenizer,
+            methods=self.methods,
+            keeps=self.keeps,
+            recipe=self.recipe(latency=False),
         )
         for name, keep, result in results:
             seconds = sum(result.report["seconds"].get(step, 0.0) for step in OWN_STEPS)

@@ -38,16 +38,19 @@ def compare_predictions(
     Returns:
         `kl`: mean KL(reference || model) in nats; `top1`: share of positions where the most likely class is the
         same; `tokens` (positions compared, or labels); `unit`: what each of them is, "token", "example", "label" or
-        "end of a span"; `finite`: False where a value is not, which is kept.
+        "end of a span"; `standard_error` of `kl` by the choice of the examples, None of a single one; `finite`: False
+        where a value is not, which is kept.
 
     Raises:
         UsageError: If the models return no logits of several classes, or logits of different shapes.
         DataError: If there is nothing to compare.
     """
-    total, same, count, units = 0.0, 0, 0, set[str]()
+    costs: list[Tensor] = []
+    sizes: list[Tensor] = []
+    same, units = 0, set[str]()
     compare = compare_labels if head_problem(reference) == MULTI_LABEL else compare_distributions
 
-    def compare_batch(batch: Batch) -> list[tuple[float, int, int]]:
+    def compare_batch(batch: Batch) -> list[tuple[Tensor, Tensor, int]]:
         found = []
         pairs = list(zip(_logits(model, batch), _logits(reference, batch), strict=True))
         units.add(_unit_of(reference, [truth for _, truth in pairs]))
@@ -58,17 +61,52 @@ def compare_predictions(
                     "compare a model with the one it was made from"
                 )
             divergence, equal = compare(compared_logits(logits, batch), compared_logits(truth.to(logits.device), batch))
-            found.append((float(divergence.sum()), int(equal.sum()), equal.numel()))
+            counts = _count_by_example(logits, equal.numel(), batch)
+            parts = divergence.cpu().flatten().split(counts.tolist())
+            found.append((torch.stack([part.sum() for part in parts]), counts, int(equal.sum())))
         return found
 
     with evaluating(model, reference):
         for found in run_in_halves(progress(batches, what="agreement", disable=disable), compare_batch):
-            for cost, equal, size in found:
-                total, same, count = total + cost, same + equal, count + size
+            for cost, size, equal in found:
+                costs.append(cost)
+                sizes.append(size)
+                same += equal
+    count = sum(int(size.sum()) for size in sizes)
     if count == 0:
         raise DataError("batches: no real token to compare: pass batches that hold text")
-    finite = math.isfinite(total)
-    return {"kl": total / count, "top1": same / count, "tokens": count, "unit": units.pop(), "finite": finite}
+    total = sum(float(cost.sum()) for cost in costs)
+    return {
+        "kl": total / count,
+        "top1": same / count,
+        "tokens": count,
+        "unit": units.pop(),
+        "standard_error": standard_error(torch.cat(costs), torch.cat(sizes)),
+        "finite": math.isfinite(total),
+    }
+
+
+def standard_error(sums: Tensor, counts: Tensor) -> float | None:
+    """The standard error of a mean over things that come in groups, by the choice of the groups.
+
+    With s_i the sum and n_i the count of group i of k, and m = sum s / sum n:
+
+        sqrt(k / (k - 1) * sum (s_i - m n_i)^2) / sum n
+
+    Args:
+        sums: of each group (k,).
+        counts: of each group (k,).
+
+    Returns:
+        None of fewer than two groups, or where a sum is not finite.
+    """
+    held = counts > 0
+    sums, sizes = sums[held].double(), counts[held].double()
+    groups = len(sums)
+    if groups < 2 or not bool(torch.isfinite(sums).all()):
+        return None
+    off = sums - sums.sum() / sizes.sum() * sizes
+    return float((groups / (groups - 1) * (off * off).sum()).sqrt() / sizes.sum())
 
 
 def compare_embeddings(
@@ -89,8 +127,8 @@ def compare_embeddings(
         disable: True for no progress bar.
 
     Returns:
-        `cosine_distance`: mean of 1 - cosine; `worst`: the largest; `sentences`; `finite`: False where a value is
-        not, which is kept.
+        `cosine_distance`: mean of 1 - cosine; `worst`: the largest; `sentences`; `standard_error` of the mean, None of
+        a single sentence; `finite`: False where a value is not, which is kept.
 
     Raises:
         UsageError: If the models put out no token embeddings.
@@ -115,6 +153,7 @@ def compare_embeddings(
         "cosine_distance": float(all_.mean()),
         "worst": float(all_.max()),
         "sentences": len(all_),
+        "standard_error": standard_error(all_, torch.ones_like(all_)),
         "finite": bool(torch.isfinite(all_).all()),
     }
 
@@ -178,6 +217,13 @@ def _logits(model: nn.Module, batch: Batch) -> list[Tensor]:
             "(AutoModelForCausalLM, ...), compare embeddings, or compare the task scores of a model with one output"
         )
     return logits
+
+
+def _count_by_example(logits: Tensor, compared: int, batch: Batch) -> Tensor:
+    """How many of the compared numbers belong to each example (B,)."""
+    rows = len(logits)
+    mask = batch.masks().get(logits.shape[1]) if logits.dim() == 3 else None
+    return torch.full((rows,), compared // max(rows, 1)) if mask is None else mask.sum(1).cpu()
 
 
 def compared_logits(logits: Tensor, batch: Batch) -> Tensor:

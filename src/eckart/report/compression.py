@@ -63,8 +63,8 @@ def render_compression(report: Mapping[str, Any]) -> Group:
 
 
 KEPT_OF = {
-    "sites": "the weights chosen for factoring",
-    "reached": "the weights that the data reached",
+    "sites": "the sites (the weights that can be factored)",
+    "reached": "the sites (the weights that can be factored) that the data reached",
     "model": "the whole model",
 }
 """What `keep` is a fraction of, in words."""
@@ -141,8 +141,7 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"calibrated on {unit} of {data.get('source', 'the data given')}{curvature}")
     kept = report["kept"]
     lines.append(
-        f"kept: {kept['of_sites']:.4f} of the numbers in the weights chosen for factoring (the sites), "
-        f"{kept['of_model']:.4f} of all in the model"
+        f"kept: {kept['of_sites']:.4f} of the numbers in the sites, {kept['of_model']:.4f} of all in the model"
     )
     if report.get("ranks", {}).get("multiple", 1) > 1:
         ranks, matrices = report["ranks"], kept["matrix_elements_before"]

@@ -25,8 +25,9 @@ PART = 20
 """Letters that are shown of a name."""
 
 NOTE = (
-    "site: a weight matrix that can be factored; eff. rank: the effective rank, exp(entropy of the squared singular "
-    "values); 90% at: the rank that holds nine tenths of their sum"
+    "site: a weight matrix that can be factored; eff. rank: the effective rank of the weight by itself, exp(entropy of "
+    "the squared singular values); 90% at: the rank that holds nine tenths of their sum. (The report of a compression "
+    "has that of the weight as its data weighs it, which is mostly much smaller.)"
 )
 
 

@@ -27,6 +27,9 @@ OTHER_NAMES = {"ColBERT": "MultiVectorEncoder"}
 """What PyLate writes as the class -> the class of sentence-transformers that reads it."""
 
 NEEDS_ECKART = "import eckart  # registers the checkpoint format with transformers"
+INSTALLED_BY = {"sentence_transformers": "sentence-transformers"}
+"""Module that eckart does not install -> the package of it, which the lines name: who has none gets no bare error."""
+
 REMOTE_MODULES = "transformers_modules"
 """The package that transformers imports a model's own code into."""
 
@@ -59,9 +62,10 @@ class Loading:
         words += [f"{key}={_literal(value)}" for key, value in self.arguments.items()]
         if self.module == "eckart":
             return f"import eckart\n\nmodel = eckart.{self.name}({', '.join(words)})"
-        where = f"from {self.module} import {self.name}\n" if self.module else f"# {self.name}: your own class\n"
+        where = f"from {self.module} import {self.name}" if self.module else f"# {self.name}: your own class"
+        where += f"  # pip install {INSTALLED_BY[self.module]}" if self.module in INSTALLED_BY else ""
         called = f"{self.name}.{self.method}" if self.method else self.name
-        lines = f"{where}\nmodel = {called}({', '.join(words)})"
+        lines = f"{where}\n\nmodel = {called}({', '.join(words)})"
         return f"{NEEDS_ECKART}\n{lines}" if self.needs_eckart else lines
 
     def with_arguments(self, **more: Any) -> Loading:

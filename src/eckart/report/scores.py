@@ -14,7 +14,10 @@ from eckart.report.wide_table import WideTable
 from eckart.report.words import format_bytes, format_count, format_number, format_share
 
 ROUNDED = "int8, int4: weights rounded to the nearest of few levels, without calibration; of the original, or as named"
-KEPT = "of sites: fraction of the numbers that is kept in the weights chosen for factoring; of model: of all numbers"
+KEPT = (
+    "of sites: fraction of the numbers that is kept in the sites (the weights that can be factored); of model: of all "
+    "numbers"
+)
 SIZES = {"elements": "parameters", "bytes": "bytes", "multiply_adds": "multiply-adds a token"}
 
 

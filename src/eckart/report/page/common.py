@@ -145,8 +145,14 @@ def compare_rivals(rivals: Sequence[Rival], caption: str = "Quality beside size"
     return [*blocks, Table(caption, header, rows)]
 
 
-def judge_rounding(rivals: Sequence[Rival], own: Rival) -> str | None:
-    """What the original in few bits says about a smaller model: whether one is both smaller and nearer."""
+def judge_rounding(rivals: Sequence[Rival], own: Rival, *, rounded: bool = False) -> str | None:
+    """What the original in few bits says about a smaller model: whether one is both smaller and nearer.
+
+    Args:
+        rivals: both, among others.
+        own: the smaller model.
+        rounded: whether it is in few bits itself.
+    """
     name = measure_of(rivals)
     found = own.distance(name) if name is not None else None
     if name is None or found is None:
@@ -165,7 +171,13 @@ def judge_rounding(rivals: Sequence[Rival], own: Rival) -> str | None:
     return (
         f"For stored bytes alone, {rival.name} is the better choice: {show_bytes(rival.sizes['bytes'])} and "
         f"{name} {show_score(distance)}, against {show_bytes(own.sizes['bytes'])} and "
-        f"{show_score(found)}. Factoring saves multiply-adds, which rounding does not, and both go together."
+        f"{show_score(found)}. Factoring saves multiply-adds, which rounding does not"
+        + (
+            "."
+            if rounded
+            else ", and both go together: compress with `--quantize int8` too, or round what is published, "
+            "`eckart export DIR --format factored --quantize int8`."
+        )
     )
 
 
@@ -192,6 +204,9 @@ def list_steps(report: Mapping[str, Any]) -> list[Block]:
         rows = [[_cell(stage.get(key)) for key in columns] for stage in flat]
         header = [column.replace("_", " ") for column in columns]
         blocks.append(Table("What each stage brought, in order", header, rows, words=words))
+        if "kept" in columns:
+            blocks.append(Words("kept: whether the run went on with what the stage made. A refit and a refinement that "
+                                "are no nearer to the original on held-out text are undone."))  # fmt: skip
     seconds = {step: float(value) for step, value in (report.get("seconds") or {}).items() if value}
     if seconds:
         total = sum(seconds.values())
@@ -211,7 +226,7 @@ def list_notes(report: Mapping[str, Any]) -> list[Block]:
         blocks.append(Words("None: everything was done as it was asked for."))
     dense = Counter(site["left_dense"] for site in report.get("sites", ()) if site.get("left_dense"))
     if dense:
-        blocks.append(Words("Weights that were chosen and stay dense:"))
+        blocks.append(Words("Sites that stay dense:"))
         blocks.append(Items([f"{count} × {reason}" for reason, count in dense.items()]))
     left = (report.get("quantization") or {}).get("left") or {}
     if left:
@@ -276,12 +291,15 @@ def _draw(shown: Sequence[Rival], points: list[Point], title: str, x: Axis, name
     points = [Point(p.x, p.y, p.series, p.label, p.about, p in best) for p in points]
     names = [rival.name for rival, point in zip(shown, points, strict=True) if point.strong]
     about = f"{len(points)} models; none of the others is smaller on both axes than {', '.join(names)}"
-    caption = f"{title}: the nearer to the top left, the better; a ring marks what no other beats in both"
+    caption = (
+        f"{title}: the nearer to the top left, the better; a ring marks what no other beats in both. Heights are by "
+        "the square root, so that small distances are told apart; 0 is the original."
+    )
     legend = [
         Key(sample(series), words)
         for series, words in dict.fromkeys((rival.series, _series_name(rival)) for rival in shown)
     ]
-    y = Axis(f"{name} (0: the same)", lambda v: f"{v:.2g}")
+    y = Axis(f"{name} (square-root scale)", lambda v: f"{v:g}")
     return Picture(caption, draw_scatter(title, about, points, x, y), legend)
 
 

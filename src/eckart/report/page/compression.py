@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,11 +27,29 @@ from eckart.report.page.common import (
     show_value,
     tile_of,
 )
-from eckart.report.page.heat import draw_ranks, layer_of
+from eckart.report.page.heat import draw_ranks, layer_of, name_rank
 from eckart.report.page.spectra import Spectrum, show_spectra
 from eckart.report.page.svg import sample
 from eckart.report.speed import describe_latency
 from eckart.report.words import format_count, format_share
+
+NOT_TIMED = (
+    "No time was taken. `eckart bench DIR --against MODEL` times both models in turn; `eckart compress` does with "
+    "`--latency`."
+)
+NOT_ROUNDED = (
+    "The original rounded to int8 and int4 is not beside it: a compression measures that where it publishes the folder "
+    "itself (`eckart compress`, or `output_dir=` in Python), and `eckart eval DIR --against MODEL` does at any time."
+)
+WEIGHTED_RANK = (
+    "weighted effective rank: exp of the entropy of the squared singular values of the weight as the method weighs its "
+    "errors, by inputs and gradients: about how many directions the data needs. That of the weight by itself, which "
+    "`eckart inspect` shows, is another number, and mostly a much larger one."
+)
+NEURONS = (
+    "rank or neurons: a weight of form sliced belongs to a feed-forward layer that loses neurons; for it stands how "
+    "many are left of how many, which may be more than its own width."
+)
 
 
 def describe_compression(
@@ -64,9 +83,9 @@ def describe_compression(
             Section("asked", "What was asked", _asked(report)),
             Section("sizes", "Sizes", _sizes(report)),
             Section("budget", "Where the budget went", _budget(report)),
-            Section("errors", "Predicted and measured error by layer", _errors(report)),
+            Section("errors", _name_errors(report), _errors(report)),
             Section("spectra", "Spectra", show_spectra(spectra)),
-            Section("speed", "Speed", list_latency(report.get("latency"))),
+            Section("speed", "Speed", list_latency(report.get("latency")) or [Words(NOT_TIMED)]),
             Section("stages", "What each stage brought", [*_rounding(report), *list_steps(report)]),
             Section("notes", "Warnings and fallbacks", list_notes(report)),
             show_loading(loading, again),
@@ -159,9 +178,13 @@ def _quality(report: Mapping[str, Any], rivals: Sequence[Rival]) -> list[Block]:
     quality = report["quality"]
     if quality is None:
         return [Words("Not measured: there was no held-out text. Measure it with `eckart eval DIR --against MODEL`.")]
-    lines: list[Block] = [Words(f"Measured on {quality['examples']} held-out examples ({quality['tokens']:,} tokens) "
-                                "that were not calibrated on.")]  # fmt: skip
-    verdict = judge_rounding(rivals, rivals[1])
+    lines: list[Block] = [
+        Words(
+            f"Measured on {quality['examples']} held-out examples ({quality['tokens']:,} tokens) that were not "
+            f"calibrated on.{_spread(quality)}"
+        )
+    ]
+    verdict = judge_rounding(rivals, rivals[1], rounded="quantization" in report)
     lines += [Words(verdict, strong=True)] if verdict else []
     if measure_of(rivals) is not None:
         lines += compare_rivals(rivals, "Quality of this model beside its original and plain rounding of it")
@@ -169,7 +192,29 @@ def _quality(report: Mapping[str, Any], rivals: Sequence[Rival]) -> list[Block]:
         lines.append(
             Words("int8, int4: the original's weights rounded to the nearest of few levels, without calibration.")
         )
+    else:
+        lines.append(Words(NOT_ROUNDED))
+    if (report["data"] or {}).get("kind") == "causal" and "agreement" in quality:
+        lines.append(Words(_perplexity(quality["agreement"]["kl"])))
     return lines
+
+
+def _spread(quality: Mapping[str, Any]) -> str:
+    """How far the distance may be off by the choice of the examples."""
+    values = quality.get("agreement") or quality.get("embedding") or {}
+    error, name = values.get("standard_error"), next(iter(list_quality({"quality": quality})), "")
+    if not isinstance(error, int | float):
+        return ""
+    return f" Standard error of {name} over these examples: {show_score(float(error))}."
+
+
+def _perplexity(divergence: float) -> str:
+    """What a KL says of perplexity, and how to measure that."""
+    factor = f" = {math.exp(divergence):.3g}" if 0 <= _finite(divergence) < 20 and _finite(divergence) else ""
+    return (
+        f"KL is in nats a token: on text that the original itself would write, perplexity is exp(KL){factor} times the "
+        "original's. On text of your own: `eckart eval DIR --against MODEL --data FILE`."
+    )
 
 
 def _asked(report: Mapping[str, Any]) -> list[Block]:
@@ -187,7 +232,7 @@ def _asked(report: Mapping[str, Any]) -> list[Block]:
         ("form", report["form"]),
         ("ranks", {"loss": "by predicted loss", "uniform": "the same part everywhere"}.get(report["allocation"],
                                                                                          report["allocation"])),
-        ("kept of the chosen weights", f"{kept['of_sites']:.2%}"),
+        ("kept of the sites", f"{kept['of_sites']:.2%}"),
         ("kept of the model", f"{kept['of_model']:.2%}"),
     ]  # fmt: skip
     if data is not None:
@@ -215,8 +260,8 @@ def _sizes(report: Mapping[str, Any]) -> list[Block]:
     if rounding:
         rows["whole model, before rounding"] = (model["before"], rounding["before"]["size"])
     rows["whole model, afterwards"] = (model["before"], model["after"])
-    rows["chosen weights, before"] = (sites["before"], sites["before"])
-    rows["chosen weights, afterwards"] = (sites["before"], sites["after"])
+    rows["sites, before"] = (sites["before"], sites["before"])
+    rows["sites, afterwards"] = (sites["before"], sites["after"])
     return [list_sizes(rows)]
 
 
@@ -224,7 +269,8 @@ def _budget(report: Mapping[str, Any]) -> list[Block]:
     sites = report["sites"]
     if not sites:
         return []
-    header = ["weight", "out × in", "form", "rank", "of", "kept", "effective rank", "predicted loss"]
+    ranks = name_rank(sites)
+    header = ["weight", "out × in", "form", ranks, "of", "kept", "weighted effective rank", "predicted loss"]
     rows = [
         [
             site["site"],
@@ -239,11 +285,17 @@ def _budget(report: Mapping[str, Any]) -> list[Block]:
         for site in sites[:MOST]
     ]
     more = f" (the first {MOST}; all are in report.json)" if len(sites) > MOST else ""
-    table = Table(f"Every weight that was chosen{more}", header, rows, words=(2,))
+    table = Table(f"Every site{more}", header, rows, words=(2,))
     reasons = [[site["site"], site["reason"]] for site in sites[:MOST] if site.get("reason")]
     why = [Details("Why each is stored so", [Table("Measured seconds were weighed", ["weight", "reason"], reasons,
                                                    words=(1,))])] if reasons else []  # fmt: skip
-    return [draw_ranks(sites), Details(f"All {len(sites)} weights", [table]), *why]
+    explained = [Words(NEURONS)] if ranks != "rank" else []
+    explained += [Words(WEIGHTED_RANK)] if any("effective_rank" in site for site in sites) else []
+    return [draw_ranks(sites), Details(f"All {len(sites)} sites", [table, *explained]), *why]
+
+
+def _name_errors(report: Mapping[str, Any]) -> str:
+    return f"Predicted {'and measured ' if report.get('curves') else ''}error by layer"
 
 
 def _errors(report: Mapping[str, Any]) -> list[Block]:

@@ -12,6 +12,15 @@ from eckart.report.words import find_common_prefix, format_range
 STEPS = 10
 """Colors of the scale."""
 
+SLICED = "sliced"
+"""The form of layers that lose neurons: what stands as its rank is how many are left."""
+
+
+def name_rank(sites: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers of weights are: their ranks, or neurons of layers that lose some, or either."""
+    sliced = {site["form"] == SLICED for site in sites if site["form"] != "dense"}
+    return "neurons" if sliced == {True} else "rank" if True not in sliced else "rank or neurons"
+
 
 def layer_of(name: str) -> int | None:
     """The first number among the parts of a module's name, which counts layers; None where it has none."""
@@ -37,8 +46,14 @@ def draw_ranks(sites: Sequence[Mapping[str, Any]]) -> Heat:
         (kind.removeprefix(f"{prefix}.") if prefix else kind, [_cell(by_layer.get(layer, ())) for layer in columns])
         for kind, by_layer in kinds.items()
     ]
+    what = {
+        "rank": "Rank of every weight",
+        "neurons": "Neurons kept in every layer that loses some",
+        "rank or neurons": "Rank of every weight, or neurons kept where a feed-forward layer loses some",
+    }[name_rank(sites)]
+    outside = "; column –: outside the numbered layers" if None in columns else ""
     return Heat(
-        "Rank of every weight, by layer and kind; the color is the part of its numbers that is kept",
+        f"{what}, by layer and kind; full: as it was; the color is the part of its numbers that is kept{outside}",
         f"in {prefix}" if prefix else "kind",
         ["–" if layer is None else str(layer) for layer in columns],
         rows,
@@ -59,7 +74,7 @@ def _cell(sites: Sequence[Mapping[str, Any]]) -> Cell:
     names = sites[0]["site"] if len(sites) == 1 else f"{len(sites)} weights"
     about = f"{names}: {' and '.join(forms)}"
     if factored:
-        about += f", rank {shown} of {format_range(min(full), max(full))}"
+        about += f", {name_rank(sites)} {shown} of {format_range(min(full), max(full))}"
     return Cell(shown, step_of(kept), f"{about}, {kept:.0%} of its numbers")
 
 

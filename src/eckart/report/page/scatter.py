@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from eckart.report.page.svg import color_of, drawing, line, mark, percent, round_ticks, tag, text
+from eckart.report.page.svg import color_of, drawing, line, mark, percent, round_ladder, round_ticks, tag, text
 
 HEIGHT, TOP, BOTTOM = 340.0, 26.0, 52.0
 NARROW = 290.0
@@ -65,15 +65,13 @@ def draw_scatter(title: str, description: str, points: Sequence[Point], x: Axis,
     """
     xs = round_ticks(max(point.x for point in points) * 1.04)
     largest = max(point.y for point in points) * 1.05 or 1.0
-    ys = [0.0, *(largest * part for part in (1 / 16, 1 / 4, 9 / 16, 1))]
-    ys = list(dict.fromkeys(_round(value) for value in ys))
     depth = HEIGHT - TOP - BOTTOM
 
     def place(point: Point) -> tuple[float, float]:
         return point.x / xs[-1], TOP + depth * math.sqrt(point.y / largest)
 
     parts: list[Markup] = []
-    for value in ys:
+    for value in round_ladder(largest):
         at = TOP + depth * math.sqrt(min(value / largest, 1.0))
         parts += [line(0, at, 1, at, "grid"), text(y.format(value), 0, at, dx=-8, dy=4, anchor="end", kind="tick")]
     for value in xs:
@@ -136,11 +134,3 @@ def _around(x: float, y: float, reach: float) -> Box:
 
 def _meet(one: Box, other: Box) -> bool:
     return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
-def _round(value: float) -> float:
-    """To two digits."""
-    if not value > 0:
-        return 0.0
-    scale = 10.0 ** (math.floor(math.log10(value)) - 1)
-    return round(value / scale) * scale

@@ -113,6 +113,28 @@ def round_ticks(largest: float, wanted: int = 5) -> list[float]:
     return [step * number for number in range(count + 1)]
 
 
+def round_ladder(largest: float, gap: float = 0.15) -> list[float]:
+    """Round numbers from 0 to at most the largest, 1, 2 and 5 times powers of ten, for a scale of square roots.
+
+    Args:
+        largest: that is shown; above 0.
+        gap: between two ticks, at least, as a part of the scale.
+    """
+    ticks: list[float] = []
+    power, last = math.floor(math.log10(largest)), 1.0 + gap
+    while last >= 2 * gap:  # the next one has room above 0
+        for factor in (5, 2, 1):
+            value = factor * 10.0**power
+            place = math.sqrt(value / largest)
+            if place <= 1.0 + 1e-9 and gap <= place <= last - gap:
+                ticks.append(value)
+                last = place
+        power -= 1
+        if 10.0**power * 5 < gap * gap * largest:
+            break
+    return [0.0, *reversed(ticks)]
+
+
 def list_words(words: Sequence[str]) -> str:
     """`a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""

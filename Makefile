@@ -26,12 +26,12 @@ BACKENDS := .venv-onnx/.installed .venv-openvino/.installed
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       compress the bundled model, offline, in a minute or two"
+	@echo "make demo       compress the bundled model, offline: three minutes on one core"
 	@echo "make test       the checks of make lint, then all tests"
 	@echo "make test-serve compressed models behind vLLM, in an environment of its own (1 GB, Linux)"
 	@echo "make test-backends  exported sentence encoders in sentence-transformers with ONNX Runtime and with OpenVINO (2 GB)"
 	@echo "make docs       build the site into site/; a warning is an error"
-	@echo "make docs-run   run every command and Python block of README.md and of the site, offline (half an hour)"
+	@echo "make docs-run   run every command and Python block of README.md and of the site, offline (a quarter of an hour)"
 	@echo "make wheel      build the wheel, install it into an empty environment (1 GB), run the demo from it"
 	@echo "make lint       style, types, directions of imports, the pictures"
 	@echo "make format     fix what ruff can fix, draw the pictures again"

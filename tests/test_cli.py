@@ -13,6 +13,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import reports
 import torch
 import transformers
 import yaml
@@ -35,9 +36,12 @@ from transformers import (
 import eckart
 from eckart.cli.app import app
 from eckart.compression.recipe import Recipe
+from eckart.data import require_data
 from eckart.forms import EMBEDDINGS
 from eckart.methods import METHODS
 from eckart.recovery import RECOVERIES
+from eckart.report.compression import render_compression
+from eckart.report.words import to_plain_text
 
 TEXT = "the a cat dog bird tree river house runs sees likes finds small big red old new and in on"
 WORDS = TEXT.split()
@@ -201,6 +205,26 @@ def test_compress_follows_an_edited_plan(cli, folder, published, tmp_path):
     assert (rows[second]["form"], rows[second]["rank"]) == ("lowrank", 3)
 
 
+def test_a_warning_is_shown_once_and_no_note_besides(cli, folder, tmp_path):
+    few = ("--data", folder / "text.txt", "--num-samples", "1", "--batch-size", "1", "--max-seq-length", "32")
+    for how in ((), ("--quiet",)):
+        text = cli("compress", folder / "llama", *few, *how, "--output-dir", tmp_path / f"out{len(how)}")
+        assert text.count("sites that saw fewer tokens than they have features") == 1
+        assert text.count("warning: sites that saw fewer") == 1
+    report = json.loads((tmp_path / "out0/eckart/report.json").read_text())
+    assert sum("saw fewer tokens" in note for note in report["notes"]) == 1
+
+
+def test_notes_that_were_not_warned_of_are_shown():
+    report = {**reports.compression(), "ranks": {}, "notes": ["one", "two"]}
+    assert "2 notes:\n  one\n  two" in to_plain_text(render_compression(report))
+    said = to_plain_text(render_compression(report, warned={"two", "three"}))
+    assert "2 notes, of which 1 was shown above, as a warning:\n  one\n" in said
+    assert "two\n" not in said
+    said = to_plain_text(render_compression(report, warned={"one", "two"}))
+    assert "2 notes, of which 2 were shown above, as warnings\n" in said
+
+
 def command_of(published: Path) -> list[str]:
     """The command on a page that makes its folder again, and above it what has to be known for it."""
     page = html.unescape((published / "eckart/report.html").read_text())
@@ -286,6 +310,28 @@ def test_compress_refuses_with_place_and_remedy(case, cli, folder, published, tm
     assert os.listdir(tmp_path) == []
 
 
+def test_data_that_are_not_there_are_refused_before_a_model_is_opened(cli, folder, published, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    for place in ("compression.open_run.find_checkpoint", "recovery.pipeline.open_student"):
+        monkeypatch.setattr(f"eckart.{place}", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("eckart.evaluation.pipeline.open_model", lambda *_, **__: pytest.fail("opened"))
+    monkeypatch.setattr("eckart.compression.compare.open_in_memory", lambda *_, **__: pytest.fail("opened"))
+    (folder / "odd.pdf").touch()
+    out = ("--output-dir", tmp_path / "out")
+    for data, said in (
+        ("gone.txt", "gone.txt: no such file"),
+        ("./gone", "no such file"),
+        ("odd.pdf", "unknown suffix"),
+    ):
+        assert said in cli("compress", "llama", "--data", data, *out, code=1)
+        assert said in cli("eval", published, "--data", data, code=1)
+        assert said in cli("compare", "llama", "--methods", "svd", "--keep", "0.5", "--data", data, code=1)
+        assert said in cli("tune", published, "--recovery", "lora", "--data", data, *out, code=1)
+    words = ("tune", published, "--recovery", "lora", "--data", "text.txt")
+    assert "no such file" in cli(*words, "--eval-data", "gone.txt", *out, code=1)
+    require_data(None, "stdlib", "self", "org/data", "data", ["a text"], "text.txt", folder)
+
+
 def test_compress_without_network_names_data_that_need_none(cli, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: raises(ConnectionError("no")))
     text = cli("compress", folder / "llama", "--output-dir", tmp_path / "out", code=1)
@@ -347,6 +393,12 @@ def test_compress_and_eval_a_sentence_transformers_folder(cli, folder, tmp_path)
     )
     assert f'SentenceTransformer("{tmp_path / "out"}")' in text
     assert (tmp_path / "out/0_Transformer/model.safetensors").is_file()
+    notes = json.loads((tmp_path / "out/eckart/report.json").read_text())["notes"]
+    told = [note for note in notes if "pooler.dense" in note]  # its mean of tokens reads no pooler
+    assert len(told) == 1
+    assert "does not depend on it" in told[0]
+    assert "Leave it out: --ignore pooler.dense" in told[0]
+    assert "more text" not in told[0]
     text = cli("eval", tmp_path / "out", "--against", source, "--data", folder / "rows.csv",
                "--data-column", "sentence", "--data-target-column", "other",
                "--data-label-column", "label")  # fmt: skip

@@ -9,6 +9,7 @@ from test_data_models import build, byte_tokenizer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import eckart
+from eckart.calibration import NO_GRADIENT, UNREACHED
 from eckart.compression.budget import Budget, describe_dense
 from eckart.errors import UsageError
 
@@ -60,6 +61,25 @@ def test_a_fraction_of_what_was_reached_leaves_the_rest_out(experts, allocation)
     assert report["kept"]["matrix_elements_after"] + report["kept"]["unused"] == int(0.5 * reached) + others
 
 
+def test_what_stays_dense_is_told_once_with_what_helps():
+    shapes = {"a.0.up": (20, 10), "pooler.dense": (10, 10), "b.experts.3.up": (30, 20)}
+    told = describe_dense({"pooler.dense": NO_GRADIENT}, shapes, "sites")
+    assert told == (
+        "1 of 3 sites, 100 of 900 numbers, stays dense, and the other sites pay for it: pooler.dense (the output that "
+        "is used does not depend on it: the loss has no gradient there). Leave it out: --ignore pooler.dense; or count "
+        "the others alone: --keep-of reached."
+    )
+    assert "Give more text (--num-samples); or" in describe_dense({"b.experts.3.up": UNREACHED}, shapes, "sites")
+    never = describe_dense({"a.0.up": UNREACHED, "pooler.dense": NO_GRADIENT}, shapes, "sites")
+    assert "--num-samples" not in never
+    assert "Give data that reach them" in never
+    assert "leave them out: --ignore 'a.*.up' --ignore pooler.dense" in never
+    many = {f"layer{i}.up": (2, 2) for i in range(20)}
+    told = describe_dense(dict.fromkeys(many, UNREACHED), many, "sites")
+    assert "layer7.up and 12 more (" in told
+    assert told.count("--ignore") == 3
+
+
 def test_budgets_leave_out_what_they_are_told():
     budget = Budget(500, 0, 1000, 0.5, "reached")
     assert budget.leaving_out(0) == budget
@@ -68,7 +88,9 @@ def test_budgets_leave_out_what_they_are_told():
         assert Budget(500, 0, 1000, 0.5, of).leaving_out(400).elements == 500
     left = {"a.0.up": "why", "a.1.up": "why"}
     told = describe_dense(left, {"a.0.up": (20, 10), "a.1.up": (20, 10), "b": (30, 20)}, "reached")
-    assert told.startswith("2 of 3 sites, 400 of 1,000 numbers, stay dense (why), beside that fraction.")
+    assert told.startswith(
+        "2 of 3 sites, 400 of 1,000 numbers, stay dense, beside that fraction: a.0.up, a.1.up (why)."
+    )
     assert "--ignore 'a.*.up'" in told
     assert "--keep-of reached" not in told
     assert describe_dense({}, {"b": (30, 20)}, "sites") == ""

@@ -147,8 +147,10 @@ def test_expert_that_no_token_reaches_is_reported_and_stays_dense():
     unreached = [name for name, choice in result.plan.choices.items() if choice.form == "dense" and "experts" in name]
     assert unreached
     notes = "\n".join(result.report["notes"])
-    for name in unreached:
-        assert f"{name}: left dense, no token of the calibration data reached it" in notes
+    told = next(note for note in result.report["notes"] if "stay dense" in note)
+    assert f"{', '.join(unreached[:8])}" in told
+    assert "(no token of the calibration data reached it). Give more text (--num-samples)" in told
+    assert notes.count("stay dense") == 1
     assert "sites that saw fewer tokens than they have features" in notes
     assert "model.layers." in next(note for note in result.report["notes"] if "fewer tokens" in note)
 

@@ -261,7 +261,7 @@ def test_a_site_that_is_never_reached_is_left_dense_and_named():
         result = eckart.compress(model, data=kind.batches(), method=method, keep=0.5)
         assert type(result.model.get_submodule(site)) is nn.Linear
         assert result.plan.choices[site].form == "dense"
-        assert any(site in note and "left dense" in note for note in result.report["notes"])
+        assert any(site in note and "sites, " in note and " dense, and" in note for note in result.report["notes"])
         row = next(row for row in result.report["sites"] if row["site"] == site)
         assert "no token" in row["left_dense"]
         assert torch.isfinite(output(result.model, kind.batches()[0])).all()

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from eckart.moments import Moments
-
-logger = logging.getLogger(__name__)
-
 
 UNREACHED = "no token of the calibration data reached it"
 NO_GRADIENT = "the loss has no gradient there: the output does not depend on it, or every prediction is certain"
@@ -25,7 +21,7 @@ def why_useless(entry: Moments) -> str | None:
 
 
 def note_few_tokens(seen: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Note and warn of sites that saw fewer tokens than they have features: their Grams are singular.
+    """Note sites that saw fewer tokens than they have features: their Grams are singular.
 
     Args:
         seen: for each site, tokens and features.
@@ -35,9 +31,7 @@ def note_few_tokens(seen: Mapping[str, tuple[int, int]]) -> list[str]:
         return []
     fewest = sorted(few, key=lambda name: few[name][0] / few[name][1])[:3]
     named = ", ".join(f"{name} {few[name][0]} for {few[name][1]}" for name in fewest)
-    note = (
+    return [
         f"sites that saw fewer tokens than they have features: {len(few)} (the fewest: {named}); "
         "what the text does not show is kept by plain SVD; give more text with --num-samples"
-    )
-    logger.warning(note)
-    return [note]
+    ]

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from eckart.cli.console import check_json, guarded, say, show_published, write_json
+from eckart.cli.manner import MANNER
 from eckart.cli.options import (
     ConfigOption,
     JsonOption,
@@ -77,7 +78,9 @@ def compress(
     )
     if is_main():
         lines = load_lines(result, result.folder or folder)
-        show_published([render_compression(result.report), ""], result.folder, f"; to load it:\n\n{lines}")
+        show_published(
+            [render_compression(result.report, warned=MANNER.warned), ""], result.folder, f"; to load it:\n\n{lines}"
+        )
         write_json(json, {"output_dir": str(result.folder), **result.report}, inputs)
         say_page(result.folder)
     push_published(result.folder, push_to_hub, private)

@@ -85,6 +85,7 @@ def guarded(function: F) -> F:
     def run(*args: Any, **kwargs: Any) -> Any:
         before = len(PUBLISHED)
         MANNER.json_alone = False
+        MANNER.warned.clear()
         try:
             _quieten_libraries()
             return function(*args, **kwargs)
@@ -172,8 +173,12 @@ def _verbose() -> bool:
 
 class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        level = record.levelname.lower()
-        say(f"{level}: {record.getMessage()}", "yellow" if record.levelno >= logging.WARNING else "dim")
+        level, message = record.levelname.lower(), record.getMessage()
+        if record.levelno < logging.WARNING:
+            say(f"{level}: {message}", "dim")
+        elif message not in MANNER.warned:
+            MANNER.warned.add(message)
+            say(f"{level}: {message}", "yellow")
 
 
 def check_json(path: Path | None, inputs: Sequence[Any]) -> None:

@@ -7,7 +7,7 @@ import inspect
 import os
 import typing
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -28,10 +28,12 @@ class Manner:
     Attributes:
         quiet: no progress, and of what is published the path alone.
         json_alone: the results go to standard output as JSON, and nothing else does.
+        warned: warnings that the command has shown; each is shown once.
     """
 
     quiet: bool = False
     json_alone: bool = False
+    warned: set[str] = field(default_factory=set)
 
 
 MANNER = Manner()

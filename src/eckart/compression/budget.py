@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from eckart.allocation import smallest_keep
+from eckart.calibration import NO_GRADIENT, UNREACHED
 from eckart.compression.recipe import Recipe
 from eckart.errors import UsageError
 from eckart.evaluation.sizes import count_sizes
@@ -82,13 +84,44 @@ def describe_dense(dense: Mapping[str, str], shapes: Mapping[str, tuple[int, int
     left = [name for name in dense if name in held]
     if not left:
         return ""
-    reasons = ", ".join(dict.fromkeys(dense[name] for name in left))
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in left))
-    paid = "beside that fraction" if of == "reached" else "and the other sites pay for them"
-    instead = "" if of == "reached" else ", or count the others alone: --keep-of reached"
+    groups: dict[str, list[str]] = {}
+    for name in left:
+        groups.setdefault(dense[name], []).append(name)
+    named = "; ".join(f"{_list_names(names)} ({REASONS.get(why, why)})" for why, names in groups.items())
+    paid = "beside that fraction" if of == "reached" else f"and the other sites pay for {_it(left)}"
+    ways = [f"leave {_it(left)} out: {' '.join(f'--ignore {shlex.quote(kind)}' for kind in _kinds(left)[:KINDS])}"]
+    if UNREACHED in groups:
+        routed = any("expert" in name for name in groups[UNREACHED])
+        more = "more text (--num-samples)" if routed else "data that reach them (from Python, batches of all inputs)"
+        ways.insert(0, f"give {more}")
+    if of != "reached":
+        ways.append("count the others alone: --keep-of reached")
     numbers, total = sum(held[name] for name in left), sum(held.values())
+    advice, stay = "; or ".join(ways), "stays" if len(left) == 1 else "stay"
     return (
-        f"{len(left)} of {len(held)} sites, {numbers:,} of {total:,} numbers, stay dense "
-        f"({reasons}), {paid}. Give more text that reaches them (--num-samples; of other inputs, batches from "
-        f"Python), leave them out (--ignore '{kinds[0]}'){instead}."
+        f"{len(left)} of {len(held)} sites, {numbers:,} of {total:,} numbers, {stay} dense, {paid}: {named}. "
+        f"{advice[0].upper()}{advice[1:]}."
     )
+
+
+NAMED = 8
+"""Sites, or kinds of them, that a message names."""
+
+KINDS = 3
+"""Kinds of sites that a command in a message names."""
+
+REASONS = {NO_GRADIENT: "the output that is used does not depend on it: the loss has no gradient there"}
+"""Why some sites stay dense, where others have what these lack."""
+
+
+def _it(names: Sequence[str]) -> str:
+    return "it" if len(names) == 1 else "them"
+
+
+def _kinds(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(re.sub(r"\.\d+(?=\.|$)", ".*", name) for name in names))
+
+
+def _list_names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{', '.join(names[:NAMED])}{more}"

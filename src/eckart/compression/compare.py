@@ -21,6 +21,7 @@ from eckart.compression.refine import announce_refinement
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_dense
 from eckart.compression.settings import Settings
+from eckart.data import require_data
 from eckart.errors import UsageError
 from eckart.methods import Method, method_named
 from eckart.quantization import require_torchao
@@ -167,6 +168,7 @@ def compare(
         )
     if recipe.quantize is not None:
         require_torchao()
+    require_data(data, recipe.data)
     rows = [Settings.of(method_named(each.method), each) for each in recipes]
 
     with keep_unchanged(model):

@@ -13,10 +13,11 @@ import torch
 from transformers import PreTrainedModel
 
 from eckart.allocation import DENSE, Bases, RankMultiples, read_plan
-from eckart.calibration import Calibration
+from eckart.calibration import UNREACHED, Calibration
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import StatisticsWindow, all_blocks
 from eckart.compression.basis_groups import adjacent, reading_a_norm
+from eckart.compression.budget import describe_dense
 from eckart.compression.factor_store import FactorSummary
 from eckart.compression.joint_groups import JointGroups, joint_groups
 from eckart.compression.neuron_layers import SLICED, Layers, check_planned, check_stock, find_layers
@@ -143,11 +144,15 @@ class CompressionContext:
         here = "cuda" if self.weights.device.type == "cuda" else "cpu"
         return RankMultiples(here if recipe.target == "auto" else recipe.target, recipe.rank_multiple)
 
-    def known_notes(
-        self, settings: Settings, summary: FactorSummary, dense: Mapping[str, str] | None = None
-    ) -> list[str]:
+    def known_notes(self, settings: Settings, summary: FactorSummary, recipe: Recipe) -> list[str]:
         """What was not done as it was asked for, as far as is known once the sites are factored."""
-        return [*settings.notes, *self.calibration.notes, *summary.all_notes(summary.dense if dense is None else dense)]
+        held = describe_dense(self.dense_sites(summary), self._shapes, recipe.keep_of)
+        return [*([held] if held else []), *settings.notes, *self.calibration.notes, *summary.all_notes()]
+
+    def dense_sites(self, summary: FactorSummary) -> dict[str, str]:
+        """Sites that have no factors -> why they stay dense."""
+        missing = [name for name in self.names if name not in summary.losses]
+        return dict.fromkeys(missing, UNREACHED) | summary.dense
 
     def adapt_settings(self, settings: Settings) -> Settings:
         """Return the settings; of the default method, those without gradients if the model has no backward pass."""

@@ -57,13 +57,9 @@ class FactorSummary:
     effective_ranks: dict[str, float]
     notes: list[str]
 
-    def all_notes(self, dense: Mapping[str, str]) -> list[str]:
-        """Notes for the report: sites that saw few tokens, sites that stay dense, fallbacks."""
-        return [
-            *note_few_tokens(self.seen),
-            *(f"{name}: left dense, {why}" for name, why in dense.items()),
-            *self.notes,
-        ]
+    def all_notes(self) -> list[str]:
+        """Notes for the report: sites that saw few tokens, and fallbacks."""
+        return [*note_few_tokens(self.seen), *self.notes]
 
 
 class FactorStore:

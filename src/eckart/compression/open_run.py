@@ -24,6 +24,7 @@ from eckart.compression.result import Result
 from eckart.compression.settings import Settings
 from eckart.compression.workspace import Workspace
 from eckart.config import resolve_device
+from eckart.data import require_data
 from eckart.distributed import silence_other_processes, start_processes
 from eckart.errors import UsageError
 from eckart.model import shared_clone, with_separate_experts
@@ -91,6 +92,7 @@ def open_run(
             f"model: {type(model).__name__} is not a transformers model. Pass what from_pretrained returns, or the "
             "name or folder of one."
         )
+    require_data(data, recipe.data)
     if isinstance(model, PreTrainedModel):
         refuse_adaptive(
             model, "which was made for its weights as they are",

@@ -18,11 +18,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from eckart.calibration import note_few_tokens
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.checkpoint.description import attach_config, is_special
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.baselines import measure_baselines
-from eckart.compression.budget import describe_dense
 from eckart.compression.choose_plan import PlanChoice
 from eckart.compression.context import CompressionContext
 from eckart.compression.embeddings import factor_embeddings
@@ -38,7 +38,7 @@ from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
 from eckart.compression.refine import announce_refinement, refine_if_better
 from eckart.compression.refit import refit_if_better
-from eckart.compression.report_builder import build_report, describe_dense_sites
+from eckart.compression.report_builder import build_report
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_compressed
 from eckart.compression.rounds import go_through_rounds
@@ -135,7 +135,7 @@ def compress(
         with outlook:
             rounds = go_through_rounds(context, settings, run.recipe, make_model)
             factors = make_factors(context, settings, run.recipe, largest)
-            refuse_fallbacks(context.known_notes(settings, factors.summary), strict=recipe.strict)
+            refuse_fallbacks(context.known_notes(settings, factors.summary, recipe), strict=recipe.strict)
             result = build_model(context, settings, run.recipe, factors)
             refuse_fallbacks(result.report["notes"], strict=recipe.strict)
             if output_dir is not None:  # for the picture in its report
@@ -171,6 +171,8 @@ def make_factors(
     with context.timer.factorizing():
         factorize_sites(context, settings, recipe, largest_keep, factors, windows)
     factors.require_any()
+    for note in note_few_tokens(factors.summary.seen):
+        logger.warning(note)
     return factors
 
 
@@ -178,9 +180,8 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     """Make the smaller model of the factors."""
     model, sites, timer = context.model, context.sites, context.timer
     summary, dtype = factors.summary, dtype_of(recipe)
-    dense = describe_dense_sites(context, summary)
-    held = describe_dense(dense, {site.name: site.shape for site in sites.chosen}, recipe.keep_of)
-    notes = [*([held] if held else []), *context.known_notes(settings, summary, dense)]
+    dense = context.dense_sites(summary)
+    notes = context.known_notes(settings, summary, recipe)
 
     # 5. The plan: form and rank of every site, within the budget, or as fast or as good as was asked for.
     solved = Solved(summary.losses, dense, context.bases(settings, recipe), summary.joint, summary.sliced)

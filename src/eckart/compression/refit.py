@@ -157,7 +157,9 @@ def refit_blocks(
         before, now = _start_runners(context, fitted, members)
     except LayerwiseError as error:
         return compressed, [f"the refit was left out: {type(fitted).__name__} cannot be run block by block ({error})"]
-    steps, notes = refittable(calibration.groups, before, sorted(calibration.common))
+    factored = set(names)  # of what stays dense nothing is solved, and nothing needs to be said here
+    groups = {leader: own for leader, own in calibration.groups.items() if factored & set(own)}
+    steps, notes = refittable(groups, before, sorted(calibration.common))
 
     def moments(name: str) -> Moments:
         found = factors[name].moments

@@ -15,12 +15,6 @@ from eckart.evaluation.sizes import Sizes, count_sizes
 from eckart.report import record
 
 
-def describe_dense_sites(context: CompressionContext, factors: FactorSummary) -> dict[str, str]:
-    """Sites that have no factors -> why they stay dense."""
-    missing = [name for name in context.names if name not in factors.losses]
-    return dict.fromkeys(missing, "no token of the calibration data reached it") | factors.dense
-
-
 def build_report(
     context: CompressionContext,
     settings: Settings,

@@ -6,6 +6,7 @@ from eckart.data.digest import digest_batches, digest_rows
 from eckart.data.loading import MODEL_READY, load_data
 from eckart.data.model_kind import ModelKind, max_positions, model_kind
 from eckart.data.pooling import Pooling
+from eckart.data.source import require_data
 from eckart.data.task import TaskData, TaskRow, load_task
 
 __all__ = [
@@ -23,4 +24,5 @@ __all__ = [
     "load_task",
     "max_positions",
     "model_kind",
+    "require_data",
 ]

@@ -51,13 +51,18 @@ def read_path(path: Path, *, asked: Sequence[str] = (), whole_text: bool = False
         DataError: If there is no such file, or a row is wrong; the message names file and line.
     """
     index = 0
-    for file in _files(path):
+    for file in list_files(path):
         for values, line in _read_file(file, asked, whole_text):
             yield DataRow(values, f"{file}:{line}", index)
             index += 1
 
 
-def _files(path: Path) -> list[Path]:
+def list_files(path: Path) -> list[Path]:
+    """The file, or the readable files of a folder in sorted order.
+
+    Raises:
+        DataError: none of it can be read.
+    """
     works = ", ".join(SUFFIXES)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())

@@ -13,7 +13,7 @@ import torch
 from eckart.config import is_too_long
 from eckart.data import hub, stdlib
 from eckart.data.items import DATASETS, as_items, as_row, is_from_datasets
-from eckart.data.rows import SUFFIXES, DataRow, read_path
+from eckart.data.rows import SUFFIXES, DataRow, list_files, read_path
 from eckart.errors import DataError
 
 SHUFFLE_ABOVE = 100_000
@@ -91,6 +91,41 @@ def open_source(
     return RowSource(rows, "data", {"source": type(data).__name__}, sampled=not isinstance(data, Sized))
 
 
+def require_data(*named: Any) -> None:
+    """Refuse a file or folder of data that is not there or cannot be read, before anything takes time.
+
+    Args:
+        named: what the user gave as data. What is no name, and a name that may be one of the hub, is not looked at.
+
+    Raises:
+        DataError: naming the file.
+    """
+    for data in named:
+        if isinstance(data, str | os.PathLike) and os.fspath(data) not in WORDS:
+            _find_local(os.fspath(data))
+
+
+WORDS = ("stdlib", "self")
+"""Names of data that are neither a path nor on the hub."""
+
+
+def _find_local(name: str) -> Path | None:
+    """The file or folder of that name, None for what may be on the hub.
+
+    Raises:
+        DataError: there is none, and it looks like one; or nothing in it can be read.
+    """
+    if is_too_long(name):
+        raise DataError(f"{name[:80]!r}...: too long for a path or a name on the hub: check it")
+    path = Path(name).expanduser()
+    if path.exists():
+        list_files(path)
+        return path
+    if path.suffix.lower() in SUFFIXES or name.startswith((".", "~", os.sep)):
+        raise DataError(f"{name}: no such file or folder: check the path (read from {Path.cwd()})")
+    return None
+
+
 def _from_name(
     name: str,
     config: str | None,
@@ -105,14 +140,10 @@ def _from_name(
         pairs = stdlib.documents(part)
         modules = (DataRow({"text": text}, f"stdlib module {module}", i) for i, (module, text) in enumerate(pairs))
         return RowSource(modules, "stdlib", {"source": "stdlib", "split": part}, column="text")
-    if is_too_long(name):
-        raise DataError(f"{name[:80]!r}...: too long for a path or a name on the hub: check it")
-    path = Path(name).expanduser()
-    if path.exists():
+    path = _find_local(name)
+    if path is not None:
         rows = read_path(path, asked=asked, whole_text=whole_text)
         return RowSource(rows, name, {"source": str(path.resolve())})
-    if path.suffix.lower() in SUFFIXES or name.startswith((".", "~", os.sep)):
-        raise DataError(f"{name}: no such file or folder: check the path (read from {Path.cwd()})")
     return _from_hub(name, config, split, revision, seed)
 
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from eckart.config import merge_recipe
+from eckart.data import require_data
 from eckart.errors import CheckpointError, UsageError
 from eckart.evaluation.model import EvaluatedModel, open_model
 from eckart.evaluation.recipe import EvaluationRecipe
@@ -77,6 +78,7 @@ def evaluate(
     with preserve_random_state():
         if recipe.quantize is not None:
             require_torchao()
+        require_data(data, recipe.data)
         context = _open(model, against, tokenizer, data, recipe)
         task = choose_task(context)
         scorer = build_scorer(task, context)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from eckart.checkpoint.save import stored_bytes
 from eckart.config import refuse_fallbacks, resolve_device
+from eckart.data import require_data
 from eckart.model import preserve_random_state
 from eckart.recovery.base import ClosedFormRecovery, Recovery, RecoveryContext
 from eckart.recovery.device import on_device
@@ -81,6 +82,7 @@ def tune(
     # 1. The options; an output folder that cannot be written is refused.
     given = {"model": model, "teacher": teacher, "data": data, "eval_data": eval_data}
     recipe, recovery, inputs = settle_inputs(given, tokenizer, recovery, recipe, options)
+    require_data(inputs.data, inputs.eval_data)
     device = resolve_device(recipe.device)
     logger.info("recovery %s on %s", recipe.recovery, device)
     clock = Clock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
@@ -39,8 +39,13 @@ SIZE_ROWS = {"parameters": "elements", "bytes": "bytes", "multiply-adds per toke
 CURVATURE = {"sampled": "labels drawn from the model itself", "labels": "the labels of the data"}
 
 
-def render_compression(report: Mapping[str, Any]) -> Group:
-    """What was asked, the weights by kind and the whole model before and after, quality, notes, time."""
+def render_compression(report: Mapping[str, Any], *, warned: Collection[str] = ()) -> Group:
+    """What was asked, the weights by kind and the whole model before and after, quality, notes, time.
+
+    Args:
+        report: of a compression.
+        warned: notes that were shown as warnings already, and are not shown again.
+    """
     first, *others = _asked(report)
     parts: list[Any] = [
         Text(first, style="bold"),
@@ -54,7 +59,7 @@ def render_compression(report: Mapping[str, Any]) -> Group:
     parts += [Text(line) for line in (*_quality(report), *_stages(report), *_rounding(report))]
     if report.get("latency"):
         parts.append(Text(_latency(report["latency"])))
-    parts += _notes(report["notes"])
+    parts += _notes(report["notes"], warned)
     seconds = report["seconds"]
     if seconds:
         steps = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
@@ -254,11 +259,15 @@ def _latency(latency: Mapping[str, Any]) -> str:
     return f"latency: {before:.2f} ms -> {after:.2f} ms, {faster:.2f} times as fast ({describe_latency(latency)})"
 
 
-def _notes(notes: list[str]) -> list[Text]:
+def _notes(notes: Sequence[str], warned: Collection[str]) -> list[Text]:
+    shown = [note for note in notes if note not in warned]
+    before = len(notes) - len(shown)
+    above = f"{before} {'was' if before == 1 else 'were'} shown above, as {'a warning' if before == 1 else 'warnings'}"
     if not notes:
         return []
-    lines = [Text(f"{len(notes)} note{'s' * (len(notes) > 1)}:", style="yellow")]
-    lines += [Text(f"  {note}") for note in notes[:NOTES]]
-    if len(notes) > NOTES:
-        lines.append(Text(f"  and {len(notes) - NOTES} more in report.json"))
+    counted = f"{len(notes)} note{'s' * (len(notes) > 1)}"
+    lines = [Text(f"{counted}, of which {above}{':' * bool(shown)}" if before else f"{counted}:", style="yellow")]
+    lines += [Text(f"  {note}") for note in shown[:NOTES]]
+    if len(shown) > NOTES:
+        lines.append(Text(f"  and {len(shown) - NOTES} more in report.json"))
     return lines

@@ -11,7 +11,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eckart
 from eckart.compression import outlook as outlooks
 from eckart.compression.open_run import open_in_memory
-from eckart.compression.outlook import announce, announce_comparison, describe_stages, plan_stages, time_pass
+from eckart.compression.outlook import (
+    announce,
+    announce_comparison,
+    describe_forms,
+    describe_stages,
+    plan_stages,
+    time_pass,
+)
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
@@ -112,7 +119,11 @@ def test_a_compression_says_what_it_will_do_before_its_first_stage(folder, tmp_p
         folder / "llama", data=folder / "text.txt", keep=0.5, output_dir=tmp_path / "out", report_progress=said.append,
         **SMALL,
     )  # fmt: skip
-    start = next(i for i, line in enumerate(said) if line.startswith("eckart, form "))
+    start = next(i for i, line in enumerate(said) if line.startswith("eckart, forms to choose from: "))
+    offered = said[start].removeprefix("eckart, forms to choose from: ").partition(";")[0].split(" and ")
+    chosen = {choice.form for choice in result.plan.choices.values()} - {"dense"}
+    assert chosen <= {*offered}
+    assert f"forms chosen: {result.report['form']}; " in str(result)
     assert "keep 0.5 of the numbers; 14 weights with" in said[start]
     assert said[start + 1] == "32 samples with 512 tokens to calibrate on, 8 more to measure on; batches of 8"
     assert said[start + 2].startswith("stages, in times the statistics: statistics 1, factors ")
@@ -122,6 +133,21 @@ def test_a_compression_says_what_it_will_do_before_its_first_stage(folder, tmp_p
     assert names == [("1", "statistics"), ("2", "factors"), ("3", "refit"), ("4", "rounded originals"),
                      ("5", "publishing")]  # fmt: skip
     assert result.report["seconds"]["factorization"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, "forms to choose from: joint and lowrank and sliced"),
+        ({"method": "drone"}, "form lowrank"),
+        ({"method": "svd", "form": "joint"}, "forms to choose from: joint and lowrank"),
+        ({"form": "sliced", "stock": True}, "form sliced"),
+        ({"plan": "plan.json"}, "forms as planned"),
+    ],
+)
+def test_the_forms_to_choose_from_are_told(options, told):
+    recipe = Recipe(**options)
+    assert describe_forms(Settings.of(method_named(recipe.method), recipe), recipe) == told
 
 
 def test_a_comparison_counts_its_runs(folder):

@@ -121,6 +121,20 @@ def test_too_little_text_gives_one_shorter_window(caplog):
     assert data.description["warnings"]
     load_data(["a" * 40], **CAUSAL, max_seq_length=16, num_samples=4)
     assert "2 windows of 16 tokens, 4 were asked for" in caplog.text
+    load_data(["a" * 40], **CAUSAL, max_seq_length=16)
+    assert "2 windows of 16 tokens; 128 are read where there are" in caplog.text
+    caplog.clear()
+    load_data(["a" * 40], **CAUSAL, max_seq_length=16, num_samples=2, extra_samples=2)
+    assert "windows" not in caplog.text
+
+
+def test_fewer_texts_than_wanted_are_told_as_fewer_windows_are(caplog):
+    texts = ["ab cd"] * 5
+    data = load_data(texts, **ENCODER, num_samples=8)
+    assert data.description["warnings"] == ["data: 5 texts, 8 were asked for"]
+    assert "data: 5 texts, 8 were asked for" in caplog.text
+    assert load_data(texts, **ENCODER).description["warnings"] == ["data: 5 texts; 1,024 are read where there are"]
+    assert "warnings" not in load_data(texts, **ENCODER, num_samples=5, extra_samples=3).description
 
 
 @pytest.mark.parametrize("empty", [[], [""], ["", ""]])

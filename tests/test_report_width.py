@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import reports
 from architectures import BY_NAME
@@ -39,6 +41,27 @@ def test_no_table_is_wider_than_a_terminal(name):
     narrow, wide = lines_of_tables(render_inspection(eckart.inspect(model)))
     end = next(i for i, line in enumerate(narrow) if line.startswith("site: "))
     assert narrow[:end] == wide[:end]
+
+
+def test_rounding_of_the_original_stands_beside_the_model():
+    report = {**reports.compression(), "ranks": {}}
+    narrow, wide = lines_of_tables(render_compression(report))
+    start = narrow.index("beside plain rounding of the original")
+    assert narrow[start : start + 5] == wide[wide.index(narrow[start]) :][:5]
+    rows = [re.split(r"  +", line.strip()) for line in narrow[start + 1 : start + 5]]
+    assert rows == [
+        ["model", "bytes", "KL to the original", "same most likely"],
+        ["this model", "2.80 MB", "0.0234", "0.8900"],
+        ["original int8", "2.00 MB", "0.0016", "0.9000"],
+        ["original int4", "1.00 MB", "0.0063", "0.9000"],
+    ]
+    for without in ({"baselines": []}, {"quality": None}):
+        assert "plain rounding" not in to_plain_text(render_compression({**report, **without}))
+
+
+def test_what_the_seconds_of_the_steps_leave_out_is_said():
+    said = to_plain_text(render_compression({**reports.compression(), "ranks": {}}), 200)
+    assert "time of the steps: 2.5 s (calibration 2.0, factorization 0.5); starting, opening the model and pub" in said
 
 
 def test_kinds_stand_under_the_part_that_is_repeated():

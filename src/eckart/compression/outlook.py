@@ -131,7 +131,8 @@ def announce(
     """
     stages = plan_stages(context, settings, recipe, published=published, verified=verified)
     outlook = Outlook(stages, report, time_pass(context))
-    report(f"{settings.method.name}, form {settings.form}: {describe_goal(recipe, settings)}; {_sites(context)}")
+    goal, numbers = describe_goal(recipe, settings), _sites(context)
+    report(f"{settings.method.name}, {describe_forms(settings, recipe)}; {goal}; {numbers}")
     report(describe_text(context))
     report(describe_stages(outlook.stages, outlook.pass_seconds))
     if context.workspace.finished(FACTORS):
@@ -189,6 +190,14 @@ def announce_comparison(
 def name_run(settings: Settings, keep: float) -> str:
     """The stage of one run of a comparison."""
     return f"{settings.method.name} at keep {keep:g}"
+
+
+def describe_forms(settings: Settings, recipe: Recipe) -> str:
+    """The forms that weights may take; which of them they took stands in the report."""
+    if recipe.plan is not None:
+        return "forms as planned"
+    names = settings.candidates
+    return f"form {names[0]}" if len(names) == 1 else f"forms to choose from: {' and '.join(sorted(names))}"
 
 
 def describe_goal(recipe: Recipe, settings: Settings) -> str:

@@ -78,6 +78,13 @@ class Settings:
         return (self.factored_form if kind.shared_parameter is None else kind.unshared_form, *self.other_forms)
 
     @property
+    def candidates(self) -> tuple[str, ...]:
+        """All forms that a weight may take, alone or with others."""
+        if self.stock:
+            return (SLICED,)
+        return tuple(dict.fromkeys((self.factored_form, *self.site_forms, *((SLICED,) if self.slices else ()))))
+
+    @property
     def factored_form(self) -> str:
         """The form of weights that are factored."""
         return self.rest or self.form

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -13,8 +13,6 @@ from eckart.data.columns import text_of
 from eckart.data.rows import DataRow
 from eckart.data.source import RowSource
 from eckart.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 def choose_rows(source: RowSource, column: str, tokenizer: Any, count: int, seed: int) -> list[DataRow]:
@@ -29,9 +27,33 @@ def choose_rows(source: RowSource, column: str, tokenizer: Any, count: int, seed
     chosen = draw_rows(texts, count, seed, in_order=source.sampled)
     if not chosen:
         raise DataError(f"{source.name}: column {column!r} holds no text: pass data that hold text")
-    if len(chosen) < count:
-        logger.info("%s: %d texts, %d were asked for", source.name, len(chosen), count)
     return chosen
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How many samples are to be read.
+
+    Attributes:
+        number: of them, without those that are read on top to measure on.
+        asked: whether the user said so; else it is the default.
+    """
+
+    number: int
+    asked: bool
+
+    def describe_lack(self, source: str, found: int, what: str) -> list[str]:
+        """What to warn of where there are fewer; empty where there are enough.
+
+        Args:
+            source: name of the data.
+            found: samples that there are.
+            what: they are, in words.
+        """
+        if found >= self.number:
+            return []
+        wanted = f", {self.number:,} were asked for" if self.asked else f"; {self.number:,} are read where there are"
+        return [f"{source}: {found:,} {what}{wanted}"]
 
 
 def draw_rows(rows: Iterator[DataRow], count: int, seed: int, *, in_order: bool) -> list[DataRow]:

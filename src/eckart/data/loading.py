@@ -16,7 +16,7 @@ from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, def
 from eckart.data.batch import CalibrationData
 from eckart.data.columns import find_pair_column, find_text_column, has_column, peek_rows, require_column
 from eckart.data.digest import digest_batches
-from eckart.data.draw import choose_rows, draw_rows
+from eckart.data.draw import Wanted, choose_rows, draw_rows
 from eckart.data.examples import TextExample, example_of
 from eckart.data.explain import require_known_tokens
 from eckart.data.items import first_item
@@ -125,7 +125,8 @@ def load_data(
     default = min(limit, DEFAULT_TOKENS)
     length = sequence_length(max_seq_length, default, tokenizer=tokenizer, config=model_config, model=model)
     count = (num_samples or default_samples(kind)) + extra_samples
-    amount = _Amount(count, length, batch_size or DEFAULT_BATCH_SIZE, seed)
+    wanted = Wanted(count - extra_samples, num_samples is not None)
+    amount = _Amount(count, wanted, length, batch_size or DEFAULT_BATCH_SIZE, seed)
     settings: dict[str, Any] = {"kind": kind, "max_seq_length": length, "seed": seed}
     if isinstance(data, str) and data == "self":
         return _describe(_load_sampled(model, kind, tokenizer, amount, disable), {"source": "self"}, settings)
@@ -180,15 +181,20 @@ def load_data(
                 labels=None if label_column is None else class_labels(rows, label_column, model_config),
             )
         loaded = CalibrationData(list(batches), {"sha256": _digest_texts(examples)})
+        few = amount.wanted.describe_lack(source.name, len(rows), "texts")
+        for warning in few:
+            logger.warning(warning)
+        loaded.description |= {"warnings": few} if few else {}
     require_known_tokens(loaded, model, model_config, tokenizer)
     return _describe(loaded, source.description, settings)
 
 
 @dataclass(frozen=True)
 class _Amount:
-    """How much is read, and the seed of the choice."""
+    """How much is read, what is wanted of that, and the seed of the choice."""
 
     num_samples: int
+    wanted: Wanted
     length: int
     batch_size: int
     seed: int
@@ -308,8 +314,9 @@ def _load_windows(source: RowSource, column: str, tokenizer: Any, amount: _Amoun
     enough = pool * amount.num_samples * amount.length
     stream, sha256, whole = token_stream(texts, tokenizer, enough=enough, joined=source.running)
     windows, places, warnings = choose_windows(
-        stream, length=amount.length, num_samples=amount.num_samples, seed=amount.seed, source=source.name
-    )
+        stream, length=amount.length, num_samples=amount.num_samples, wanted=amount.wanted, seed=amount.seed,
+        source=source.name,
+    )  # fmt: skip
     note = {"sha256": sha256, "pool_tokens": stream.numel(), "read_whole": whole, "warnings": warnings}
     return CalibrationData(list(window_batches(windows, places, amount.batch_size)), note)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eckart.data.batch import Batch
+from eckart.data.draw import Wanted
 from eckart.data.examples import TextExample
 from eckart.errors import DataError
 
@@ -72,7 +73,7 @@ def token_stream(
 
 
 def choose_windows(
-    stream: Tensor, *, length: int, num_samples: int, seed: int, source: str
+    stream: Tensor, *, length: int, num_samples: int, wanted: Wanted, seed: int, source: str
 ) -> tuple[Tensor, Tensor, list[str]]:
     """Cut a stream into windows of one length and choose among them.
 
@@ -80,6 +81,7 @@ def choose_windows(
         stream: Token ids (N,).
         length: Tokens a window; the tail is dropped.
         num_samples: Windows to draw, uniformly without replacement.
+        wanted: What is asked for of these.
         seed: For the draw.
         source: Name of the data, for messages.
 
@@ -102,8 +104,7 @@ def choose_windows(
         places = order[:num_samples].sort().values
     else:
         places = torch.arange(len(windows))
-        if len(windows) < num_samples and not warnings:
-            warnings.append(f"{source}: {len(windows)} windows of {length} tokens, {num_samples} were asked for")
+        warnings = warnings or wanted.describe_lack(source, len(windows), f"windows of {length} tokens")
     for warning in warnings:
         logger.warning(warning)
     return windows[places], places, warnings

@@ -27,6 +27,9 @@ COSTS = ("elements", "bytes", "multiply_adds")
 PART = 24
 """Letters that are shown of a name."""
 
+UNCOUNTED = "; starting, opening the model and publishing are not counted"
+"""What no step of a report's seconds holds."""
+
 NOTES = 8
 """Notes that are shown; all of them are in report.json."""
 
@@ -57,13 +60,14 @@ def render_compression(report: Mapping[str, Any], *, warned: Collection[str] = (
         Text(),
     ]
     parts += [Text(line) for line in (*_quality(report), *_stages(report), *_rounding(report))]
+    parts += _beside(report)
     if report.get("latency"):
         parts.append(Text(_latency(report["latency"])))
     parts += _notes(report["notes"], warned)
     seconds = report["seconds"]
     if seconds:
         steps = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
-        parts.append(Text(f"time: {sum(seconds.values()):.1f} s ({steps})", style="dim"))
+        parts.append(Text(f"time of the steps: {sum(seconds.values()):.1f} s ({steps}){UNCOUNTED}", style="dim"))
     return Group(*parts)
 
 
@@ -138,7 +142,7 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
         budget = "the sizes that its paper states"
     lines = [
         f"{report['model']} by {report['method']}: {budget}",
-        f"form {report['form']}, allocation {report['allocation']}; optimal for {report['exact_for']}",
+        f"{_form(report['form'])}; allocation {report['allocation']}; optimal for {report['exact_for']}",
     ]
     if data is not None:
         unit = f"{data['calibration_tokens']:,} tokens" if "calibration_tokens" in data else "data"
@@ -159,6 +163,11 @@ def _asked(report: Mapping[str, Any]) -> list[str]:
             f"asked for {goal.replace('_', ' ')}: {', '.join(f'{key} {value:g}' for key, value in found.items())}"
         )
     return lines + [_embedding(row) for row in report.get("embeddings", ())]
+
+
+def _form(name: str) -> str:
+    """What the weights became, in the words in which the forms to choose from were announced."""
+    return f"forms chosen: {name}" if " and " in name else f"form {name}"
 
 
 def _embedding(row: Mapping[str, Any]) -> str:
@@ -251,6 +260,19 @@ def _rounding(report: Mapping[str, Any]) -> list[str]:
     was, now = list_quality({"quality": rounding["before"]["quality"]}), list_quality(report)
     changes = [f"{name} {value:.4f} -> {now[name]:.4f}" for name, value in was.items() if name in now]
     return [f"{line}; {', '.join(changes)}" if changes else line]
+
+
+def _beside(report: Mapping[str, Any]) -> list[Any]:
+    """The original in few bits beside this model: what plain rounding gives at which size."""
+    rounded, own = report.get("baselines") or (), list_quality(report)
+    measures = [name for name in own if all(name in row["quality"] for row in rounded)]
+    if not rounded or not measures:
+        return []
+    table = add_columns(make_table("beside plain rounding of the original"), "model", ("bytes", *measures))
+    now = {"name": "this model", "bytes": report["sizes"]["model"]["after"]["bytes"], "quality": own}
+    for row in (now, *rounded):
+        table.add_row(row["name"], format_bytes(row["bytes"]), *(f"{row['quality'][name]:.4f}" for name in measures))
+    return [Text(), table, Text()]
 
 
 def _latency(latency: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
+from eckart.report.compression import UNCOUNTED
 from eckart.report.words import add_columns, format_count, format_number, make_table
 
 
@@ -26,7 +27,7 @@ def render_tuning(report: Mapping[str, Any]) -> Group:
     timed = ", ".join(f"{step} {value:.1f}" for step, value in seconds.items())
     return Group(
         *lines, table, *(Text(f"note: {note}", style="yellow") for note in report["notes"]),
-        Text(f"time: {sum(seconds.values()):.1f} s ({timed})", style="dim"),
+        Text(f"time of the steps: {sum(seconds.values()):.1f} s ({timed}){UNCOUNTED}", style="dim"),
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ STARTS = 600
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--model", default=str(DEMO), help="a folder, or a name on the hub")
-    options.add_argument("--keep", default="0.7", help="share of the factored weights' numbers that is kept")
+    options.add_argument("--keep", default="0.7", help="part of the numbers in the sites that is kept")
     options.add_argument("--form", default="joint", help="a form that vLLM can split among processes as well")
     options.add_argument("--data", default="stdlib", help="calibration text, as for `eckart compress`")
     options.add_argument("--folder", type=Path, default=Path("chat-vllm"), help="where the two folders are put")

@@ -338,6 +338,13 @@ def test_rounding_that_is_better_is_said():
     assert "`--quantize int8`" in verdict
     assert "--quantize" not in judge_rounding([own, small, worse], own, rounded=True)
     assert judge_rounding([own, worse], own) is None
+    found = reports.compression()
+    found["quality"]["agreement"]["kl"] = 0.5  # further than the rounded originals, which are smaller
+    before = {"size": found["sizes"]["model"]["after"], "quality": found["quality"]}
+    for rounding, advised in ((None, True), ({"kind": "int8", "layers": 3, "left": {}, "before": before}, False)):
+        page = render_report(found | ({"quantization": rounding} if rounding else {}), "x")
+        assert "is the better choice" in page
+        assert ("compress with `--quantize int8`" in page) == advised
 
 
 def test_layers_and_cells_of_the_heat_map():

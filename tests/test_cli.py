@@ -464,6 +464,12 @@ def test_eval_refuses_what_does_not_fit(cli, folder, published):
     assert "agreement" in cli("eval", published, "--task", "agremeent", code=2)
     assert "BertModel" in cli("eval", published, "--against", folder / "bert", "--data", folder / "held.txt", code=2)
     assert "own text" in cli("eval", published, "--data", "self", code=2)
+    said = cli("eval", folder / "bert", "--data", folder / "held.txt", "--task", "similarity", code=1)
+    assert "--task similarity needs pairs of sentences with a gold score each" in said
+    assert "('text')" in said
+    assert "Plain text needs no --task" in said
+    said = cli("eval", folder / "classifier", "--data", folder / "held.txt", code=1)
+    assert "--task classification needs texts with a class each" in said
     assert "gone" in cli("eval", published, "--data", folder / "held.txt", "--json", folder / "gone/e.json", code=2)
 
 
@@ -560,6 +566,15 @@ def test_every_help_has_an_example_and_all_options(cli):
         assert "--share" not in text  # former names are refused, not shown
         for field in Recipe.model_fields if name == "compress" else ():
             assert field == "model" or f"--{field.replace('_', '-')}" in text, field
+
+
+def test_help_begins_with_the_options_that_are_used_most(cli):
+    for name, used in (
+        ("compress", ["--keep", "--data", "--method", "--effort", "--output-dir"]),
+        ("tune", ["--recovery", "--teacher", "--task", "--data", "--output-dir"]),
+    ):
+        most = cli(name, "--help").partition("Most used")[2].partition("╰")[0]
+        assert [line.split()[1] for line in most.splitlines() if line.startswith("│ --")] == used
 
 
 def test_compress_warns_of_tensors_that_the_model_does_not_use(cli, folder, tmp_path):

@@ -183,7 +183,7 @@ def test_runs_of_a_comparison_share_factors(context):
     assert first.passes == second.passes > 0
 
 
-def test_an_evaluation_names_the_models_that_it_scores(folder):
+def test_an_evaluation_names_the_models_that_it_scores(folder, monkeypatch):
     said = []
     model = AutoModelForCausalLM.from_pretrained(folder / "llama")
     tokenizer = AutoTokenizer.from_pretrained(folder / "llama")
@@ -196,6 +196,12 @@ def test_an_evaluation_names_the_models_that_it_scores(folder):
     ]
     assert said[1] == "stage 1 of 5: original"  # nothing is known yet
     assert all(line.endswith(" left") for line in said[2:])
+    said.clear()
+    monkeypatch.setattr("eckart.progress.LONG", 0.0)
+    eckart.evaluate(small, model, tokenizer, data=folder / "text.txt", task="perplexity", latency=False,
+                    max_seq_length=16, max_tokens=512, report_progress=said.append)  # fmt: skip
+    assert said[2].endswith(" left (less text: --max-tokens 50000, without int8 and int4: --no-baselines)")
+    assert not any("--max-tokens" in line for line in said[3:])
 
 
 def test_a_benchmark_says_how_long_it_takes_at_least(folder):

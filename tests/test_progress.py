@@ -203,3 +203,14 @@ def test_a_run_that_fails_leaves_no_line_as_if_it_were_done(open_terminal, clock
     outlook.__exit__(ValueError, ValueError("broken"), None)
     assert said == []
     assert progress._running is None
+
+
+def test_what_takes_long_is_said_once_with_how_it_takes_less(clock):
+    told = []
+    for seconds in (10, 100):
+        outlook, said = outlook_of(clock, *(Stage(name, 1) for name in "abcde"), hint="less text: --max-tokens")
+        for name in "abc":
+            outlook.enter(name)
+            clock.now += seconds
+        told.append([line.partition(" left")[2] for line in said])
+    assert told == [["", "", ""], ["", " (less text: --max-tokens)", ""]]

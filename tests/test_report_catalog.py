@@ -70,3 +70,10 @@ def test_catalog_holds_every_name_and_imports_no_torch():
             assert first.count(name) >= 1, name
     assert "k (m + n - k) numbers" in shown
     assert to_plain_text(list_catalog("eckart"), 2000) == shown.rstrip()
+
+
+def test_the_catalog_begins_with_what_to_take_and_shows_no_marks():
+    shown = to_plain_text(list_catalog("drone"), 2000)
+    assert shown.startswith("The default is drone: it need not be named, ")
+    assert "`" not in shown
+    assert "y = B (A x) + b, stored as k (m + n) numbers" in shown

@@ -28,6 +28,9 @@ SURE = 0.05
 PARTS = 1_000
 """Steps of the bar of a whole run."""
 
+LONG = 180.0
+"""Seconds after which whoever waits wants to know how to wait less."""
+
 OVERALL = "{desc} |{bar}|"
 
 
@@ -57,6 +60,7 @@ class Outlook:
         report: Callable[[str], None],
         pass_seconds: float | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        hint: str = "",
     ) -> None:
         """Begin before the first stage.
 
@@ -65,12 +69,13 @@ class Outlook:
             report: told about each stage.
             pass_seconds: what a pass takes, as a short timing says; None: not known before a stage is done.
             clock: seconds.
+            hint: how less is done; said once, where the rest takes more than :data:`LONG`.
         """
         self.stages = list(stages)
         self.spent = [0.0] * len(self.stages)
         self.place = -1
         self.pass_seconds, self._report, self._clock = pass_seconds, report, clock
-        self._since = clock()
+        self._since, self._hint = clock(), hint
         self._alternating = {p + more for p, stage in enumerate(self.stages) if stage.turns for more in (0, 1)}
         self._told: set[int] = set()
         self._loop: tuple[float, float] | None = None
@@ -134,7 +139,10 @@ class Outlook:
         """Which stage runs, and how long the rest takes."""
         left = self.left
         words = f"stage {self.place + 1} of {len(self.stages)}: {self.stages[self.place].name}"
-        return words if left is None else f"{words}; {describe_seconds(left)} left"
+        if left is None:
+            return words
+        hint, self._hint = (f" ({self._hint})", "") if self._hint and left > LONG else ("", self._hint)
+        return f"{words}; {describe_seconds(left)} left{hint}"
 
     def follow(self, done: float, total: float | None, seconds: float) -> None:
         """Be told how far a loop of the stage is, and how long it has run."""

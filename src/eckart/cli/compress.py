@@ -11,7 +11,7 @@ from eckart.cli.manner import MANNER
 from eckart.cli.options import (
     ConfigOption,
     JsonOption,
-    OutputOption,
+    MainOutputOption,
     OverwriteOption,
     PrivateOption,
     PushOption,
@@ -32,7 +32,7 @@ from eckart.errors import UsageError
 @recipe_options(Recipe, *options_of(Recipe))
 def compress(
     model: Annotated[str | None, typer.Argument(help="Hub name or folder of the model to compress.")] = None,
-    output_dir: OutputOption = None,
+    output_dir: MainOutputOption = None,
     overwrite: OverwriteOption = None,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,

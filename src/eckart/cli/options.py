@@ -17,11 +17,15 @@ from eckart.config import COMMAND_LINE, RecipeBase, check_recipe
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R", bound=RecipeBase)
 
+MAIN = "Most used"
+"""Heading of the options that nearly everyone gives."""
+
 PANELS = {
+    MAIN: ("keep", "recovery", "teacher", "task", "data", "method", "effort"),
     "What": (),
     "Speed": ("optimise", "target", "rank_multiple", "objective", "speedup", "max_loss", "latency_batch_size",
               "latency_length", "profile", "stock"),
-    "Data": ("data", "data_config", "data_split", "data_column", "data_target_column",
+    "Data": ("data_config", "data_split", "data_column", "data_target_column",
              "data_label_column", "data_revision", "eval_data", "eval_split", "eval_samples", "num_samples",
              "refine_samples", "max_seq_length", "max_tokens", "batch_size", "curvature", "seed"),
     "Tasks of lm_eval": ("lm_eval", "limit", "num_fewshot", "include_path", "apply_chat_template"),
@@ -30,7 +34,7 @@ PANELS = {
     "Model and machine": ("revision", "teacher_revision", "device", "stream", "cache_memory",
                           "trust_remote_code", "strict"),
 }  # fmt: skip
-"""Headings of `--help`, in order -> fields; all other fields stand under the first."""
+"""Headings of `--help`, in order -> fields, those of the first in this order; all others stand under "What"."""
 
 NUMBERS = {int: "<int>", float: "<float>"}
 """A kind of number -> what `--help` calls it."""
@@ -48,6 +52,9 @@ PageOption = Annotated[
 NoPageOption = Annotated[bool, typer.Option("--no-report", help="Write no HTML report.", rich_help_panel="Output")]
 OutputOption = Annotated[
     Path | None, typer.Option(help="Folder to publish; it must not exist yet.", rich_help_panel="Output")
+]
+MainOutputOption = Annotated[
+    Path | None, typer.Option(help="Folder to publish; it must not exist yet.", rich_help_panel=MAIN)
 ]
 OverwriteOption = Annotated[
     bool | None,
@@ -104,7 +111,7 @@ def recipe_options(
             for name, parameter in inspect.signature(function).parameters.items()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        by_panel = sorted(names, key=lambda name: [*PANELS].index(_panel(name)))
+        by_panel = sorted(names, key=lambda name: ([*PANELS].index(_panel(name)), _place(name)))
         annotations = {name: _option(kind, name, (descriptions or {}).get(name)) for name in by_panel}
         annotations |= {name: Annotated[Union[str, None], typer.Option(hidden=True)] for name in former}  # noqa: UP007
         added = [
@@ -171,6 +178,11 @@ def _option(kind: type[RecipeBase], name: str, description: str | None) -> Any:
 
 def _panel(name: str) -> str:
     return next((title for title, names in PANELS.items() if name in names), "What")
+
+
+def _place(name: str) -> int:
+    """The place of a field among those that are used most."""
+    return PANELS[MAIN].index(name) if name in PANELS[MAIN] else 0
 
 
 def _parsed(annotation: Any) -> tuple[Any, tuple[str, ...]]:

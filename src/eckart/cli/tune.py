@@ -10,7 +10,7 @@ from eckart.cli.console import check_json, guarded, say, say_device, show_publis
 from eckart.cli.options import (
     ConfigOption,
     JsonOption,
-    OutputOption,
+    MainOutputOption,
     OverwriteOption,
     PrivateOption,
     PushOption,
@@ -30,7 +30,7 @@ from eckart.storage.publish import check_output
 @recipe_options(TuneRecipe, *options_of(TuneRecipe))
 def tune(
     model: Annotated[str | None, typer.Argument(help="Folder of the model to train, factored or dense.")] = None,
-    output_dir: OutputOption = None,
+    output_dir: MainOutputOption = None,
     overwrite: OverwriteOption = None,
     push_to_hub: PushOption = None,
     private: PrivateOption = False,

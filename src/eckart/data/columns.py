@@ -20,7 +20,18 @@ TOOLS = "tools"
 
 
 class NoSuchColumnError(DataError):
-    """No column is named, and none can be told."""
+    """No column is named, and none can be told.
+
+    Args:
+        source: name of the data.
+        what: the column holds.
+        columns: that there are, in words.
+        flag: the option that names it.
+    """
+
+    def __init__(self, source: str, what: str, columns: str, flag: str) -> None:
+        super().__init__(f"{source}: which column holds the {what}? There are {columns}: name one with {flag}")
+        self.source, self.columns = source, columns
 
 
 def peek_rows(rows: Iterator[DataRow], source: str) -> tuple[list[DataRow], Iterator[DataRow]]:
@@ -119,9 +130,7 @@ def find_label_column(
     for choice in (named[0], numeric, *named[1:], [name for name in named[0] if name in numeric]):
         if len(choice) == 1:
             return choice[0]
-    raise NoSuchColumnError(
-        f"{source}: which column holds the label? There are {_listed(columns)}: name one with --data-label-column"
-    )
+    raise NoSuchColumnError(source, "label", _listed(columns), "--data-label-column")
 
 
 def require_column(column: str, first: Sequence[DataRow], source: str) -> str:

@@ -119,7 +119,14 @@ def _announce(context: EvaluationContext, quantized: Quantized, task: str, repor
     columns = [*(column for column, _ in _opened(context)), *quantized, *_list_baselines(context, quantized)]
     timed = [Stage(LATENCY, seconds=TIMING)] if context.recipe.latency else []
     report(f"{task} of {describe_count(len(columns), 'model')}: {', '.join(columns)}")
-    return Outlook([*(Stage(column, 1) for column in columns), *timed], report)
+    return Outlook([*(Stage(column, 1) for column in columns), *timed], report, hint=_describe_less(context, task))
+
+
+def _describe_less(context: EvaluationContext, task: str) -> str:
+    """The option that bounds how much is scored, and the one that leaves the rounded models out."""
+    amount = {"perplexity": "--max-tokens 50000", "lm-eval": "--limit 100"}.get(task, "--num-samples 200")
+    rest = ", without int8 and int4: --no-baselines" if _list_baselines(context, {}) else ""
+    return f"less text: {amount}{rest}"
 
 
 def _open(model: Any, against: Any, tokenizer: Any, data: Any, recipe: EvaluationRecipe) -> EvaluationContext:

@@ -18,7 +18,15 @@ from eckart.registry import EMBEDDINGS, FORMS, METHODS, RECOVERIES, STATISTICS
 def list_catalog(default_method: str) -> Group:
     """All that can be chosen by name, as `eckart methods` shows it."""
     lists = (list_methods(default_method), list_forms(), list_embeddings(), list_recoveries())
-    return Group(*(part for shown in lists for part in (shown, Text())))
+    return Group(Text(UNDECIDED.format(default_method)), Text(), *(part for shown in lists for part in (shown, Text())))
+
+
+UNDECIDED = (
+    "The default is {0}: it need not be named, and chooses form and size of every weight by the data. Without data, "
+    "take svd. The other methods are those of papers, as published, to be compared with: eckart compare MODEL "
+    "--methods svd,drone,{0} --keep 0.7 --data FILE"
+)
+"""For those who do not want to choose."""
 
 
 def describe_catalog() -> dict[str, dict[str, dict[str, Any]]]:
@@ -83,7 +91,8 @@ def _list_entries(title: str, heads: Sequence[str], rows: Sequence[tuple[Sequenc
     parts: list[Any] = [Text(title, style="bold"), Text(line(heads), style="bold")]
     for facts, sentences in rows:
         parts.append(Text(line(facts)))
-        parts += [Padding(Text(sentence, style="dim"), (0, 0, 0, 4)) for sentence in sentences if sentence]
+        words = [sentence.replace("`", "") for sentence in sentences if sentence]  # they are marked up for other places
+        parts += [Padding(Text(sentence, style="dim"), (0, 0, 0, 4)) for sentence in words]
     return Group(*parts)
 
 

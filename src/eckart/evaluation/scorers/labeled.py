@@ -6,10 +6,11 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from eckart.data import load_task
+from eckart.data import TaskData, load_task
+from eckart.data.columns import NoSuchColumnError
 from eckart.data.model_kind import head_problem
 from eckart.data.sentence_folder import why_not_embedded
-from eckart.errors import UsageError
+from eckart.errors import DataError, UsageError
 from eckart.evaluation.scorers.base import EvaluationContext, TaskScorer
 from eckart.evaluation.tasks import score_classification, score_regression, score_similarity
 
@@ -21,8 +22,16 @@ class LabeledScorer(TaskScorer):
         how: what is compared with the labels, in words.
         how_together: the same of a head whose labels may hold together.
         classes: whether labels are classes; scores otherwise.
+        task: its name.
+        needs: what its rows hold, in words.
+        columns: the options that name what they hold beside a text.
+        without: what is done with text that has no labels.
     """
 
+    task: ClassVar[str]
+    needs: ClassVar[str]
+    columns: ClassVar[str] = "--data-label-column"
+    without: ClassVar[str] = "Text without labels: --task agreement --against MODEL."
     how: ClassVar[str] = ""
     how_together: ClassVar[str] = ""
     classes: ClassVar[bool] = False
@@ -39,7 +48,7 @@ class LabeledScorer(TaskScorer):
             "max_seq_length": recipe.max_seq_length,
         }
         problem = head_problem(context.model.model)
-        self.rows = load_task(
+        self.rows = self._load(
             context.data,
             column=recipe.data_column,
             pair_column=recipe.data_target_column,
@@ -57,6 +66,21 @@ class LabeledScorer(TaskScorer):
         self.how_scored = f"{len(self.rows)} rows; {how}"
         super().__init__(self.rows.description, self.how_scored)
 
+    def _load(self, data: Any, **options: Any) -> TaskData:
+        """Read the rows.
+
+        Raises:
+            DataError: they have no labels; the message says what the task needs.
+        """
+        try:
+            return load_task(data, **options)
+        except NoSuchColumnError as error:
+            raise DataError(
+                f"{error.source}: --task {self.task} needs {self.needs}, and of the columns that there are "
+                f"({error.columns}) it cannot be told which holds it. Name them: --data-column, {self.columns}. "
+                f"{self.without}"
+            ) from error
+
     def tell_padding(self, found: dict[str, Any]) -> None:
         """Say how much was computed for nothing: rows of like length are batched together, so it is little."""
         self.protocol = f"{self.how_scored}; {found['padding']:.1%} of the tokens computed are padding"
@@ -65,6 +89,7 @@ class LabeledScorer(TaskScorer):
 class ClassificationScorer(LabeledScorer):
     """Accuracy, F1 and Matthews' correlation of a classifier."""
 
+    task, needs = "classification", "texts with a class each"
     how = "F1 of class 1 for two classes, the macro mean for more"
     how_together = "accuracy of rows with all labels right, F1 over all labels"
     classes = True
@@ -78,6 +103,7 @@ class ClassificationScorer(LabeledScorer):
 class RegressionScorer(LabeledScorer):
     """Correlation of the outputs with gold scores."""
 
+    task, needs = "regression", "texts with a gold score each"
     how = "the output of the head against the gold score"
 
     def score(self, model: PreTrainedModel) -> dict[str, float]:
@@ -89,6 +115,9 @@ class RegressionScorer(LabeledScorer):
 class SimilarityScorer(LabeledScorer):
     """Correlation of the cosine of two sentence embeddings with gold scores."""
 
+    task, needs = "similarity", "pairs of sentences with a gold score each"
+    columns = "--data-target-column, --data-label-column"
+    without = "Plain text needs no --task: with --against MODEL embeddings are compared with the original's."
     how = "cosine of the two embeddings against the gold score"
 
     def __init__(self, context: EvaluationContext) -> None:

@@ -11,13 +11,13 @@ from transformers import PreTrainedModel
 
 from eckart.compression.baselines import measure_baselines
 from eckart.compression.context import Timer
+from eckart.compression.distil import announce_training
 from eckart.compression.open_run import keep_unchanged, open_in_memory
 from eckart.compression.options import combine_options
 from eckart.compression.outlook import announce_comparison, name_run
 from eckart.compression.pipeline import build_model, make_factors
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
-from eckart.compression.refine import announce_refinement
 from eckart.compression.result import Result
 from eckart.compression.rounding import round_dense
 from eckart.compression.settings import Settings
@@ -30,7 +30,7 @@ from eckart.storage.store import MemoryStore
 
 logger = logging.getLogger(__name__)
 
-OWN_STEPS = ("factorization", "curves", "replacement", "refit", "refinement", "quantization")
+OWN_STEPS = ("factorization", "curves", "replacement", "refit", "refinement", "distillation", "quantization")
 """Steps that each method takes by itself; their seconds stand in its row."""
 
 MEASURING = ("measuring", "latency")
@@ -176,7 +176,7 @@ def compare(
             model, tokenizer, data, recipe, rows, source_folder=source_folder, report_progress=report_progress
         )
         context = prepare(run, data, rows, keeps)
-        rows = [announce_refinement(context, row, recipe, report_progress) for row in rows]
+        rows = [announce_training(context, row, recipe, report_progress) for row in rows]
         outlook = announce_comparison(context, rows, keeps, recipe, report_progress)
 
     def results() -> Iterator[tuple[str, float, Result]]:

@@ -16,12 +16,13 @@ def with_effort(method: Method, effort: Effort) -> Method:
 
     Args:
         method: with the stages that it names itself, which are those of "default".
-        effort: "fast": no stage but statistics and factors. "best": a refit in closed form, and blocks trained one
-            after another, as far as its metric allows. Curves scaled by what is measured are not among them: they make
-            the loss of the factors smaller, and what is left of that after both was as often a loss as a gain.
+        effort: "fast": no stage but statistics and factors. "best": a refit in closed form as far as its metric
+            allows, blocks trained one after another, and then together as far as memory allows. Curves scaled by what
+            is measured are not among them: they make the loss of the factors smaller, and what is left of that after
+            both was as often a loss as a gain.
     """
     if effort == "fast":
-        return replace(method, refit=False, calibrated_curves=False, refined=False)
+        return replace(method, refit=False, calibrated_curves=False, refined=False, distilled=False)
     if effort == "best":
-        return replace(method, refit=True, refined=True)
+        return replace(method, refit=True, refined=True, distilled=True)
     return method

@@ -16,6 +16,7 @@ import torch
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import all_blocks
 from eckart.compression.context import CompressionContext
+from eckart.compression.distil import COST as DISTILLATION
 from eckart.compression.factor_store import STAGE as FACTORS
 from eckart.compression.recipe import Recipe
 from eckart.compression.refine import COST as REFINEMENT
@@ -82,10 +83,13 @@ def plan_stages(
     if settings.refit and context.data is not None:
         stages.append(Stage("refit", rounds * (REFIT + 2 * measuring)))
     if settings.refines and context.data is not None:
-        stages.append(Stage("refinement", REFINEMENT * (statistics or GRAMS) + 2 * measuring))
+        passes = REFINEMENT - DISTILLATION * settings.distils
+        stages.append(Stage("refinement", passes * (statistics or GRAMS) + 2 * measuring))
+    if settings.distils and context.data is not None:
+        stages.append(Stage("distillation", DISTILLATION * (statistics or GRAMS) + 2 * measuring))
     if recipe.quantize is not None:
         stages.append(Stage("rounding", 2 * measuring))
-    if measuring and not {"refit", "refinement", "rounding"} & {stage.name for stage in stages}:
+    if measuring and not {"refit", "refinement", "distillation", "rounding"} & {stage.name for stage in stages}:
         stages.append(Stage("quality", measuring))
     if recipe.latency and alone:
         stages.append(Stage("latency", seconds=TIMING))

@@ -1,7 +1,7 @@
 """The order of a compression. Each step is one call, documented in the file of its name beside this one.
 
 recipe -> model -> sites -> data -> (statistics -> factors), window by window -> plan -> forms in place -> embeddings
--> refit -> refinement -> rounding -> quality -> report -> published folder
+-> refit -> refinement -> distillation -> rounding -> quality -> report -> published folder
 
 A site is a weight that can be factored; a window is a group of sites whose statistics are in memory at the same time.
 What users choose by name is one file each: methods in `eckart.methods`, forms in `eckart.forms`, statistics in
@@ -25,6 +25,7 @@ from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.baselines import measure_baselines
 from eckart.compression.choose_plan import PlanChoice
 from eckart.compression.context import CompressionContext
+from eckart.compression.distil import announce_training, distil_if_better
 from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.factorize import factorize_sites
@@ -36,7 +37,7 @@ from eckart.compression.outlook import STAGE_OF, announce
 from eckart.compression.plan_builder import Solved, stored_choices
 from eckart.compression.prepare import prepare
 from eckart.compression.recipe import Recipe
-from eckart.compression.refine import announce_refinement, refine_if_better
+from eckart.compression.refine import refine_if_better
 from eckart.compression.refit import refit_if_better
 from eckart.compression.report_builder import build_report
 from eckart.compression.result import Result
@@ -118,18 +119,18 @@ def compress(
         # 3. Its sites, the calibration data, and the way to the statistics. (`compare` passes several settings.)
         context = prepare(run, data, [settings], [recipe.keep])
         settings = context.adapt_settings(settings)
-        settings = announce_refinement(context, settings, recipe, report_progress)
+        settings = announce_training(context, settings, recipe, report_progress)
 
         outlook = announce(
             context, settings, recipe, report_progress, published=output_dir is not None, verified=verify
         )
         context.timer.enter = lambda step: outlook.enter(STAGE_OF.get(step, step))
 
-        # 4. The factors of every site; 5. to 12. the smaller model made of them; 13. the published folder.
+        # 4. The factors of every site; 5. to 13. the smaller model made of them; 14. the published folder.
         largest = recipe.keep if recipe.max_loss is None else 1.0  # the size that keeps to it is not known yet
 
         def make_model(earlier: Recipe) -> Result:
-            own = replace(settings, measures_curves=False, refines=False)
+            own = replace(settings, measures_curves=False, refines=False, distils=False)
             return build_model(context, own, earlier, make_factors(context, own, earlier, earlier.keep))
 
         with outlook:
@@ -214,18 +215,23 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     # 9. The blocks trained one after another, where that was asked for and is better.
     if settings.refines:
         compressed, measured, refine_notes = refine_if_better(
-            context, recipe.seed, compressed, assembly, measured, stages
+            context, settings, recipe.seed, compressed, assembly, measured, stages
         )
         notes += refine_notes
 
-    # 10. Weights in few bits, where they were asked for.
+    # 10. And all of them together.
+    if settings.distils:
+        compressed, measured, distil_notes = distil_if_better(context, recipe.seed, compressed, measured, stages)
+        notes += distil_notes
+
+    # 11. Weights in few bits, where they were asked for.
     rounding = None
     if recipe.quantize is not None:
         with timer.step("quantization"):
             measured, rounding, rounding_notes = round_compressed(context, compressed, recipe.quantize, measured)
         notes += rounding_notes
 
-    # 11. The description of what is stored, and the quality on held-out text.
+    # 12. The description of what is stored, and the quality on held-out text.
     plan = replace(plan, choices=stored_choices(compressed, sites, plan))
     after = count_sizes(compressed, context.names)  # before experts are fused again
     if recipe.stock:
@@ -238,7 +244,7 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
             measured = measure_quality(context, compressed) or None
     notes += [context.unmeasured] if context.unmeasured is not None else []
 
-    # 12. The report; the result has tensors of its own, and may use working memory.
+    # 13. The report; the result has tensors of its own, and may use working memory.
     set_lean(compressed, False)
     with timer.step("latency", noted=bool(recipe.latency)):
         latency = time_models(context, compressed) if recipe.latency else None

@@ -48,9 +48,9 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         EckartError: something that was asked for cannot be, as far as this can be known before the long work.
     """
     recipe, workspace, folder = run.recipe, run.workspace, run.source_folder
-    refines = any(settings.refines for settings in rows)
-    if recipe.refine_samples is not None and not refines:
-        raise UsageError("--refine-samples: no refinement reads them. Give --refine too, or leave it out.")
+    trains = any(settings.trains for settings in rows)
+    if recipe.refine_samples is not None and not trains:
+        raise UsageError("--refine-samples: nothing is trained on them. Give --refine or --distil, or leave it out.")
     model = with_separate_experts(run.model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
     for name, parameter in model.named_parameters():
@@ -78,10 +78,10 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
             _check_budget(context, settings, recipe.model_copy(update={"keep": keep}))
     needs = _all_needs(rows, recipe)
     data = data if data is not None else recipe.data
-    if not needs and data is None and not refines:
+    if not needs and data is None and not trains:
         return context
     with context.timer.step("data"):
-        _load(context, data, recipe, refines=refines)
+        _load(context, data, recipe, trains=trains)
         _check_same_text(context)
     if needs:
         context.calibration = start_calibration(context, rows, recipe, model, context.weights)
@@ -168,21 +168,21 @@ def _find_pooling(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -
     return pooling.reading(tokenizer) if pooling is not None and tokenizer is not None else pooling
 
 
-def _load(context: CompressionContext, data: Any, recipe: Recipe, *, refines: bool) -> None:
+def _load(context: CompressionContext, data: Any, recipe: Recipe, *, trains: bool) -> None:
     """Batches to calibrate on, and others to measure on: of N samples asked for, N calibrate.
 
     Args:
         context: is given them.
         data: that the user named.
         recipe: how much of it.
-        refines: whether more may be read, to train blocks on.
+        trains: whether more may be read, to train blocks on.
     """
     model, size = context.model, recipe.batch_size or DEFAULT_BATCH_SIZE
     kind = model_kind(model.config, model) if context.pooling is None else "encoder"
     wanted = recipe.num_samples or default_samples(kind)
     extra = max(1, -(-wanted // size) // 8)
     sampled = isinstance(data, str) and data == "self"  # every token of more text would have to be written first
-    more = (recipe.refine_samples or (1 if sampled else REFINED) * wanted) - wanted if refines else 0
+    more = (recipe.refine_samples or (1 if sampled else REFINED) * wanted) - wanted if trains else 0
     loaded = load_data(
         data,
         tokenizer=context.tokenizer,
@@ -202,7 +202,7 @@ def _load(context: CompressionContext, data: Any, recipe: Recipe, *, refines: bo
     )
     rest, context.held_out = hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
     context.data = rest
-    if refines:
+    if trains:
         context.refining = take_samples(rest, recipe.refine_samples or rest.num_examples)
         given = isinstance(data, CalibrationData) or loaded.description.get("source") == MODEL_READY
         if recipe.num_samples is not None or not given:  # of batches that the user gave, all calibrate

@@ -57,7 +57,8 @@ class Recipe(RecipeBase):
     effort: Effort = Field(
         "default",
         description="Which stages follow the statistics and the factors. fast: none. default: those of the method. "
-        "best: the refit and the refinement, about ten times the work. Options of single stages come first.",
+        "best: the refit, the refinement and the distillation, about ten times the work. Options of single stages come "
+        "first.",
     )
     refit: bool | None = Field(
         None,
@@ -69,11 +70,16 @@ class Recipe(RecipeBase):
         description="Then train the blocks of the smaller model one after another to put out what the original's do. "
         "Takes up to ten times as long as gathering the statistics. Default: the method's.",
     )
+    distil: bool | None = Field(
+        None,
+        description="Then train all blocks together, in one pass, to predict each token as the original does. Takes "
+        "the whole model in memory, with the optimizer. Default: the method's.",
+    )
     refine_samples: int | None = Field(
         None,
         ge=1,
-        description="Windows or texts that the refinement reads, those of the calibration among them; of more text it "
-        f"makes fewer passes. Default: {REFINED} times --num-samples, as far as the data goes.",
+        description="Windows or texts that refinement and distillation read, those of the calibration among them; of "
+        f"more text they make fewer passes. Default: {REFINED} times --num-samples, as far as the data goes.",
     )
     calibrate_curves: bool | None = Field(
         None,

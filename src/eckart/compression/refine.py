@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from eckart.calibration import show_steps
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_blocks, start_runner
-from eckart.compression.assemble import Assembly, set_lean
+from eckart.compression.assemble import Assembly
 from eckart.compression.context import CompressionContext
-from eckart.compression.measure import measure_quality
+from eckart.compression.keep_better import keep_if_better
 from eckart.compression.recipe import Recipe
 from eckart.compression.refine_blocks import (
     BlockRefinement,
@@ -31,8 +31,7 @@ from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockFit, BlockTraining
 from eckart.data import CalibrationData
-from eckart.errors import ModelError, NumericalError, OtherProcessError, UsageError
-from eckart.evaluation.quality import distance_to_original
+from eckart.errors import ModelError, UsageError
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
 STAGE = "refined"
@@ -60,7 +59,7 @@ def announce_refinement(
     if not settings.refines:
         return settings
     try:
-        report_progress(plan_refinement(context))
+        report_progress(plan_refinement(context, settings))
     except UsageError as error:
         if recipe.refine:
             raise
@@ -69,7 +68,7 @@ def announce_refinement(
     return settings
 
 
-def plan_refinement(context: CompressionContext) -> str:
+def plan_refinement(context: CompressionContext, settings: Settings) -> str:
     """Say what a refinement will take, or refuse one that cannot be, before the long work.
 
     Returns:
@@ -99,7 +98,7 @@ def plan_refinement(context: CompressionContext) -> str:
             "trained for each of them. Leave --refine out, and train the result as a whole instead: eckart tune DIR "
             "--recovery distil"
         )
-    epochs = _epochs(context)
+    epochs = _epochs(context, settings)
     cost = COST * epochs * data.num_tokens / (TRAINING.epochs * _calibrating(context).num_tokens)
     return (
         f"refinement: {len(runner.schedule.steps)} blocks, {epochs} times {len(text.steps)} steps each, about "
@@ -112,14 +111,19 @@ def _calibrating(context: CompressionContext) -> CalibrationData:
     return context.data
 
 
-def _epochs(context: CompressionContext) -> int:
-    """Passes over the text: of more text than the statistics have read, fewer, so that the work is the same."""
+def _epochs(context: CompressionContext, settings: Settings) -> int:
+    """Passes over the text: of more text than the statistics have read, fewer, so that the work is the same.
+
+    A distillation, which comes after it, takes the last one.
+    """
     assert context.refining is not None
-    return max(1, round(TRAINING.epochs * _calibrating(context).num_tokens / max(1, context.refining.num_tokens)))
+    passes = round(TRAINING.epochs * _calibrating(context).num_tokens / max(1, context.refining.num_tokens))
+    return max(1, passes - settings.distils)
 
 
 def refine_if_better(
     context: CompressionContext,
+    settings: Settings,
     seed: int,
     compressed: PreTrainedModel,
     assembly: Assembly,
@@ -130,6 +134,7 @@ def refine_if_better(
 
     Args:
         context: the original and the data.
+        settings: say whether a distillation comes after it, which takes the last pass.
         seed: of the order of the text.
         compressed: the smaller model; it is not changed.
         assembly: shares what is stored.
@@ -139,32 +144,14 @@ def refine_if_better(
     Returns:
         The better of the two models, its measured quality where it was measured, and notes.
     """
-    try:
-        with context.timer.step("refinement"):
-            refined, notes = refine_model(context, seed, compressed, assembly)
-        set_lean(refined, context.workspace.streaming)
-        if refined is compressed or context.held_out is None:
-            return refined, measured, notes
-        with context.timer.step("measuring"):
-            before = measured or measure_quality(context, compressed)
-            after = measure_quality(context, refined) if before else {}
-    except (NumericalError, OtherProcessError) as error:  # all processes take the same way
-        return compressed, measured, [f"{LEFT_OUT}: {error}"]
-    if not before:
-        return refined, None, notes
-    near, far = distance_to_original(before), distance_to_original(after)
-    better = far <= near
-    if not stages.found:
-        stages.add("factors", near, kept=True)
-    stages.add("refinement", far, kept=better)
-    if better:
-        return refined, after, notes
-    notes.append(f"{LEFT_OUT}: held-out distance to the original {near:.4g} before it, {far:.4g} after")
-    return compressed, before, notes
+    return keep_if_better(
+        context, compressed, measured, stages, "refinement", LEFT_OUT,
+        lambda: refine_model(context, settings, seed, compressed, assembly),
+    )  # fmt: skip
 
 
 def refine_model(
-    context: CompressionContext, seed: int, compressed: PreTrainedModel, assembly: Assembly
+    context: CompressionContext, settings: Settings, seed: int, compressed: PreTrainedModel, assembly: Assembly
 ) -> tuple[PreTrainedModel, list[str]]:
     """Make a copy of the compressed model in which every block is trained, one after another.
 
@@ -190,7 +177,7 @@ def refine_model(
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
         work = BlockRefinement(
-            before, now, text, distance, replace(TRAINING, epochs=_epochs(context), seed=seed), processes
+            before, now, text, distance, replace(TRAINING, epochs=_epochs(context, settings), seed=seed), processes
         )
         done = set(context.workspace.finished(STAGE))
         steps = range(now.schedule.tail)

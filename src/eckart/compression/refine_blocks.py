@@ -172,7 +172,7 @@ class BlockRefinement:
                 raise LayerwiseError(f"no backward pass runs through {name}: {reason}") from failure
             if not fit.epoch:
                 return None
-            values = {key: _rounded(f"{name}.{key}", p, types[key]) for key, p in copies.items()}
+            values = {key: rounded(f"{name}.{key}", p, types[key]) for key, p in copies.items()}
         return values, fit
 
     def advance(self, step: int) -> None:
@@ -187,13 +187,10 @@ class BlockRefinement:
                 self.before.run_block(step, batch)
 
     def _batches(self, steps: Sequence[Examples]) -> list[Batch]:
-        wanted = [set(examples) for examples in steps]
-        return [batch for batch in self.now.batches if any(set(batch.examples) <= examples for examples in wanted)]
+        return batches_of(self.now.batches, steps)
 
     def _mixed_precision(self) -> torch.autocast:
-        """Steps of a model that is stored in bfloat16 multiply in it; what is held out is measured in float32."""
-        narrow = torch.is_grad_enabled() and self.before.model.dtype == torch.bfloat16
-        return torch.autocast(self.now.device.type, torch.bfloat16, enabled=narrow)
+        return mixed_precision(self.before.model, self.now.device)
 
     def _error(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         target = real_tokens(self.before.kept_stream(step, batch), batch).float()
@@ -209,6 +206,18 @@ class BlockRefinement:
             output = self.now.run_last(batch)
         rows = distance.between(distance.rows(self.now.model, output, batch), reference)
         return rows.float().sum(), torch.tensor(float(len(rows)))
+
+
+def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batch]:
+    """The batches that hold rows of steps."""
+    wanted = [set(examples) for examples in steps]
+    return [batch for batch in batches if any(set(batch.examples) <= examples for examples in wanted)]
+
+
+def mixed_precision(original: nn.Module, device: torch.device) -> torch.autocast:
+    """Steps of a model that is stored in bfloat16 multiply in it; what is held out is measured in float32."""
+    narrow = torch.is_grad_enabled() and getattr(original, "dtype", None) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
 
 
 def distance_by_token(model: nn.Module, batch: Batch, pooling: Pooling | None) -> OutputDistance | None:
@@ -312,7 +321,12 @@ def put_values(model: nn.Module, block: str, values: Mapping[str, Tensor]) -> No
             part.refresh()
 
 
-def _rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+def rounded(name: str, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """A trained parameter in the type in which it is stored.
+
+    Raises:
+        NumericalError: it does not fit.
+    """
     value = parameter.detach().to(dtype)
     if not bool(value.isfinite().all()):
         raise NumericalError(

@@ -45,6 +45,7 @@ class Settings:
         measures_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
         robust: whether gradients are clipped.
         refines: whether the blocks of the smaller model are trained one after another.
+        distils: whether all blocks are then trained together.
     """
 
     method: Method
@@ -59,6 +60,12 @@ class Settings:
     measures_curves: bool = False
     robust: bool = False
     refines: bool = False
+    distils: bool = False
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage trains the smaller model, on more text than the statistics read."""
+        return self.refines or self.distils
 
     @property
     def loss_metric(self) -> MetricFunction:
@@ -164,6 +171,7 @@ class Settings:
             method, form, allocation, refit, notes, others, rest=rest, slices=slices, stock=recipe.stock,
             measures_curves=_measures_curves(method, allocation, recipe), robust=robust,
             refines=method.refined if recipe.refine is None else recipe.refine,
+            distils=method.distilled if recipe.distil is None else recipe.distil,
         )  # fmt: skip
 
     @property

@@ -20,7 +20,7 @@ class Stages:
         """Note a stage.
 
         Args:
-            stage: "factors", "refit" or "refinement".
+            stage: "factors", "refit", "refinement" or "distillation".
             distance: to the original, after it.
             kept: whether that is the model that is gone on with.
         """

@@ -15,7 +15,7 @@ small instead, which the caller's error says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -81,6 +81,7 @@ def train_block(
     training: BlockTraining,
     processes: Processes,
     off: float | None = None,
+    show: Callable[[Sequence[int]], Iterable[int]] = lambda order: order,
 ) -> BlockFit:
     """Train parameters in place; afterwards they are those of the best epoch.
 
@@ -93,6 +94,7 @@ def train_block(
         training: how.
         processes: share the rows.
         off: the relative error of the block's output, as a root, where `error` does not say it.
+        show: shows progress over the steps of an epoch.
     """
     best, power = measure_error(held, error, processes)
     if not best:
@@ -106,7 +108,7 @@ def train_block(
     order = torch.Generator().manual_seed(training.seed)
     before, epoch, kept = best, 0, [p.detach().clone() for p in parameters]
     for number in range(training.epochs):
-        for place, i in enumerate(torch.randperm(len(steps), generator=order).tolist()):
+        for place, i in enumerate(show(torch.randperm(len(steps), generator=order).tolist())):
             for batch in steps[i]:
                 (error(batch)[0] / max(power, torch.finfo(torch.float32).tiny)).backward()
             _add_gradients(parameters, processes)

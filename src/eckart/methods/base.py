@@ -44,6 +44,7 @@ class Method:
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
         calibrated_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
         refined: whether blocks are trained one after another to put out what the original's do.
+        distilled: whether all blocks are then trained together to predict what the original predicts.
         fixed_form: whether the method is its form: stored in another one, nothing of it would be left.
         paper_sizes: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
             None for a site that stays dense.
@@ -65,6 +66,7 @@ class Method:
     refit: bool = False
     calibrated_curves: bool = False
     refined: bool = False
+    distilled: bool = False
     fixed_form: bool = False
     paper_sizes: SizeRule | None = None
     use: str = ""

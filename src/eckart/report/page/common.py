@@ -205,8 +205,9 @@ def list_steps(report: Mapping[str, Any]) -> list[Block]:
         header = [column.replace("_", " ") for column in columns]
         blocks.append(Table("What each stage brought, in order", header, rows, words=words))
         if "kept" in columns:
-            blocks.append(Words("kept: whether the run went on with what the stage made. A refit and a refinement that "
-                                "are no nearer to the original on held-out text are undone."))  # fmt: skip
+            blocks.append(Words("kept: whether the run went on with what the stage made. A refit, a refinement or a "
+                                "distillation that is no nearer to the original on held-out text is "
+                                "undone."))  # fmt: skip
     seconds = {step: float(value) for step, value in (report.get("seconds") or {}).items() if value}
     if seconds:
         total = sum(seconds.values())

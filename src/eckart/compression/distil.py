@@ -1,0 +1,192 @@
+"""Train all blocks of the smaller model together to predict what the original predicts, and keep that if it is better.
+
+    min  mean_t KL(p_0(. | x_<=t) || p(. | x_<=t))
+
+over all parameters of all blocks of the smaller model p; p_0 is the original (Hinton et al. 2015, arXiv 1503.02531;
+after an SVD: Noach & Goldberg, AACL 2020). It begins where factors, refit and refinement have ended: blocks that are
+trained one by one cannot see how their errors work together. It needs the whole model in memory, with the optimizer's
+state of all that is trained, so it is done where a run has the model in memory anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from eckart.calibration import show_steps
+from eckart.calibration.backward_probe import NO_GRADIENTS
+from eckart.calibration.forward_context import forward_context
+from eckart.calibration.layerwise import all_blocks
+from eckart.compression.context import CompressionContext
+from eckart.compression.keep_better import keep_if_better
+from eckart.compression.recipe import Recipe
+from eckart.compression.refine import announce_refinement
+from eckart.compression.refine_blocks import (
+    TrainingText,
+    batches_of,
+    distance_by_token,
+    mixed_precision,
+    put_values,
+    rounded,
+    training_copies,
+    without_gradients,
+)
+from eckart.compression.settings import Settings
+from eckart.compression.stages import Stages
+from eckart.compression.train_block import BlockTraining, train_block
+from eckart.data import Batch
+from eckart.data.inference import evaluating
+from eckart.distributed.memory import format_bytes, free_memory
+from eckart.errors import UsageError, is_out_of_memory
+from eckart.evaluation.output_distance import OutputDistance
+from eckart.model import ComputePlacement, WeightLoader, shared_clone
+
+TRAINING = BlockTraining(epochs=1, rate=0.005, largest=7e-4)
+"""One pass; the rate is in proportion to the root of the KL. All weights move at once: it is a tenth of a block's."""
+
+COST = 2.7
+"""How much longer a pass takes than gathering the statistics of a third of its text, about."""
+
+COPIES = 5
+"""Numbers in float32 for each parameter of the smaller model: value, copy, gradient, and two of the optimizer."""
+
+LEFT_OUT = "the distillation was left out"
+
+
+def announce_training(
+    context: CompressionContext, settings: Settings, recipe: Recipe, report_progress: Callable[[str], None]
+) -> Settings:
+    """Say what a refinement and a distillation will take, where there are to be any; see both."""
+    settings = announce_distillation(context, settings, recipe, report_progress)  # which shortens the refinement
+    return announce_refinement(context, settings, recipe, report_progress)
+
+
+def announce_distillation(
+    context: CompressionContext, settings: Settings, recipe: Recipe, report_progress: Callable[[str], None]
+) -> Settings:
+    """Say that all blocks will be trained together, where they are to be.
+
+    Returns:
+        The settings; without a distillation that was not asked for by its own option and cannot be.
+
+    Raises:
+        UsageError: it was asked for and cannot be.
+    """
+    if not settings.distils:
+        return settings
+    why = why_not(context)
+    if why is None:
+        assert context.refining is not None
+        report_progress(f"distillation: all blocks together, one pass over {context.refining.num_tokens:,} tokens")
+        return settings
+    if recipe.distil:
+        raise UsageError(f"--distil: {why}. Leave --distil out.")
+    return replace(settings, distils=False, notes=(*settings.notes, f"{LEFT_OUT}: {why}"))
+
+
+def why_not(context: CompressionContext) -> str | None:
+    """Why the blocks cannot be trained together, or None if they can."""
+    workspace, data = context.workspace, context.refining
+    if workspace.streaming:
+        return "it needs the whole model in memory, and this run works block by block"
+    text = None if data is None else TrainingText.of(data.batches, workspace.processes)
+    if data is None or text is None:
+        return "there is too little text to train on a part of it and stop by the rest"
+    with forward_context(context.model, context.weights, all_blocks(context.model))(None):
+        if distance_by_token(context.model, data.batches[0], context.pooling) is None:
+            return "the model does not predict each token"
+    needed = COPIES * 4 * sum(p.numel() for p in context.model.parameters())
+    free = free_memory(context.weights.device)
+    enough = workspace.processes.broadcast([free is None or needed <= free])[0]  # all go the same way
+    return None if enough else f"it takes up to {format_bytes(needed)} of memory, and less is free"
+
+
+def distil_if_better(
+    context: CompressionContext,
+    seed: int,
+    compressed: PreTrainedModel,
+    measured: dict[str, Any] | None,
+    stages: Stages,
+) -> tuple[PreTrainedModel, dict[str, Any] | None, list[str]]:
+    """Train a copy of the model, and return it unless held-out text says that it was better before.
+
+    Args:
+        context: the original and the data.
+        seed: of the order of the text.
+        compressed: the smaller model; it is not changed.
+        measured: its quality on held-out text, where it was measured.
+        stages: is told what the training brought.
+
+    Returns:
+        The better of the two models, its measured quality where it was measured, and notes.
+    """
+    return keep_if_better(
+        context, compressed, measured, stages, "distillation", LEFT_OUT, lambda: distil_model(context, seed, compressed)
+    )
+
+
+def distil_model(
+    context: CompressionContext, seed: int, compressed: PreTrainedModel
+) -> tuple[PreTrainedModel, list[str]]:
+    """Make a copy of the compressed model in which all blocks are trained together.
+
+    Returns:
+        The copy, or `compressed` itself where no gradient can be had or memory runs out; and notes.
+    """
+    processes, data = context.workspace.processes, context.refining
+    assert data is not None
+    text = TrainingText.of(data.batches, processes)
+    assert text is not None
+    original, distilled = context.model, shared_clone(compressed)
+    stored = {name: p.dtype for name, p in distilled.named_parameters()}
+    frozen = outside(distilled, all_blocks(original))
+    loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
+    training = replace(TRAINING, seed=seed)
+    with without_gradients(distilled), ExitStack() as stack:
+        stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
+        stack.enter_context(evaluating(distilled))
+        stack.enter_context(loader.held(""))
+        copies = stack.enter_context(training_copies(distilled, frozen))
+        distance = distance_by_token(original, text.batches[0], context.pooling) if text.batches else None
+        distance = distance or OutputDistance("classes", context.pooling)
+
+        def error(batch: Batch) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                reference = distance.reference(distance.rows(original, distance.run(original, batch), batch))
+            with mixed_precision(original, loader.device):
+                output = distance.run(distilled, batch)
+            rows = distance.between(distance.rows(distilled, output, batch), reference)
+            return rows.float().sum(), torch.tensor(float(len(rows)))
+
+        def show(order: Sequence[int]) -> Iterable[int]:
+            return show_steps(order, "distilling")
+
+        steps, held = [batches_of(text.batches, [examples]) for examples in text.steps], text.held
+        try:
+            with torch.enable_grad():
+                fit = train_block(
+                    list(copies.values()), steps, batches_of(text.batches, held), error, training, processes, show=show
+                )
+        except NO_GRADIENTS as failure:
+            if processes.size > 1:  # the others wait for this one's gradients
+                raise
+            what = "memory ran out" if is_out_of_memory(failure) else "no backward pass runs through the model"
+            return compressed, [f"{LEFT_OUT}: {what} ({type(failure).__name__}: {str(failure).splitlines()[0]})"]
+        values = {name: rounded(name, p, stored[name]) for name, p in copies.items()} if fit.epoch else {}
+    if not values:
+        return compressed, [f"{LEFT_OUT}: text that is not trained on is predicted no better"]
+    put_values(distilled, "", values)
+    return distilled, []
+
+
+def outside(model: nn.Module, blocks: Sequence[str]) -> set[str]:
+    """Names of the parameters that are not in blocks alone: embeddings, heads, and what blocks share with them."""
+    inside = {id(module) for block in blocks for module in model.get_submodule(block).modules()}
+    others = {id(p) for module in model.modules() if id(module) not in inside for p in module.parameters(recurse=False)}
+    return {name for name, p in model.named_parameters() if id(p) in others}

@@ -369,7 +369,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The contexts of refinements, which train nothing."""
     found: list[Any] = []
 
-    def leave_out(context: Any, seed: int, compressed: Any, assembly: Any) -> Any:
+    def leave_out(context: Any, settings: Any, seed: int, compressed: Any, assembly: Any) -> Any:
         found.append(context)
         return compressed, []
 

@@ -1,0 +1,202 @@
+"""All blocks of a smaller model trained together: what is trained, what it brings, and where it is left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import BY_NAME
+from test_calibration_backward import without_backward
+from test_compression_refine import SMALL, TEXTS
+from tiny import DEMO, Workdir, llama, place, text
+from torch import Tensor
+from transformers import AutoTokenizer
+
+import eckart
+from eckart.compression import distil
+from eckart.compression.distil import outside
+from eckart.compression.refine_blocks import put_values
+from eckart.errors import UsageError
+from eckart.model import factored_modules
+
+DISTIL: dict[str, Any] = {"method": "drone", "keep": 0.5, **SMALL}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return llama(num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(DEMO)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eckart.compression.prepare.REFINED", 1)
+
+
+def divergence(model: Any, smaller: Any, batches: list[Any]) -> float:
+    """Mean KL of the predictions of real tokens."""
+    with torch.no_grad():
+        true, found = (torch.cat([m(**b).logits for b in batches]).log_softmax(-1) for m in (model, smaller))
+    return float((true.exp() * (true - found)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_blocks_and_nothing_else_are_trained_to_predict_what_the_original_does(
+    model: Any, tokenizer: Any, dtype: str
+):
+    batches = [
+        {"input_ids": torch.randint(0, 90, (8, 12), generator=torch.Generator().manual_seed(i))} for i in range(30)
+    ]
+    how: dict[str, Any] = {"data": batches, "method": "drone", "keep": 0.4, "dtype": dtype}
+    told: list[str] = []
+    one, other = (eckart.compress(model, distil=d, report_progress=told.append, **how) for d in (False, True))
+    stages = {row["stage"]: (row["distance"], row["kept"]) for row in other.report["stages"]}
+    assert list(stages) == ["factors", "distillation"]
+    assert stages["distillation"][0] < stages["factors"][0]
+    assert other.report["quality"]["agreement"]["kl"] == stages["distillation"][0]
+    assert "distillation" in other.report["seconds"]
+    assert any("all blocks together, one pass over" in line for line in told)
+    unseen = [{"input_ids": torch.randint(0, 90, (32, 12), generator=torch.Generator().manual_seed(99))}]
+    before, after = (divergence(model, result.model.float(), unseen) for result in (one, other))
+    assert after < 0.99 * before
+    theirs, changed = one.model.state_dict(), set()
+    for name, value in other.model.state_dict().items():
+        if not torch.equal(value, theirs[name]):
+            changed.add(name.split(".layers.")[-1].split(".")[0])
+    assert changed == {"0", "1"}
+
+
+def test_the_stored_type_and_shared_parameters_stay(tokenizer: Any):
+    model = llama(num_hidden_layers=2)
+    result = eckart.compress(
+        model, tokenizer, data=TEXTS, distil=True, **DISTIL | {"method": "basis-sharing"}, dtype="bfloat16"
+    )
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    names = [name for name, _ in result.model.named_parameters()]
+    assert len(names) < len([name for name, _ in result.model.named_parameters(remove_duplicate=False)])
+    assert all(p.requires_grad for p in result.model.parameters())
+    assert any(row["stage"] == "distillation" for row in result.report["stages"])
+
+
+def test_what_others_hold_is_not_trained():
+    model = llama(num_hidden_layers=2)
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].input_layernorm.weight = model.model.norm.weight
+    frozen = outside(model, ["model.layers.0", "model.layers.1"])
+    assert {"model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"} <= frozen
+    assert "model.layers.0.mlp.up_proj.weight" not in frozen
+    assert not [name for name in frozen if ".layers." in name and "1.input_layernorm" not in name]
+
+
+def test_a_pass_is_taken_from_the_refinement(model: Any, tokenizer: Any):
+    told: list[str] = []
+    eckart.compress(model, tokenizer, data=TEXTS, refine=True, distil=True, report_progress=told.append, **DISTIL)
+    assert "2 blocks, 8 times" in "\n".join(told)
+
+
+def test_a_worse_model_is_not_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    before = eckart.compress(model, tokenizer, data=TEXTS, **DISTIL)
+
+    def spoil(model: Any, block: str, values: dict[str, Tensor]) -> None:
+        put_values(model, block, {name: value * 0.5 for name, value in values.items()})
+
+    monkeypatch.setattr(distil, "put_values", spoil)
+    result = eckart.compress(model, tokenizer, data=TEXTS, distil=True, **DISTIL)
+    assert [(row["stage"], row["kept"]) for row in result.report["stages"]] == [
+        ("factors", True),
+        ("distillation", False),
+    ]
+    theirs = before.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in result.model.state_dict().items())
+    assert any("the distillation was left out: held-out distance" in note for note in result.report["notes"])
+
+
+def few(model: Any, tokenizer: Any, monkeypatch: Any) -> tuple[Any, dict[str, Any]]:
+    return model, {"tokenizer": tokenizer, "data": TEXTS[:1], "num_samples": 1}
+
+
+def full(model: Any, tokenizer: Any, monkeypatch: Any) -> tuple[Any, dict[str, Any]]:
+    monkeypatch.setattr(distil, "free_memory", lambda device: 1000)
+    return model, {"tokenizer": tokenizer, "data": TEXTS}
+
+
+def encoder(model: Any, tokenizer: Any, monkeypatch: Any) -> tuple[Any, dict[str, Any]]:
+    return BY_NAME["bert"].model(), {"data": BY_NAME["bert"].batches(4, 4)}
+
+
+@pytest.mark.parametrize(
+    ("case", "why"),
+    [(few, "too little text"), (full, "of memory, and less is free"), (encoder, "does not predict each token")],
+)
+def test_where_it_cannot_be_it_is_refused_or_left_out(
+    case: Any, why: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    model, options = case(model, tokenizer, monkeypatch)
+    options = {**DISTIL, **options}
+    with pytest.raises(UsageError, match=f"--distil: .*{why}"):
+        eckart.compress(model, distil=True, **options)
+    result = eckart.compress(model, effort="best", refine=False, refit=False, **options)
+    assert any(note.startswith("the distillation was left out: ") and why in note for note in result.report["notes"])
+
+
+def test_where_no_gradient_can_be_had_the_model_stays_and_that_is_said():
+    batches = BY_NAME["llama"].batches(rows=4, count=4)
+    how: dict[str, Any] = {"data": batches, "method": "asvd", "keep": 0.6}
+    result, plain = (eckart.compress(without_backward(), distil=distil, **how) for distil in (True, False))
+    assert any("left out: no backward pass runs through the model" in note for note in result.report["notes"])
+    assert all(torch.equal(value, plain.model.state_dict()[key]) for key, value in result.model.state_dict().items())
+
+
+def test_where_memory_runs_out_the_model_stays_and_that_is_said(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def run_out(*arguments: Any, **how: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(distil, "train_block", run_out)
+    result = eckart.compress(model, tokenizer, data=TEXTS, distil=True, **DISTIL)
+    assert any("the distillation was left out: memory ran out" in note for note in result.report["notes"])
+    assert factored_modules(result.model)
+
+
+# -- processes -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_two_processes_give_the_result_of_one(server: Any, tmp_path: Path):
+    place(llama(num_hidden_layers=2), tmp_path / "llama")
+    text(tmp_path)
+    workdir = Workdir(tmp_path)
+    words = ("--method", "drone", "--keep", "0.5", "--distil", "--dtype", "float32", "--stream")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [server.start(workdir.words(tmp_path / "one", *words, "off"))]
+    started += [
+        server.start(
+            workdir.words(tmp_path / "two", *words, "off"), environ={**shared, "RANK": str(i), "LOCAL_RANK": str(i)}
+        )
+        for i in range(2)
+    ]
+    ended = [server.wait(one) for one in started]
+    assert [one.code for one in ended] == [0, 0, 0], [one.said for one in ended]
+    reports = [json.loads((tmp_path / name / "eckart/report.json").read_text()) for name in ("one", "two")]
+    one, two = ({row["stage"]: row["distance"] for row in report["stages"]} for report in reports)
+    assert two == pytest.approx(one, rel=1e-3)
+    assert one["distillation"] < one["factors"]
+    models = [eckart.load(tmp_path / name).state_dict() for name in ("one", "two")]
+    for name, value in models[0].items():
+        assert (models[1][name] - value).norm() <= 1e-2 * value.norm() + 1e-6, name
+    done = server(workdir.words(tmp_path / "three", *words, "on"))
+    assert done.code == 2
+    assert "--distil: it needs the whole model in memory" in done.said

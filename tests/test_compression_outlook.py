@@ -61,8 +61,8 @@ EVERY = {"effort": "best", "calibrate_curves": True}
 
 def test_every_stage_is_there_in_the_order_of_the_run_with_a_cost(context):
     names = [*stages_of(context, **EVERY, latency=True, quantize="int8", max_loss="1%")]
-    assert names == ["statistics", "factors", "curves", "plan", "refit", "refinement", "rounding", "latency",
-                     "rounded originals", "publishing"]  # fmt: skip
+    assert names == ["statistics", "factors", "curves", "plan", "refit", "refinement", "distillation", "rounding",
+                     "latency", "rounded originals", "publishing"]  # fmt: skip
     assert [*stages_of(context, "svd", published=False)] == ["factors", "quality"]
     for stage in stages_of(context, **EVERY, latency=True, quantize="int8", max_loss="1%").values():
         assert stage.passes + stage.seconds > 0
@@ -75,7 +75,10 @@ def test_costs_are_in_proportion(context):
         stages_of(context, **EVERY),
     )
     assert plain["statistics"].passes > 2 * drone["statistics"].passes > 0
-    assert best["refinement"].passes > 5 * best["statistics"].passes > 5 * best["curves"].passes > 0
+    refinement, distillation = (best[name].passes for name in ("refinement", "distillation"))
+    assert refinement + distillation > 5 * best["statistics"].passes > 5 * best["curves"].passes > 0
+    alone = stages_of(context, **EVERY, distil=False)["refinement"].passes
+    assert refinement + distillation == pytest.approx(alone, rel=0.3), "it takes the place of a pass"
     assert 0.5 < plain["refit"].passes / plain["statistics"].passes < 4
     assert plain["rounded originals"].passes < plain["statistics"].passes
     twice = stages_of(context, rounds=2)

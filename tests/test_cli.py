@@ -337,6 +337,11 @@ def test_compress_without_network_names_data_that_need_none(cli, folder, tmp_pat
     text = cli("compress", folder / "llama", "--output-dir", tmp_path / "out", code=1)
     assert "--data self" in text
     assert "--data FILE" in text
+    assert "ConnectionError" not in text
+    assert "did you mean" not in text
+    monkeypatch.chdir(folder)
+    text = cli("compress", "llama", "--data", "text", "--output-dir", tmp_path / "out", code=1)
+    assert "did you mean --data text.txt?" in text
 
 
 def test_compress_checks_the_output_before_it_loads_the_model(cli, folder, tmp_path, monkeypatch):

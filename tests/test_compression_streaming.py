@@ -158,7 +158,8 @@ def test_the_way_and_its_memory_are_reported_first(server, workdir, tmp_path):
         done = server(workdir.words(tmp_path / stream, "--method", "drone", "--stream", stream))
         assert done.code == 0, done.said
         assert re.fullmatch(words, done.said.splitlines()[0]), done.said
-    refused = server(workdir.words(tmp_path / "no", "--stream", "on", "--data", "gone.txt"))
+    (tmp_path / "empty.txt").touch()
+    refused = server(workdir.words(tmp_path / "no", "--stream", "on", "--data", tmp_path / "empty.txt"))
     assert refused.code == 1
     assert way_of(refused.said).startswith("block by block: about")  # before the text is read
 

@@ -184,9 +184,10 @@ def refused(done: list[Done], *parts: str) -> None:
 
 
 def test_error_of_all_processes_ends_all_without_traceback(worlds, tmp_path):
-    words = worlds.words(tmp_path, "drone streamed", "--data", "gone.txt")
-    refused(worlds.run(words), "gone.txt: no such file")
-    assert listed(tmp_path) == []
+    (tmp_path / "empty.txt").touch()
+    for name, said in (("gone.txt", "no such file"), ("empty.txt", "no text")):
+        refused(worlds.run(worlds.words(tmp_path, "drone streamed", "--data", tmp_path / name)), f"{name}: {said}")
+        assert listed(tmp_path) == ["empty.txt"]
 
 
 def test_existing_output_is_reported_once(worlds, tmp_path):

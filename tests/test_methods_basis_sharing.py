@@ -286,7 +286,7 @@ def test_other_metrics_and_no_data():
 
 def test_a_small_budget_is_refused_before_anything_is_run():
     with pytest.raises(UsageError, match=r"--keep 0\.01 .*The smallest keep that can be reached is"):
-        eckart.compress(deep("llama"), data="nowhere.txt", method="basis-sharing", keep=0.01)
+        eckart.compress(deep("llama"), data="org/nowhere", method="basis-sharing", keep=0.01)
 
 
 def test_compared_with_other_methods():

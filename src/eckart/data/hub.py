@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from eckart.data.rows import SUFFIXES
 from eckart.errors import DataError
 
 if TYPE_CHECKING:
@@ -51,10 +54,10 @@ def open_hub(
         data = datasets.load_dataset(identifier, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # the hub, fsspec, httpx and the builder each raise their own
         asked = " ".join(str(part) for part in (config, f"split {split}", revision and f"revision {revision}") if part)
-        reason = str(error).strip().splitlines() or [""]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"data set {identifier!r} ({asked}) cannot be opened: {type(error).__name__}: {reason[0]} - check the name "
-            "and the network, or calibrate without the hub: --data self (text that the model samples) or "
+            f"data set {identifier!r} ({asked}) cannot be opened: {reason}{_ask_near(identifier)} - check the name and "
+            "the network, or calibrate without the hub: --data self (text that the model samples) or "
             "--data FILE (.txt, .jsonl, .csv or .tsv of your own)"
         ) from error
     # The builder's path ends in the commit that the branch is at: hf://datasets/NAME@COMMIT.
@@ -66,3 +69,13 @@ def open_hub(
         "revision": commit or revision,
         "streamed": streaming,
     }
+
+
+def _ask_near(name: str) -> str:
+    """A question after the file or folder here whose name is nearest to that of a data set that is not there."""
+    try:
+        found = sorted(path.name for path in Path.cwd().iterdir() if path.suffix.lower() in SUFFIXES or path.is_dir())
+    except OSError:
+        return ""
+    near = get_close_matches(name, found, 1)
+    return f"; did you mean --data {near[0]}?" if near else ""

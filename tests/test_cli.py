@@ -340,8 +340,9 @@ def test_compress_without_network_names_data_that_need_none(cli, folder, tmp_pat
     assert "ConnectionError" not in text
     assert "did you mean" not in text
     monkeypatch.chdir(folder)
-    text = cli("compress", "llama", "--data", "text", "--output-dir", tmp_path / "out", code=1)
-    assert "did you mean --data text.txt?" in text
+    for name in ("texts", "text"):  # the second is also a format of the datasets library
+        text = cli("compress", "llama", "--data", name, "--output-dir", tmp_path / "out", code=1)
+        assert "did you mean --data text.txt?" in text
 
 
 def test_compress_checks_the_output_before_it_loads_the_model(cli, folder, tmp_path, monkeypatch):

@@ -45,7 +45,8 @@ def open_hub(
     if identifier in getattr(packaged_modules, "_PACKAGED_DATASETS_MODULES", ()):
         raise DataError(
             f"data set {identifier!r} is a file format of the datasets library, which would read every such file "
-            f"in the current folder{_ask_near(identifier)}: name a file or a folder of your own, or a data set on the hub"
+            f"in the current folder{_ask_near(identifier)}: name a file or a folder of your own, or a data set on the "
+            "hub"
         )
     try:
         builder = datasets.load_dataset_builder(identifier, config, revision=revision)

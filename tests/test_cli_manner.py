@@ -11,7 +11,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from tiny import llama, place, text
 
 from eckart.cli.app import app
-from eckart.cli.console import say
+from eckart.cli.console import guarded, say, set_up_logging
 from eckart.cli.manner import MANNER, quieten_bars, set_quiet
 from eckart.compression.memory_estimate import CACHE_MEMORY
 from eckart.config import DEFAULT_BATCH_SIZE, DEFAULT_TEXTS, DEFAULT_TOKENS, DEFAULT_WINDOWS
@@ -71,6 +71,20 @@ def test_warnings_and_errors_are_said_all_the_same(model, tmp_path, capsys):
         app([*map(str, compress(tmp_path / "nothing", tmp_path / "out")), "--quiet"])
     assert left.value.code
     assert "error: " in capsys.readouterr().err
+
+
+def test_each_warning_of_a_command_is_said_once(capsys):
+    set_up_logging(verbose=False)
+    logger = logging.getLogger("eckart.some")
+
+    @guarded
+    def command():
+        for message in ("one", "two", "one"):
+            logger.warning(message)
+
+    for _ in range(2):  # of the next command again
+        command()
+        assert capsys.readouterr().err == "warning: one\nwarning: two\n"
 
 
 def test_a_quiet_command_has_no_bars_and_the_next_one_has():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from architectures import BY_NAME
 from test_data_models import build, byte_tokenizer
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -78,6 +79,13 @@ def test_what_stays_dense_is_told_once_with_what_helps():
     told = describe_dense(dict.fromkeys(many, UNREACHED), many, "sites")
     assert "layer7.up and 12 more (" in told
     assert told.count("--ignore") == 3
+
+
+def test_what_stays_dense_is_not_told_again_by_the_refit():
+    kind = BY_NAME["bert"]
+    notes = eckart.compress(kind.model(), data=kind.batches()[:1], keep=0.5, refit=True).report["notes"]
+    assert not any("refit was left out" in note for note in notes)
+    assert [note.partition(" sites")[0] for note in notes if "pooler.dense" in note] == ["1 of 13"]
 
 
 def test_budgets_leave_out_what_they_are_told():

@@ -47,7 +47,7 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=1, rate=0.005, largest=7e-4)
+TRAINING = BlockTraining(epochs=1, rate=0.008, largest=7e-4)
 """One pass; the rate is in proportion to the root of the KL. All weights move at once: it is a tenth of a block's."""
 
 COST = 2.7

@@ -89,10 +89,13 @@ def rows() -> list[Any]:
 
 
 def with_stages(method: Any) -> list[Any]:
-    """A method, with measured curves, with the stages of the best effort, and with both."""
+    """A method, with measured curves, with the stages of the best effort, without its distillation, and with curves."""
     best = with_effort(replace(method, name=f"{method.name} --effort best"), "best")
-    curved = (replace(each, name=f"{each.name} --calibrate-curves", calibrated_curves=True) for each in (method, best))
-    return [method, best, *curved]
+    blocks = replace(best, name=f"{best.name} --no-distil", distilled=False)
+    curved = (
+        replace(each, name=f"{each.name} --calibrate-curves", calibrated_curves=True) for each in (method, blocks)
+    )
+    return [method, best, blocks, *curved]
 
 
 def read_texts(folder: Path | None) -> tuple[str, str]:
@@ -185,7 +188,7 @@ def main() -> None:
     calibration, held = read_texts(options.text_dir)
     scores = Scores(tokenizer, (held, read_other(options.other)), protocol)
     by_name = {method.name: method for method in rows()}
-    usual = [method.name for method in rows() if protocol.trains or not method.refined]
+    usual = [method.name for method in rows() if protocol.trains or not (method.refined or method.distilled)]
     methods = [by_name[name] for name in (options.only.split(";") if options.only else usual)]
 
     keeps = [float(keep) for keep in (options.keeps or protocol.keeps).split(",")]

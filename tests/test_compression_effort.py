@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from architectures import BY_NAME
 
 import eckart
+from eckart.compression.effort import with_effort
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
 from eckart.errors import UsageError
@@ -24,6 +27,13 @@ def test_fast_leaves_all_stages_out_and_best_fits_what_there_is():
     assert stages() == stages(effort="default")
     assert stages("lems", effort="fast") == (False, False, False, False)
     assert stages("aa-svd") == (True, False, True, False)
+
+
+def test_fast_takes_no_stage_of_any_method():
+    everything = replace(METHODS["drone"], refit=True, calibrated_curves=True, refined=True, distilled=True)
+    fast = with_effort(everything, "fast")
+    assert (fast.refit, fast.calibrated_curves, fast.refined, fast.distilled) == (False, False, False, False)
+    assert with_effort(everything, "default") == everything
 
 
 def test_best_takes_what_a_method_allows():

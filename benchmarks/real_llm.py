@@ -229,6 +229,11 @@ def main() -> None:
                 row = [name, keep, *millions(made), math.exp(wiki), *excess, made["seconds"]]
                 table.append(row)
                 print(markdown(COLUMNS, [row]).splitlines()[-1], flush=True)
+                stages = ", ".join(
+                    f"{stage['stage']} {stage['distance']:.4g}{'' if stage['kept'] else ' (not kept)'}"
+                    for stage in result.report.get("stages", ())
+                )
+                print(f"held-out distance after {stages}" if stages else "no stage after the factors", flush=True)
                 if options.output is not None:
                     content = {"title": title, "columns": COLUMNS, "dense": dense, "rows": table}
                     options.output.write_text(json.dumps(content))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 import eckart
-from eckart.compression import distil
+from eckart.compression import distil, refine
 from eckart.compression.distil import outside
 from eckart.compression.refine_blocks import put_values
 from eckart.errors import UsageError
@@ -40,6 +41,8 @@ def tokenizer() -> Any:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eckart.compression.prepare.REFINED", 1)
+    for module in (distil, refine):
+        monkeypatch.setattr(module, "TRAINING", replace(module.TRAINING, epochs=2))
 
 
 def divergence(model: Any, smaller: Any, batches: list[Any]) -> float:
@@ -64,7 +67,7 @@ def test_all_blocks_and_nothing_else_are_trained_to_predict_what_the_original_do
     assert stages["distillation"][0] < stages["factors"][0]
     assert other.report["quality"]["agreement"]["kl"] == stages["distillation"][0]
     assert "distillation" in other.report["seconds"]
-    assert any("all blocks together, one pass over" in line for line in told)
+    assert any("all blocks together, 2 times " in line for line in told)
     unseen = [{"input_ids": torch.randint(0, 90, (32, 12), generator=torch.Generator().manual_seed(99))}]
     before, after = (divergence(model, result.model.float(), unseen) for result in (one, other))
     assert after < 0.99 * before
@@ -97,10 +100,27 @@ def test_what_others_hold_is_not_trained():
     assert not [name for name in frozen if ".layers." in name and "1.input_layernorm" not in name]
 
 
-def test_a_pass_is_taken_from_the_refinement(model: Any, tokenizer: Any):
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"effort": "best"}, ["distillation"]),
+        ({"effort": "best", "distil": False}, ["refinement"]),
+        ({"effort": "best", "refine": True}, ["refinement", "distillation"]),
+        ({"refine": True, "distil": True}, ["refinement", "distillation"]),
+        ({"effort": "best", "distil": False, "refine": False}, []),
+    ],
+)
+def test_the_best_effort_trains_all_blocks_together_and_both_ways_only_where_both_are_asked_for(
+    options: dict[str, Any], expected: list[str], model: Any, tokenizer: Any
+):
     told: list[str] = []
-    eckart.compress(model, tokenizer, data=TEXTS, refine=True, distil=True, report_progress=told.append, **DISTIL)
-    assert "2 blocks, 8 times" in "\n".join(told)
+    result = eckart.compress(
+        model, tokenizer, data=TEXTS, report_progress=told.append, **DISTIL | {"refit": False} | options
+    )
+    assert [row["stage"] for row in result.report.get("stages", [])] == ["factors", *expected] * bool(expected)
+    said = [line.split(":")[0] for line in told if line.startswith(("refinement: ", "distillation: "))]
+    assert sorted(said) == sorted(expected)
+    assert not [note for note in result.report["notes"] if "left out: the" in note]
 
 
 def test_a_worse_model_is_not_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
@@ -144,8 +164,9 @@ def test_where_it_cannot_be_it_is_refused_or_left_out(
     options = {**DISTIL, **options}
     with pytest.raises(UsageError, match=f"--distil: .*{why}"):
         eckart.compress(model, distil=True, **options)
-    result = eckart.compress(model, effort="best", refine=False, refit=False, **options)
+    result = eckart.compress(model, effort="best", refit=False, **options)
     assert any(note.startswith("the distillation was left out: ") and why in note for note in result.report["notes"])
+    assert ("refinement" in [row["stage"] for row in result.report.get("stages", [])]) == (case is not few)
 
 
 def test_where_no_gradient_can_be_had_the_model_stays_and_that_is_said():

@@ -56,7 +56,7 @@ def stages_of(context, method="eckart", published=True, verified=True, **options
     return {stage.name: stage for stage in found}
 
 
-EVERY = {"effort": "best", "calibrate_curves": True}
+EVERY = {"effort": "best", "refine": True, "calibrate_curves": True}
 
 
 def test_every_stage_is_there_in_the_order_of_the_run_with_a_cost(context):
@@ -76,9 +76,7 @@ def test_costs_are_in_proportion(context):
     )
     assert plain["statistics"].passes > 2 * drone["statistics"].passes > 0
     refinement, distillation = (best[name].passes for name in ("refinement", "distillation"))
-    assert refinement + distillation > 5 * best["statistics"].passes > 5 * best["curves"].passes > 0
-    alone = stages_of(context, **EVERY, distil=False)["refinement"].passes
-    assert refinement + distillation == pytest.approx(alone, rel=0.3), "it takes the place of a pass"
+    assert min(refinement, distillation) > 5 * best["statistics"].passes > 5 * best["curves"].passes > 0
     assert 0.5 < plain["refit"].passes / plain["statistics"].passes < 4
     assert plain["rounded originals"].passes < plain["statistics"].passes
     twice = stages_of(context, rounds=2)

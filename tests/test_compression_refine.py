@@ -17,15 +17,15 @@ from transformers import AutoTokenizer
 import eckart
 from eckart.calibration.layerwise import LayerwiseRunner, trace_blocks
 from eckart.compression import refine
+from eckart.compression.output_error import distance_by_token
 from eckart.compression.refine_blocks import (
     BlockRefinement,
-    TrainingText,
-    distance_by_token,
     left_as_they_are,
     put_values,
     without_gradients,
 )
 from eckart.compression.train_block import BlockTraining, part_of_rate, train_block
+from eckart.compression.training_text import TrainingText
 from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
@@ -369,7 +369,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The contexts of refinements, which train nothing."""
     found: list[Any] = []
 
-    def leave_out(context: Any, settings: Any, seed: int, compressed: Any, assembly: Any) -> Any:
+    def leave_out(context: Any, seed: int, compressed: Any, assembly: Any) -> Any:
         found.append(context)
         return compressed, []
 

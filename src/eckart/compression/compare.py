@@ -9,9 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from eckart.compression.announce_training import announce_training
 from eckart.compression.baselines import measure_baselines
 from eckart.compression.context import Timer
-from eckart.compression.distil import announce_training
 from eckart.compression.open_run import keep_unchanged, open_in_memory
 from eckart.compression.options import combine_options
 from eckart.compression.outlook import announce_comparison, name_run

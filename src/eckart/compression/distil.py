@@ -3,20 +3,21 @@
     min  mean_t KL(p_0(. | x_<=t) || p(. | x_<=t))
 
 over all parameters of all blocks of the smaller model p; p_0 is the original (Hinton et al. 2015, arXiv 1503.02531;
-after an SVD: Noach & Goldberg, AACL 2020). It begins where factors, refit and refinement have ended: blocks that are
-trained one by one cannot see how their errors work together. It needs the whole model in memory, with the optimizer's
-state of all that is trained, so it is done where a run has the model in memory anyway.
+after an SVD: Noach & Goldberg, AACL 2020). Blocks that are trained one after
+another cannot see how their errors work together; these do. It needs the whole model in
+memory, with the optimizer's state of all that is trained, so it is done where a run has the model in memory anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from eckart.calibration import show_steps
@@ -25,33 +26,22 @@ from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import all_blocks
 from eckart.compression.context import CompressionContext
 from eckart.compression.keep_better import keep_if_better
-from eckart.compression.recipe import Recipe
-from eckart.compression.refine import announce_refinement
-from eckart.compression.refine_blocks import (
-    TrainingText,
-    batches_of,
-    distance_by_token,
-    mixed_precision,
-    put_values,
-    rounded,
-    training_copies,
-    without_gradients,
-)
-from eckart.compression.settings import Settings
+from eckart.compression.output_error import OutputError, distance_by_token
+from eckart.compression.refine_blocks import put_values, rounded, training_copies, without_gradients
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockTraining, train_block
-from eckart.data import Batch
+from eckart.compression.training_text import TrainingText, batches_of, count_passes, describe_passes
 from eckart.data.inference import evaluating
 from eckart.distributed.memory import format_bytes, free_memory
 from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=1, rate=0.008, largest=7e-4)
-"""One pass; the rate is in proportion to the root of the KL. All weights move at once: it is a tenth of a block's."""
+TRAINING = BlockTraining(rate=0.008, largest=7e-4)
+"""The rate is in proportion to the root of the KL. All weights move at once: it is a tenth of a block's."""
 
-COST = 2.7
-"""How much longer a pass takes than gathering the statistics of a third of its text, about."""
+COST = 8.0
+"""How much longer a distillation takes than gathering the statistics, about."""
 
 COPIES = 5
 """Numbers in float32 for each parameter of the smaller model: value, copy, gradient, and two of the optimizer."""
@@ -59,35 +49,19 @@ COPIES = 5
 LEFT_OUT = "the distillation was left out"
 
 
-def announce_training(
-    context: CompressionContext, settings: Settings, recipe: Recipe, report_progress: Callable[[str], None]
-) -> Settings:
-    """Say what a refinement and a distillation will take, where there are to be any; see both."""
-    settings = announce_distillation(context, settings, recipe, report_progress)  # which shortens the refinement
-    return announce_refinement(context, settings, recipe, report_progress)
-
-
-def announce_distillation(
-    context: CompressionContext, settings: Settings, recipe: Recipe, report_progress: Callable[[str], None]
-) -> Settings:
-    """Say that all blocks will be trained together, where they are to be.
+def plan_distillation(context: CompressionContext) -> str:
+    """Say what a distillation will take, or refuse one that cannot be, before the long work.
 
     Returns:
-        The settings; without a distillation that was not asked for by its own option and cannot be.
+        A line for people.
 
     Raises:
-        UsageError: it was asked for and cannot be.
+        UsageError: it cannot be.
     """
-    if not settings.distils:
-        return settings
     why = why_not(context)
-    if why is None:
-        assert context.refining is not None
-        report_progress(f"distillation: all blocks together, one pass over {context.refining.num_tokens:,} tokens")
-        return settings
-    if recipe.distil:
+    if why is not None:
         raise UsageError(f"--distil: {why}. Leave --distil out.")
-    return replace(settings, distils=False, notes=(*settings.notes, f"{LEFT_OUT}: {why}"))
+    return f"distillation: all blocks together, {describe_passes(context, TRAINING.epochs, COST)}"
 
 
 def why_not(context: CompressionContext) -> str | None:
@@ -147,7 +121,7 @@ def distil_model(
     stored = {name: p.dtype for name, p in distilled.named_parameters()}
     frozen = outside(distilled, all_blocks(original))
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
-    training = replace(TRAINING, seed=seed)
+    training = replace(TRAINING, epochs=count_passes(context, TRAINING.epochs), seed=seed)
     with without_gradients(distilled), ExitStack() as stack:
         stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
         stack.enter_context(evaluating(distilled))
@@ -156,13 +130,10 @@ def distil_model(
         distance = distance_by_token(original, text.batches[0], context.pooling) if text.batches else None
         distance = distance or OutputDistance("classes", context.pooling)
 
-        def error(batch: Batch) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                reference = distance.reference(distance.rows(original, distance.run(original, batch), batch))
-            with mixed_precision(original, loader.device):
-                output = distance.run(distilled, batch)
-            rows = distance.between(distance.rows(distilled, output, batch), reference)
-            return rows.float().sum(), torch.tensor(float(len(rows)))
+        error = OutputError(
+            distance, original, distilled, partial(distance.run, original), partial(distance.run, distilled),
+            loader.device,
+        )  # fmt: skip
 
         def show(order: Sequence[int]) -> Iterable[int]:
             return show_steps(order, "distilling")

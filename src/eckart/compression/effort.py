@@ -17,7 +17,7 @@ def with_effort(method: Method, effort: Effort) -> Method:
     Args:
         method: with the stages that it names itself, which are those of "default".
         effort: "fast": no stage but statistics and factors. "best": a refit in closed form as far as its metric
-            allows, blocks trained one after another, and then together as far as memory allows. Curves scaled by what
+            allows, then all blocks trained together or, where that cannot be, one after another. Curves scaled by what
             is measured are not among them: they make the loss of the factors smaller, and what is left of that after
             both was as often a loss as a gain.
     """

@@ -83,8 +83,7 @@ def plan_stages(
     if settings.refit and context.data is not None:
         stages.append(Stage("refit", rounds * (REFIT + 2 * measuring)))
     if settings.refines and context.data is not None:
-        passes = REFINEMENT - DISTILLATION * settings.distils
-        stages.append(Stage("refinement", passes * (statistics or GRAMS) + 2 * measuring))
+        stages.append(Stage("refinement", REFINEMENT * (statistics or GRAMS) + 2 * measuring))
     if settings.distils and context.data is not None:
         stages.append(Stage("distillation", DISTILLATION * (statistics or GRAMS) + 2 * measuring))
     if recipe.quantize is not None:

@@ -21,11 +21,12 @@ from transformers import PreTrainedModel
 from eckart.calibration import note_few_tokens
 from eckart.calibration.layerwise import StatisticsWindow
 from eckart.checkpoint.description import attach_config, is_special
+from eckart.compression.announce_training import announce_training
 from eckart.compression.assemble import Assembly, set_lean
 from eckart.compression.baselines import measure_baselines
 from eckart.compression.choose_plan import PlanChoice
 from eckart.compression.context import CompressionContext
-from eckart.compression.distil import announce_training, distil_if_better
+from eckart.compression.distil import distil_if_better
 from eckart.compression.embeddings import factor_embeddings
 from eckart.compression.factor_store import FactorStore
 from eckart.compression.factorize import factorize_sites
@@ -215,11 +216,11 @@ def build_model(context: CompressionContext, settings: Settings, recipe: Recipe,
     # 9. The blocks trained one after another, where that was asked for and is better.
     if settings.refines:
         compressed, measured, refine_notes = refine_if_better(
-            context, settings, recipe.seed, compressed, assembly, measured, stages
+            context, recipe.seed, compressed, assembly, measured, stages
         )
         notes += refine_notes
 
-    # 10. And all of them together.
+    # 10. The same of all of them together.
     if settings.distils:
         compressed, measured, distil_notes = distil_if_better(context, recipe.seed, compressed, measured, stages)
         notes += distil_notes

@@ -57,8 +57,8 @@ class Recipe(RecipeBase):
     effort: Effort = Field(
         "default",
         description="Which stages follow the statistics and the factors. fast: none. default: those of the method. "
-        "best: the refit, the refinement and the distillation, about ten times the work. Options of single stages come "
-        "first.",
+        "best: the refit and the distillation or, where that cannot be, the refinement, about ten times the work. "
+        "Options of single stages come first.",
     )
     refit: bool | None = Field(
         None,
@@ -67,13 +67,14 @@ class Recipe(RecipeBase):
     )
     refine: bool | None = Field(
         None,
-        description="Then train the blocks of the smaller model one after another to put out what the original's do. "
+        description="Train the blocks of the smaller model one after another to put out what the original's do. "
         "Takes up to ten times as long as gathering the statistics. Default: the method's.",
     )
     distil: bool | None = Field(
         None,
-        description="Then train all blocks together, in one pass, to predict each token as the original does. Takes "
-        "the whole model in memory, with the optimizer. Default: the method's.",
+        description="Train all blocks of the smaller model together to predict each token as the original does. Takes "
+        "up to ten times as long as gathering the statistics, and the whole model in memory, with the optimizer. "
+        "Default: the method's.",
     )
     refine_samples: int | None = Field(
         None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,19 +16,17 @@ from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner, all_bl
 from eckart.compression.assemble import Assembly
 from eckart.compression.context import CompressionContext
 from eckart.compression.keep_better import keep_if_better
-from eckart.compression.recipe import Recipe
+from eckart.compression.output_error import distance_by_token
 from eckart.compression.refine_blocks import (
     BlockRefinement,
-    TrainingText,
-    distance_by_token,
     left_as_they_are,
     put_values,
     without_gradients,
 )
 from eckart.compression.refit import resume_step
-from eckart.compression.settings import Settings
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockFit, BlockTraining
+from eckart.compression.training_text import TrainingText, count_passes, describe_passes
 from eckart.data import CalibrationData
 from eckart.errors import ModelError, UsageError
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
@@ -45,30 +42,7 @@ COST = 8.0
 LEFT_OUT = "the refinement was left out"
 
 
-def announce_refinement(
-    context: CompressionContext, settings: Settings, recipe: Recipe, report_progress: Callable[[str], None]
-) -> Settings:
-    """Say what a refinement will take, where there is to be one.
-
-    Returns:
-        The settings; without a refinement that was not asked for by its own option and cannot be.
-
-    Raises:
-        UsageError: it was asked for and cannot be.
-    """
-    if not settings.refines:
-        return settings
-    try:
-        report_progress(plan_refinement(context, settings))
-    except UsageError as error:
-        if recipe.refine:
-            raise
-        reason = str(error).removeprefix("--refine: ").split(". ")[0]
-        return replace(settings, refines=False, notes=(*settings.notes, f"{LEFT_OUT}: {reason}"))
-    return settings
-
-
-def plan_refinement(context: CompressionContext, settings: Settings) -> str:
+def plan_refinement(context: CompressionContext) -> str:
     """Say what a refinement will take, or refuse one that cannot be, before the long work.
 
     Returns:
@@ -98,32 +72,12 @@ def plan_refinement(context: CompressionContext, settings: Settings) -> str:
             "trained for each of them. Leave --refine out, and train the result as a whole instead: eckart tune DIR "
             "--recovery distil"
         )
-    epochs = _epochs(context, settings)
-    cost = COST * epochs * data.num_tokens / (TRAINING.epochs * _calibrating(context).num_tokens)
-    return (
-        f"refinement: {len(runner.schedule.steps)} blocks, {epochs} times {len(text.steps)} steps each, about "
-        f"{cost:.0f} times as long as the statistics"
-    )
-
-
-def _calibrating(context: CompressionContext) -> CalibrationData:
-    assert context.data is not None
-    return context.data
-
-
-def _epochs(context: CompressionContext, settings: Settings) -> int:
-    """Passes over the text: of more text than the statistics have read, fewer, so that the work is the same.
-
-    A distillation, which comes after it, takes the last one.
-    """
-    assert context.refining is not None
-    passes = round(TRAINING.epochs * _calibrating(context).num_tokens / max(1, context.refining.num_tokens))
-    return max(1, passes - settings.distils)
+    blocks = len(runner.schedule.steps)
+    return f"refinement: {blocks} blocks, {describe_passes(context, TRAINING.epochs, COST)}"
 
 
 def refine_if_better(
     context: CompressionContext,
-    settings: Settings,
     seed: int,
     compressed: PreTrainedModel,
     assembly: Assembly,
@@ -134,7 +88,6 @@ def refine_if_better(
 
     Args:
         context: the original and the data.
-        settings: say whether a distillation comes after it, which takes the last pass.
         seed: of the order of the text.
         compressed: the smaller model; it is not changed.
         assembly: shares what is stored.
@@ -146,12 +99,12 @@ def refine_if_better(
     """
     return keep_if_better(
         context, compressed, measured, stages, "refinement", LEFT_OUT,
-        lambda: refine_model(context, settings, seed, compressed, assembly),
+        lambda: refine_model(context, seed, compressed, assembly),
     )  # fmt: skip
 
 
 def refine_model(
-    context: CompressionContext, settings: Settings, seed: int, compressed: PreTrainedModel, assembly: Assembly
+    context: CompressionContext, seed: int, compressed: PreTrainedModel, assembly: Assembly
 ) -> tuple[PreTrainedModel, list[str]]:
     """Make a copy of the compressed model in which every block is trained, one after another.
 
@@ -176,9 +129,8 @@ def refine_model(
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
-        work = BlockRefinement(
-            before, now, text, distance, replace(TRAINING, epochs=_epochs(context, settings), seed=seed), processes
-        )
+        training = replace(TRAINING, epochs=count_passes(context, TRAINING.epochs), seed=seed)
+        work = BlockRefinement(before, now, text, distance, training, processes)
         done = set(context.workspace.finished(STAGE))
         steps = range(now.schedule.tail)
         notes: list[str] = []

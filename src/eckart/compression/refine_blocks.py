@@ -16,77 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from eckart.calibration.backward_probe import NO_GRADIENTS
-from eckart.calibration.grow_batches import grow_batches
 from eckart.calibration.layerwise import LayerwiseError, LayerwiseRunner
+from eckart.compression.output_error import OutputError, mixed_precision
 from eckart.compression.train_block import BlockFit, BlockTraining, measure_error, train_block
-from eckart.data import Batch, Pooling
+from eckart.compression.training_text import Examples, TrainingText, batches_of
+from eckart.data import Batch
 from eckart.distributed import Processes
 from eckart.errors import NumericalError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.forms import Factored
 from eckart.moments import real_tokens
 
-STEP_TOKENS = 1024
-"""Tokens of a step of the training at most, padding counted, unless one row has more."""
-
-LEAST_STEPS = 16
-"""Steps that the text is cut into at least, as far as it has so many rows."""
-
-HELD_OUT = 8
-"""One of so many steps is not trained on."""
-
 LISTED = 5
 """Names in a note."""
-
-Examples = tuple[int, ...]
 
 Keep = Callable[[int, dict[str, Tensor], BlockFit | None], None]
 
 
-@dataclass(frozen=True)
-class TrainingText:
-    """The rows that a process runs, and which of them are a step.
-
-    Attributes:
-        batches: this process's rows of every step.
-        steps: examples of all processes in each step that is trained on.
-        held: the same, of those that are not.
-    """
-
-    batches: list[Batch]
-    steps: tuple[Examples, ...]
-    held: tuple[Examples, ...]
-
-    @classmethod
-    def of(cls, batches: Sequence[Batch], processes: Processes) -> TrainingText | None:
-        """Cut batches into steps, and divide the rows of each among the processes.
-
-        Returns:
-            None where there are fewer than two steps: none could be held out.
-        """
-        tokens = min(STEP_TOKENS, sum(_tokens(batch) for batch in batches) // LEAST_STEPS)
-        steps = [part for batch in grow_batches(batches, tokens) for part in _cut(batch, tokens)]
-        if len(steps) < 2:
-            return None
-        held = range(HELD_OUT // 2, len(steps), HELD_OUT) if len(steps) > HELD_OUT // 2 else [len(steps) - 1]
-        chosen = {step.examples for step in (steps[i] for i in held)}
-        own = []
-        for step in steps:
-            start, stop = (len(step) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
-            own += [step.rows(start, stop)] if stop > start else []
-        examples = [step.examples for step in steps]
-        return cls(own, tuple(e for e in examples if e not in chosen), tuple(e for e in examples if e in chosen))
-
-
-def _cut(batch: Batch, tokens: int) -> list[Batch]:
-    """Pieces of a batch of so many tokens at most, but of one row at least."""
-    length = _tokens(batch) // max(1, len(batch))
-    rows = max(1, tokens // length) if length else len(batch)
-    return [batch.rows(i, min(i + rows, len(batch))) for i in range(0, len(batch), rows)]
-
-
-def _tokens(batch: Batch) -> int:
-    return sum(mask.numel() for mask in batch.masks().values())
+class NoBackwardError(LayerwiseError):
+    """A block runs, but no gradients can be had of it."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +83,7 @@ class BlockRefinement:
             block is with them. None where there is nothing to train, or it is no nearer.
 
         Raises:
-            LayerwiseError: no backward pass runs through the block.
+            NoBackwardError: no backward pass runs through the block.
         """
         name = self.now.schedule.steps[step]
         block = self.now.model.get_submodule(name)
@@ -153,14 +101,10 @@ class BlockRefinement:
             def error(batch: Batch) -> tuple[Tensor, Tensor]:
                 return self._error(step, batch)
 
-            def output_error(batch: Batch) -> tuple[Tensor, Tensor]:
-                assert distance is not None
-                return self._output_error(distance, batch)
-
             parameters, off = list(copies.values()), None
             if distance is not None:  # which costs a pass through the output head: half of the epochs do
                 wrong, power = measure_error(held, error, self.processes)
-                error, off = output_error, math.sqrt(wrong / power) if power else 0.0
+                error, off = self._output_error(distance), math.sqrt(wrong / power) if power else 0.0
                 training = replace(training, epochs=-(-training.epochs // 2))
             try:
                 with torch.enable_grad():
@@ -169,7 +113,7 @@ class BlockRefinement:
                 if is_out_of_memory(failure):
                     raise
                 reason = f"{type(failure).__name__}: {failure}"
-                raise LayerwiseError(f"no backward pass runs through {name}: {reason}") from failure
+                raise NoBackwardError(f"no backward pass runs through {name}: {reason}") from failure
             if not fit.epoch:
                 return None
             values = {key: rounded(f"{name}.{key}", p, types[key]) for key, p in copies.items()}
@@ -189,49 +133,16 @@ class BlockRefinement:
     def _batches(self, steps: Sequence[Examples]) -> list[Batch]:
         return batches_of(self.now.batches, steps)
 
-    def _mixed_precision(self) -> torch.autocast:
-        return mixed_precision(self.before.model, self.now.device)
-
     def _error(self, step: int, batch: Batch) -> tuple[Tensor, Tensor]:
         target = real_tokens(self.before.kept_stream(step, batch), batch).float()
-        with self._mixed_precision():
+        with mixed_precision(self.before.model, self.now.device):
             found = real_tokens(self.now.run_stream(step, batch), batch).float()
         return (found - target).square().sum(), target.square().sum()
 
-    def _output_error(self, distance: OutputDistance, batch: Batch) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            true = distance.rows(self.before.model, self.before.run_tail(batch), batch)
-            reference = distance.reference(true)
-        with self._mixed_precision():
-            output = self.now.run_last(batch)
-        rows = distance.between(distance.rows(self.now.model, output, batch), reference)
-        return rows.float().sum(), torch.tensor(float(len(rows)))
-
-
-def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batch]:
-    """The batches that hold rows of steps."""
-    wanted = [set(examples) for examples in steps]
-    return [batch for batch in batches if any(set(batch.examples) <= examples for examples in wanted)]
-
-
-def mixed_precision(original: nn.Module, device: torch.device) -> torch.autocast:
-    """Steps of a model that is stored in bfloat16 multiply in it; what is held out is measured in float32."""
-    narrow = torch.is_grad_enabled() and getattr(original, "dtype", None) == torch.bfloat16
-    return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
-
-
-def distance_by_token(model: nn.Module, batch: Batch, pooling: Pooling | None) -> OutputDistance | None:
-    """The distance of a model's outputs where it has a number for each token; else None.
-
-    One number for a whole text says too little for so many parameters: on the vectors of 1,024 sentences, of which the
-    last block of a sentence encoder was trained to make the cosines large, it became worse on others.
-    """
-    first = batch.rows(0, 1)
-    distance = OutputDistance.of(model, first, pooling)
-    if distance.kind != "classes":
-        return None
-    rows = distance.rows(model, distance.run(model, first), first)
-    return distance if sum(map(len, rows)) > max(1, first.num_tokens // 2) else None
+    def _output_error(self, distance: OutputDistance) -> OutputError:
+        return OutputError(
+            distance, self.before.model, self.now.model, self.before.run_tail, self.now.run_last, self.now.device
+        )
 
 
 def untrained(runner: LayerwiseRunner, block: str) -> set[str]:

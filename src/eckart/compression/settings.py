@@ -45,7 +45,8 @@ class Settings:
         measures_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
         robust: whether gradients are clipped.
         refines: whether the blocks of the smaller model are trained one after another.
-        distils: whether all blocks are then trained together.
+        distils: whether all blocks are trained together.
+        trains_once: of both of these, only the second, or the first where that cannot be.
     """
 
     method: Method
@@ -61,6 +62,7 @@ class Settings:
     robust: bool = False
     refines: bool = False
     distils: bool = False
+    trains_once: bool = False
 
     @property
     def trains(self) -> bool:
@@ -172,6 +174,7 @@ class Settings:
             measures_curves=_measures_curves(method, allocation, recipe), robust=robust,
             refines=method.refined if recipe.refine is None else recipe.refine,
             distils=method.distilled if recipe.distil is None else recipe.distil,
+            trains_once=method.distilled and not recipe.refine,
         )  # fmt: skip
 
     @property

@@ -44,7 +44,8 @@ class Method:
         refit: whether each group of sites is fitted again on the compressed model's own inputs.
         calibrated_curves: whether predicted losses are scaled by what cuts do to the whole model's output.
         refined: whether blocks are trained one after another to put out what the original's do.
-        distilled: whether all blocks are then trained together to predict what the original predicts.
+        distilled: whether all blocks are trained together to predict what the original predicts; one after another,
+            where both are set, only where that cannot be.
         fixed_form: whether the method is its form: stored in another one, nothing of it would be left.
         paper_sizes: the sizes of the paper, where it states them: (site, out, in) -> (rank, shape of block or None), or
             None for a site that stays dense.

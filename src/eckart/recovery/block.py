@@ -16,15 +16,16 @@ from transformers import PreTrainedModel
 from eckart.calibration import show_steps
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import HiddenStateStore, LayerwiseError, LayerwiseRunner, all_blocks, start_runner
+from eckart.compression.output_error import distance_by_token
 from eckart.compression.refine_blocks import (
     BlockRefinement,
-    TrainingText,
-    distance_by_token,
+    NoBackwardError,
     left_as_they_are,
     put_values,
     without_gradients,
 )
 from eckart.compression.train_block import BlockFit, BlockTraining
+from eckart.compression.training_text import TrainingText
 from eckart.data import Batch
 from eckart.data.inference import evaluating
 from eckart.distributed import Processes
@@ -106,6 +107,11 @@ class Block(ClosedFormRecovery):
                 for step in done:
                     put(step)
                 work.run(show_steps(range(len(steps)), "refining"), done, keep)
+            except NoBackwardError as error:
+                raise ModelError(
+                    f"recovery block: {error}. Nothing can be trained here; --recovery refit fits the factors without "
+                    "gradients"
+                ) from error
             except LayerwiseError as error:
                 raise ModelError(
                     f"recovery block: {type(model).__name__} cannot be run block by block ({error}). Train it as a "

@@ -1,0 +1,98 @@
+"""The text that a smaller model is trained on: cut into steps, some of which are held out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from eckart.calibration.grow_batches import grow_batches
+from eckart.compression.context import CompressionContext
+from eckart.data import Batch
+from eckart.distributed import Processes
+
+STEP_TOKENS = 1024
+"""Tokens of a step of the training at most, padding counted, unless one row has more."""
+
+LEAST_STEPS = 16
+"""Steps that the text is cut into at least, as far as it has so many rows."""
+
+HELD_OUT = 8
+"""One of so many steps is not trained on."""
+
+Examples = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TrainingText:
+    """The rows that a process runs, and which of them are a step.
+
+    Attributes:
+        batches: this process's rows of every step.
+        steps: examples of all processes in each step that is trained on.
+        held: the same, of those that are not.
+    """
+
+    batches: list[Batch]
+    steps: tuple[Examples, ...]
+    held: tuple[Examples, ...]
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], processes: Processes) -> TrainingText | None:
+        """Cut batches into steps, and divide the rows of each among the processes.
+
+        Returns:
+            None where there are fewer than two steps: none could be held out.
+        """
+        tokens = min(STEP_TOKENS, sum(_tokens(batch) for batch in batches) // LEAST_STEPS)
+        steps = [part for batch in grow_batches(batches, tokens) for part in _cut(batch, tokens)]
+        if len(steps) < 2:
+            return None
+        held = range(HELD_OUT // 2, len(steps), HELD_OUT) if len(steps) > HELD_OUT // 2 else [len(steps) - 1]
+        chosen = {step.examples for step in (steps[i] for i in held)}
+        own = []
+        for step in steps:
+            start, stop = (len(step) * rank // processes.size for rank in (processes.rank, processes.rank + 1))
+            own += [step.rows(start, stop)] if stop > start else []
+        examples = [step.examples for step in steps]
+        return cls(own, tuple(e for e in examples if e not in chosen), tuple(e for e in examples if e in chosen))
+
+
+def _cut(batch: Batch, tokens: int) -> list[Batch]:
+    """Pieces of a batch of so many tokens at most, but of one row at least."""
+    length = _tokens(batch) // max(1, len(batch))
+    rows = max(1, tokens // length) if length else len(batch)
+    return [batch.rows(i, min(i + rows, len(batch))) for i in range(0, len(batch), rows)]
+
+
+def _tokens(batch: Batch) -> int:
+    return sum(mask.numel() for mask in batch.masks().values())
+
+
+def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batch]:
+    """The batches that hold rows of steps."""
+    wanted = [set(examples) for examples in steps]
+    return [batch for batch in batches if any(set(batch.examples) <= examples for examples in wanted)]
+
+
+def count_passes(context: CompressionContext, same: int) -> int:
+    """Passes over the text of the training that take as long as so many over the same text as the statistics read."""
+    assert context.data is not None
+    assert context.refining is not None
+    return max(1, round(same * context.data.num_tokens / max(1, context.refining.num_tokens)))
+
+
+def describe_passes(context: CompressionContext, same: int, cost: float) -> str:
+    """Say how long a training takes.
+
+    Args:
+        context: knows the text.
+        same: passes over the same text as the statistics read.
+        cost: how much longer these take than the statistics, about.
+    """
+    assert context.data is not None
+    assert context.refining is not None
+    text = TrainingText.of(context.refining.batches, context.workspace.processes)
+    assert text is not None
+    passes = count_passes(context, same)
+    times = cost * passes * context.refining.num_tokens / (same * context.data.num_tokens)
+    return f"{passes} times {len(text.steps)} steps, about {times:.0f} times as long as the statistics"

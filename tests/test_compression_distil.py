@@ -123,6 +123,23 @@ def test_the_best_effort_trains_all_blocks_together_and_both_ways_only_where_bot
     assert not [note for note in result.report["notes"] if "left out: the" in note]
 
 
+def test_of_more_text_fewer_passes_are_made(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(distil, "TRAINING", replace(distil.TRAINING, epochs=6))
+    own, told, passes = distil.train_block, [], []
+
+    def counting(parameters: Any, steps: Any, held: Any, error: Any, training: Any, *others: Any, **how: Any) -> Any:
+        passes.append(training.epochs)
+        return own(parameters, steps, held, error, training, *others, **how)
+
+    monkeypatch.setattr(distil, "train_block", counting)
+    options = {**DISTIL, "data": TEXTS * 4, "distil": True, "report_progress": told.append}
+    eckart.compress(model, tokenizer, **options)
+    eckart.compress(model, tokenizer, refine_samples=24, **options)
+    assert passes == [6, 3]
+    assert "together, 6 times" in "\n".join(told)
+    assert "together, 3 times" in "\n".join(told)
+
+
 def test_a_worse_model_is_not_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
     before = eckart.compress(model, tokenizer, data=TEXTS, **DISTIL)
 

@@ -40,7 +40,8 @@ def tokenizer() -> Any:
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eckart.compression.prepare.REFINED", 1)
+    for name in ("REFINED", "DISTILLED"):
+        monkeypatch.setattr(f"eckart.compression.prepare.{name}", 1)
     for module in (distil, refine):
         monkeypatch.setattr(module, "TRAINING", replace(module.TRAINING, epochs=2))
 

@@ -26,7 +26,10 @@ DEFAULT_TEXTS = 1_024
 """Texts, or pairs of texts, that every other model reads."""
 
 REFINED = 3
-"""Times as many windows or texts, which a refinement reads."""
+"""Times as many windows or texts, which a refinement reads: what its blocks put out for them has to be kept."""
+
+DISTILLED = 9
+"""Times as many, which a distillation reads: as many as it makes passes over the same text in its time."""
 
 DEFAULT_TOKENS = 512
 """Tokens of a window or text; fewer where the model has fewer positions."""

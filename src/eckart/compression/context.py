@@ -100,6 +100,7 @@ class CompressionContext:
         sites: the weights that can be factored.
         data: batches to calibrate on; None where no method reads any.
         refining: the text that a refinement reads, that of the statistics among it; None where there is none.
+        distilling: the same of a distillation.
         held_out: batches kept back to measure quality on.
         calibration: the way to the statistics of the sites.
         pooling: how an embedding model pools its tokens.
@@ -118,6 +119,7 @@ class CompressionContext:
     sites: Sites
     data: CalibrationData | None
     refining: CalibrationData | None
+    distilling: CalibrationData | None
     held_out: CalibrationData | None
     calibration: Calibration
     pooling: Pooling | None

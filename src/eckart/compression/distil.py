@@ -37,7 +37,7 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(rate=0.008, largest=7e-4)
+TRAINING = BlockTraining(rate=0.008, largest=1e-3)
 """The rate is in proportion to the root of the KL. All weights move at once: it is a tenth of a block's."""
 
 COST = 8.0
@@ -61,12 +61,14 @@ def plan_distillation(context: CompressionContext) -> str:
     why = why_not(context)
     if why is not None:
         raise UsageError(f"--distil: {why}. Leave --distil out.")
-    return f"distillation: all blocks together, {describe_passes(context, TRAINING.epochs, COST)}"
+    assert context.distilling is not None
+    passes = describe_passes(context, context.distilling, TRAINING.epochs, COST)
+    return f"distillation: all blocks together, {passes}"
 
 
 def why_not(context: CompressionContext) -> str | None:
     """Why the blocks cannot be trained together, or None if they can."""
-    workspace, data = context.workspace, context.refining
+    workspace, data = context.workspace, context.distilling
     if workspace.streaming:
         return "it needs the whole model in memory, and this run works block by block"
     text = None if data is None else TrainingText.of(data.batches, workspace.processes)
@@ -113,7 +115,7 @@ def distil_model(
     Returns:
         The copy, or `compressed` itself where no gradient can be had or memory runs out; and notes.
     """
-    processes, data = context.workspace.processes, context.refining
+    processes, data = context.workspace.processes, context.distilling
     assert data is not None
     text = TrainingText.of(data.batches, processes)
     assert text is not None
@@ -121,7 +123,7 @@ def distil_model(
     stored = {name: p.dtype for name, p in distilled.named_parameters()}
     frozen = outside(distilled, all_blocks(original))
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
-    training = replace(TRAINING, epochs=count_passes(context, TRAINING.epochs), seed=seed)
+    training = replace(TRAINING, epochs=count_passes(context, data, TRAINING.epochs), seed=seed)
     with without_gradients(distilled), ExitStack() as stack:
         stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
         stack.enter_context(evaluating(distilled))

@@ -22,7 +22,7 @@ from eckart.compression.open_run import CompressionRun
 from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
-from eckart.config import DEFAULT_BATCH_SIZE, REFINED, default_samples
+from eckart.config import DEFAULT_BATCH_SIZE, DISTILLED, REFINED, default_samples
 from eckart.data import MODEL_READY, CalibrationData, Pooling, digest_batches, load_data, model_kind
 from eckart.errors import CheckpointError, UsageError
 from eckart.evaluation.sentence import find_pooling
@@ -48,8 +48,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         EckartError: something that was asked for cannot be, as far as this can be known before the long work.
     """
     recipe, workspace, folder = run.recipe, run.workspace, run.source_folder
-    trains = any(settings.trains for settings in rows)
-    if recipe.refine_samples is not None and not trains:
+    if recipe.refine_samples is not None and not any(settings.trains for settings in rows):
         raise UsageError("--refine-samples: nothing is trained on them. Give --refine or --distil, or leave it out.")
     model = with_separate_experts(run.model)
     sites = find_sites(model, recipe.targets, recipe.ignore)
@@ -63,6 +62,7 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
         sites=sites,
         data=None,
         refining=None,
+        distilling=None,
         held_out=None,
         calibration=calibrate_without_data(model, names),
         pooling=_find_pooling(folder, model, run.tokenizer),
@@ -78,10 +78,12 @@ def prepare(run: CompressionRun, data: Any, rows: Sequence[Settings], keeps: Seq
             _check_budget(context, settings, recipe.model_copy(update={"keep": keep}))
     needs = _all_needs(rows, recipe)
     data = data if data is not None else recipe.data
-    if not needs and data is None and not trains:
+    refines = any(settings.refines for settings in rows)
+    distils = any(settings.distils for settings in rows) and not workspace.streaming
+    if not needs and data is None and not refines and not distils:
         return context
     with context.timer.step("data"):
-        _load(context, data, recipe, trains=trains)
+        _load(context, data, recipe, refines=refines, distils=distils)
         _check_same_text(context)
     if needs:
         context.calibration = start_calibration(context, rows, recipe, model, context.weights)
@@ -168,21 +170,23 @@ def _find_pooling(folder: Path | None, model: PreTrainedModel, tokenizer: Any) -
     return pooling.reading(tokenizer) if pooling is not None and tokenizer is not None else pooling
 
 
-def _load(context: CompressionContext, data: Any, recipe: Recipe, *, trains: bool) -> None:
+def _load(context: CompressionContext, data: Any, recipe: Recipe, *, refines: bool, distils: bool) -> None:
     """Batches to calibrate on, and others to measure on: of N samples asked for, N calibrate.
 
     Args:
         context: is given them.
         data: that the user named.
         recipe: how much of it.
-        trains: whether more may be read, to train blocks on.
+        refines: whether more is read, to train blocks on one after another.
+        distils: whether more is read, to train all of them together.
     """
     model, size = context.model, recipe.batch_size or DEFAULT_BATCH_SIZE
     kind = model_kind(model.config, model) if context.pooling is None else "encoder"
     wanted = recipe.num_samples or default_samples(kind)
     extra = max(1, -(-wanted // size) // 8)
     sampled = isinstance(data, str) and data == "self"  # every token of more text would have to be written first
-    more = (recipe.refine_samples or (1 if sampled else REFINED) * wanted) - wanted if trains else 0
+    times = max(REFINED * refines, DISTILLED * distils, 1) if not sampled else 1
+    most = recipe.refine_samples or times * wanted if refines or distils else wanted
     loaded = load_data(
         data,
         tokenizer=context.tokenizer,
@@ -194,19 +198,24 @@ def _load(context: CompressionContext, data: Any, recipe: Recipe, *, trains: boo
         label_column=recipe.data_label_column,
         revision=recipe.data_revision,
         num_samples=recipe.num_samples,
-        extra_samples=extra * size + max(0, more),
+        extra_samples=extra * size + max(0, most - wanted),
         max_seq_length=recipe.max_seq_length,
         batch_size=size,
         seed=recipe.seed,
         pooling=context.pooling,
     )
     rest, context.held_out = hold_out(loaded, min(extra, len(loaded) // 9 or int(len(loaded) > 1)))
-    context.data = rest
-    if trains:
-        context.refining = take_samples(rest, recipe.refine_samples or rest.num_examples)
-        given = isinstance(data, CalibrationData) or loaded.description.get("source") == MODEL_READY
-        if recipe.num_samples is not None or not given:  # of batches that the user gave, all calibrate
-            context.data = take_samples(rest, wanted)
+    context.data = part = rest
+    if not refines and not distils:
+        return
+    given = isinstance(data, CalibrationData) or loaded.description.get("source") == MODEL_READY
+    if given and recipe.num_samples is None:  # of batches that the user made, all calibrate
+        wanted = rest.num_examples
+    if distils:
+        part = context.distilling = take_samples(part, recipe.refine_samples or DISTILLED * wanted)
+    if refines:
+        part = context.refining = take_samples(part, recipe.refine_samples or REFINED * wanted)
+    context.data = take_samples(part if part.num_examples >= wanted else rest, wanted)
 
 
 def _check_same_text(context: CompressionContext) -> None:
@@ -217,7 +226,7 @@ def _check_same_text(context: CompressionContext) -> None:
     """
     assert context.data is not None
     store = context.workspace.store
-    parts = (context.refining or context.data, context.held_out)
+    parts = (context.distilling or context.refining or context.data, context.held_out)
     batches = [batch for part in parts if part is not None for batch in part.batches]
     now = {"sha256": digest_batches(batches), "num_tokens": sum(batch.num_tokens for batch in batches)}
     if context.workspace.streaming:

@@ -13,6 +13,7 @@ from eckart.config import (
     DEFAULT_TEXTS,
     DEFAULT_TOKENS,
     DEFAULT_WINDOWS,
+    DISTILLED,
     REFINED,
     STRICT,
     QuantizationKind,
@@ -80,7 +81,8 @@ class Recipe(RecipeBase):
         None,
         ge=1,
         description="Windows or texts that refinement and distillation read, those of the calibration among them; of "
-        f"more text they make fewer passes. Default: {REFINED} times --num-samples, as far as the data goes.",
+        f"more text they make fewer passes. Default: {REFINED} and {DISTILLED} times --num-samples, as far as the data "
+        "goes.",
     )
     calibrate_curves: bool | None = Field(
         None,

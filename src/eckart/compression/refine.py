@@ -73,7 +73,7 @@ def plan_refinement(context: CompressionContext) -> str:
             "--recovery distil"
         )
     blocks = len(runner.schedule.steps)
-    return f"refinement: {blocks} blocks, {describe_passes(context, TRAINING.epochs, COST)}"
+    return f"refinement: {blocks} blocks, {describe_passes(context, data, TRAINING.epochs, COST)}"
 
 
 def refine_if_better(
@@ -129,7 +129,7 @@ def refine_model(
         except LayerwiseError as error:
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
             return compressed, [f"{LEFT_OUT}: {why}"]
-        training = replace(TRAINING, epochs=count_passes(context, TRAINING.epochs), seed=seed)
+        training = replace(TRAINING, epochs=count_passes(context, data, TRAINING.epochs), seed=seed)
         work = BlockRefinement(before, now, text, distance, training, processes)
         done = set(context.workspace.finished(STAGE))
         steps = range(now.schedule.tail)

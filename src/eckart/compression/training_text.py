@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from eckart.calibration.grow_batches import grow_batches
 from eckart.compression.context import CompressionContext
-from eckart.data import Batch
+from eckart.data import Batch, CalibrationData
 from eckart.distributed import Processes
 
 STEP_TOKENS = 1024
@@ -74,25 +74,24 @@ def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batc
     return [batch for batch in batches if any(set(batch.examples) <= examples for examples in wanted)]
 
 
-def count_passes(context: CompressionContext, same: int) -> int:
-    """Passes over the text of the training that take as long as so many over the same text as the statistics read."""
+def count_passes(context: CompressionContext, text: CalibrationData, same: int) -> int:
+    """Passes over a text that take as long as so many over the text that the statistics read."""
     assert context.data is not None
-    assert context.refining is not None
-    return max(1, round(same * context.data.num_tokens / max(1, context.refining.num_tokens)))
+    return max(1, round(same * context.data.num_tokens / max(1, text.num_tokens)))
 
 
-def describe_passes(context: CompressionContext, same: int, cost: float) -> str:
+def describe_passes(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> str:
     """Say how long a training takes.
 
     Args:
-        context: knows the text.
-        same: passes over the same text as the statistics read.
+        context: knows the text of the statistics.
+        text: that is trained on.
+        same: passes over the text of the statistics that take as long.
         cost: how much longer these take than the statistics, about.
     """
     assert context.data is not None
-    assert context.refining is not None
-    text = TrainingText.of(context.refining.batches, context.workspace.processes)
-    assert text is not None
-    passes = count_passes(context, same)
-    times = cost * passes * context.refining.num_tokens / (same * context.data.num_tokens)
-    return f"{passes} times {len(text.steps)} steps, about {times:.0f} times as long as the statistics"
+    cut = TrainingText.of(text.batches, context.workspace.processes)
+    assert cut is not None
+    passes = count_passes(context, text, same)
+    times = cost * passes * text.num_tokens / (same * context.data.num_tokens)
+    return f"{passes} times {len(cut.steps)} steps, about {times:.0f} times as long as the statistics"

@@ -124,21 +124,35 @@ def test_the_best_effort_trains_all_blocks_together_and_both_ways_only_where_bot
     assert not [note for note in result.report["notes"] if "left out: the" in note]
 
 
-def test_of_more_text_fewer_passes_are_made(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("asked", "read", "passes"), [(None, 48, 2), (24, 24, 3), (4, 4, 18), (96, 96, 1)])
+def test_of_more_text_fewer_passes_are_made(
+    asked: int | None, read: int, passes: int, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(distil, "TRAINING", replace(distil.TRAINING, epochs=6))
-    own, told, passes = distil.train_block, [], []
+    monkeypatch.setattr("eckart.compression.prepare.DISTILLED", 4)
+    own, told, trained = distil.train_block, [], []
+    texts: dict[str, Any] = {}
 
     def counting(parameters: Any, steps: Any, held: Any, error: Any, training: Any, *others: Any, **how: Any) -> Any:
-        passes.append(training.epochs)
-        return own(parameters, steps, held, error, training, *others, **how)
+        trained.append(training.epochs)
+        return own(parameters, steps, held, error, replace(training, epochs=1), *others, **how)
 
+    def looking(context: Any, *others: Any) -> Any:
+        texts.update({name: getattr(context, name) for name in ("data", "refining", "distilling")})
+        return distil_model(context, *others)
+
+    distil_model = distil.distil_model
     monkeypatch.setattr(distil, "train_block", counting)
-    options = {**DISTIL, "data": TEXTS * 4, "distil": True, "report_progress": told.append}
-    eckart.compress(model, tokenizer, **options)
-    eckart.compress(model, tokenizer, refine_samples=24, **options)
-    assert passes == [6, 3]
-    assert "together, 6 times" in "\n".join(told)
-    assert "together, 3 times" in "\n".join(told)
+    monkeypatch.setattr(distil, "distil_model", looking)
+    options = {**DISTIL, "data": TEXTS * 6, "distil": True, "report_progress": told.append}
+    eckart.compress(model, tokenizer, refine_samples=asked, **options)
+    assert trained == [passes]
+    assert f"together, {passes} times" in "\n".join(told)
+    assert (texts["data"].num_examples, texts["distilling"].num_examples) == (12, read)
+    assert texts["refining"] is None
+    rows = {name: {tuple(row.tolist()) for batch in texts[name].batches for row in batch.inputs["input_ids"]}
+            for name in ("data", "distilling")}  # fmt: skip
+    assert asked == 4 or rows["data"] <= rows["distilling"]
 
 
 def test_a_worse_model_is_not_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):

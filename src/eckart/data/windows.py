@@ -86,7 +86,8 @@ def choose_windows(
         source: Name of the data, for messages.
 
     Returns:
-        The windows (S, length), their places in the stream (S,), and warnings. A text too short for one window
+        The windows (S, length), their places in the stream (S,), in their order or, where all are taken, in that of
+        chance, and warnings. A text too short for one window
         gives one shorter window.
 
     Raises:
@@ -99,11 +100,11 @@ def choose_windows(
         warnings.append(f"{source}: {stream.numel()} tokens do not fill one window of {length}: one shorter window")
         length = stream.numel()
     windows = stream[: stream.numel() // length * length].view(-1, length)  # (W, length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     if len(windows) > num_samples:
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         places = order[:num_samples].sort().values
-    else:
-        places = torch.arange(len(windows))
+    else:  # neighbors are alike: a part of the batches should be of all parts of the text, another for each seed
+        places = order
         warnings = warnings or wanted.describe_lack(source, len(windows), f"windows of {length} tokens")
     for warning in warnings:
         logger.warning(warning)

@@ -10,10 +10,12 @@ memory, with the optimizer's state of all that is trained, so it is done where a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from statistics import mode
 from typing import Any
 
 import torch
@@ -37,8 +39,11 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(rate=0.008, largest=1e-3)
-"""The rate is in proportion to the root of the KL. All weights move at once: it is a tenth of a block's."""
+TRAINING = BlockTraining(rate=0.009)
+"""The rate is in proportion to the root of the KL. All weights move at once: it is a seventh of a block's."""
+
+LARGEST = 0.024
+"""Largest rate times the root of the number of inputs that most weights have: what each adds comes to more in many."""
 
 COST = 8.0
 """How much longer a distillation takes than gathering the statistics, about."""
@@ -123,7 +128,9 @@ def distil_model(
     stored = {name: p.dtype for name, p in distilled.named_parameters()}
     frozen = outside(distilled, all_blocks(original))
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
-    training = replace(TRAINING, epochs=count_passes(context, data, TRAINING.epochs), seed=seed)
+    width = mode(site.shape[1] for site in context.sites.chosen)
+    passes = count_passes(context, data, TRAINING.epochs)
+    training = replace(TRAINING, epochs=passes, largest=LARGEST / math.sqrt(width), seed=seed)
     with without_gradients(distilled), ExitStack() as stack:
         stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
         stack.enter_context(evaluating(distilled))

@@ -137,7 +137,7 @@ def test_of_more_text_fewer_passes_are_made(
     texts: dict[str, Any] = {}
 
     def counting(parameters: Any, steps: Any, held: Any, error: Any, training: Any, *others: Any, **how: Any) -> Any:
-        trained.append(training.epochs)
+        trained.append((training.epochs, training.largest))
         return own(parameters, steps, held, error, replace(training, epochs=1), *others, **how)
 
     def looking(context: Any, *others: Any) -> Any:
@@ -149,7 +149,7 @@ def test_of_more_text_fewer_passes_are_made(
     monkeypatch.setattr(distil, "distil_model", looking)
     options = {**DISTIL, "data": (TEXTS * 6)[:there], "distil": True, "report_progress": told.append}
     eckart.compress(model, tokenizer, refine_samples=asked, **options)
-    assert trained == [passes]
+    assert trained == [(passes, pytest.approx(distil.LARGEST / model.config.hidden_size**0.5))]
     assert f"together, {passes} times" in "\n".join(told)
     assert texts["distilling"].num_examples == read
     assert texts["data"].num_examples in (12, 13)
@@ -202,6 +202,7 @@ def test_where_it_cannot_be_it_is_refused_or_left_out(
         eckart.compress(model, distil=True, **options)
     result = eckart.compress(model, effort="best", refit=False, **options)
     assert any(note.startswith("the distillation was left out: ") and why in note for note in result.report["notes"])
+    assert (case is few) == (not any("one after another instead" in note for note in result.report["notes"]))
     assert ("refinement" in [row["stage"] for row in result.report.get("stages", [])]) == (case is not few)
 
 

@@ -27,18 +27,19 @@ def announce_training(
     Raises:
         UsageError: a stage was asked for by its own option and cannot be.
     """
-    if settings.distils:
+    distils, refines, notes = settings.distils, settings.refines, list(settings.notes)
+    if distils:
         why = _announce(context, plan_distillation, "--distil: ", recipe.distil, report_progress)
-        if why is None and settings.trains_once:
-            settings = replace(settings, refines=False)
-        elif why is not None:
-            why += "; the blocks are trained one after another instead" * settings.refines
-            settings = replace(settings, distils=False, notes=(*settings.notes, f"{NOT_DISTILLED}: {why}"))
-    if settings.refines:
+        distils = why is None
+        refines = refines and not (distils and settings.trains_once)
+        notes += [f"{NOT_DISTILLED}: {why}"] if not distils else []
+    if refines:
         why = _announce(context, plan_refinement, "--refine: ", recipe.refine, report_progress)
-        if why is not None:
-            settings = replace(settings, refines=False, notes=(*settings.notes, f"{NOT_REFINED}: {why}"))
-    return settings
+        refines = why is None
+        notes += [f"{NOT_REFINED}: {why}"] if not refines else []
+    if refines and settings.distils and not distils:
+        notes[-1] += "; the blocks are trained one after another instead"
+    return replace(settings, distils=distils, refines=refines, notes=tuple(notes))
 
 
 def _announce(

@@ -67,6 +67,23 @@ def test_killed_in_a_block_it_goes_on_from_the_last_one_with_the_same_bits(serve
     assert published(tmp_path / "out") == published(undisturbed[0])
 
 
+def test_killed_in_a_distillation_nothing_is_published_and_the_same_command_ends_as_if_it_had_not_been(
+    server, workdir, tmp_path
+):
+    words = ("--method", "drone", "--keep", "0.5", "--distil", "--dtype", "float32")
+    one, other = (tmp_path / name / "out" for name in ("whole", "killed"))
+    for folder in (one, other):
+        folder.parent.mkdir()
+    whole = server(workdir.words(one, *words))
+    assert whole.code == 0, whole.said
+    trained = next(i for i, tick in enumerate(whole.ticks) if tick == "<train_block")
+    assert server(workdir.words(other, *words), trained + 1).code == KILLED
+    assert not other.exists()
+    done = server(workdir.words(other, *words))
+    assert done.code == 0, done.said
+    assert published(other) == published(one)
+
+
 def test_two_processes_give_the_result_of_one(server, workdir, undisturbed, tmp_path):
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -52,6 +52,7 @@ TICKING = (
     "eckart.compression.prepare:load_data",
     "eckart.compression.factorize:solve_site",
     "eckart.compression.refine_blocks:train_block",
+    "eckart.compression.distil:train_block",
     "eckart.calibration.layerwise.runner:LayerwiseRunner.run_block_backward",
     "eckart.calibration.layerwise.runner:LayerwiseRunner.run_tail",
     "eckart.calibration.layerwise.runner:LayerwiseRunner.run_block",

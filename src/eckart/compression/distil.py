@@ -45,7 +45,7 @@ TRAINING = BlockTraining(rate=0.009)
 LARGEST = 0.024
 """Largest rate times the root of the number of inputs that most weights have: what each adds comes to more in many."""
 
-COST = 8.0
+COST = 10.0
 """How much longer a distillation takes than gathering the statistics, about."""
 
 COPIES = 5

@@ -212,16 +212,16 @@ def _load(context: CompressionContext, data: Any, recipe: Recipe, *, refines: bo
     if given and recipe.num_samples is None:  # of batches that the user made, all calibrate
         wanted = rest.num_examples
     if distils:
-        part = context.distilling = take_samples(part, recipe.refine_samples or _of_equal_passes(rest, wanted))
+        part = context.distilling = take_samples(part, recipe.refine_samples or _of_whole_passes(rest, wanted))
     if refines:
         part = context.refining = take_samples(part, recipe.refine_samples or REFINED * wanted)
     context.data = take_samples(part if part.num_examples >= wanted else rest, wanted)
 
 
-def _of_equal_passes(rest: CalibrationData, wanted: int) -> int:
-    """How much text a distillation reads: where one pass over all of it is too short, a part, in whole passes."""
+def _of_whole_passes(rest: CalibrationData, wanted: int) -> int:
+    """How much text a distillation reads: all there is for one pass or, where that is little, a part for several."""
     most = DISTILLED * wanted
-    return -(-most // -(-most // rest.num_examples))
+    return -(-most // max(1, round(most / rest.num_examples)))
 
 
 def _check_same_text(context: CompressionContext) -> None:

@@ -65,7 +65,7 @@ def test_text_file_is_packed_whole(tmp_path):
     windows = len(expected) // 16
     places = [place for batch in data for place in batch.examples]
     assert all_ids(data)[torch.tensor(places).argsort()].flatten().tolist() == expected[: windows * 16]
-    assert places != sorted(places), "a part of the batches is of all parts of the text"
+    assert places != sorted(places), "a part of the batches is from the whole text"
     assert places != [p for batch in load_data(path, **CAUSAL, max_seq_length=16, seed=1) for p in batch.examples]
     assert [batch.inputs["input_ids"].shape[0] for batch in data] == [4] * (windows // 4) + [windows % 4][: windows % 4]
     assert data.num_examples == windows

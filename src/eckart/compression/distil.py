@@ -3,9 +3,9 @@
     min  mean_t KL(p_0(. | x_<=t) || p(. | x_<=t))
 
 over all parameters of all blocks of the smaller model p; p_0 is the original (Hinton et al. 2015, arXiv 1503.02531;
-after an SVD: Noach & Goldberg, AACL 2020). Blocks that are trained one after
-another cannot see how their errors work together; these do. It needs the whole model in
-memory, with the optimizer's state of all that is trained, so it is done where a run has the model in memory anyway.
+after an SVD: Noach & Goldberg, AACL 2020). Blocks that are trained one after another cannot see how their errors add
+up; these can. It needs the whole model in memory, with the optimizer's state of all that is trained, so it is done
+where a run has the model in memory anyway.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ TRAINING = BlockTraining(rate=0.009)
 """The rate is in proportion to the root of the KL. All weights move at once: it is a seventh of a block's."""
 
 LARGEST = 0.024
-"""Largest rate times the root of the number of inputs that most weights have: what each adds comes to more in many."""
+"""Largest rate times the root of the number of inputs that most weights have: changes add up over the inputs."""
 
 COST = 10.0
 """How much longer a distillation takes than gathering the statistics, about."""
@@ -138,7 +138,6 @@ def distil_model(
         copies = stack.enter_context(training_copies(distilled, frozen))
         distance = distance_by_token(original, text.batches[0], context.pooling) if text.batches else None
         distance = distance or OutputDistance("classes", context.pooling)
-
         error = OutputError(
             distance, original, distilled, partial(distance.run, original), partial(distance.run, distilled),
             loader.device,

@@ -46,7 +46,7 @@ class Settings:
         robust: whether gradients are clipped.
         refines: whether the blocks of the smaller model are trained one after another.
         distils: whether all blocks are trained together.
-        trains_once: of both of these, only the second, or the first where that cannot be.
+        trains_once: whether to refine only where the model cannot be distilled.
     """
 
     method: Method

@@ -86,8 +86,8 @@ def choose_windows(
         source: Name of the data, for messages.
 
     Returns:
-        The windows (S, length), their places in the stream (S,), in their order or, where all are taken, in that of
-        chance, and warnings. A text too short for one window
+        The windows (S, length), their places in the stream (S,), in their order or, where all are taken, in
+        random order, and warnings. A text too short for one window
         gives one shorter window.
 
     Raises:
@@ -103,7 +103,7 @@ def choose_windows(
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     if len(windows) > num_samples:
         places = order[:num_samples].sort().values
-    else:  # neighbors are alike: a part of the batches should be of all parts of the text, another for each seed
+    else:  # so that a part of the batches is from the whole text, and another one for each seed
         places = order
         warnings = warnings or wanted.describe_lack(source, len(windows), f"windows of {length} tokens")
     for warning in warnings:

@@ -10,12 +10,10 @@ where a run has the model in memory anyway.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from statistics import mode
 from typing import Any
 
 import torch
@@ -27,23 +25,25 @@ from eckart.calibration.backward_probe import NO_GRADIENTS
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import all_blocks
 from eckart.compression.context import CompressionContext
+from eckart.compression.equal_noise import find_equal_noise
 from eckart.compression.keep_better import keep_if_better
 from eckart.compression.output_error import OutputError, distance_by_token
 from eckart.compression.refine_blocks import put_values, rounded, training_copies, without_gradients
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockTraining, train_block
 from eckart.compression.training_text import TrainingText, batches_of, count_passes, describe_passes
+from eckart.config import DISTILLED
 from eckart.data.inference import evaluating
 from eckart.distributed.memory import format_bytes, free_memory
 from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(rate=0.009)
-"""The rate is in proportion to the root of the KL. All weights move at once: it is a seventh of a block's."""
+TRAINING = BlockTraining(epochs=DISTILLED, rate=0.03)
+"""The rate is a part of the random change of all parameters that would do as much harm as the compression did."""
 
-LARGEST = 0.024
-"""Largest rate times the root of the number of inputs that most weights have: changes add up over the inputs."""
+MEASURED = 4
+"""One of so many steps that are not trained on is enough to find that change."""
 
 COST = 10.0
 """How much longer a distillation takes than gathering the statistics, about."""
@@ -128,9 +128,8 @@ def distil_model(
     stored = {name: p.dtype for name, p in distilled.named_parameters()}
     frozen = outside(distilled, all_blocks(original))
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
-    width = mode(site.shape[1] for site in context.sites.chosen)
     passes = count_passes(context, data, TRAINING.epochs)
-    training = replace(TRAINING, epochs=passes, largest=LARGEST / math.sqrt(width), seed=seed)
+    training = replace(TRAINING, epochs=passes, seed=seed)
     with without_gradients(distilled), ExitStack() as stack:
         stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
         stack.enter_context(evaluating(distilled))
@@ -147,10 +146,12 @@ def distil_model(
             return show_steps(order, "distilling")
 
         steps, held = [batches_of(text.batches, [examples]) for examples in text.steps], text.held
+        parameters, few = list(copies.values()), batches_of(text.batches, held[::MEASURED])
         try:
+            equal = find_equal_noise(parameters, few, error, training.least, processes, seed)
             with torch.enable_grad():
                 fit = train_block(
-                    list(copies.values()), steps, batches_of(text.batches, held), error, training, processes, show=show
+                    parameters, steps, batches_of(text.batches, held), error, training, processes, equal, show
                 )
         except NO_GRADIENTS as failure:
             if processes.size > 1:  # the others wait for this one's gradients

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eckart.compression.divergence_loss import DivergenceLoss
 from eckart.data import Batch, Pooling
 from eckart.evaluation.output_distance import OutputDistance
 
@@ -35,11 +36,14 @@ class OutputError:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            rows = self.distance.rows(self.original, self.run_original(batch), batch)
-            reference = self.distance.reference(rows)
+            originals = self.distance.rows(self.original, self.run_original(batch), batch)
         with mixed_precision(self.original, self.device):
             output = self.run_smaller(batch)
-        found = self.distance.between(self.distance.rows(self.smaller, output, batch), reference)
+        rows = self.distance.rows(self.smaller, output, batch)
+        if self.distance.kind == "classes":
+            found = torch.cat([DivergenceLoss.apply(*pair) for pair in zip(rows, originals, strict=True)])
+        else:
+            found = self.distance.between(rows, self.distance.reference(originals))
         return found.float().sum(), torch.tensor(float(len(found)))
 
 

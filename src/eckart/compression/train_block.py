@@ -101,7 +101,7 @@ def train_block(
         return BlockFit(0.0, 0.0, 0)
     off = math.sqrt(best / power) if off is None and power else off or 1.0
     rate = min(training.rate * off, training.largest)
-    rates = [rate * max(float(p.detach().square().mean().sqrt()), training.least) for p in parameters]
+    rates = [rate * typical_size(p, training.least) for p in parameters]
     fused = parameters[0].device.type in ("cpu", "cuda")
     groups = [{"params": [p]} for p in parameters]
     optimizer = torch.optim.AdamW(groups, betas=training.betas, weight_decay=0.0, fused=fused)
@@ -124,6 +124,11 @@ def train_block(
         for parameter, value in zip(parameters, kept, strict=True):
             parameter.copy_(value)
     return BlockFit(before / power, best / power, epoch) if power else BlockFit(0.0, 0.0, epoch)
+
+
+def typical_size(parameter: Tensor, least: float) -> float:
+    """Root mean square of a parameter, but so much at least."""
+    return max(float(parameter.detach().square().mean().sqrt()), least)
 
 
 def measure_error(held: Sequence[T], error: SquaredError[T], processes: Processes) -> tuple[float, float]:

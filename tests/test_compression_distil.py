@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_all_blocks_and_nothing_else_are_trained_to_predict_what_the_original_do
     assert stages["distillation"][0] < stages["factors"][0]
     assert other.report["quality"]["agreement"]["kl"] == stages["distillation"][0]
     assert "distillation" in other.report["seconds"]
-    assert any("all blocks together, 2 times " in line for line in told)
+    assert any("all blocks together, 2 passes of " in line for line in told)
     unseen = [{"input_ids": torch.randint(0, 90, (32, 12), generator=torch.Generator().manual_seed(99))}]
     before, after = (divergence(model, result.model.float(), unseen) for result in (one, other))
     assert after < 0.99 * before
@@ -137,7 +138,7 @@ def test_of_more_text_fewer_passes_are_made(
     texts: dict[str, Any] = {}
 
     def counting(parameters: Any, steps: Any, held: Any, error: Any, training: Any, *others: Any, **how: Any) -> Any:
-        trained.append((training.epochs, training.largest))
+        trained.append(training.epochs)
         return own(parameters, steps, held, error, replace(training, epochs=1), *others, **how)
 
     def looking(context: Any, *others: Any) -> Any:
@@ -149,13 +150,35 @@ def test_of_more_text_fewer_passes_are_made(
     monkeypatch.setattr(distil, "distil_model", looking)
     options = {**DISTIL, "data": (TEXTS * 6)[:there], "distil": True, "report_progress": told.append}
     eckart.compress(model, tokenizer, refine_samples=asked, **options)
-    assert trained == [(passes, pytest.approx(distil.LARGEST / model.config.hidden_size**0.5))]
-    assert f"together, {passes} times" in "\n".join(told)
+    assert trained == [passes]
+    often = f"{passes} passes of " if passes > 1 else ""
+    assert re.search(rf"together, {often}\d+ steps, about", "\n".join(told))
     assert texts["distilling"].num_examples == read
     assert texts["data"].num_examples in (12, 13)
     assert texts["refining"] is None
     rows = {name: {row for batch in texts[name].batches for row in batch.examples} for name in ("data", "distilling")}
     assert asked == 4 or rows["data"] <= rows["distilling"]
+
+
+def test_the_rate_follows_from_the_harm_that_noise_does(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    measured, trained = [], []
+    own = distil.train_block
+
+    def measuring(parameters: Any, held: Any, *others: Any) -> float:
+        measured.append((parameters, held))
+        return 0.0123
+
+    def counting(parameters: Any, steps: Any, held: Any, error: Any, training: Any, *others: Any, **how: Any) -> Any:
+        trained.append((parameters, held, training.rate, others[1]))
+        return own(parameters, steps, held, error, training, *others, **how)
+
+    monkeypatch.setattr(distil, "find_equal_noise", measuring)
+    monkeypatch.setattr(distil, "train_block", counting)
+    eckart.compress(model, tokenizer, data=TEXTS * 6, distil=True, **DISTIL)
+    (((same, few), (parameters, held, rate, off)),) = zip(measured, trained, strict=True)
+    assert same is parameters
+    assert (rate, off) == (distil.TRAINING.rate, 0.0123)
+    assert few == held[:: distil.MEASURED]
 
 
 def test_a_worse_model_is_not_kept(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIECE = 1 << 19
-"""Numbers of a piece."""
+PIECE, LARGE_PIECE = 1 << 19, 1 << 24
+"""Numbers of a piece on a CPU, and on other devices, where a piece is a round of launches."""
 
 
 class DivergenceLoss(torch.autograd.Function):
@@ -25,17 +25,16 @@ class DivergenceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, original: Tensor) -> Tensor:
         """Find the KL of each row, and the gradient where one is wanted, in the type of the logits."""
-        rows = max(1, PIECE // max(1, logits.shape[-1]))
+        piece = PIECE if logits.device.type == "cpu" else LARGE_PIECE
+        rows = max(1, piece // max(1, logits.shape[-1]))
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         found = []
         for i in range(0, len(logits), rows):
-            y, z = original[i : i + rows].float(), logits[i : i + rows].float()
-            (p, y_sum), (q, z_sum) = _softmax(y), _softmax(z)
-            difference = (y - z).sub_((y_sum - z_sum)[:, None])  # of log p and log q
-            value = torch.linalg.vecdot(p, difference)
-            if not bool(value.isfinite().all()):  # a class that is ruled out by the original costs nothing
-                value = torch.where(p > 0, p * difference, 0.0).sum(-1)
-            found.append(value.clamp(min=0.0))
+            p, y, y_sum = _softmax(original[i : i + rows].float())
+            q, z, z_sum = _softmax(logits[i : i + rows].float())
+            difference = y.sub_(z).sub_(y_sum - z_sum)  # of log p and log q
+            difference.masked_fill_(p == 0, 0.0)  # a class that the original rules out costs nothing
+            found.append(torch.linalg.vecdot(p, difference).clamp(min=0.0))
             if gradient is not None:
                 torch.sub(q, p, out=q)
                 gradient[i : i + rows] = q
@@ -49,9 +48,12 @@ class DivergenceLoss(torch.autograd.Function):
         return (None if gradient is None else gradient * outer[0].to(gradient.dtype)[:, None]), None
 
 
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax of rows, and the logarithm of the sum of their exponentials; each exponential is computed once."""
-    most = logits.amax(-1, keepdim=True)
-    powers = (logits - most).exp_()
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax of rows, logits less the largest of each row, and the logarithm of the sum of the exponentials of these.
+
+    Where p is large, such logits are near 0: their differences are exact.
+    """
+    less = logits - logits.amax(-1, keepdim=True)
+    powers = less.exp()
     total = powers.sum(-1, keepdim=True)
-    return powers.div_(total), (most + total.log()).squeeze(-1)
+    return powers.div_(total), less, total.log()

@@ -262,5 +262,5 @@ def _text_reader(recipe: Recipe, rows: Sequence[Settings], data: Any) -> str | N
         if settings.needs(planned=recipe.plan is not None):
             return f"method {settings.method.name}"
     if any(settings.trains for settings in rows):
-        return "the refinement" if any(settings.refines for settings in rows) else "the distillation"
+        return "the distillation" if any(settings.distils for settings in rows) else "the refinement"
     return f"--data {recipe.data}" if recipe.data is not None else None

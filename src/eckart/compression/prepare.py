@@ -22,6 +22,7 @@ from eckart.compression.open_run import CompressionRun
 from eckart.compression.plan_builder import Solved, make_plan
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
+from eckart.compression.training_text import whole_passes
 from eckart.config import DEFAULT_BATCH_SIZE, DISTILLED, REFINED, default_samples
 from eckart.data import MODEL_READY, CalibrationData, Pooling, digest_batches, load_data, model_kind
 from eckart.errors import CheckpointError, UsageError
@@ -221,7 +222,7 @@ def _load(context: CompressionContext, data: Any, recipe: Recipe, *, refines: bo
 def _of_whole_passes(rest: CalibrationData, wanted: int) -> int:
     """How much text a distillation reads: all there is for one pass or, where that is little, a part for several."""
     most = DISTILLED * wanted
-    return -(-most // max(1, round(most / rest.num_examples)))
+    return -(-most // whole_passes(most, rest.num_examples))
 
 
 def _check_same_text(context: CompressionContext) -> None:

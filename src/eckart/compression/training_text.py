@@ -78,10 +78,15 @@ def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batc
     return [batch for batch in batches if any(set(batch.examples) <= examples for examples in wanted)]
 
 
+def whole_passes(wanted: int, there: int) -> int:
+    """Passes over what is there that come nearest to as much as is wanted; one at least."""
+    return max(1, round(wanted / max(1, there)))
+
+
 def count_passes(context: CompressionContext, text: CalibrationData, same: int) -> int:
     """Passes over a text that take as long as so many over the text that the statistics read."""
     assert context.data is not None
-    return max(1, round(same * context.data.num_tokens / max(1, text.num_tokens)))
+    return whole_passes(same * context.data.num_tokens, text.num_tokens)
 
 
 def describe_passes(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> str:
@@ -98,4 +103,5 @@ def describe_passes(context: CompressionContext, text: CalibrationData, same: in
     assert cut is not None
     passes = count_passes(context, text, same)
     times = cost * passes * text.num_tokens / (same * context.data.num_tokens)
-    return f"{passes} times {len(cut.steps)} steps, about {times:.0f} times as long as the statistics"
+    often = "" if passes == 1 else f"{passes} passes of "
+    return f"{often}{len(cut.steps)} steps, about {times:.0f} times as long as the statistics"

@@ -43,6 +43,17 @@ def test_no_table_is_wider_than_a_terminal(name):
     assert narrow[:end] == wide[:end]
 
 
+def test_neurons_are_not_called_ranks():
+    heads = {}
+    for forms in (["lowrank"], ["sliced"], ["lowrank", "sliced"]):
+        sites = [reports.site(0, f"up_proj{i}", 20, form=form, full_rank=64) for i, form in enumerate(forms)]
+        narrow, wide = lines_of_tables(render_compression({**reports.compression(), "ranks": {}, "sites": sites}))
+        head = next(line for line in wide if line.startswith("kind of site"))
+        assert head in narrow
+        heads[tuple(forms)] = re.split(r"  +", head)[2]
+    assert list(heads.values()) == ["rank", "neurons", "rank or neurons"]
+
+
 def test_rounding_of_the_original_stands_beside_the_model():
     report = {**reports.compression(), "ranks": {}}
     narrow, wide = lines_of_tables(render_compression(report))

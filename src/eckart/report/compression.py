@@ -17,6 +17,7 @@ from eckart.report.words import (
     format_range,
     format_share,
     make_table,
+    name_rank,
     shorten,
     split_kind,
 )
@@ -181,7 +182,7 @@ def _embedding(row: Mapping[str, Any]) -> str:
 
 def _kinds(report: Mapping[str, Any]) -> Table:
     """What is kept of the weights of each kind; kinds of one part of the model stand under its name."""
-    columns = ("factored", "rank", "parameters", "bytes", "multiply-adds")
+    columns = ("factored", name_rank(report["sites"]), "parameters", "bytes", "multiply-adds")
     table = add_columns(make_table("kept of the sites"), "kind of site", columns)
     kinds: dict[str, list[Mapping[str, Any]]] = {}
     for row in report["sites"]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+SLICED = "sliced"
+"""The form of layers that lose neurons: what stands as its rank is how many are left."""
 
 
 def make_table(title: str | None = None) -> Table:
@@ -22,6 +25,12 @@ def add_columns(table: Table, first: str, others: Iterable[str]) -> Table:
     for name in others:
         table.add_column(name, justify="right")
     return table
+
+
+def name_rank(sites: Sequence[Mapping[str, Any]]) -> str:
+    """What the numbers of weights are: their ranks, or neurons of layers that lose some, or either."""
+    sliced = {site["form"] == SLICED for site in sites if site["form"] != "dense"}
+    return "neurons" if sliced == {True} else "rank" if True not in sliced else "rank or neurons"
 
 
 def format_count(value: float) -> str:

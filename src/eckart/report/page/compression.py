@@ -27,11 +27,11 @@ from eckart.report.page.common import (
     show_value,
     tile_of,
 )
-from eckart.report.page.heat import draw_ranks, layer_of, name_rank
+from eckart.report.page.heat import draw_ranks, layer_of
 from eckart.report.page.spectra import Spectrum, show_spectra
 from eckart.report.page.svg import sample
 from eckart.report.speed import describe_latency
-from eckart.report.words import format_count, format_share
+from eckart.report.words import format_count, format_share, name_rank
 
 NOT_TIMED = (
     "No time was taken. `eckart bench DIR --against MODEL` times both models in turn; `eckart compress` does with "

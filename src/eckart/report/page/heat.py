@@ -7,19 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eckart.report.page.blocks import Cell, Heat
-from eckart.report.words import find_common_prefix, format_range
+from eckart.report.words import find_common_prefix, format_range, name_rank
 
 STEPS = 10
 """Colors of the scale."""
-
-SLICED = "sliced"
-"""The form of layers that lose neurons: what stands as its rank is how many are left."""
-
-
-def name_rank(sites: Sequence[Mapping[str, Any]]) -> str:
-    """What the numbers of weights are: their ranks, or neurons of layers that lose some, or either."""
-    sliced = {site["form"] == SLICED for site in sites if site["form"] != "dense"}
-    return "neurons" if sliced == {True} else "rank" if True not in sliced else "rank or neurons"
 
 
 def layer_of(name: str) -> int | None:

@@ -138,7 +138,7 @@ def test_of_more_text_fewer_passes_are_made(
     texts: dict[str, Any] = {}
 
     def counting(parameters: Any, steps: Any, held: Any, error: Any, training: Any, *others: Any, **how: Any) -> Any:
-        trained.append(training.epochs)
+        trained.append((training.epochs, training.largest))
         return own(parameters, steps, held, error, replace(training, epochs=1), *others, **how)
 
     def looking(context: Any, *others: Any) -> Any:
@@ -150,7 +150,7 @@ def test_of_more_text_fewer_passes_are_made(
     monkeypatch.setattr(distil, "distil_model", looking)
     options = {**DISTIL, "data": (TEXTS * 6)[:there], "distil": True, "report_progress": told.append}
     eckart.compress(model, tokenizer, refine_samples=asked, **options)
-    assert trained == [passes]
+    assert trained == [(passes, pytest.approx(distil.LARGEST / model.config.hidden_size))]
     often = f"{passes} passes of " if passes > 1 else ""
     assert re.search(rf"together, {often}\d+ steps, about", "\n".join(told))
     assert texts["distilling"].num_examples == read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,6 +94,22 @@ def test_the_learning_rate_follows_the_size_of_a_parameter(scale: float):
 
     again = train(other, batches, scaled, epochs=3, least=0.0)
     assert again.after == pytest.approx(fit.after, rel=1e-2)
+
+
+def test_every_step_leaves_a_mark_by_which_others_see_that_a_weight_has_changed():
+    weight, batches, error = problem()
+    seen = []
+
+    def looking(x: Tensor) -> tuple[Tensor, Tensor]:
+        if not torch.is_grad_enabled():
+            seen.append((weight._version, weight.detach().clone()))
+        return error(x)
+
+    train(weight, batches, looking, epochs=3)
+    assert len(seen) == 4
+    for (mark, value), (later, changed) in pairwise(seen):
+        assert not torch.equal(value, changed)
+        assert mark < later
 
 
 def test_a_parameter_of_zeros_moves():
@@ -317,7 +334,7 @@ def test_the_report_says_what_each_stage_brought(model: Any, tokenizer: Any, dty
     result = eckart.compress(
         model, tokenizer, data=TEXTS, keep=0.5, refine=True, dtype=dtype, report_progress=told.append, **SMALL
     )
-    assert "2 blocks, 3 times" in "\n".join(told)
+    assert "2 blocks, 3 passes of" in "\n".join(told)
     rows = {row["stage"]: row["distance"] for row in result.report["stages"]}
     assert list(rows) == ["factors", "refit", "refinement"]
     assert rows["refinement"] < rows["refit"] < rows["factors"]
@@ -389,7 +406,7 @@ def test_of_more_text_fewer_passes_are_made(
     told: list[str] = []
     result = eckart.compress(model, tokenizer, refine_samples=samples, report_progress=told.append, **MORE)
     assert (prepared[0].data.num_examples, prepared[0].refining.num_examples) == (12, read)
-    assert f"2 blocks, {passes} times" in "\n".join(told)
+    assert f"2 blocks, {passes} passes of" in "\n".join(told)
     assert result.report["data"]["calibration_examples"] == 12
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from statistics import mode
 from typing import Any
 
 import torch
@@ -39,8 +40,12 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=DISTILLED, rate=0.03)
+TRAINING = BlockTraining(epochs=DISTILLED, rate=0.035)
 """The rate is a part of the random change of all parameters that would do as much harm as the compression did."""
+
+LARGEST = 0.6
+"""Largest rate times the number of inputs that most weights have: what is not random in a step's changes, such as what
+follows the mean of the inputs, adds up over them."""
 
 MEASURED = 4
 """One of so many steps that are not trained on is enough to find that change."""
@@ -129,7 +134,8 @@ def distil_model(
     frozen = outside(distilled, all_blocks(original))
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
     passes = count_passes(context, data, TRAINING.epochs)
-    training = replace(TRAINING, epochs=passes, seed=seed)
+    width = mode(site.shape[1] for site in context.sites.chosen)
+    training = replace(TRAINING, epochs=passes, largest=LARGEST / width, seed=seed)
     with without_gradients(distilled), ExitStack() as stack:
         stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
         stack.enter_context(evaluating(distilled))

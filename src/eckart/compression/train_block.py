@@ -116,6 +116,8 @@ def train_block(
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * part
             optimizer.step()
+            if fused:  # leaves no mark of its own: forms that keep what follows from their weights would not notice
+                torch.autograd.graph.increment_version(parameters)
             optimizer.zero_grad()
         now, _ = measure_error(held, error, processes)
         if now < best:  # of numbers that are not finite neither

@@ -96,6 +96,14 @@ def test_the_learning_rate_follows_the_size_of_a_parameter(scale: float):
     assert again.after == pytest.approx(fit.after, rel=1e-2)
 
 
+def test_a_block_that_is_off_by_nothing_stays():
+    weight, batches, error = problem()
+    before = weight.detach().clone()
+    fit = train_block([weight], [[b] for b in batches[1:]], batches[:1], error, BlockTraining(), Processes(), 0.0)
+    assert fit.epoch == 0
+    assert torch.equal(weight, before)
+
+
 def test_every_step_leaves_a_mark_by_which_others_see_that_a_weight_has_changed():
     weight, batches, error = problem()
     seen = []

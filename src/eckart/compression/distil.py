@@ -14,7 +14,6 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
-from statistics import mode
 from typing import Any
 
 import torch
@@ -40,12 +39,9 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=DISTILLED, rate=0.035)
-"""The rate is a part of the random change of all parameters that would do as much harm as the compression did."""
-
-LARGEST = 0.6
-"""Largest rate times the number of inputs that most weights have: what is not random in a step's changes, such as what
-follows the mean of the inputs, adds up over them."""
+TRAINING = BlockTraining(epochs=DISTILLED, rate=0.21)
+"""The rate is a part of the random change of all parameters that would do as much harm as the compression did, shared
+out among the blocks: the changes of a step are not random, and their effects add up from block to block."""
 
 MEASURED = 4
 """One of so many steps that are not trained on is enough to find that change."""
@@ -131,13 +127,13 @@ def distil_model(
     assert text is not None
     original, distilled = context.model, shared_clone(compressed)
     stored = {name: p.dtype for name, p in distilled.named_parameters()}
-    frozen = outside(distilled, all_blocks(original))
+    blocks = all_blocks(original)
+    frozen = outside(distilled, blocks)
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
     passes = count_passes(context, data, TRAINING.epochs)
-    width = mode(site.shape[1] for site in context.sites.chosen)
-    training = replace(TRAINING, epochs=passes, largest=LARGEST / width, seed=seed)
+    training = replace(TRAINING, epochs=passes, seed=seed)
     with without_gradients(distilled), ExitStack() as stack:
-        stack.enter_context(forward_context(original, context.weights, all_blocks(original))(None))
+        stack.enter_context(forward_context(original, context.weights, blocks)(None))
         stack.enter_context(evaluating(distilled))
         stack.enter_context(loader.held(""))
         copies = stack.enter_context(training_copies(distilled, frozen))
@@ -154,10 +150,10 @@ def distil_model(
         steps, held = [batches_of(text.batches, [examples]) for examples in text.steps], text.held
         parameters, few = list(copies.values()), batches_of(text.batches, held[::MEASURED])
         try:
-            equal = find_equal_noise(parameters, few, error, training.least, processes, seed)
+            share = find_equal_noise(parameters, few, error, training.least, processes, seed) / len(blocks)
             with torch.enable_grad():
                 fit = train_block(
-                    parameters, steps, batches_of(text.batches, held), error, training, processes, equal, show
+                    parameters, steps, batches_of(text.batches, held), error, training, processes, share, show
                 )
         except NO_GRADIENTS as failure:
             if processes.size > 1:  # the others wait for this one's gradients

@@ -5,7 +5,7 @@
 D is the distance of the smaller model p from its original p_0, w its parameters, rms(w) the root mean square of each of
 them. For small e the left side is s e^2, where s says how sensitive a model is: on a model of 6.5 M parameters s is 12,
 on one of 135 M it is 200. A learning rate as a part of each parameter's size must know that, and the harm that is to be
-mended; e says both in one number, and the best rate is the same part of it on both models.
+mended; e says both in one number.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ def train_block(
     best, power = measure_error(held, error, processes)
     if not best:
         return BlockFit(0.0, 0.0, 0)
-    off = math.sqrt(best / power) if off is None and power else off or 1.0
+    if off is None:
+        off = math.sqrt(best / power) if power else 1.0
     rate = min(training.rate * off, training.largest)
     rates = [rate * typical_size(p, training.least) for p in parameters]
     fused = parameters[0].device.type in ("cpu", "cuda")

@@ -1,6 +1,7 @@
 """What a run says before it starts: what it will do, its stages with their costs, and about how long that takes."""
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,9 +10,12 @@ from tiny import llama, place, text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eckart
+from eckart.calibration import take_samples
+from eckart.compression import distil
 from eckart.compression import outlook as outlooks
 from eckart.compression.open_run import open_in_memory
 from eckart.compression.outlook import (
+    MEASURING,
     announce,
     announce_comparison,
     describe_forms,
@@ -45,7 +49,9 @@ def context(folder):
     recipe = Recipe(model=str(folder / "llama"), data=str(folder / "text.txt"), method="kfac", **SMALL)
     settings = Settings.of(method_named("kfac"), recipe)
     run = open_in_memory(None, None, None, recipe, [settings], report_progress=lambda _: None)
-    return prepare(run, None, [settings], [0.5])
+    context = prepare(run, None, [settings], [0.5])
+    context.refining = context.distilling = context.data
+    return context
 
 
 def stages_of(context, method="eckart", published=True, verified=True, **options):
@@ -66,6 +72,17 @@ def test_every_stage_is_there_in_the_order_of_the_run_with_a_cost(context):
     assert [*stages_of(context, "svd", published=False)] == ["factors", "quality"]
     for stage in stages_of(context, **EVERY, latency=True, quantize="int8", max_loss="1%").values():
         assert stage.passes + stage.seconds > 0
+
+
+def test_a_training_weighs_as_much_as_the_text_that_it_reads(context, monkeypatch):
+    whole = stages_of(context, **EVERY)["distillation"].passes
+    text = take_samples(context.data, context.data.num_examples * 3 // 4)
+    monkeypatch.setattr(distil, "TRAINING", replace(distil.TRAINING, epochs=1))
+    measuring = 2 * MEASURING * context.held_out.num_tokens / context.data.num_tokens
+    monkeypatch.setattr(context, "distilling", text)
+    part = stages_of(context, **EVERY)["distillation"].passes
+    share = text.num_tokens / context.data.num_tokens
+    assert part - measuring == pytest.approx(share * (whole - measuring), rel=1e-6)
 
 
 def test_costs_are_in_proportion(context):

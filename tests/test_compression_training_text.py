@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from architectures import BY_NAME
 
+import eckart
 from eckart.compression.training_text import MOST_HELD, TrainingText
 from eckart.data import load_data
 from eckart.distributed import Processes
@@ -20,3 +22,13 @@ def test_how_much_is_held_out(rows: int, expected: int):
     assert not set(text.held) & set(text.steps)
     places = [examples[0] for examples in text.held]
     assert rows < 24 or (max(places) > 0.8 * rows and min(places) < 0.2 * rows)
+
+
+def test_models_that_read_no_tokens_are_trained_too():
+    architecture, told = BY_NAME["vit"], []
+    result = eckart.compress(
+        architecture.model(), data=architecture.batches(4, 6), method="drone", keep=0.5, refit=False, effort="best",
+        report_progress=told.append,
+    )  # fmt: skip
+    assert [stage["stage"] for stage in result.report["stages"]] == ["factors", "refinement"]
+    assert any(line.startswith("refinement: ") and "about 8 times" in line for line in told)

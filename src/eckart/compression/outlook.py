@@ -15,12 +15,12 @@ import torch
 
 from eckart.calibration.forward_context import forward_context
 from eckart.calibration.layerwise import all_blocks
+from eckart.compression import distil, refine
 from eckart.compression.context import CompressionContext
-from eckart.compression.distil import COST as DISTILLATION
 from eckart.compression.factor_store import STAGE as FACTORS
 from eckart.compression.recipe import Recipe
-from eckart.compression.refine import COST as REFINEMENT
 from eckart.compression.settings import Settings
+from eckart.compression.training_text import times_of_statistics
 from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
 from eckart.moments import needs_backward
@@ -82,10 +82,14 @@ def plan_stages(
         stages.append(Stage("plan", SEARCH * measuring * searched, 10 * TIMING * timed))
     if settings.refit and context.data is not None:
         stages.append(Stage("refit", rounds * (REFIT + 2 * measuring)))
-    if settings.refines and context.data is not None:
-        stages.append(Stage("refinement", REFINEMENT * (statistics or GRAMS) + 2 * measuring))
-    if settings.distils and context.data is not None:
-        stages.append(Stage("distillation", DISTILLATION * (statistics or GRAMS) + 2 * measuring))
+    trainings = (
+        ("refinement", settings.refines, context.refining, refine),
+        ("distillation", settings.distils, context.distilling, distil),
+    )
+    for name, wanted, text, training in trainings:
+        if wanted and text is not None:
+            times = times_of_statistics(context, text, training.TRAINING.epochs, training.COST)
+            stages.append(Stage(name, times * (statistics or GRAMS) + 2 * measuring))
     if recipe.quantize is not None:
         stages.append(Stage("rounding", 2 * measuring))
     if measuring and not {"refit", "refinement", "distillation", "rounding"} & {stage.name for stage in stages}:

@@ -13,6 +13,9 @@ from eckart.distributed import Processes
 STEP_TOKENS = 1024
 """Tokens of a step of the training at most, padding counted, unless one row has more."""
 
+SAMPLE = 128
+"""Tokens that a sample counts as that has none, such as an image."""
+
 LEAST_STEPS = 16
 """Steps that the text is cut into at least, as far as it has so many rows."""
 
@@ -69,7 +72,12 @@ def _cut(batch: Batch, tokens: int) -> list[Batch]:
 
 
 def _tokens(batch: Batch) -> int:
-    return sum(mask.numel() for mask in batch.masks().values())
+    return sum(mask.numel() for mask in batch.masks().values()) or SAMPLE * len(batch)
+
+
+def _size(text: CalibrationData) -> int:
+    """Tokens, or of data without any, such as images, samples."""
+    return text.num_tokens or text.num_examples
 
 
 def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batch]:
@@ -86,22 +94,26 @@ def whole_passes(wanted: int, there: int) -> int:
 def count_passes(context: CompressionContext, text: CalibrationData, same: int) -> int:
     """Passes over a text that take as long as so many over the text that the statistics read."""
     assert context.data is not None
-    return whole_passes(same * context.data.num_tokens, text.num_tokens)
+    return whole_passes(same * _size(context.data), _size(text))
 
 
-def describe_passes(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> str:
-    """Say how long a training takes.
+def times_of_statistics(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> float:
+    """How much longer a training takes than gathering the statistics, about.
 
     Args:
         context: knows the text of the statistics.
         text: that is trained on.
         same: passes over the text of the statistics that take as long.
-        cost: how much longer these take than the statistics, about.
+        cost: how much longer these take than the statistics.
     """
     assert context.data is not None
+    return cost * count_passes(context, text, same) * _size(text) / (same * _size(context.data))
+
+
+def describe_passes(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> str:
+    """Say how long a training takes; the arguments are those of :func:`times_of_statistics`."""
     cut = TrainingText.of(text.batches, context.workspace.processes)
     assert cut is not None
-    passes = count_passes(context, text, same)
-    times = cost * passes * text.num_tokens / (same * context.data.num_tokens)
+    passes, times = count_passes(context, text, same), times_of_statistics(context, text, same, cost)
     often = "" if passes == 1 else f"{passes} passes of "
     return f"{often}{len(cut.steps)} steps, about {times:.0f} times as long as the statistics"

@@ -20,8 +20,7 @@ from eckart.compression.context import CompressionContext
 from eckart.compression.factor_store import STAGE as FACTORS
 from eckart.compression.recipe import Recipe
 from eckart.compression.settings import Settings
-from eckart.compression.training_text import times_of_statistics
-from eckart.data import Batch
+from eckart.compression.training_text import size_of, times_of_statistics
 from eckart.data.inference import evaluating, forward
 from eckart.moments import needs_backward
 from eckart.progress import Outlook, Stage, describe_count, describe_seconds
@@ -268,7 +267,7 @@ def time_pass(context: CompressionContext) -> float | None:
     except Exception as error:  # the stage that needs a pass says so
         logger.info("a pass was not timed: %s", error)
         return None
-    return seconds * _size(data.batches) / _size([batch]) / context.workspace.processes.size
+    return seconds * size_of(data.batches) / size_of([batch]) / context.workspace.processes.size
 
 
 def _now(context: CompressionContext) -> float:
@@ -281,12 +280,7 @@ def _held_out(context: CompressionContext) -> float:
     """The held-out text as a part of the calibration text."""
     if context.held_out is None or context.data is None:
         return 0.0
-    return _size(context.held_out.batches) / _size(context.data.batches)
-
-
-def _size(batches: Sequence[Batch]) -> int:
-    """Tokens, or of data without any, such as images, samples."""
-    return sum(batch.num_tokens for batch in batches) or sum(len(batch) for batch in batches)
+    return size_of(context.held_out.batches) / size_of(context.data.batches)
 
 
 def _factoring_seconds(context: CompressionContext, settings: Settings) -> float:

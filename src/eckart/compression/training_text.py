@@ -75,9 +75,9 @@ def _tokens(batch: Batch) -> int:
     return sum(mask.numel() for mask in batch.masks().values()) or SAMPLE * len(batch)
 
 
-def _size(text: CalibrationData) -> int:
+def size_of(batches: Sequence[Batch]) -> int:
     """Tokens, or of data without any, such as images, samples."""
-    return text.num_tokens or text.num_examples
+    return sum(batch.num_tokens for batch in batches) or sum(len(batch) for batch in batches)
 
 
 def batches_of(batches: Iterable[Batch], steps: Sequence[Examples]) -> list[Batch]:
@@ -94,7 +94,7 @@ def whole_passes(wanted: int, there: int) -> int:
 def count_passes(context: CompressionContext, text: CalibrationData, same: int) -> int:
     """Passes over a text that take as long as so many over the text that the statistics read."""
     assert context.data is not None
-    return whole_passes(same * _size(context.data), _size(text))
+    return whole_passes(same * size_of(context.data.batches), size_of(text.batches))
 
 
 def times_of_statistics(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> float:
@@ -107,7 +107,7 @@ def times_of_statistics(context: CompressionContext, text: CalibrationData, same
         cost: how much longer these take than the statistics.
     """
     assert context.data is not None
-    return cost * count_passes(context, text, same) * _size(text) / (same * _size(context.data))
+    return cost * count_passes(context, text, same) * size_of(text.batches) / (same * size_of(context.data.batches))
 
 
 def describe_passes(context: CompressionContext, text: CalibrationData, same: int, cost: float) -> str:

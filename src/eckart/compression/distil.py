@@ -10,6 +10,7 @@ where a run has the model in memory anyway.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -39,9 +40,10 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=DISTILLED, rate=0.21)
-"""The rate is a part of the random change of all parameters that would do as much harm as the compression did, shared
-out among the blocks: the changes of a step are not random, and their effects add up from block to block."""
+TRAINING = BlockTraining(epochs=DISTILLED, rate=0.0857, part=True)
+"""The rate is a part of the random change of all parameters that would do as much harm as the compression did, over the
+root of the number of blocks: the changes of a step are not random, and their effects add up from block to block. If it
+is too large all the same, the training goes too far in a good direction, and a part of the way is kept."""
 
 MEASURED = 4
 """One of so many steps that are not trained on is enough to find that change."""
@@ -49,8 +51,9 @@ MEASURED = 4
 COST = 10.0
 """How much longer a distillation takes than gathering the statistics, about."""
 
-COPIES = 5
-"""Numbers in float32 for each parameter of the smaller model: value, copy, gradient, and two of the optimizer."""
+COPIES = 6
+"""Numbers in float32 for each parameter of the smaller model: its value now, before the training and at its best,
+gradient, and two of the optimizer."""
 
 LEFT_OUT = "the distillation was left out"
 
@@ -150,7 +153,8 @@ def distil_model(
         steps, held = [batches_of(text.batches, [examples]) for examples in text.steps], text.held
         parameters, few = list(copies.values()), batches_of(text.batches, held[::MEASURED])
         try:
-            share = find_equal_noise(parameters, few, error, training.least, processes, seed) / len(blocks)
+            noise = find_equal_noise(parameters, few, error, training.least, processes, seed)
+            share = noise / math.sqrt(len(blocks))
             with torch.enable_grad():
                 fit = train_block(
                     parameters, steps, batches_of(text.batches, held), error, training, processes, share, show

@@ -22,6 +22,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from eckart.compression.best_part import find_best_part, set_part
 from eckart.distributed import Processes
 
 T = TypeVar("T")
@@ -43,6 +44,7 @@ class BlockTraining:
         last: part of the largest rate that it falls to.
         least: root mean square that each parameter is taken to have at least: zeros must be able to move.
         betas: of AdamW.
+        part: whether to look for a better place on the line from the parameters before to those after.
         seed: of the order of the batches.
     """
 
@@ -53,6 +55,7 @@ class BlockTraining:
     last: float = 0.1
     least: float = 1e-3
     betas: tuple[float, float] = (0.9, 0.95)
+    part: bool = False
     seed: int = 0
 
 
@@ -66,11 +69,13 @@ class BlockFit:
         before: the training.
         after: it.
         epoch: the one that was kept, from 1; 0 for the block as it was.
+        part: of the change up to then that was kept.
     """
 
     before: float
     after: float
     epoch: int
+    part: float = 1.0
 
 
 def train_block(
@@ -107,26 +112,37 @@ def train_block(
     groups = [{"params": [p]} for p in parameters]
     optimizer = torch.optim.AdamW(groups, betas=training.betas, weight_decay=0.0, fused=fused)
     order = torch.Generator().manual_seed(training.seed)
-    before, epoch, kept = best, 0, [p.detach().clone() for p in parameters]
+    before, epoch, part, kept = best, 0, 1.0, _values(parameters)
+    start, now = kept, best
     for number in range(training.epochs):
         for place, i in enumerate(show(torch.randperm(len(steps), generator=order).tolist())):
             for batch in steps[i]:
                 (error(batch)[0] / max(power, torch.finfo(torch.float32).tiny)).backward()
             _add_gradients(parameters, processes)
-            part = part_of_rate(number * len(steps) + place, training.epochs * len(steps), training)
+            height = part_of_rate(number * len(steps) + place, training.epochs * len(steps), training)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * part
+                group["lr"] = rate * height
             optimizer.step()
             if fused:  # leaves no mark of its own: forms that keep what follows from their weights would not notice
                 torch.autograd.graph.increment_version(parameters)
             optimizer.zero_grad()
         now, _ = measure_error(held, error, processes)
         if now < best:  # of numbers that are not finite neither
-            best, epoch, kept = now, number + 1, [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter, value in zip(parameters, kept, strict=True):
-            parameter.copy_(value)
-    return BlockFit(before / power, best / power, epoch) if power else BlockFit(0.0, 0.0, epoch)
+            best, epoch, kept = now, number + 1, _values(parameters)
+    if training.part:
+        end, error_of_end = (kept, best) if epoch else (_values(parameters), now)
+        part, best = find_best_part(
+            parameters, start, end, (before, error_of_end), lambda: measure_error(held, error, processes)[0]
+        )
+        epoch = (epoch or training.epochs) if part else 0
+        set_part(parameters, start, end, part)
+    else:
+        set_part(parameters, start, kept, 1.0)
+    return BlockFit(before / power, best / power, epoch, part) if power else BlockFit(0.0, 0.0, epoch)
+
+
+def _values(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [p.detach().clone() for p in parameters]
 
 
 def typical_size(parameter: Tensor, least: float) -> float:

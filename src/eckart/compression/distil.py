@@ -40,7 +40,7 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=DISTILLED, rate=0.0857, part=True)
+TRAINING = BlockTraining(epochs=DISTILLED, rate=0.085, part=True)
 """The rate is a part of the random change of all parameters that would do as much harm as the compression did, over the
 root of the number of blocks: the changes of a step are not random, and their effects add up from block to block. If it
 is too large all the same, the training goes too far in a good direction, and a part of the way is kept."""

@@ -116,6 +116,41 @@ def test_the_best_epoch_is_where_the_line_ends():
     assert fit.after < without.after
 
 
+@pytest.mark.parametrize("start", [math.nan, math.inf])
+def test_where_no_error_is_a_number_nothing_is_kept(start: float):
+    parameters = [nn.Parameter(BEFORE[0].clone())]
+    part, _ = find_best_part(parameters, BEFORE[:1], AFTER[:1], (start, math.nan), lambda: math.nan)
+    assert part == 0.0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_block_whose_error_is_no_number_is_not_trained(value: float):
+    weight, steps = nn.Parameter(torch.ones(3)), []
+
+    def error(batch: float) -> tuple[Tensor, Tensor]:
+        steps.append(batch)
+        return batch * weight.sum(), torch.tensor(1.0)
+
+    fit = train_block([weight], [[1.0]] * 4, [value], error, BlockTraining(part=True), Processes(), 1.0)
+    assert (fit.epoch, fit.part) == (0, 0.0)
+    assert steps == [value]
+    assert torch.equal(weight, torch.ones(3))
+
+
+def test_a_training_whose_error_is_no_number_any_more_ends_early():
+    weight, trained = nn.Parameter(torch.ones(3)), []
+
+    def error(batch: float) -> tuple[Tensor, Tensor]:
+        trained.extend([batch] * torch.is_grad_enabled())
+        return (batch * weight - 2.0).square().sum(), torch.tensor(1.0)
+
+    training = BlockTraining(epochs=5, rate=1e30, largest=math.inf)
+    fit = train_block([weight], [[1.0]] * 4, [1.5], error, training, Processes(), 1.0)
+    assert fit.epoch == 0
+    assert len(trained) == 4
+    assert torch.equal(weight, torch.ones(3))
+
+
 def test_where_no_place_is_better_nothing_changes():
     fit, told, found = fit_noisy(1e30, part=True)
     assert (fit.epoch, fit.part) == (0, 0.0)

@@ -123,7 +123,7 @@ def test_the_best_effort_trains_all_blocks_together_and_both_ways_only_where_bot
     assert [row["stage"] for row in result.report.get("stages", [])] == ["factors", *expected] * bool(expected)
     said = [line.split(":")[0] for line in told if line.startswith(("refinement: ", "distillation: "))]
     assert sorted(said) == sorted(expected)
-    assert not [note for note in result.report["notes"] if "left out: the" in note]
+    assert not [note for note in result.report["notes"] if "left out: " in note]
 
 
 @pytest.mark.parametrize(
@@ -227,6 +227,37 @@ def test_where_it_cannot_be_it_is_refused_or_left_out(
     assert any(note.startswith("the distillation was left out: ") and why in note for note in result.report["notes"])
     assert (case is few) == (not any("one after another instead" in note for note in result.report["notes"]))
     assert ("refinement" in [row["stage"] for row in result.report.get("stages", [])]) == (case is not few)
+
+
+def test_what_fails_without_gradients_too_is_an_error(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
+    def broken(*_: Any) -> float:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(distil, "find_equal_noise", broken)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        eckart.compress(model, tokenizer, data=TEXTS, distil=True, **DISTIL)
+
+
+def test_where_memory_runs_out_before_the_first_step_the_model_stays(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    def run_out(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(distil, "training_copies", run_out)
+    result = eckart.compress(model, tokenizer, data=TEXTS, distil=True, **DISTIL)
+    assert "the distillation was left out: memory ran out (OutOfMemoryError: )" in result.report["notes"]
+
+
+def test_what_it_takes_counts_what_is_trained_and_what_is_held():
+    model = llama()
+    blocks = [f"model.layers.{i}" for i in range(model.config.num_hidden_layers)]
+    trained = sum(p.numel() for block in blocks for p in model.get_submodule(block).parameters())
+    everything = sum(p.numel() for p in model.parameters())
+    logits = 4 * distil.TABLES * 1024 * model.config.vocab_size
+    assert distil.memory_needed(model, blocks, 1) == 24 * trained + logits
+    assert distil.memory_needed(model, blocks, 2) == 28 * trained + logits
+    assert distil.memory_needed(model.bfloat16(), blocks, 1) == 24 * trained + 4 * everything + logits
 
 
 def test_where_no_gradient_can_be_had_the_model_stays_and_that_is_said():

@@ -30,9 +30,9 @@ def test_value_and_gradient(rows: int, piece: int, monkeypatch: pytest.MonkeyPat
 
 def test_small_distances_are_not_lost_in_large_logits():
     original = 30 * torch.randn(50, 8192, generator=torch.Generator().manual_seed(1)) + 200
-    logits = original + 1e-3 * torch.randn(50, 8192, generator=torch.Generator().manual_seed(2))
+    logits = original + 1e-2 * torch.randn(50, 8192, generator=torch.Generator().manual_seed(2))
     expected = plain(logits, original)
-    assert (DivergenceLoss.apply(logits, original) - expected).abs().mean() < 0.05 * expected.mean() + 1e-7
+    assert (DivergenceLoss.apply(logits, original) - expected).abs().mean() < 0.01 * expected.mean()
 
 
 def test_classes_that_the_original_rules_out_cost_nothing():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer
 import eckart
 from eckart.calibration.layerwise import LayerwiseRunner, trace_blocks
 from eckart.compression import refine
-from eckart.compression.output_error import distance_by_token
+from eckart.compression.output_error import OutputError, distance_by_token
 from eckart.compression.refine_blocks import (
     BlockRefinement,
     left_as_they_are,
@@ -30,7 +31,7 @@ from eckart.compression.training_text import TrainingText
 from eckart.data import Batch
 from eckart.data.inference import evaluating, forward
 from eckart.distributed import Processes
-from eckart.errors import UsageError
+from eckart.errors import NumericalError, UsageError
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.storage.cache import Cache
 
@@ -190,6 +191,35 @@ class Pair:
         return self.work.train(step)
 
 
+class Heard(Processes):
+    """Hears what is told to the other processes."""
+
+    def raise_if_any_failed(self, error: BaseException | None) -> None:
+        heard.append(error)
+        super().raise_if_any_failed(error)
+
+
+heard: list[BaseException | None] = []
+
+
+def test_what_fails_on_the_rows_of_one_process_is_told_to_the_others(monkeypatch: pytest.MonkeyPatch):
+    pair, failure = Pair(), NumericalError("a row of this process")
+    work = replace(pair.work, processes=Heard())
+
+    def fail(*_: Any) -> None:
+        raise failure
+
+    with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
+        for runner, run in ((work.before, work.follow), (work.now, work.advance)):
+            heard.clear()
+            run(0)
+            assert heard == [None]
+            monkeypatch.setattr(runner, "run_block", fail)
+            with pytest.raises(NumericalError):
+                run(1)
+            assert heard == [None, failure]
+
+
 def test_the_target_is_what_the_original_puts_out_on_its_own_inputs():
     pair = Pair()
     with evaluating(pair.model, pair.changed), without_gradients(pair.changed):
@@ -236,7 +266,8 @@ def test_of_the_last_block_the_distance_of_the_outputs_is_made_small():
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    ("llama", "classes"), ("bert-mlm", "classes"), ("bert", None), ("bert-classes", None), ("vit", None),
+    ("llama", "classes"), ("bert-mlm", "classes"), ("t5", "classes"), ("bert", None), ("bert-classes", None),
+    ("vit", None),
 ])  # fmt: skip
 def test_outputs_are_compared_where_each_token_is_predicted(name: str, kind: str | None):
     model = BY_NAME[name].model()
@@ -244,6 +275,24 @@ def test_outputs_are_compared_where_each_token_is_predicted(name: str, kind: str
     with evaluating(model):
         found = distance_by_token(model, Batch(inputs, (0, 1, 2, 3)), None)
     assert (found and found.kind) == kind
+
+
+@pytest.mark.parametrize(("source", "target"), [(1, 1), (30, 1), (2, 30)])
+def test_how_many_tokens_are_predicted_does_not_matter(source: int, target: int):
+    model = BY_NAME["t5"].model()
+    inputs = {"input_ids": torch.full((1, source), 5), "attention_mask": torch.ones(1, source, dtype=torch.long)}
+    inputs |= {"decoder_input_ids": torch.full((1, target), 5)}
+    with evaluating(model):
+        found = distance_by_token(model, Batch(inputs, (0,)), None)
+    assert found is not None
+
+
+def test_the_sum_and_the_number_of_rows_are_where_the_outputs_are():
+    rows, model = torch.empty(6, 7, device="meta"), BY_NAME["llama"].model()
+    distance: Any = SimpleNamespace(rows=lambda *_: [rows])
+    error = OutputError(distance, model, model, lambda _: None, lambda _: None, torch.device("cpu"))
+    found = error(Batch({"input_ids": torch.zeros(2, 3, dtype=torch.long)}, (0, 1)))
+    assert {value.device.type for value in found} == {"meta"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

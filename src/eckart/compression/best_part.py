@@ -10,6 +10,7 @@ was too large, the best place lies before the end. (Weights before and after a t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -48,7 +49,7 @@ def find_best_part(
     lowest = _lowest_of_parabola(start, found[0.5], end)
     if lowest not in found:
         found[lowest] = error_at(lowest)
-    finite = {part: error for part, error in found.items() if error == error}
+    finite = {part: error for part, error in found.items() if math.isfinite(error)} or {0.0: start}
     best = min(finite, key=lambda part: finite[part])
     return best, finite[best]
 

@@ -32,7 +32,13 @@ from eckart.compression.output_error import OutputError, distance_by_token
 from eckart.compression.refine_blocks import put_values, rounded, training_copies, without_gradients
 from eckart.compression.stages import Stages
 from eckart.compression.train_block import BlockTraining, train_block
-from eckart.compression.training_text import TrainingText, batches_of, count_passes, describe_passes
+from eckart.compression.training_text import (
+    STEP_TOKENS,
+    TrainingText,
+    batches_of,
+    count_passes,
+    describe_passes,
+)
 from eckart.config import DISTILLED
 from eckart.data.inference import evaluating
 from eckart.distributed.memory import format_bytes, free_memory
@@ -46,14 +52,17 @@ root of the number of blocks: the changes of a step are not random, and their ef
 is too large all the same, the training goes too far in a good direction, and a part of the way is kept."""
 
 MEASURED = 4
-"""One of so many steps that are not trained on is enough to find that change."""
+"""To find that change, one of this many held-out steps is enough."""
 
 COST = 10.0
 """How much longer a distillation takes than gathering the statistics, about."""
 
 COPIES = 6
-"""Numbers in float32 for each parameter of the smaller model: its value now, before the training and at its best,
-gradient, and two of the optimizer."""
+"""Numbers in float32 for each parameter that is trained: its value now, before the training and at its best, gradient,
+and two of the optimizer."""
+
+TABLES = 6
+"""Tables in float32 as large as the logits of a step: those of both models, what is made of them, and gradients."""
 
 LEFT_OUT = "the distillation was left out"
 
@@ -82,14 +91,31 @@ def why_not(context: CompressionContext) -> str | None:
         return "it needs the whole model in memory, and this run works block by block"
     text = None if data is None else TrainingText.of(data.batches, workspace.processes)
     if data is None or text is None:
-        return "there is too little text to train on a part of it and stop by the rest"
-    with forward_context(context.model, context.weights, all_blocks(context.model))(None):
+        return "there is too little text: a part must be held out, to tell what is better"
+    blocks = all_blocks(context.model)
+    if not blocks:
+        return "the model has no blocks"
+    with forward_context(context.model, context.weights, blocks)(None):
         if distance_by_token(context.model, data.batches[0], context.pooling) is None:
             return "the model does not predict each token"
-    needed = COPIES * 4 * sum(p.numel() for p in context.model.parameters())
-    free = free_memory(context.weights.device)
-    enough = workspace.processes.broadcast([free is None or needed <= free])[0]  # all go the same way
-    return None if enough else f"it takes up to {format_bytes(needed)} of memory, and less is free"
+    needed, free = memory_needed(context.model, blocks, workspace.processes.size), free_memory(context.weights.device)
+    if context.weights.device.type == "cpu":
+        needed *= workspace.processes.size  # in the same memory
+    enough = torch.tensor([float(free is None or needed <= free)])
+    workspace.processes.all_reduce({"enough": enough})  # all go the same way
+    if int(enough) < workspace.processes.size:
+        return f"it takes up to {format_bytes(needed)} of memory, and less is free"
+    return None
+
+
+def memory_needed(model: PreTrainedModel, blocks: Sequence[str], processes: int) -> int:
+    """Bytes that a process takes to train all blocks together, for a smaller model as large as the original at most."""
+    fixed, stored = outside(model, blocks), dict(model.named_parameters())
+    trained = sum(p.numel() for name, p in stored.items() if name not in fixed)
+    everything = sum(p.numel() for p in stored.values())
+    widened = everything if any(p.dtype != torch.float32 for p in stored.values()) else 0
+    logits = STEP_TOKENS * int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
+    return 4 * (COPIES * trained + widened + (trained if processes > 1 else 0) + TABLES * logits)
 
 
 def distil_if_better(
@@ -131,44 +157,48 @@ def distil_model(
     original, distilled = context.model, shared_clone(compressed)
     stored = {name: p.dtype for name, p in distilled.named_parameters()}
     blocks = all_blocks(original)
-    frozen = outside(distilled, blocks)
     loader = WeightLoader(distilled, ComputePlacement(context.weights.device, torch.float32))
-    passes = count_passes(context, data, TRAINING.epochs)
-    training = replace(TRAINING, epochs=passes, seed=seed)
-    with without_gradients(distilled), ExitStack() as stack:
-        stack.enter_context(forward_context(original, context.weights, blocks)(None))
-        stack.enter_context(evaluating(distilled))
-        stack.enter_context(loader.held(""))
-        copies = stack.enter_context(training_copies(distilled, frozen))
-        distance = distance_by_token(original, text.batches[0], context.pooling) if text.batches else None
-        distance = distance or OutputDistance("classes", context.pooling)
-        error = OutputError(
-            distance, original, distilled, partial(distance.run, original), partial(distance.run, distilled),
-            loader.device,
-        )  # fmt: skip
-
-        def show(order: Sequence[int]) -> Iterable[int]:
-            return show_steps(order, "distilling")
-
-        steps, held = [batches_of(text.batches, [examples]) for examples in text.steps], text.held
-        parameters, few = list(copies.values()), batches_of(text.batches, held[::MEASURED])
-        try:
-            noise = find_equal_noise(parameters, few, error, training.least, processes, seed)
-            share = noise / math.sqrt(len(blocks))
+    training = replace(TRAINING, epochs=count_passes(context, data, TRAINING.epochs), seed=seed)
+    distance = OutputDistance("classes", context.pooling)
+    error = OutputError(
+        distance, original, distilled, partial(distance.run, original), partial(distance.run, distilled), loader.device
+    )
+    steps, held = [batches_of(text.batches, [examples]) for examples in text.steps], text.held
+    measured_on = batches_of(text.batches, held[::MEASURED])
+    runs = False  # whether the models were seen to run, so that what fails afterwards is the backward pass
+    try:
+        with without_gradients(distilled), ExitStack() as stack:
+            stack.enter_context(forward_context(original, context.weights, blocks)(None))
+            stack.enter_context(evaluating(distilled))
+            stack.enter_context(loader.held(""))
+            copies = stack.enter_context(training_copies(distilled, outside(distilled, blocks)))
+            parameters = list(copies.values())
+            noise = find_equal_noise(parameters, measured_on, error, training.least, processes, seed)
+            runs = True
+            scale = noise / math.sqrt(len(blocks))
             with torch.enable_grad():
                 fit = train_block(
-                    parameters, steps, batches_of(text.batches, held), error, training, processes, share, show
+                    parameters, steps, batches_of(text.batches, held), error, training, processes, scale, _show
                 )
-        except NO_GRADIENTS as failure:
-            if processes.size > 1:  # the others wait for this one's gradients
-                raise
-            what = "memory ran out" if is_out_of_memory(failure) else "no backward pass runs through the model"
-            return compressed, [f"{LEFT_OUT}: {what} ({type(failure).__name__}: {str(failure).splitlines()[0]})"]
-        values = {name: rounded(name, p, stored[name]) for name, p in copies.items()} if fit.epoch else {}
+            values = {name: rounded(name, p, stored[name]) for name, p in copies.items()} if fit.epoch else {}
+    except NO_GRADIENTS as failure:
+        memory = is_out_of_memory(failure)
+        if processes.size > 1 or not (runs or memory):  # the other processes wait for this one's gradients
+            raise
+        what = "memory ran out" if memory else "no backward pass runs through the model"
+        return compressed, [f"{LEFT_OUT}: {what} ({type(failure).__name__}: {_first_line(failure)})"]
     if not values:
         return compressed, [f"{LEFT_OUT}: text that is not trained on is predicted no better"]
     put_values(distilled, "", values)
     return distilled, []
+
+
+def _show(order: Sequence[int]) -> Iterable[int]:
+    return show_steps(order, "distilling")
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure).splitlines() or [""])[0]
 
 
 def outside(model: nn.Module, blocks: Sequence[str]) -> set[str]:

@@ -49,10 +49,7 @@ class DivergenceLoss(torch.autograd.Function):
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax of rows, logits less the largest of each row, and the logarithm of the sum of the exponentials of these.
-
-    Where p is large, such logits are near 0: their differences are exact.
-    """
+    """Softmax of rows; logits less the largest of their row; logarithm of the sum of the exponentials of these."""
     less = logits - logits.amax(-1, keepdim=True)
     powers = less.exp()
     total = powers.sum(-1, keepdim=True)

@@ -26,8 +26,8 @@ TRIALS = 4
 """Sizes that are tried at most."""
 
 NEAR = 2.0
-"""A trial is near enough if the size that follows from it is no further away than this many times: D grows about as
-its square, so one step from there is exact enough."""
+"""The search stops when the next size is less than this factor away from the one that was tried: D grows about as the
+square of the size, so the next one is exact enough."""
 
 
 def find_equal_noise(
@@ -49,10 +49,10 @@ def find_equal_noise(
         seed: of the noise.
 
     Returns:
-        e; 0 where there is no distance.
+        e; 0 where there is no distance, or none that is a number.
     """
     before, _ = measure_error(held, error, processes)
-    if not before > 0:
+    if not 0 < before < math.inf:
         return 0.0
     kept = [p.detach().clone() for p in parameters]
     size = GUESS

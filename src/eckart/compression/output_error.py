@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from eckart.compression.divergence_loss import DivergenceLoss
 from eckart.data import Batch, Pooling
+from eckart.evaluation.agreement import logits_of
 from eckart.evaluation.output_distance import OutputDistance
 
 
@@ -19,7 +20,7 @@ class OutputError:
     """The sum of the distances of a batch's rows, and their number.
 
     Attributes:
-        distance: of two rows of outputs.
+        distance: says what is compared of an output: logits of each token.
         original: the model.
         smaller: the one that is trained.
         run_original: gives its outputs for a batch; no gradients are kept.
@@ -40,15 +41,13 @@ class OutputError:
         with mixed_precision(self.original, self.device):
             output = self.run_smaller(batch)
         rows = self.distance.rows(self.smaller, output, batch)
-        if self.distance.kind == "classes":
-            found = torch.cat([DivergenceLoss.apply(*pair) for pair in zip(rows, originals, strict=True)])
-        else:
-            found = self.distance.between(rows, self.distance.reference(originals))
-        return found.float().sum(), torch.tensor(float(len(found)))
+        found = torch.cat([DivergenceLoss.apply(*pair) for pair in zip(rows, originals, strict=True)])
+        total = found.float().sum()
+        return total, total.new_tensor(float(len(found)))
 
 
 def mixed_precision(original: nn.Module, device: torch.device) -> torch.autocast:
-    """Steps of a model that is stored in bfloat16 multiply in it; what is held out is measured in float32."""
+    """Steps multiply in bfloat16 if the original computes in it; what is held out is measured in float32."""
     narrow = torch.is_grad_enabled() and getattr(original, "dtype", None) == torch.bfloat16
     return torch.autocast(device.type, torch.bfloat16, enabled=narrow)
 
@@ -63,5 +62,5 @@ def distance_by_token(model: nn.Module, batch: Batch, pooling: Pooling | None) -
     distance = OutputDistance.of(model, first, pooling)
     if distance.kind != "classes":
         return None
-    rows = distance.rows(model, distance.run(model, first), first)
-    return distance if sum(map(len, rows)) > max(1, first.num_tokens // 2) else None
+    logits = logits_of(model, distance.run(model, first), first)
+    return distance if logits and logits[0].dim() == 3 else None

@@ -19,6 +19,7 @@ from eckart.compression.keep_better import keep_if_better
 from eckart.compression.output_error import distance_by_token
 from eckart.compression.refine_blocks import (
     BlockRefinement,
+    NoBackwardError,
     left_as_they_are,
     put_values,
     without_gradients,
@@ -56,8 +57,8 @@ def plan_refinement(context: CompressionContext) -> str:
     text = None if data is None else TrainingText.of(data.batches, context.workspace.processes)
     if data is None or text is None:
         raise UsageError(
-            "--refine: there is too little text to train blocks on a part of it and stop by the rest. Give more: "
-            "--num-samples, --data."
+            "--refine: there is too little text: a part must be held out, to tell which epoch is best. "
+            "Give more: --num-samples, --data."
         )
     try:
         runner = _start_runner(context, context.model, context.weights, data, "trial")
@@ -149,11 +150,12 @@ def refine_model(
             work.run(show_steps(range(start, len(steps)), "refining"), set(map(int, done)), keep)
         except LayerwiseError as error:  # this text takes another way through the model than the example that was tried
             why = f"{type(refined).__name__} cannot be run block by block ({error})"
-            if processes.size > 1:  # the others go on running blocks
+            if processes.size > 1 and isinstance(error, NoBackwardError):  # the others wait for this one's gradients
                 raise ModelError(f"{why}. Leave --refine out.") from error
             refined, notes = compressed, [f"{LEFT_OUT}: {why}"]
-        before.drop_all()
-        now.drop_all()
+        finally:
+            before.drop_all()
+            now.drop_all()
         if refined is not compressed:
             notes += left_as_they_are(now)
     return refined, notes

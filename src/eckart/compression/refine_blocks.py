@@ -101,14 +101,14 @@ class BlockRefinement:
             def error(batch: Batch) -> tuple[Tensor, Tensor]:
                 return self._error(step, batch)
 
-            parameters, off = list(copies.values()), None
+            parameters, scale = list(copies.values()), None
             if distance is not None:  # which costs a pass through the output head: half of the epochs do
                 wrong, power = measure_error(held, error, self.processes)
-                error, off = self._output_error(distance), math.sqrt(wrong / power) if power else 0.0
+                error, scale = self._output_error(distance), math.sqrt(wrong / power) if power else 0.0
                 training = replace(training, epochs=-(-training.epochs // 2))
             try:
                 with torch.enable_grad():
-                    fit = train_block(parameters, steps, held, error, training, self.processes, off)
+                    fit = train_block(parameters, steps, held, error, training, self.processes, scale)
             except NO_GRADIENTS as failure:
                 if is_out_of_memory(failure):
                     raise
@@ -121,12 +121,13 @@ class BlockRefinement:
 
     def advance(self, step: int) -> None:
         """Bring the smaller model to the end of a step too, and drop what no later step reads."""
-        self.now.advance(step)
+        with self.processes.failing_together():
+            self.now.advance(step)
         self.before.drop_stream(step - 1)
 
     def follow(self, step: int) -> None:
         """Bring the original to the end of a step; what the step before has put out is kept till both are."""
-        with self.before.resident(step):
+        with self.processes.failing_together(), self.before.resident(step):
             for batch in self.before.batches:
                 self.before.run_block(step, batch)
 
@@ -197,12 +198,12 @@ def training_copies(block: nn.Module, frozen: Collection[str]) -> Iterator[dict[
         if id(p) in names and p is not None
     ]
     copies: dict[str, nn.Parameter] = {}
-    for table, key, p in places:
-        name = names[id(p)]
-        if name not in copies:
-            copies[name] = nn.Parameter(p.detach().to(torch.float32, copy=True))
-        table[key] = copies[name]
     try:
+        for table, key, p in places:
+            name = names[id(p)]
+            if name not in copies:
+                copies[name] = nn.Parameter(p.detach().to(torch.float32, copy=True))
+            table[key] = copies[name]
         yield copies
     finally:
         for table, key, p in places:

@@ -9,7 +9,8 @@ of its own root mean square, in proportion to the block's relative error, and th
 that is not trained on is kept, which may be the one before the first.
 
 The last block has nothing after it that could mend its errors: there the distance of the model's own outputs is made
-small instead, which the caller's error says.
+small instead. So it is where all blocks are trained together: for this function they are one block. The caller's error
+says what is made small.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class BlockTraining:
 
     Attributes:
         epochs: passes over the text.
-        rate: largest learning rate of a block whose output is off by all of its own size, as a part of the root mean
-            square of each parameter; in proportion to the error, it is a part of what is to be mended.
+        rate: largest learning rate, as a part of the root mean square of each parameter. It is multiplied by the root
+            of the block's relative error, so that it is a part of what is to be mended, or by a number of the caller's.
         largest: and no more than this.
         warmup: part of the steps in which the rate rises.
         last: part of the largest rate that it falls to.
@@ -61,13 +62,14 @@ class BlockTraining:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """Error of a block's output on text that is not trained on: squared, relative to the squares of what it should be.
+    """What a training brought.
 
-    Of the last block, the mean distance of the model's outputs.
+    The error is that of a block's output on text that is not trained on: squared, relative to the squares of what it
+    should be. Where outputs of the model are compared, it is their mean distance.
 
     Attributes:
-        before: the training.
-        after: it.
+        before: error before the training.
+        after: error of what was kept.
         epoch: the one that was kept, from 1; 0 for the block as it was.
         part: of the change up to then that was kept.
     """
@@ -85,10 +87,10 @@ def train_block(
     error: SquaredError[T],
     training: BlockTraining,
     processes: Processes,
-    off: float | None = None,
+    scale: float | None = None,
     show: Callable[[Sequence[int]], Iterable[int]] = lambda order: order,
 ) -> BlockFit:
-    """Train parameters in place; afterwards they are those of the best epoch.
+    """Train parameters in place; afterwards they are those of the best epoch, or of the best part of the way to it.
 
     Args:
         parameters: of the block, in float32.
@@ -98,22 +100,22 @@ def train_block(
         error: runs the block on a batch.
         training: how.
         processes: share the rows.
-        off: the relative error of the block's output, as a root, where `error` does not say it.
+        scale: what `training.rate` is multiplied by; without it the root of the block's relative error.
         show: shows progress over the steps of an epoch.
     """
     best, power = measure_error(held, error, processes)
-    if not best:
-        return BlockFit(0.0, 0.0, 0)
-    if off is None:
-        off = math.sqrt(best / power) if power else 1.0
-    rate = min(training.rate * off, training.largest)
+    if not 0 < best < math.inf:  # nothing to mend, or no number to tell by what mends it
+        return BlockFit(best, best, 0, 0.0)
+    if scale is None:
+        scale = math.sqrt(best / power) if power else 1.0
+    rate = min(training.rate * scale, training.largest)
     rates = [rate * typical_size(p, training.least) for p in parameters]
     fused = parameters[0].device.type in ("cpu", "cuda")
     groups = [{"params": [p]} for p in parameters]
     optimizer = torch.optim.AdamW(groups, betas=training.betas, weight_decay=0.0, fused=fused)
     order = torch.Generator().manual_seed(training.seed)
-    before, epoch, part, kept = best, 0, 1.0, _values(parameters)
-    start, now = kept, best
+    before, epoch, kept = best, 0, _values(parameters)
+    start, now = kept if training.part else None, best
     for number in range(training.epochs):
         for place, i in enumerate(show(torch.randperm(len(steps), generator=order).tolist())):
             for batch in steps[i]:
@@ -129,7 +131,9 @@ def train_block(
         now, _ = measure_error(held, error, processes)
         if now < best:  # of numbers that are not finite neither
             best, epoch, kept = now, number + 1, _values(parameters)
-    if training.part:
+        if not math.isfinite(now):
+            break
+    if start is not None:
         end, error_of_end = (kept, best) if epoch else (_values(parameters), now)
         part, best = find_best_part(
             parameters, start, end, (before, error_of_end), lambda: measure_error(held, error, processes)[0]
@@ -137,7 +141,10 @@ def train_block(
         epoch = (epoch or training.epochs) if part else 0
         set_part(parameters, start, end, part)
     else:
-        set_part(parameters, start, kept, 1.0)
+        part = float(epoch > 0)
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
     return BlockFit(before / power, best / power, epoch, part) if power else BlockFit(0.0, 0.0, epoch)
 
 
@@ -155,7 +162,7 @@ def measure_error(held: Sequence[T], error: SquaredError[T], processes: Processe
     sums = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for batch in held:
-            sums += torch.stack(error(batch)).double().cpu()
+            sums += torch.stack([value.cpu() for value in error(batch)]).double()
     processes.all_reduce({"sums": sums})
     wrong, power = sums.tolist()
     return wrong, power

@@ -81,8 +81,8 @@ class Block(ClosedFormRecovery):
         text = TrainingText.of(batches, Processes())
         if text is None:
             raise UsageError(
-                "recovery block: there is too little text to train on a part of it and stop by the rest. Give more: "
-                "--num-samples, --data."
+                "recovery block: there is too little text: a part must be held out, to tell which epoch is best. "
+                "Give more: --num-samples, --data."
             )
         journal: EntryStore = MemoryStore() if context.journal is None else context.journal
         training = BlockTraining(epochs=self.epochs, rate=self.rate, seed=context.recipe.seed)

@@ -10,7 +10,6 @@ where a run has the model in memory anyway.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -46,10 +45,15 @@ from eckart.errors import UsageError, is_out_of_memory
 from eckart.evaluation.output_distance import OutputDistance
 from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
-TRAINING = BlockTraining(epochs=DISTILLED, rate=0.085, part=True)
-"""The rate is a part of the random change of all parameters that would do as much harm as the compression did, over the
-root of the number of blocks: the changes of a step are not random, and their effects add up from block to block. If it
-is too large all the same, the training goes too far in a good direction, and a part of the way is kept."""
+TRAINING = BlockTraining(epochs=DISTILLED, rate=0.15, part=True)
+"""The rate is a part of the random change of all parameters that would do as much harm as the compression did, less for
+more blocks (:data:`BLOCKS`). If it is too large all the same, the training goes too far in a good direction, and a part
+of the way is kept."""
+
+BLOCKS = 2 / 3
+"""The power of the number of blocks that the rate is divided by: the changes of a step are not random, and their effects
+add up from block to block. It lies between the root, of effects that do not know of one another, and 1; models of 6 and
+of 30 blocks agree on it."""
 
 MEASURED = 4
 """To find that change, one of this many held-out steps is enough."""
@@ -175,7 +179,7 @@ def distil_model(
             parameters = list(copies.values())
             noise = find_equal_noise(parameters, measured_on, error, training.least, processes, seed)
             runs = True
-            scale = noise / math.sqrt(len(blocks))
+            scale = noise / len(blocks) ** BLOCKS
             with torch.enable_grad():
                 fit = train_block(
                     parameters, steps, batches_of(text.batches, held), error, training, processes, scale, _show

@@ -211,6 +211,25 @@ def encoder(model: Any, tokenizer: Any, monkeypatch: Any) -> tuple[Any, dict[str
     return BY_NAME["bert"].model(), {"data": BY_NAME["bert"].batches(4, 4)}
 
 
+def no_blocks(model: Any, tokenizer: Any, monkeypatch: Any) -> tuple[Any, dict[str, Any]]:
+    monkeypatch.setattr(distil, "all_blocks", lambda model: [])
+    return model, {"tokenizer": tokenizer, "data": TEXTS}
+
+
+def no_weights(model: Any, tokenizer: Any, monkeypatch: Any) -> tuple[Any, dict[str, Any]]:
+    monkeypatch.setattr(distil, "all_blocks", lambda model: ["model.rotary_emb"])
+    return model, {"tokenizer": tokenizer, "data": TEXTS}
+
+
+@pytest.mark.parametrize(("case", "why"), [(no_blocks, "has no blocks"), (no_weights, "no weights of their own")])
+def test_without_blocks_that_can_be_trained_it_is_refused(
+    case: Any, why: str, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+):
+    model, options = case(model, tokenizer, monkeypatch)
+    with pytest.raises(UsageError, match=f"--distil: .*{why}"):
+        eckart.compress(model, distil=True, **{**DISTIL, **options})
+
+
 @pytest.mark.parametrize(
     ("case", "why"),
     [(few, "too little text"), (full, "of memory, and less is free"), (encoder, "does not predict each token")],

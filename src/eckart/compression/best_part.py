@@ -4,8 +4,8 @@
 
 w_0 are the parameters before a training and w_1 those after it, D is the error on text that is not trained on. Along
 this line a training's gain grows as a, and the harm that the noise of its steps does, as a^2: where the learning rate
-was too large, the best place lies before the end. (Weights before and after a training are mixed in Wortsman et al.
-2022, arXiv 2109.01903, with the same a for all of them too.)
+was too large, the best place lies before the end. Wortsman et al. (2022, arXiv 2109.01903) mix the weights before and
+after a training in the same way, with one a for all.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 FURTHEST = 1.5
-"""No place further than that on the line is tried: what was measured says little of it."""
+"""The furthest place on the line that is tried: the parabola says little about places beyond it."""
 
 
 def find_best_part(
@@ -33,8 +33,8 @@ def find_best_part(
         parameters: are set; afterwards they are those of the last place that was tried.
         before: their values before the training.
         after: the values after it.
-        errors: with these two.
-        measure: the error with the parameters as they are.
+        errors: the errors with `before` and with `after`.
+        measure: gives the error with the parameters as they are.
 
     Returns:
         The best part a of all four, and its error.

@@ -27,6 +27,7 @@ from eckart.calibration.layerwise import all_blocks
 from eckart.compression.context import CompressionContext
 from eckart.compression.equal_noise import find_equal_noise
 from eckart.compression.keep_better import keep_if_better
+from eckart.compression.memory_estimate import vocabulary
 from eckart.compression.output_error import OutputError, distance_by_token
 from eckart.compression.refine_blocks import put_values, rounded, training_copies, without_gradients
 from eckart.compression.stages import Stages
@@ -47,10 +48,10 @@ from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
 TRAINING = BlockTraining(epochs=DISTILLED, rate=0.15, part=True)
 """The rate is a part of the random change of all parameters that would do as much harm as the compression did, less for
-more blocks (:data:`BLOCKS`). If it is too large all the same, the training goes too far in a good direction, and a part
-of the way is kept."""
+more blocks (:data:`DEPTH_POWER`). If it is still too large, the training goes too far in a good direction, and a part of
+the way is kept."""
 
-BLOCKS = 2 / 3
+DEPTH_POWER = 2 / 3
 """The power of the number of blocks that the rate is divided by: the changes of a step are not random, and what they do
 adds up from block to block. 1/2 would be right for effects that are independent, 1 for effects in one direction; models
 of 6 and of 30 blocks were trained well with 2/3."""
@@ -99,6 +100,8 @@ def why_not(context: CompressionContext) -> str | None:
     blocks = all_blocks(context.model)
     if not blocks:
         return "the model has no blocks"
+    if outside(context.model, blocks) >= {name for name, _ in context.model.named_parameters()}:
+        return "the blocks have no weights of their own"
     with forward_context(context.model, context.weights, blocks)(None):
         if distance_by_token(context.model, data.batches[0], context.pooling) is None:
             return "the model does not predict each token"
@@ -118,7 +121,7 @@ def memory_needed(model: PreTrainedModel, blocks: Sequence[str], processes: int)
     trained = sum(p.numel() for name, p in stored.items() if name not in fixed)
     everything = sum(p.numel() for p in stored.values())
     widened = everything if any(p.dtype != torch.float32 for p in stored.values()) else 0
-    logits = STEP_TOKENS * int(getattr(model.config.get_text_config(), "vocab_size", 0) or 0)
+    logits = STEP_TOKENS * vocabulary(model)
     return 4 * (COPIES * trained + widened + (trained if processes > 1 else 0) + TABLES * logits)
 
 
@@ -179,7 +182,7 @@ def distil_model(
             parameters = list(copies.values())
             noise = find_equal_noise(parameters, measured_on, error, training.least, processes, seed)
             runs = True
-            scale = noise / len(blocks) ** BLOCKS
+            scale = noise / len(blocks) ** DEPTH_POWER
             with torch.enable_grad():
                 fit = train_block(
                     parameters, steps, batches_of(text.batches, held), error, training, processes, scale, _show

@@ -233,11 +233,16 @@ def _text(model: nn.Module, recipe: Recipe) -> _Text:
     return _Text(samples * length, min(batch, samples * length), refined * length)
 
 
-def _logits(model: nn.Module, text: _Text) -> int:
-    """What a batch's predictions take where they are over a vocabulary: two models', what is made of them in pieces."""
+def vocabulary(model: nn.Module) -> int:
+    """Classes of each token's prediction where these are a vocabulary; else 0."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     weight = getattr(head, "weight", None)
-    numbers = text.batch * len(weight) if weight is not None else 0
+    return 0 if weight is None else len(weight)
+
+
+def _logits(model: nn.Module, text: _Text) -> int:
+    """What a batch's predictions take where they are over a vocabulary: two models', what is made of them in pieces."""
+    numbers = text.batch * vocabulary(model)
     return FLOAT32 * (4 * numbers + 5 * min(numbers, PIECE))
 
 

@@ -48,7 +48,7 @@ from eckart.model import ComputePlacement, WeightLoader, shared_clone
 
 TRAINING = BlockTraining(epochs=DISTILLED, rate=0.15, part=True)
 """The rate is a part of the random change of all parameters that would do as much harm as the compression did, less for
-more blocks (:data:`DEPTH_POWER`). If it is still too large, the training goes too far in a good direction, and a part of
+more blocks (:data:`DEPTH_POWER`). If it is still too large, the training goes too far in a good direction, and part of
 the way is kept."""
 
 DEPTH_POWER = 2 / 3
